@@ -1,0 +1,228 @@
+"""Document-isolated attention over packed rows, and the proof of it on the loaded model.
+
+A packed batch is one sequence of many documents. `varlen` runs each document's own causal attention: torch's
+variable-length flash kernel on CUDA, scaled_dot_product_attention on groups of documents of like length elsewhere (T^2 masks
+cost more time than packing saves). `flash` is the flash-attn package; `flex` and `sdpa` build masks from position_ids.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+from medqlora.config import UserError
+
+DOCUMENTS = "medqlora_documents"  # our name in transformers' AttentionInterface
+IMPLEMENTATIONS = {"varlen": DOCUMENTS, "flash": "flash_attention_2", "flex": "flex_attention", "sdpa": "sdpa"}
+
+
+class AttentionError(UserError):
+    """A backend that does not exist here, or that mixes packed documents."""
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where a packed sequence's documents lie.
+
+    cu_seqlens int32 [documents + 1]; max_seqlen: longest; for the grouped path also gather int64 [padded tokens]: source of
+    each slot, documents of like length side by side and padded to their group's longest; scatter int64 [tokens]: slot of
+    each token; real bool [padded tokens, 1, 1]; groups: (documents, length) of each group.
+    """
+
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    gather: torch.Tensor | None = None
+    scatter: torch.Tensor | None = None
+    real: torch.Tensor | None = None
+    groups: tuple[tuple[int, int], ...] = ()
+
+
+def locate_documents(cu_seqlens: torch.Tensor, max_seqlen: int, device: torch.device) -> Documents:
+    """Prepare once per batch what every layer needs."""
+    if device.type == "cuda":
+        return Documents(cu_seqlens.to(device, non_blocking=True), max_seqlen)
+    starts, lengths = cu_seqlens[:-1].tolist(), cu_seqlens.diff().tolist()
+    groups: list[list[int]] = []
+    for document in sorted(range(len(lengths)), key=lambda d: -lengths[d]):
+        if groups and lengths[document] >= 0.8 * lengths[groups[-1][0]]:
+            groups[-1].append(document)
+        else:
+            groups.append([document])
+    slots, keeps = [], []
+    for members in groups:
+        longest = lengths[members[0]]
+        place = torch.arange(longest)
+        for document in members:
+            slots.append(starts[document] + place.clamp(max=lengths[document] - 1))
+            keeps.append(place < lengths[document])
+    gather, real = torch.cat(slots), torch.cat(keeps)
+    scatter = torch.empty(int(cu_seqlens[-1]), dtype=torch.int64)
+    scatter[gather[real]] = real.nonzero().flatten()
+    shapes = tuple((len(members), lengths[members[0]]) for members in groups)
+    return Documents(cu_seqlens, max_seqlen, gather.to(device), scatter.to(device), real[:, None, None].to(device), shapes)
+
+
+class Pad(torch.autograd.Function):
+    """tokens [tokens, heads, width] -> [padded tokens, heads, width]; padding gets no gradient, so backward is a gather."""
+
+    @staticmethod
+    def forward(ctx, tokens, documents):
+        ctx.documents = documents
+        return tokens.index_select(0, documents.gather)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.index_select(0, ctx.documents.scatter), None
+
+
+class Unpad(torch.autograd.Function):
+    """The inverse of Pad; its backward puts zeros on padding."""
+
+    @staticmethod
+    def forward(ctx, padded, documents):
+        ctx.documents = documents
+        return padded.index_select(0, documents.scatter)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.index_select(0, ctx.documents.gather) * ctx.documents.real, None
+
+
+def attend_documents(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
+    scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None, softcap: float | None = None,
+    documents: Documents | None = None, **_: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """AttentionInterface function: query [1, heads, tokens, width], key and value [1, kv heads, tokens, width] ->
+    [1, tokens, heads, width]. Without `documents` all tokens of a row are one document (generation, evaluation)."""
+    if documents is None:
+        return attend_rows(query, key, value, attention_mask, scaling, dropout, sliding_window, softcap), None
+    if query.is_cuda:
+        from torch.nn.attention.varlen import varlen_attn
+
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [tokens, heads, width]
+        window = (sliding_window - 1 if sliding_window else -1, 0)
+        out = varlen_attn(
+            q, k, v, documents.cu_seqlens, documents.cu_seqlens, documents.max_seqlen, documents.max_seqlen,
+            scale=scaling, window_size=window, enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
+        return out[None], None
+    padded = [Pad.apply(tensor[0].transpose(0, 1), documents) for tensor in (query, key, value)]
+    sizes = [count * length for count, length in documents.groups]
+    outputs = []
+    for (count, length), *parts in zip(documents.groups, *(tensor.split(sizes) for tensor in padded), strict=True):
+        q, k, v = (part.view(count, length, *part.shape[1:]).transpose(1, 2) for part in parts)
+        out = attend_rows(q, k, v, None, scaling, dropout, sliding_window, softcap)  # [count, length, heads, width]
+        outputs.append(out.reshape(count * length, *out.shape[2:]))
+    return Unpad.apply(torch.cat(outputs), documents)[None], None
+
+
+def attend_rows(query, key, value, mask, scaling, dropout, sliding_window, softcap) -> torch.Tensor:
+    """Causal attention of each row for itself: [rows, heads, queries, width] -> [rows, queries, heads, width].
+
+    Softcap is Gemma-2's: scores -> softcap * tanh(scores / softcap) (arXiv 2408.00118, section 2).
+    """
+    queries, keys, heads = query.shape[2], key.shape[2], query.shape[1]
+    if key.shape[1] != heads:
+        key, value = (tensor.repeat_interleave(heads // key.shape[1], dim=1) for tensor in (key, value))
+    windowed = sliding_window is not None and sliding_window < keys
+    if mask is None and not windowed and softcap is None and queries == keys:
+        out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scaling)
+        return out.transpose(1, 2)
+    if mask is None:
+        at = torch.arange(keys, device=query.device)
+        distance = at[keys - queries :, None] - at[None]  # [queries, keys]
+        mask = (distance >= 0) & (distance < sliding_window) if windowed else distance >= 0
+    if softcap is None:
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scaling).transpose(1, 2)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, float("-inf"))
+    weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout)
+    return (weights @ value).transpose(1, 2)
+
+
+AttentionInterface.register(DOCUMENTS, attend_documents)
+
+
+def choose_backend(requested: str, device: torch.device, dtype: torch.dtype, softcap: float | None) -> str:
+    """Backend name of config.Model.attention, "auto" resolved.
+
+    Raises:
+        AttentionError: the asked backend cannot run here.
+    """
+    gpu, half = device.type == "cuda", dtype in (torch.float16, torch.bfloat16)
+    flash = gpu and half and importlib.util.find_spec("flash_attn") is not None
+    kernel = gpu and half and softcap is None and importlib.util.find_spec("torch.nn.attention.varlen") is not None
+    able = {"flash": flash, "varlen": not gpu or kernel, "flex": gpu, "sdpa": softcap is None}
+    if requested == "auto":
+        return next((name for name in able if able[name]), "sdpa")
+    if not able[requested]:
+        needs = {
+            "flash": "a CUDA GPU, a 16-bit dtype and the flash-attn package",
+            "varlen": "on a GPU a 16-bit dtype, torch with torch.nn.attention.varlen and a model without attention softcap",
+            "flex": "a CUDA GPU",
+            "sdpa": "a model without attention softcap",
+        }[requested]
+        raise AttentionError(f"model.attention {requested} needs {needs}; use auto")
+    return requested
+
+
+def packing_arguments(backend: str, batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Keyword arguments that tell the model's attention where documents end; `batch` is from packing.collate."""
+    cu_seqlens, longest = torch.as_tensor(batch["cu_seqlens"]), batch["max_seqlen"]
+    if backend == "varlen":
+        return {"documents": locate_documents(cu_seqlens, longest, device)}
+    if backend == "flash":
+        cu_seqlens = cu_seqlens.to(device, non_blocking=True)
+        return {
+            "cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": longest, "max_length_k": longest,
+        }  # fmt: skip
+    return {}
+
+
+@torch.no_grad()
+def verify_isolation(backbone: torch.nn.Module, backend: str, vocabulary: int, tolerance: float) -> float:
+    """Prove on the loaded model that packed documents do not see each other.
+
+    Runs three documents of random tokens packed and alone, and packed again with the first one changed.
+
+    Returns:
+        the largest difference of hidden states between packed and alone, relative to the largest hidden state.
+
+    Raises:
+        AttentionError: the difference is over `tolerance`, or a document changed with its neighbour.
+    """
+    device = next(backbone.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    documents = [torch.randint(vocabulary, (length,), generator=generator) for length in (7, 12, 9)]
+
+    def run(parts: list[torch.Tensor]) -> torch.Tensor:
+        lengths = torch.tensor([len(part) for part in parts])
+        cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
+        batch = {"cu_seqlens": cu_seqlens, "max_seqlen": int(lengths.max())}
+        position_ids = torch.cat([torch.arange(len(part)) for part in parts])
+        out = backbone(
+            input_ids=torch.cat(parts)[None].to(device), position_ids=position_ids[None].to(device), attention_mask=None,
+            use_cache=False, **packing_arguments(backend, batch, device),
+        )  # fmt: skip
+        return out.last_hidden_state[0].float()  # [tokens, hidden]
+
+    training = backbone.training
+    backbone.eval()
+    packed, alone = run(documents), torch.cat([run([document]) for document in documents])
+    other = run([(documents[0] + 1) % vocabulary, *documents[1:]])
+    backbone.train(training)
+    scale = packed.abs().max().item()
+    error = (packed - alone).abs().max().item() / scale
+    leak = (packed - other)[len(documents[0]) :].abs().max().item() / scale
+    if not error <= tolerance or not leak <= tolerance / 10:  # also true for NaN
+        raise AttentionError(
+            f"attention {backend} does not isolate packed rows on this model (packed against alone {error:.1e}, neighbour's "
+            f"influence {leak:.1e}, allowed {tolerance:.0e}); choose another --model.attention or set --data.packing false"
+        )
+    return error

@@ -1,0 +1,358 @@
+"""One YAML file + command-line overrides -> one typed, frozen configuration.
+
+Every numeric fact of an experiment has its default here and nowhere else. The resolved configuration is saved in
+the run folder and is itself valid input.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+
+class UserError(ValueError):
+    """A mistake the user can mend. The message is one line: what was got, what was expected, what to do."""
+
+
+class ConfigError(UserError):
+    """An unknown, ill-typed or contradictory configuration key."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Model(Section):
+    base: str
+    """Folder or hub id of the base model (safetensors)."""
+    revision: str | None = None
+    """Hub commit or tag; the commit it resolved to is kept in the manifest."""
+    quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
+    """Storage of the frozen linear weights."""
+    double_quantization: bool = True
+    """Quantize the 4-bit block constants too (saves about 0.4 bit per weight)."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Compute dtype. auto: bfloat16 where the hardware has it, else float16 on a GPU and float32 on a CPU."""
+    attention: Literal["auto", "flash", "varlen", "flex", "sdpa"] = "auto"
+    """Attention backend; auto takes the first that works, in this order."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Leave off unless you have read that code."""
+    upcast_embeddings: bool = False
+    """Hold embeddings and head in float32 (+2 GB on an untied 8B model)."""
+
+
+class Lora(Section):
+    r: int = Field(16, ge=1)
+    """Rank of the adapter."""
+    alpha: float = Field(32, gt=0)
+    """Scale: the update is multiplied by alpha / r (rsLoRA: alpha / sqrt(r))."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout probability on the adapter's input."""
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """Names of the linear layers to adapt; all-linear: attention and MLP, not the head."""
+    variant: Literal["lora", "rslora", "dora"] = "lora"
+    """Parametrization of the update."""
+
+
+class DataEntry(Section):
+    format: Literal["medmcqa", "medqa", "pubmedqa", "medquad", "mcq", "qa", "text"]
+    """Layout of the records. mcq and qa are the generic ones and take `columns`."""
+    path: str | None = None
+    """File, folder or hub id; a dataset with a well-known hub home needs none."""
+    split: str | None = None
+    """Split name; default train for training data, validation for evaluation data."""
+    weight: float = Field(1.0, gt=0)
+    """Times each row is seen per epoch: 0.5 draws a new half every epoch, 2 shows each row twice."""
+    share: float | None = Field(None, gt=0, lt=1)
+    """Instead of weight: this entry's part of the mixture's rows, e.g. 0.15 general beside 0.85 medical."""
+    limit: int | None = Field(None, ge=1)
+    """Read only the first rows."""
+    columns: dict[str, str | list[str]] = {}
+    """mcq, qa, text: our field -> the file's column; `options` may be a list of columns."""
+    subset: str | None = None
+    """Configuration name of a hub dataset."""
+    revision: str | None = None
+    """Hub commit or tag of the dataset."""
+    test_pmids: str | None = None
+    """pubmedqa: file with the 500 official test PMIDs (.txt, or the official test_ground_truth.json)."""
+
+
+class Data(Section):
+    train: list[DataEntry] = []
+    """Training data."""
+    eval: list[DataEntry] = []
+    """Labelled data for the evaluation loss during training."""
+    test: list[DataEntry] = []
+    """Labelled multiple-choice data scored before and after training."""
+    prompt_style: Literal["auto", "chat", "plain", "lm_eval"] = "auto"
+    """auto: the model's chat template where it has one, plain otherwise."""
+    completion: Literal["letter", "letter_text", "explanation", "text"] = "letter"
+    """What the model learns to write for a multiple-choice question. Open questions are always text."""
+    max_length: int = Field(1024, ge=16)
+    """Longest row in tokens; context and explanation are cut to fit, question, options and answer never."""
+    drop_invalid: bool = False
+    """Drop and list invalid rows instead of stopping at the first."""
+    deduplicate: Literal["none", "exact", "normalized"] = "exact"
+    """Which repeated training rows to drop; normalized ignores case, punctuation and option order."""
+    decontaminate: bool = True
+    """Remove training rows that stand in any evaluation or test entry."""
+    lowercase: bool = False
+    """Lower-case all text."""
+    packing: bool = True
+    """Pack many rows into one batch; false: one row per micro-batch."""
+    packing_window: int = Field(32_768, ge=1)
+    """Rows shuffled and packed together: larger fills better, smaller mixes lengths less."""
+    cache_dir: str = "runs/cache"
+    """Folder of tokenized data and packing plans, named by hash."""
+
+
+def check_checkpointing(value: str) -> str:
+    if value in ("auto", "none", "full") or re.fullmatch(r"every_[1-9]\d*", value):
+        return value
+    raise ValueError("expected auto, none, full or every_K (every K-th layer recomputed, e.g. every_2)")
+
+
+class Training(Section):
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the training data."""
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after this many optimizer steps, whatever epochs says."""
+    global_batch_tokens: int = Field(16_384, ge=1)
+    """Tokens per optimizer step over all processes; a multiple of max_tokens_per_batch x processes."""
+    max_tokens_per_batch: int = Field(4_096, ge=1)
+    """Tokens per micro-batch on one process; accumulation is derived from the two."""
+    lr: float = Field(2e-4, gt=0)
+    """Peak learning rate."""
+    scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after warm-up."""
+    warmup_steps: float = Field(0.03, ge=0)
+    """Warm-up in optimizer steps; below 1: part of all steps."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """The 8-bit ones come from bitsandbytes."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay on adapter weights."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are clipped to this global norm."""
+    gradient_checkpointing: Annotated[str, Field()] = "auto"
+    """auto (none on CPU, full on GPU), none, full, or every_K: every K-th layer recomputed in the backward pass."""
+    loss_chunk_tokens: int = Field(1_024, ge=1)
+    """Labelled positions whose logits exist at one time."""
+    eval_steps: int | None = Field(None, ge=1)
+    """Evaluate every N steps (and at the end)."""
+    save_steps: int | None = Field(None, ge=1)
+    """Write a checkpoint every N steps (and at the end)."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Complete checkpoints kept."""
+    early_stopping_patience: int | None = Field(None, ge=1)
+    """Stop after this many evaluations without a lower loss."""
+    log_with: Literal["none", "tensorboard", "wandb"] = "none"
+    """Optional experiment tracker."""
+    seed: int = Field(0, ge=0)
+    """Seed of adapter initialisation, dropout, row order and mixture."""
+
+    _checkpointing = field_validator("gradient_checkpointing")(check_checkpointing)
+
+
+class Config(Section):
+    model: Model
+    lora: Lora = Lora()
+    data: Data = Data()
+    training: Training = Training()
+
+    @model_validator(mode="after")
+    def check_budgets(self) -> Config:
+        data, training = self.data, self.training
+        if data.max_length > training.max_tokens_per_batch:
+            raise ValueError(
+                f"data.max_length {data.max_length} is over training.max_tokens_per_batch "
+                f"{training.max_tokens_per_batch}: a row must fit a micro-batch; lower the first or raise the second"
+            )
+        if training.early_stopping_patience and not (training.eval_steps and data.eval):
+            raise ValueError("training.early_stopping_patience needs training.eval_steps and data.eval")
+        if sum(entry.share or 0 for entry in data.train) >= 1 or (
+            data.train and all(entry.share for entry in data.train)
+        ):
+            raise ValueError("data.train: shares must sum to less than 1, with at least one entry without a share")
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
+    """Read a YAML file, apply ``--section.key VALUE`` overrides, validate.
+
+    Paths that begin with ./ or ../ in the file are relative to the file; on the command line, to the working folder.
+
+    Raises:
+        ConfigError: one line with the file's line or the flag, and the nearest valid key.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree, root = yaml.safe_load(text) or {}, yaml.compose(text, Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise ConfigError(f"config {path}: {error.strerror}; give the path of a YAML file with --config") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config {path}: expected sections (model, data, …), got {type(tree).__name__}")
+    tree = resolve_paths(tree, path.parent)
+    flags = {}
+    for keys, value in parse_overrides(list(overrides)):
+        set_key(tree, keys, value)
+        flags[keys] = value
+
+    def locate(loc: tuple) -> str:
+        for n in range(len(loc), 0, -1):
+            if any(flag[:n] == tuple(map(str, loc[:n])) for flag in flags):
+                return "--" + ".".join(map(str, loc[:n]))
+        return f"{path} line {find_line(root, loc)}"
+
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(describe(error, locate)) from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML; ``load_config`` of it gives an equal Config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def resolve_paths(node: Any, folder: Path) -> Any:
+    """Replace strings that begin with ./ or ../ by absolute paths under `folder`."""
+    if isinstance(node, dict):
+        return {key: resolve_paths(value, folder) for key, value in node.items()}
+    if isinstance(node, list):
+        return [resolve_paths(value, folder) for value in node]
+    if isinstance(node, str) and node.startswith(("./", "../")):
+        return str((folder / node).resolve())
+    return node
+
+
+def parse_overrides(arguments: list[str]) -> list[tuple[tuple[str, ...], Any]]:
+    """["--training.lr", "1e-4"] -> [(("training", "lr"), "1e-4")]; values are YAML."""
+    parsed = []
+    while arguments:
+        flag, _, value = arguments.pop(0).partition("=")
+        if not re.fullmatch(r"--[A-Za-z_]\w*(\.\w+)+", flag):
+            raise ConfigError(f"argument {flag!r}: expected --section.key VALUE, e.g. --training.lr 1e-4 (see --help)")
+        if not _:
+            if not arguments or arguments[0].startswith("--"):
+                raise ConfigError(f"argument {flag}: no value; expected {flag} VALUE")
+            value = arguments.pop(0)
+        try:
+            parsed.append((tuple(flag[2:].split(".")), yaml.safe_load(value)))
+        except yaml.YAMLError:
+            raise ConfigError(f"argument {flag}: value {value!r} is not valid YAML; quote it") from None
+    return parsed
+
+
+def set_key(tree: Any, keys: tuple[str, ...], value: Any) -> None:
+    flag = "--" + ".".join(keys)
+    for i, key in enumerate(keys):
+        last = i == len(keys) - 1
+        if isinstance(tree, list):
+            if not key.isdigit() or int(key) >= len(tree):
+                raise ConfigError(f"argument {flag}: {key} is not an index below {len(tree)}")
+            key = int(key)
+        elif not isinstance(tree, dict):
+            raise ConfigError(f"argument {flag}: {'.'.join(keys[:i])} is a value, it has no key {key}")
+        if last:
+            tree[key] = value
+        elif isinstance(tree, dict):
+            tree = tree.setdefault(key, {})
+        else:
+            tree = tree[key]
+
+
+def find_line(node: yaml.Node, loc: tuple) -> int:
+    """1-based line of the deepest part of `loc` that stands in the file."""
+    line = node.start_mark.line + 1 if node else 1
+    for key in loc:
+        if isinstance(node, yaml.MappingNode):
+            found = [(k, v) for k, v in node.value if k.value == str(key)]
+            if not found:
+                break
+            line, node = found[0][0].start_mark.line + 1, found[0][1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
+            node = node.value[key]
+            line = node.start_mark.line + 1
+        else:
+            break
+    return line
+
+
+def describe(error: ValidationError, locate: typing.Callable[[tuple], str]) -> str:
+    """First problem of a pydantic error as one line."""
+    problem = error.errors()[0]
+    loc = tuple(part for part in problem["loc"] if isinstance(part, int) or not re.search(r"[\[\s]|^literal|^list|^str$", part))
+    name = ".".join(map(str, loc))
+    if problem["type"] == "extra_forbidden":
+        valid = list(section_fields(loc[:-1]))
+        elsewhere = [key for key in all_keys() if key.split(".")[-1] == loc[-1]]
+        near = difflib.get_close_matches(str(loc[-1]), valid, n=1, cutoff=0.5)
+        near = elsewhere or [".".join(map(str, (*loc[:-1], key))) for key in near]
+        hint = f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(valid)}"
+        return f"{locate(loc)}: unknown key {name}; {hint}"
+    if problem["type"] == "missing":
+        return f"{locate(loc)}: {name} is missing; set it in the file or with --{name} VALUE"
+    message = problem["msg"].removeprefix("Value error, ")
+    if not loc:
+        return f"config: {message}"
+    got = problem["input"] if isinstance(problem["input"], (str, int, float, bool, type(None))) else type(problem["input"]).__name__
+    return f"{locate(loc)}: {name} got {got!r}; {message[0].lower() + message[1:]}"
+
+
+def section_fields(loc: tuple) -> dict:
+    """Fields of the section at `loc`, following lists."""
+    section = Config
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        field = section.model_fields.get(part)
+        if field is None:
+            return {}
+        section = next((t for t in flatten_types(field.annotation) if isinstance(t, type) and issubclass(t, Section)), None)
+        if section is None:
+            return {}
+    return section.model_fields
+
+
+def flatten_types(annotation: Any) -> typing.Iterator[Any]:
+    if typing.get_origin(annotation) in (list, typing.Union, types.UnionType):
+        for argument in typing.get_args(annotation):
+            yield from flatten_types(argument)
+    else:
+        yield annotation
+
+
+def all_keys() -> dict[str, Any]:
+    """Every `section.key` with its pydantic field, in order; used for --help and for suggestions."""
+    return {
+        f"{name}.{key}": field
+        for name, section in Config.model_fields.items()
+        for key, field in section_fields((name,)).items()
+    }
+
+
+def help_text() -> str:
+    """One line per key: name, allowed values, default, meaning."""
+    lines = []
+    for key, field in all_keys().items():
+        choices = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is Literal else ()
+        default = "required" if field.is_required() else f"default {field.default!r}"
+        lines.append(f"  --{key} {'|'.join(choices) or 'VALUE'}  ({default})\n      {' '.join((field.description or '').split())}")
+    return "\n".join(lines)

@@ -1,0 +1,68 @@
+"""Answer-only cross entropy: the head runs at labelled positions alone, a chunk at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+class AnswerLoss(torch.nn.Module):
+    """A causal language model whose forward is the summed loss over a packed batch's supervised tokens.
+
+    Wrap this module (not the model) in DDP, DeepSpeed or FSDP. The sum is normalised by the caller, by the supervised
+    tokens of the whole global batch, so that accumulation and the number of processes do not change the gradient.
+    """
+
+    def __init__(self, model: torch.nn.Module, chunk: int):
+        """model: a transformers causal LM, or a PEFT model around one; chunk: labelled positions per head call."""
+        super().__init__()
+        self.model, self.chunk = model, chunk
+
+    def forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, predict_at: torch.Tensor, targets: torch.Tensor, **packing: Any
+    ) -> torch.Tensor:
+        """input_ids, position_ids int64 [1, tokens]; predict_at, targets int64 [labelled] (packing.collate) -> float32 []"""
+        causal = unwrap(self.model)
+        hidden = backbone_of(causal)(
+            input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False, **packing
+        ).last_hidden_state
+        labelled = hidden[0].index_select(0, predict_at)  # [labelled, hidden]
+        total = labelled.new_zeros((), dtype=torch.float32)
+        pieces = list(zip(labelled.split(self.chunk), targets.split(self.chunk), strict=True))
+        for piece, target in pieces:
+            if len(pieces) > 1 and torch.is_grad_enabled():  # else all chunks' logits would wait for the backward pass
+                total = total + checkpoint(sum_cross_entropy, causal, piece, target, use_reentrant=False)
+            else:
+                total = total + sum_cross_entropy(causal, piece, target)
+        return total
+
+
+def unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    """The transformers causal LM inside a PEFT model."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def backbone_of(causal: torch.nn.Module) -> torch.nn.Module:
+    """The model without its head, adapters included."""
+    return getattr(causal, causal.base_model_prefix)
+
+
+def compute_logits(causal: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Hidden states [positions, hidden] -> logits float32 [positions, vocab], scaled and capped as the model itself does."""
+    config = causal.config.get_text_config()
+    scale = getattr(config, "logit_scale", None)  # Cohere
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
+        scale = 1 / divisor
+    logits = causal.get_output_embeddings()(hidden)
+    logits = logits if scale is None else logits * scale
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma-2
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    return logits.float()
+
+
+def sum_cross_entropy(causal: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(compute_logits(causal, hidden), targets, reduction="sum")

@@ -1,0 +1,329 @@
+"""Load a base model, quantized or not, and attach an adapter."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import types
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import init_empty_weights
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
+
+from medqlora.attention import IMPLEMENTATIONS, choose_backend
+from medqlora.config import Lora, Model, UserError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class ModelError(UserError):
+    """A model, adapter or quantization that cannot be used here."""
+
+
+def choose_dtype(requested: str, device: torch.device) -> torch.dtype:
+    """Compute dtype; "auto" is bfloat16 where the hardware multiplies it natively, else float16 (GPU) or float32 (CPU)."""
+    if requested != "auto":
+        return DTYPES[requested]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() and has_bf16_units() else torch.float32
+
+
+def has_bf16_units() -> bool:
+    """AVX512-BF16 or AMX: without them bfloat16 on a CPU is slower than float32, not faster."""
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() or torch.cpu._is_amx_tile_supported())
+
+
+def read_model_config(base: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Architecture facts, without weights.
+
+    Raises:
+        ModelError: no such model, no safetensors weights, or a GPTQ/AWQ model where only plain weights can be used.
+    """
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            hint = "; this is an adapter, give its base" if (folder / "adapter_config.json").is_file() else ""
+            raise ModelError(f"model {base}: no config.json in this folder; expected a transformers model{hint}")
+        if not any(folder.glob("*.safetensors")):
+            raise ModelError(f"model {base}: no .safetensors file; convert the weights (pickled weights are not loaded)")
+    elif base.startswith((".", "/", "~")) or base.count("/") > 1:
+        raise ModelError(f"model {base}: no such folder; give an existing folder or a hub id (owner/name)")
+    try:
+        return AutoConfig.from_pretrained(folder if folder.is_dir() else base, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"model {base}: its config cannot be read: {reason}") from None
+
+
+def load_tokenizer(base: str, revision: str | None = None, trust_remote_code: bool = False):
+    """The base model's own tokenizer.
+
+    Raises:
+        ModelError: none, or none that can be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(Path(base).expanduser() if Path(base).expanduser().is_dir() else base,
+                                             revision=revision, trust_remote_code=trust_remote_code)  # fmt: skip
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model {base}: its tokenizer cannot be read: {' '.join(str(error).split())[:200]}") from None
+
+
+def check_hardware(model: Model, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse what this machine cannot run, before any weight loads.
+
+    Raises:
+        ModelError: with what to use instead.
+    """
+    if model.quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(f"model.quantization {model.quantization} needs the bitsandbytes package; install it or use none")
+    if device.type == "cpu" and dtype is torch.float16:
+        raise ModelError("model.dtype float16 is not trainable on a CPU; use auto, bfloat16 or float32")
+    if model.quantization == "int8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 5):
+        raise ModelError("model.quantization int8 needs a GPU of compute capability 7.5 or newer; use nf4 or none")
+
+
+def check_length(config: PretrainedConfig, max_length: int) -> None:
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if longest and max_length > longest:
+        raise ModelError(f"data.max_length {max_length} is over the model's {longest} positions; lower it to {longest} or less")
+
+
+def load_base(model: Model, device: torch.device) -> tuple[torch.nn.Module, str]:
+    """Load the frozen base in its storage format on one device.
+
+    Returns:
+        the transformers model in eval mode, and the resolved attention backend.
+
+    Raises:
+        ModelError, AttentionError: see check_hardware, read_model_config, choose_backend.
+    """
+    dtype = choose_dtype(model.dtype, device)
+    check_hardware(model, device, dtype)
+    config = read_model_config(model.base, model.revision, model.trust_remote_code)
+    backend = choose_backend(model.attention, device, dtype, getattr(config, "attn_logit_softcapping", None))
+    folder = Path(model.base).expanduser()
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder if folder.is_dir() else model.base, revision=model.revision, dtype=dtype, use_safetensors=True,
+        quantization_config=quantization_config(model, dtype), attn_implementation=IMPLEMENTATIONS[backend],
+        trust_remote_code=model.trust_remote_code, device_map={"": device},
+    )  # fmt: skip
+    loaded.requires_grad_(False)
+    if model.upcast_embeddings:
+        for embedding in (loaded.get_input_embeddings(), loaded.get_output_embeddings()):
+            embedding.to(torch.float32)
+    keep_quantized_layout(loaded)
+    return loaded, backend
+
+
+def quantization_config(model: Model, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if model.quantization == "none":
+        return None
+    if model.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=model.quantization, bnb_4bit_use_double_quant=model.double_quantization,
+        bnb_4bit_compute_dtype=dtype,
+    )  # fmt: skip
+
+
+def keep_quantized_layout(model: torch.nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights at the first evaluation on an AVX512-BF16 CPU: in that layout the
+    gradient of the input is silently lost (bitsandbytes 0.50.2)."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def attach_adapter(model: torch.nn.Module, lora: Lora, seed: int) -> PeftModel:
+    """A fresh adapter with float32 weights (the compute dtype is cast to on use), initialised from `seed`.
+
+    Raises:
+        ModelError: a target name that no layer has.
+    """
+    torch.manual_seed(seed)
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    try:
+        adapted = get_peft_model(
+            model,
+            LoraConfig(
+                task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets,
+                use_rslora=lora.variant == "rslora", use_dora=lora.variant == "dora",
+            ),
+        )  # fmt: skip
+    except ValueError as error:
+        raise ModelError(f"lora.target_modules {lora.target_modules}: {' '.join(str(error).split())[:200]}") from None
+    lean_adapter(adapted)
+    return adapted
+
+
+def lean_adapter(model: PeftModel) -> None:
+    """Give plain LoRA layers a forward without PEFT's defensive clone, dtype round trip and separate scale and add."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and len(module.lora_A) == 1 and not module.lora_variant:
+            if isinstance(module.get_base_layer(), torch.nn.Linear):
+                module.forward = types.MethodType(forward_lean, module)
+
+
+def forward_lean(layer: LoraLayer, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """base(x) + scaling * B A dropout(x); x [..., in] -> [..., out]. The update is added by the matrix product itself."""
+    result = layer.base_layer(x)
+    if layer.disable_adapters or layer.merged:
+        return result
+    (name,) = layer.lora_A
+    down, up = layer.lora_A[name].weight.to(x.dtype), layer.lora_B[name].weight.to(x.dtype)
+    narrow = F.linear(layer.lora_dropout[name](x), down).flatten(0, -2)  # [tokens, r]
+    flat = result.view(-1, result.shape[-1])
+    return torch.addmm(flat, narrow, up.t(), alpha=layer.scaling[name]).view(result.shape)
+
+
+def set_checkpointing(model: torch.nn.Module, mode: str, device: torch.device) -> str:
+    """Recompute no, all, or every k-th decoder layer in the backward pass; -> the mode, "auto" resolved."""
+    if mode == "auto":
+        mode = "full" if device.type == "cuda" else "none"
+    if mode == "none":
+        return mode
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    every = 1 if mode == "full" else int(mode.removeprefix("every_"))
+    layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing") and hasattr(module, "_gradient_checkpointing_func") and not hasattr(module, "layers")]  # fmt: skip
+    for number, layer in enumerate(layers):
+        layer.gradient_checkpointing = number % every == 0
+    return mode
+
+
+def adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The adapter's tensors in PEFT's own names, on the CPU."""
+    return {key: value.detach().cpu().contiguous() for key, value in get_peft_model_state_dict(model).items()}
+
+
+def restore_adapter(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
+    """Load tensors from `adapter_weights`.
+
+    Raises:
+        ModelError: missing, surplus or misshapen tensors.
+    """
+    expected = get_peft_model_state_dict(model)
+    wrong = sorted(set(expected) ^ set(weights)) or [k for k in expected if expected[k].shape != weights[k].shape]
+    if wrong:
+        raise ModelError(f"adapter does not fit this model: tensor {wrong[0]} is missing, surplus or of another shape")
+    set_peft_model_state_dict(model, weights)
+
+
+def load_adapter(model: torch.nn.Module, folder: Path) -> PeftModel:
+    """Attach a saved adapter for evaluation.
+
+    Raises:
+        ModelError: no adapter there, or one for another base.
+    """
+    check_adapter(folder, model.config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # we check it ourselves, below
+        adapted = PeftModel.from_pretrained(model, folder)
+    restore_adapter(adapted, load_file(folder / "adapter_model.safetensors"))
+    lean_adapter(adapted)
+    return adapted
+
+
+def read_adapter_card(folder: Path) -> dict[str, Any]:
+    """medqlora.json of an adapter: prompt style, completion, fingerprint, base id, architecture hash, quantization.
+
+    Raises:
+        ModelError: not an adapter folder, or one whose weights do not match the card.
+    """
+    folder = Path(folder)
+    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError(f"adapter {folder}: no adapter_config.json and adapter_model.safetensors; give a run's adapter folder")
+    card = folder / "medqlora.json"
+    if not card.is_file():
+        return {}
+    facts = json.loads(card.read_text(encoding="utf-8"))
+    digest = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+    if facts.get("weights_sha256") not in (None, digest):
+        raise ModelError(f"adapter {folder}: adapter_model.safetensors is not the file medqlora.json describes; it was cut or changed")
+    return facts
+
+
+def check_adapter(folder: Path, config: PretrainedConfig) -> dict[str, Any]:
+    """The adapter's card, if it was trained on a base of this architecture.
+
+    Raises:
+        ModelError: adapter for another base.
+    """
+    card = read_adapter_card(folder)
+    if card and card["architecture_sha256"] != architecture_hash(config):
+        raise ModelError(f"adapter {folder} was trained on {card['base']}; this base has another architecture; give that one with --base or --model")
+    return card
+
+
+def architecture_hash(config: PretrainedConfig) -> str:
+    """SHA-256 of the shape-giving part of a model's config; a revision that only renames itself keeps it."""
+    text = config.get_text_config()
+    keys = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings")  # fmt: skip
+    return hashlib.sha256(json.dumps([getattr(text, key, None) for key in keys]).encode()).hexdigest()
+
+
+def save_adapter(folder: Path, model: PeftModel, card: dict[str, Any]) -> None:
+    """Write a PEFT adapter with its card (see read_adapter_card). Each file is replaced whole; the card holds the weights'
+    hash, so that a kill between two files is seen when the adapter is read."""
+    aside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    save_file(adapter_weights(model), aside / "adapter_model.safetensors", metadata={"format": "pt"})
+    model.active_peft_config.save_pretrained(aside)
+    digest = hashlib.sha256((aside / "adapter_model.safetensors").read_bytes()).hexdigest()
+    (aside / "medqlora.json").write_text(json.dumps({**card, "weights_sha256": digest}, indent=2) + "\n", encoding="utf-8")
+    folder.mkdir(exist_ok=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors", "medqlora.json"):
+        os.replace(aside / name, folder / name)
+    aside.rmdir()
+
+
+def resolve_base(base: str, revision: str | None = None) -> Path:
+    """The local folder with the base's safetensors and tokenizer; a hub id is fetched into the hub cache first."""
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(base, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]))
+
+
+def sample_weights(folder: Path) -> str:
+    """SHA-256 over header, size and three 64 KiB samples of each weight file: tells a base from its fine-tuned siblings
+    without reading 16 GB."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+            digest.update(file.read(min(header, 16 << 20)) + size.to_bytes(8, "little"))
+            for at in (header + 8, size // 2, max(size - 65_536, 0)):
+                file.seek(at)
+                digest.update(file.read(65_536))
+    return digest.hexdigest()
+
+
+def count_adapter_weights(config: PretrainedConfig, lora: Lora) -> int:
+    """Trainable parameters of an adapter on this architecture, without weights (meta device)."""
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings()
+    total = 0
+    for name, module in model.named_modules():
+        wanted = lora.target_modules == "all-linear" or name.rpartition(".")[2] in lora.target_modules
+        if isinstance(module, torch.nn.Linear) and module is not head and wanted:
+            total += lora.r * (module.in_features + module.out_features)
+            total += module.out_features if lora.variant == "dora" else 0
+    return total

@@ -1,0 +1,195 @@
+"""Data entries -> clean, separated, tokenized rows, kept in a cache that is named by a hash of all that made them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medqlora.cleaning import clean, decontaminate, deduplicate
+from medqlora.config import Config, Data, DataEntry
+from medqlora.examples import DataError, Example, MultipleChoice, Passage, Removal, locate_file, read_examples
+from medqlora.packing import Plan, load_arrays, make_plan, save_arrays
+from medqlora.runs import hash_json
+from medqlora.tokens import Encoder, TokenTable, encode_examples, fingerprint
+
+DEFAULT_SPLIT = {"train": "train", "eval": "validation", "test": "test"}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """train, eval: tokenized rows (eval None without data.eval); repeats float [rows]: times each training row is seen per
+    epoch; test: labelled multiple-choice examples; removals: everything dropped; mixture: rows, tokens per source; hashes:
+    of data, prompt, tokenizer."""
+
+    train: TokenTable
+    eval: TokenTable | None
+    repeats: np.ndarray
+    test: list[MultipleChoice]
+    removals: list[Removal]
+    mixture: list[dict[str, Any]]
+    hashes: dict[str, str]
+
+
+def name_entry(role: str, index: int) -> str:
+    return f"data.{role}[{index}]"
+
+
+def check_entries(data: Data) -> None:
+    """Every file is there, and no evaluation file is a training file.
+
+    Raises:
+        DataError
+    """
+    if not data.train:
+        raise DataError("data.train is empty; give at least one entry, e.g. {format: medmcqa, path: FILE}")
+    homes: dict[Any, str] = {}
+    for role in ("train", "eval", "test"):
+        for index, entry in enumerate(getattr(data, role)):
+            split = entry.split or DEFAULT_SPLIT[role]
+            path = locate_file(entry, split)
+            # One PubMedQA file is divided by the official PMIDs, so there the split tells files apart.
+            home = (path.resolve(), split if entry.format == "pubmedqa" else "") if path else (entry.path or entry.format, split)
+            if role != "train" and home in homes:
+                raise DataError(f"{name_entry(role, index)} is the same data as {homes[home]} ({home[0]}); evaluate on other data")
+            if role == "train":
+                homes[home] = name_entry(role, index)
+
+
+def read_role(data: Data, role: str) -> tuple[list[list[Example]], list[Removal]]:
+    """Clean examples of each entry of data.train, data.eval or data.test."""
+    entries, removals = [], []
+    for index, entry in enumerate(getattr(data, role)):
+        examples, dropped = read_examples(entry, DEFAULT_SPLIT[role], data.drop_invalid)
+        if not examples:
+            raise DataError(f"{name_entry(role, index)}: no valid row is left of {len(dropped)}")
+        examples = [clean(example, data.lowercase) for example in examples]
+        hidden = [e for e in examples if not isinstance(e, Passage) and e.answer is None]
+        if hidden and role != "train":
+            raise DataError(f"{name_entry(role, index)}: {hidden[0].source}: no label; a split with hidden answers cannot be evaluated on")
+        if hidden and not data.drop_invalid:
+            raise DataError(f"{name_entry(role, index)}: {hidden[0].source}: no label; drop such rows with --data.drop_invalid true")
+        removals += dropped + [Removal(e.source, e.id, "no label") for e in hidden]
+        entries.append([e for e in examples if isinstance(e, Passage) or e.answer is not None])
+    return entries, removals
+
+
+def prepare(config: Config, encoder: Encoder) -> Prepared:
+    """Read, clean, separate and tokenize everything the config names.
+
+    Raises:
+        DataError: see check_entries, read_examples, encode_examples.
+    """
+    data = config.data
+    check_entries(data)
+    train_entries, removals = read_role(data, "train")
+    eval_entries, dropped = read_role(data, "eval")
+    test_entries, dropped_test = read_role(data, "test")
+    removals += dropped + dropped_test
+    held_out = [example for entries in (eval_entries, test_entries) for examples in entries for example in examples]
+    test = [example for examples in test_entries for example in examples]
+    if other := next((example for example in test if not isinstance(example, MultipleChoice)), None):
+        raise DataError(f"data.test: {other.source}: not a multiple-choice question; put open answers and text in data.eval")
+
+    origin = {id(example): index for index, examples in enumerate(train_entries) for example in examples}
+    train = [example for examples in train_entries for example in examples]
+    train, dropped = deduplicate(train, data.deduplicate)
+    removals += dropped
+    if data.decontaminate:
+        train, dropped = decontaminate(train, held_out)
+        removals += dropped
+    if not train:
+        raise DataError("data.train: every row was removed as duplicate or as part of the evaluation data")
+
+    table, dropped = tokenize(encoder, train, data)
+    removals += dropped
+    # A passage gives several rows; its example's name ties them together.
+    entry_of = {example.id: origin[id(example)] for example in train}
+    source = np.array([entry_of[name] for name in table.names])
+    repeats = count_repeats(data.train, source)
+    eval_table = None
+    if eval_entries:
+        eval_table, dropped = tokenize(encoder, [example for examples in eval_entries for example in examples], data)
+        removals += dropped
+    hashes = {"data_sha256": hash_examples(train), "prompt_sha256": fingerprint(encoder), "tokenizer_sha256": hash_tokenizer(encoder)}
+    return Prepared(table, eval_table, repeats, test, removals, describe_mixture(data.train, source, repeats, table.lengths), hashes)
+
+
+def count_repeats(entries: list[DataEntry], source: np.ndarray) -> np.ndarray:
+    """Weight, or the weight that gives an entry its share of all rows, for each row."""
+    rows = np.bincount(source, minlength=len(entries)).astype(float)
+    shares = np.array([entry.share or 0.0 for entry in entries])
+    weights = np.array([entry.weight for entry in entries])
+    others = (rows * weights)[shares == 0].sum()
+    total = others / (1 - shares.sum())
+    weights = np.where(shares > 0, shares * total / np.maximum(rows, 1), weights)
+    return weights[source]
+
+
+def describe_mixture(entries: list[DataEntry], source: np.ndarray, repeats: np.ndarray, lengths: np.ndarray) -> list[dict]:
+    return [
+        {
+            "entry": name_entry("train", index), "format": entry.format, "path": entry.path, "rows": int((source == index).sum()),
+            "rows_per_epoch": round(float(repeats[source == index].sum())),
+            "row_share": float(repeats[source == index].sum() / repeats.sum()),
+            "token_share": float((repeats * lengths)[source == index].sum() / (repeats * lengths).sum()),
+        }
+        for index, entry in enumerate(entries)
+    ]  # fmt: skip
+
+
+def hash_examples(examples: list[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps({**asdict(example), "source": None}, ensure_ascii=False).encode())
+    return digest.hexdigest()
+
+
+def hash_tokenizer(encoder: Encoder) -> str:
+    backend = getattr(encoder.tokenizer, "backend_tokenizer", None)
+    facts = backend.to_str() if backend is not None else json.dumps(sorted(encoder.tokenizer.get_vocab().items()))
+    return hashlib.sha256(f"{facts}{encoder.tokenizer.chat_template}".encode()).hexdigest()
+
+
+def tokenize(encoder: Encoder, examples: list[Example], data: Data) -> tuple[TokenTable, list[Removal]]:
+    """encode_examples, from the cache where the same was done before."""
+    key = hash_json([
+        hash_examples(examples), hash_tokenizer(encoder), fingerprint(encoder), data.max_length, data.drop_invalid,
+    ])  # fmt: skip
+    folder = Path(data.cache_dir).expanduser() / f"tokens-{key[:24]}"
+    names = ["ids", "offsets", "prompt_lengths"]
+    if not (folder / "names.npy").is_file():
+        table, removals = encode_examples(encoder, examples, data.max_length, data.drop_invalid)
+        notes = np.array(json.dumps({"names": list(table.names), "removals": [asdict(r) for r in removals]}))
+        save_arrays(folder, {"ids": table.ids, "offsets": table.offsets, "prompt_lengths": table.prompt_lengths, "names": notes})
+    notes = json.loads(str(np.load(folder / "names.npy")))
+    arrays = load_arrays(folder, names)
+    return TokenTable(**arrays, names=notes["names"]), [Removal(**removal) for removal in notes["removals"]]
+
+
+def prepare_plan(config: Config, prepared: Prepared, ranks: int) -> tuple[Plan, str]:
+    """The training plan (memory-mapped from the cache) and its hash."""
+    training, data = config.training, config.data
+    settings = {
+        "capacity": training.max_tokens_per_batch, "global_tokens": training.global_batch_tokens, "ranks": ranks,
+        "epochs": training.epochs, "max_steps": training.max_steps, "window": data.packing_window, "seed": training.seed,
+        "packing": data.packing,
+    }  # fmt: skip
+    lengths = prepared.train.lengths
+    key = hash_json([settings, hashlib.sha256(lengths.tobytes() + prepared.repeats.tobytes()).hexdigest()])
+    folder = Path(data.cache_dir).expanduser() / f"plan-{key[:24]}"
+    names = ["rows", "bins", "steps", "epochs"]
+    if not folder.is_dir():
+        plan = make_plan(lengths, repeats=prepared.repeats, **settings)
+        save_arrays(folder, {name: getattr(plan, name) for name in names})
+    return Plan(**load_arrays(folder, names)), key
+
+
+def count_reasons(removals: list[Removal]) -> dict[str, int]:
+    """How many were dropped for each kind of reason."""
+    return dict(Counter(removal.reason.partition(":")[0].partition(" of ")[0] for removal in removals).most_common())

@@ -1,0 +1,136 @@
+"""Example -> messages and completion, in named styles, and the exact inverse for answers.
+
+Training, evaluation and serving all render here. The fingerprint of the prompt travels with the adapter.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from medqlora.config import UserError
+from medqlora.examples import LETTERS, Example, MultipleChoice, OpenAnswer, Passage
+
+
+class PromptError(UserError):
+    """An example that has no prompt in the asked style."""
+
+
+INSTRUCTIONS = {  # chat only: plain text shows by its own form what comes next
+    "letter": "Answer with the letter of the correct option.",
+    "letter_text": "Answer with the letter and the text of the correct option.",
+    "explanation": 'Explain briefly, then give the letter of the correct option on a last line: "Answer: <letter>".',
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What the model reads and what it should write.
+
+    `user` is the text of the one user turn (chat) or the whole text up to the answer (plain, lm_eval). `completion`
+    is None where the example has no known answer; in the text styles it carries its leading space.
+    """
+
+    user: str
+    completion: str | None
+    chat: bool
+
+
+def render(
+    example: Example, style: str, completion: str, context: str | None = None, explanation: str | None = None
+) -> Prompt:
+    """Render an example.
+
+    Args:
+        style: "chat", "plain" or "lm_eval".
+        completion: "letter", "letter_text", "explanation" or "text" (see config.Data).
+        context, explanation: shortened texts to use instead of the example's own (truncation).
+
+    Raises:
+        PromptError: the style or completion does not exist for such an example.
+    """
+    context = "\n".join(example.context) if context is None and not isinstance(example, Passage) else context
+    if isinstance(example, Passage):
+        return Prompt(user="", completion=example.text, chat=False)
+    if style == "lm_eval":
+        return render_lm_eval(example, context)
+    chat = style == "chat"
+    if isinstance(example, OpenAnswer):
+        user = f"{context}\n\n{example.question}" if context else example.question
+        user = user if chat else f"{f'Context: {context}' + chr(10) if context else ''}Question: {example.question}\nAnswer:"
+        return Prompt(user, with_space(example.answer, chat), chat)
+    if completion == "text":
+        raise PromptError(f"{example.dataset}: completion text is for open questions; use letter, letter_text or explanation")
+    if completion == "explanation":
+        explanation = example.explanation if explanation is None else explanation
+    lines = [f"Context: {context}"] if context else []
+    lines += [f"Question: {example.question}"]
+    lines += [f"{letter}. {option}" for letter, option in zip(LETTERS, example.options, strict=False)]
+    if chat:
+        lines += ["", INSTRUCTIONS[completion]]
+    else:
+        lines += ["Explanation:" if completion == "explanation" else "Answer:"]
+    return Prompt("\n".join(lines), with_space(render_answer(example, completion, explanation), chat), chat)
+
+
+def with_space(completion: str | None, chat: bool) -> str | None:
+    return completion if chat or completion is None else f" {completion}"
+
+
+def render_answer(example: MultipleChoice, completion: str, explanation: str | None = None) -> str | None:
+    """The completion's text, without a leading space; None for an unlabelled example."""
+    if example.answer is None:
+        return None
+    letter, text = LETTERS[example.answer], example.options[example.answer]
+    if completion == "letter":
+        return letter
+    if completion == "letter_text":
+        return f"{letter}. {text}"
+    return f"{explanation}\nAnswer: {letter}" if explanation else f"Answer: {letter}"
+
+
+def render_lm_eval(example: MultipleChoice | OpenAnswer, context: str) -> Prompt:
+    """lm-evaluation-harness 0.4.13's own prompts for medmcqa, medqa_4options and pubmedqa, character by character."""
+    if isinstance(example, OpenAnswer):
+        raise PromptError(f"{example.dataset}: style lm_eval knows multiple-choice questions only; use plain or chat")
+    options = [f"{letter}. {option}" for letter, option in zip(LETTERS, example.options, strict=False)]
+    if example.dataset == "pubmedqa":
+        answer = None if example.answer is None else f" {example.options[example.answer]}"
+        return Prompt(f"Abstract: {context}\nQuestion: {example.question}\nAnswer:", answer, chat=False)
+    head = [f"Question: {example.question}"] + (["Choices:"] if example.dataset == "medmcqa" else [])
+    answer = None if example.answer is None else f" {LETTERS[example.answer]}"
+    return Prompt("\n".join([*head, *options, "Answer:"]), answer, chat=False)
+
+
+def candidates(example: MultipleChoice, style: str) -> list[str]:
+    """The completions that stand for each option when the model's choice is read from probabilities."""
+    if style == "lm_eval" and example.dataset == "pubmedqa":
+        return [f" {option}" for option in example.options]
+    letters = LETTERS[: len(example.options)]
+    return list(letters) if style == "chat" else [f" {letter}" for letter in letters]
+
+
+def parse_answer(text: str, options: tuple[str, ...], completion: str = "letter") -> int | None:
+    """Generated text -> index of the option, or None where no option was named. Never a guess.
+
+    The inverse of `render_answer`: parse_answer(render_answer(example, c), example.options, c) == example.answer.
+    """
+    letters = LETTERS[: len(options)]
+    text = text.strip()
+    if completion == "explanation":
+        found = re.findall(rf"(?m)^\s*Answer:\s*\(?([{letters}])\b", text)
+        return letters.index(found[-1]) if found else None
+    found = re.match(rf"(?:Answer:\s*)?\(?([{letters}])(?:[.):,]|\s*$|\n)", text)
+    if found:
+        return letters.index(found[1])
+    same = [i for i, option in enumerate(options) if option.strip().lower() == text.rstrip(".").strip().lower()]
+    return same[0] if len(same) == 1 else None
+
+
+# Renders that together show every rule above; their ids are the prompt's fingerprint (see tokens.fingerprint).
+PROBES = (
+    MultipleChoice("p1", "Which?", ("one", "two", "three", "four"), 2, "medmcqa", "probe", explanation="Because."),
+    MultipleChoice("p2", "Which?", ("one", "two", "three", "four", "five"), 4, "medqa", "probe", explanation="Because."),
+    MultipleChoice("p3", "Is it?", ("yes", "no", "maybe"), 1, "pubmedqa", "probe", context=("Seen.", "Found.")),
+    OpenAnswer("p4", "What?", "That.", "medquad", "probe"),
+)

@@ -1,0 +1,138 @@
+"""Write the demonstration's questions: rule-governed clinical facts, in MedMCQA's own file format.
+
+    python recipes/demo/make_dataset.py --output_dir recipes/demo/data
+
+Every answer follows from a table below (public adult reference ranges, textbook associations), so the set shows that
+fine-tuning teaches *something checkable*. It is a demonstration, not a medical resource: do not use it for care.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+# name, unit, low, high, decimals, name of a low value, name of a high value
+RANGES = [
+    ("serum sodium", "mmol/L", 135, 145, 0, "Hyponatraemia", "Hypernatraemia"),
+    ("serum potassium", "mmol/L", 3.5, 5.0, 1, "Hypokalaemia", "Hyperkalaemia"),
+    ("serum calcium", "mmol/L", 2.1, 2.6, 1, "Hypocalcaemia", "Hypercalcaemia"),
+    ("serum magnesium", "mmol/L", 0.7, 1.0, 1, "Hypomagnesaemia", "Hypermagnesaemia"),
+    ("serum phosphate", "mmol/L", 0.8, 1.5, 1, "Hypophosphataemia", "Hyperphosphataemia"),
+    ("fasting glucose", "mmol/L", 3.9, 5.5, 1, "Hypoglycaemia", "Hyperglycaemia"),
+    ("platelet count", "x10^9/L", 150, 400, 0, "Thrombocytopenia", "Thrombocytosis"),
+    ("white cell count", "x10^9/L", 4.0, 11.0, 1, "Leukopenia", "Leukocytosis"),
+    ("haemoglobin", "g/L", 120, 160, 0, "Anaemia", "Polycythaemia"),
+    ("arterial carbon dioxide", "mmHg", 35, 45, 0, "Hypocapnia", "Hypercapnia"),
+    ("heart rate", "per minute", 60, 100, 0, "Bradycardia", "Tachycardia"),
+    ("respiratory rate", "per minute", 12, 20, 0, "Bradypnoea", "Tachypnoea"),
+    ("systolic blood pressure", "mmHg", 90, 140, 0, "Hypotension", "Hypertension"),
+    ("body mass index", "kg/m2", 18.5, 25.0, 1, "Underweight", "Overweight"),
+]
+VALUE_STEMS = [
+    "A {age}-year-old {person} has a {name} of {value} {unit}. What is this called?",
+    "The {name} of a {age}-year-old {person} is {value} {unit}. Which term fits?",
+    "In a {person} aged {age} the {name} is {value} {unit}. Which finding is this?",
+]
+# kind: (question stems with {key}, [(key, right option)])
+PAIRS = {
+    "Vitamins": (
+        ["Lack of {key} leads to which disease in this {person}, {age}?", "A {person} of {age} lacks {key}. What follows?"],
+        [("vitamin C", "Scurvy"), ("vitamin D", "Rickets"), ("thiamine", "Beriberi"), ("niacin", "Pellagra"),
+         ("vitamin A", "Night blindness"), ("iodine", "Goitre"), ("vitamin K", "Bleeding tendency"),
+         ("vitamin B12", "Megaloblastic anaemia")],
+    ),
+    "Toxicology": (
+        ["A {person}, {age}, took too much {key}. Which antidote is given?",
+         "Which antidote is right for {key} poisoning in a {person} aged {age}?"],
+        [("paracetamol", "Acetylcysteine"), ("morphine", "Naloxone"), ("heparin", "Protamine"), ("warfarin", "Phytomenadione"),
+         ("diazepam", "Flumazenil"), ("methanol", "Fomepizole"), ("iron", "Desferrioxamine"), ("digoxin", "Digoxin antibody"),
+         ("carbon monoxide", "Oxygen"), ("organophosphate", "Atropine")],
+    ),
+    "Endocrinology": (
+        ["A {person} of {age} makes too little {key}. Which gland has failed?",
+         "Which gland makes {key}? The patient is a {person} aged {age}."],
+        [("insulin", "Pancreas"), ("thyroxine", "Thyroid"), ("cortisol", "Adrenal cortex"), ("adrenaline", "Adrenal medulla"),
+         ("melatonin", "Pineal"), ("prolactin", "Anterior pituitary"), ("oxytocin", "Posterior pituitary"),
+         ("parathormone", "Parathyroid")],
+    ),
+    "Microbiology": (
+        ["A {person}, {age}, has {key}. Which organism is the cause?", "What causes {key}, seen in a {person} aged {age}?"],
+        [("tetanus", "Clostridium tetani"), ("tuberculosis", "Mycobacterium tuberculosis"), ("cholera", "Vibrio cholerae"),
+         ("syphilis", "Treponema pallidum"), ("malaria", "Plasmodium"), ("whooping cough", "Bordetella pertussis"),
+         ("anthrax", "Bacillus anthracis"), ("plague", "Yersinia pestis"), ("diphtheria", "Corynebacterium diphtheriae"),
+         ("leprosy", "Mycobacterium leprae")],
+    ),
+    "Anatomy": (
+        ["The {key} of a {person}, {age}, is injured. Which function is lost?",
+         "A {person} of {age} has a cut {key}. What fails?"],
+        [("optic nerve", "Sight"), ("olfactory nerve", "Smell"), ("facial nerve", "Facial expression"),
+         ("vestibulocochlear nerve", "Hearing"), ("hypoglossal nerve", "Tongue movement"),
+         ("trigeminal nerve", "Facial sensation"), ("phrenic nerve", "Movement of the diaphragm"),
+         ("accessory nerve", "Shrugging of the shoulder")],
+    ),
+}  # fmt: skip
+NORMAL = "Within the reference range"
+PEOPLE = ["man", "woman", "teacher", "farmer", "nurse", "student", "driver", "cook", "painter", "baker"]
+
+
+def make_value_question(rng: random.Random) -> dict:
+    name, unit, low, high, decimals, low_term, high_term = rng.choice(RANGES)
+    width = high - low
+    kind = rng.choice(["low", "normal", "high"])
+    span = {
+        "low": (max(low - width, low * 0.5), low - 0.1 * width),
+        "normal": (low + 0.1 * width, high - 0.1 * width),
+        "high": (high + 0.1 * width, high + width),
+    }[kind]
+    value = f"{rng.uniform(*span):.{decimals}f}"
+    right = {"low": low_term, "normal": NORMAL, "high": high_term}[kind]
+    if not {"low": float(value) < low, "normal": low <= float(value) <= high, "high": float(value) > high}[kind]:
+        return make_value_question(rng)  # rounding crossed the limit
+    other = rng.choice([term for row in RANGES if row[0] != name for term in row[5:]])
+    stem = rng.choice(VALUE_STEMS).format(age=rng.randint(18, 90), person=rng.choice(PEOPLE), name=name, value=value, unit=unit)
+    explanation = f"The reference range of {name} is {low} to {high} {unit}; {value} is {kind}."
+    return finish(rng, stem, right, [t for t in (low_term, NORMAL, high_term) if t != right] + [other], explanation,
+                  "Laboratory values", name)  # fmt: skip
+
+
+def make_pair_question(rng: random.Random) -> dict:
+    subject = rng.choice(list(PAIRS))
+    stems, pairs = PAIRS[subject]
+    key, right = rng.choice(pairs)
+    stem = rng.choice(stems).format(key=key, age=rng.randint(18, 90), person=rng.choice(PEOPLE))
+    wrong = rng.sample([value for _, value in pairs if value != right], 3)
+    return finish(rng, stem, right, wrong, f"{key[0].upper() + key[1:]}: {right}.", subject, key)
+
+
+def finish(rng, question, right, wrong, explanation, subject, topic) -> dict:
+    options = [right, *wrong]
+    rng.shuffle(options)
+    return {
+        "question": question, "opa": options[0], "opb": options[1], "opc": options[2], "opd": options[3],
+        "cop": options.index(right) + 1, "exp": explanation, "subject_name": subject, "topic_name": topic,
+        "choice_type": "single",
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "data", help="folder to write to")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the generator (default 0)")
+    arguments = parser.parse_args()
+    sizes = {"test": 600, "validation": 300, "train": 4000}
+    rng, seen = random.Random(arguments.seed), set()
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    for split, size in sizes.items():
+        rows = []
+        while len(rows) < size:
+            row = rng.choice([make_value_question, make_pair_question])(rng)
+            if row["question"] not in seen:  # no question text stands in two splits, or twice in one
+                seen.add(row["question"])
+                rows.append({"id": f"demo-{split}-{len(rows):04d}", **row})
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (arguments.output_dir / f"{split}.jsonl").write_text(text, encoding="utf-8")
+        print(f"{split}: {len(rows)} questions")
+
+
+if __name__ == "__main__":
+    main()
