@@ -260,15 +260,16 @@ def parse_medqa(record: dict, source: str, entry: DataEntry) -> MultipleChoice:
         endings = sorted(key for key in record if re.fullmatch(r"ending\d", key))
         options, letter = tuple(need_option(record, key) for key in endings), record.get("label")
         answer = None if letter in (None, -1) else whole_number(letter, "label")
+        check_answer(answer, options)
         question = need_text(record, "sent1")
     else:
         options, question = read_options(record.get("options")), need_text(record, "question")
         letter = record.get("answer_idx")
         answer = None if letter is None else find_answer(letter, options)
+        check_answer(answer, options)
         text = record.get("answer")
         if answer is not None and text is not None and " ".join(str(text).split()) != " ".join(options[answer].split()):
             raise ValueError(f'answer_idx {letter} is "{options[answer]}" but answer is "{text}"; they must agree')
-    check_answer(answer, options)
     return MultipleChoice(
         id=optional_text(record, "id") or "", question=question, options=options, answer=answer, dataset="medqa",
         source=source, subject=optional_text(record, "meta_info"),

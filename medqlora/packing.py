@@ -86,15 +86,29 @@ def pack_epoch(lengths: np.ndarray, rows: np.ndarray, capacity: int, window: int
 
 
 def level(lengths: np.ndarray, rows: np.ndarray, count: int, capacity: int) -> list[np.ndarray]:
-    """Spread rows over `count` bins as evenly as longest-first allows, no bin over `capacity`; more bins if need be."""
+    """Spread rows over at least `count` bins as evenly as longest-first allows, no bin over `capacity`."""
     bins, tokens = [[] for _ in range(count)], np.zeros(count, np.int64)
     for row in rows[np.argsort(-lengths[rows], kind="stable")]:
         lightest = int(tokens.argmin())
         if tokens[lightest] + lengths[row] > capacity:
-            return level(lengths, rows, count * 2, capacity)
+            return level(lengths, rows, count + 1, capacity)
         bins[lightest].append(row)
         tokens[lightest] += lengths[row]
     return [np.asarray(chosen) for chosen in bins if chosen]
+
+
+def level_for_ranks(lengths: np.ndarray, rows: np.ndarray, count: int, ranks: int, capacity: int) -> list[np.ndarray]:
+    """Like `level`, with a number of bins that is a multiple of `ranks`. Where there are too few rows to split, the lightest
+    bins (fewer than `ranks` rows) sit this epoch out."""
+    bins = level(lengths, rows, -(-count // ranks) * ranks, capacity)
+    while len(bins) % ranks:
+        bins.sort(key=len)
+        if len(bins[-1]) < 2:
+            bins.sort(key=lambda chosen: -int(lengths[chosen].sum()))
+            return bins[: len(bins) // ranks * ranks]
+        most = bins.pop()
+        bins += [most[::2], most[1::2]]
+    return bins
 
 
 def draw_rows(repeats: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -172,17 +186,17 @@ def make_plan(
 def plan_packed_epoch(lengths, rows, capacity, bins_per_step, ranks, window, generator) -> list[list[np.ndarray]]:
     bins = pack_epoch(lengths, rows, capacity, window)
     bins = [bins[i] for i in generator.permutation(len(bins))]
+    # Underfull bins go last, fullest first: beside full ones they would leave a rank waiting.
+    bins.sort(key=lambda chosen: -min(int(lengths[chosen].sum()), WELL_FILLED * capacity))
     cut = len(bins) // bins_per_step * bins_per_step
     steps = [bins[i : i + bins_per_step] for i in range(0, cut, bins_per_step)]
     rest = bins[cut:]
     if rest:  # the epoch's last step: fewer bins, the same number for every rank
         remaining = np.concatenate(rest)
-        leveled = level(lengths, remaining, -(-len(rest) // ranks) * ranks, capacity)
-        if len(leveled) % ranks == 0:
-            steps.append(leveled)
+        steps.append(level_for_ranks(lengths, remaining, len(rest), ranks, capacity))
     if ranks > 1:  # heaviest first, so that the bins that ranks run side by side weigh alike
         steps = [sorted(step, key=lambda chosen: -int(lengths[chosen].sum())) for step in steps]
-    return steps
+    return [step for step in steps if step]
 
 
 def plan_single_rows(lengths, rows, global_tokens, ranks) -> list[list[np.ndarray]]:

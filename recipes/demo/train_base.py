@@ -2,14 +2,15 @@
 
     python recipes/demo/train_base.py --output_dir recipes/demo/base
 
-The model (4 layers, 128 wide, under 1.2 million parameters) learns to bind option letters to option texts, to look up a
-fact *that stands in the prompt* and to compare a number with limits *that stand in the prompt*. Names are drawn at random
-from its whole vocabulary, so no clinical fact is in it: on the demonstration's questions it is near chance.
+The model (4 layers, 128 wide, one million parameters) learns one thing: to bind option letters to option texts, by finding
+the option that says what the question says. The texts are words drawn at random from its vocabulary, so no clinical fact is
+in it: on the demonstration's questions it is near chance.
 """
 
 import argparse
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -46,100 +47,74 @@ def train_tokenizer(data_dir: Path) -> PreTrainedTokenizerFast:
     rows = [json.loads(line) for line in (data_dir / "train.jsonl").read_text(encoding="utf-8").splitlines()]
     texts = [" ".join(str(row[key]) for key in ("question", "opa", "opb", "opc", "opd")) for row in rows]
     texts += ["\nA. \nB. \nC. \nD. \nQuestion: \nContext: \nAnswer: A B C D"] * 200
-    texts += [" " + " ".join(EVERYDAY)] * 20 + [". ".join(BASE_TEMPLATES)] * 50
+    texts += [" " + " ".join(EVERYDAY)] * 20 + [". ".join(TEMPLATES)] * 50
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>", model_max_length=512
     )
 
 
-BASE_TEMPLATES = [
-    "{key} goes with {value}.", "What goes with {key}?", "Which option says {key}?", "Which one is {key}?",
-    "Limits {low} to {high}. Under is {under}, over is {over}, between is {between}.", "The {key} is {value}. Which name fits?",
+TEMPLATES = [
+    "Which option says {phrase}?", "Which one is {phrase}?", "Look for {phrase}. Where is it?", "Find {phrase} in this list.",
 ]  # fmt: skip
 
 
-def make_question(rng: random.Random, words: list[str], stage: int) -> list[MultipleChoice]:
-    """Questions over one list of options, so that one prompt teaches several times.
+def make_question(rng: random.Random, words: list[str], longest: int) -> MultipleChoice:
+    """Four phrases of random words; the question names one of them."""
+    options = [" ".join(rng.choices(words, k=rng.randint(1, longest))) for _ in range(4)]
+    right = rng.randrange(4)
+    question = rng.choice(TEMPLATES).format(phrase=options[right])
+    return MultipleChoice("", question, tuple(options), right, "base", "generated")
 
-    Stage 0: find a word among the options; 1: also phrases and told facts; 2: also numbers against told limits.
+
+def make_batch(rng, words, tokenizer, size, longest):
+    """-> ids [rows, length] right-padded, mask [rows, length], last [rows] position before the answer, forward [rows].
+
+    Every third question is asked backwards (which option has this letter?): there the letters are bound to options first.
     """
-
-    def phrase() -> str:
-        return " ".join(rng.choices(words, k=rng.choice([1, 1, 2, 2, 3]) if stage else 1))
-
-    kind = rng.random() * (0.35, 0.7, 1.0)[stage]
-    options = [phrase() for _ in range(4)]
-    if kind < 0.35:  # the option itself stands in the question
-        asked = [(rng.choice(BASE_TEMPLATES[2:4]).format(key=option), option) for option in options]
-    elif kind < 0.7:  # a fact that stands in the question
-        facts = [(phrase(), option) for option in options]
-        told = " ".join(BASE_TEMPLATES[0].format(key=key, value=value) for key, value in rng.sample(facts, 4)) + " "
-        asked = [(BASE_TEMPLATES[1].format(key=key), value) for key, value in facts]
-    else:  # a number against limits that stand in the question
-        decimals = rng.choice([0, 0, 1])
-        low = rng.uniform(0.5, 20) if decimals else rng.uniform(10, 300)
-        width = low * rng.uniform(0.15, 1.5)
-        high = low + width
-        spans = [(max(low - width, low * 0.4), low - 0.1 * width), (high + 0.1 * width, high + width),
-                 (low + 0.1 * width, high - 0.1 * width)]  # fmt: skip
-        limits = {"low": f"{low:.{decimals}f}", "high": f"{high:.{decimals}f}"}
-        told = BASE_TEMPLATES[4].format(**limits, under=options[0], over=options[1], between=options[2]) + " "
-        asked = [
-            (BASE_TEMPLATES[5].format(key=phrase(), value=f"{rng.uniform(*span):.{decimals}f}"), option)
-            for span, option in zip(spans, options, strict=False)
-        ]
-    told = "" if kind < 0.35 else told
-    rng.shuffle(options)
-    asked = rng.choices(asked, k=4)  # with repetition: else the last answer follows by elimination
-    return [
-        MultipleChoice("", (told if first else "") + question, tuple(options), options.index(right), "base", "generated")
-        for first, (question, right) in zip([True, False, False, False], asked, strict=True)
-    ]
+    texts, forward = [], []
+    for number in range(size):
+        question = make_question(rng, words, longest)
+        forward.append(number % 3 != 0)
+        if not forward[-1]:
+            letter = LETTERS[question.answer]
+            right = question.options[question.answer]
+            question = replace(question, question=rng.choice(TEMPLATES).format(phrase=letter))
+            texts.append((render(question, "plain", "letter").user, f" {right}"))
+        else:
+            prompt = render(question, "plain", "letter")
+            texts.append((prompt.user, prompt.completion))
+    prefixes = tokenizer([prefix for prefix, _ in texts])["input_ids"]
+    encoded = tokenizer([prefix + answer for prefix, answer in texts], padding=True, return_tensors="pt")
+    last = torch.tensor([len(ids) - 1 for ids in prefixes])
+    return encoded["input_ids"], encoded["attention_mask"], last, torch.tensor(forward)
 
 
-def make_batch(rng, words, tokenizer, letters, size, stage):
-    """-> ids [rows, length] right-padded, places [answers, 2]: row and position before each answer, answers [answers]."""
-    pieces, owners = [], []
-    for row in range(size):
-        for number, question in enumerate(make_question(rng, words, stage)):
-            prompt = render(question, "plain", "letter").user
-            pieces.append(prompt if number == 0 else f"\nQuestion: {question.question}\nAnswer:")
-            owners.append((row, letters[question.answer]))
-    rows, places, answers = [[] for _ in range(size)], [], []
-    for ids, (row, answer) in zip(tokenizer(pieces)["input_ids"], owners, strict=True):
-        rows[row] += ids
-        places.append((row, len(rows[row]) - 1))
-        rows[row].append(answer)
-        answers.append(answer)
-    longest = max(map(len, rows))
-    padded = [row + [tokenizer.pad_token_id] * (longest - len(row)) for row in rows]
-    return torch.tensor(padded), torch.tensor(places), torch.tensor(answers), tokenizer.pad_token_id
+def compute_loss(model, ids, mask, last, forward):
+    """Cross entropy of the first answer token, and a little of every token: copying is learned there first.
 
-
-def compute_loss(model, ids, places, answers, pad):
-    """Cross entropy of the answers, and a little of every token: copying is learned there first. -> loss, accuracy on first answers"""
+    -> loss, accuracy of the letters
+    """
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state  # causal: padding on the right is never seen
     logits = model.lm_head(hidden)  # [rows, length, vocab]
-    every = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), ignore_index=pad)
-    chosen = logits[places[:, 0], places[:, 1]]
-    first = torch.arange(0, len(answers), 4)  # the only one without another answer before it
-    right = (chosen[first].argmax(-1) == answers[first]).float().mean().item()
-    return F.cross_entropy(chosen, answers) + 0.2 * every, right
+    every = F.cross_entropy(logits[:, :-1][mask[:, 1:] == 1], ids[:, 1:][mask[:, 1:] == 1])
+    at = torch.arange(len(ids))
+    chosen, answers = logits[at, last], ids[at, last + 1]
+    right = (chosen.argmax(-1) == answers)[forward].float().mean().item()
+    return F.cross_entropy(chosen, answers) + 0.3 * every, right
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "base", help="folder to write to")
     parser.add_argument("--data_dir", type=Path, default=Path(__file__).parent / "data", help="for the vocabulary only")
-    parser.add_argument("--steps", type=int, default=9000, help="optimizer steps (default 9000)")
-    parser.add_argument("--rows", type=int, default=32, help="questions per step (default 32)")
-    parser.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate (default 1.5e-3)")
+    parser.add_argument("--steps", type=int, default=5000, help="optimizer steps (default 5000)")
+    parser.add_argument("--rows", type=int, default=48, help="questions per step (default 48)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     rng, words = random.Random(1), read_words(arguments.data_dir)
     tokenizer = train_tokenizer(arguments.data_dir)
-    letters = [tokenizer.encode(f" {letter}")[0] for letter in LETTERS[:4]]
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
@@ -152,9 +127,9 @@ def main() -> None:
     schedule = get_wsd_schedule(
         optimizer, num_warmup_steps=200, num_decay_steps=arguments.steps // 4, num_training_steps=arguments.steps
     )
-    stage, recent = 0, 0.0
+    longest, recent = 1, 0.0  # words in an option: one until that is learned
     for step in range(1, arguments.steps + 1):
-        batch = make_batch(rng, words, tokenizer, letters, arguments.rows, stage)
+        batch = make_batch(rng, words, tokenizer, arguments.rows, longest)
         loss, right = compute_loss(model, *batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -162,12 +137,12 @@ def main() -> None:
         optimizer.zero_grad()
         schedule.step()
         recent = 0.98 * recent + 0.02 * right
-        if recent > 0.9 and stage < 2:
-            stage, recent = stage + 1, 0.0
+        if recent > 0.85:
+            longest = 3
         if step % 250 == 0:
             with torch.no_grad():
-                _, held_out = compute_loss(model, *make_batch(random.Random(2), words, tokenizer, letters, 300, stage))
-            print(f"step {step}: stage {stage}, loss {loss.item():.3f}, held-out accuracy {held_out:.3f}", flush=True)
+                _, held_out = compute_loss(model, *make_batch(random.Random(2), words, tokenizer, 300, longest))
+            print(f"step {step}: options of up to {longest} word(s), loss {loss.item():.3f}, held-out accuracy {held_out:.3f}", flush=True)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(arguments.output_dir)
     tokenizer.save_pretrained(arguments.output_dir)

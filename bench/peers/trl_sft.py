@@ -1,0 +1,153 @@
+"""Tokens per second and peak memory of this project's recipe against TRL's SFTTrainer: same NF4 model, rows and settings.
+
+    python bench/peers/trl_sft.py --tokenizer DIR --data medmcqa/train.jsonl [--dtype float32] [--json FILE]
+
+Builds a random 74M-parameter Llama (speed and memory do not depend on the weights' values), then trains it in one process per
+contestant: TRL packed (best-fit, padding-free, head at labelled positions only, which TRL 1.16 always does), ours with the
+same recomputation, ours as we choose. Only ratios of one run on one machine mean something. Needs `pip install trl==1.16.0`.
+"""
+
+import argparse
+import json
+import resource
+import runpy
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "sft_qlora.py"
+WARM_UP = 2  # steps left out of the rate
+CONTESTANTS = {"trl": "full", "ours, same recomputation": "full", "ours, free": "none"}
+
+
+def build_base(folder: Path, tokenizer_dir: Path) -> None:
+    """74M parameters: SmolLM2-135M's shape with 13 of its 30 layers."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=576, intermediate_size=1536, num_hidden_layers=13, num_attention_heads=9,
+            num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def settings(arguments: argparse.Namespace, base: Path, work: Path, recompute: str) -> list[str]:
+    """The recipe's flags; TRL gets the same values from the same configuration."""
+    data = json.dumps([{"format": "medmcqa", "path": str(arguments.data), "limit": arguments.rows}])
+    return [
+        "--model.base", str(base), "--model.dtype", arguments.dtype, "--data.train", data, "--data.prompt_style", "plain",
+        "--data.completion", "letter_text", "--data.max_length", "1024", "--data.cache_dir", str(work / "cache"), "--data.eval", "[]",
+        "--data.test", "[]", "--training.epochs", str(arguments.epochs), "--training.max_tokens_per_batch", "2048",
+        "--training.global_batch_tokens", "2048", "--training.lr", "2e-4", "--training.scheduler", "constant", "--lora.r", "16",
+        "--lora.alpha", "32", "--training.warmup_steps", "0", "--training.gradient_checkpointing", recompute,
+    ]  # fmt: skip
+
+
+def run_ours(arguments: argparse.Namespace, base: Path, work: Path, recompute: str) -> dict:
+    output = work / f"run-{recompute}"
+    sys.argv = [str(RECIPE), "--output_dir", str(output), *settings(arguments, base, work, recompute)]
+    try:
+        runpy.run_path(str(RECIPE), run_name="__main__")
+    except SystemExit as stop:
+        assert not stop.code, stop.code
+    rows = [json.loads(line) for line in (output / "train_log.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "loss" in row]
+    timed = rows[WARM_UP:]
+    seconds = sum(row["tokens"] / row["tokens_per_second"] for row in timed)
+    return {"tokens_per_second": sum(row["tokens"] for row in timed) / seconds, "losses": [row["loss"] for row in rows]}
+
+
+def run_trl(arguments: argparse.Namespace, base: Path, work: Path, recompute: str) -> dict:
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    from medqlora.config import load_config
+    from medqlora.models import DTYPES
+    from medqlora.preparation import prepare
+    from medqlora.tokens import make_encoder
+
+    config = load_config(RECIPE.parent / "configs" / "demo.yaml", settings(arguments, base, work, recompute))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    table = prepare(config, make_encoder(tokenizer, "plain", "letter_text")).train
+    rows = [table.ids[a:b].tolist() for a, b in zip(table.offsets[:-1], table.offsets[1:], strict=True)]
+    masks = [[0] * int(prompt) + [1] * (len(row) - int(prompt)) for row, prompt in zip(rows, table.prompt_lengths, strict=True)]
+    dtype = DTYPES[arguments.dtype]
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, quantization_config=quantization, device_map={"": "cpu"})
+    times = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            times.append(time.perf_counter())
+
+    half = arguments.dtype == "bfloat16"
+    trainer = SFTTrainer(
+        model=model, processing_class=tokenizer, callbacks=[Clock()],
+        train_dataset=Dataset.from_dict({"input_ids": rows, "completion_mask": masks}),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear"),
+        args=SFTConfig(
+            output_dir=str(work / "trl"), packing=True, max_length=2048, per_device_train_batch_size=1, completion_only_loss=True,
+            num_train_epochs=arguments.epochs, learning_rate=2e-4, lr_scheduler_type="constant", logging_steps=1, save_strategy="no",
+            gradient_checkpointing=recompute == "full", gradient_checkpointing_kwargs={"use_reentrant": False}, use_cpu=True,
+            bf16=half, report_to="none", disable_tqdm=True, max_grad_norm=1.0,
+        ),
+    )  # fmt: skip
+    tokens = int(table.lengths.sum()) * arguments.epochs
+    steps = trainer.get_train_dataloader()
+    per_epoch = len(steps)
+    trainer.train()
+    losses = [float(row["loss"]) for row in trainer.state.log_history if "loss" in row]
+    # every step holds a nearly full 2,048-token pack: the part of all tokens after the warm-up is that of the steps
+    part = (len(times) - WARM_UP) / (per_epoch * arguments.epochs)
+    return {"tokens_per_second": tokens * part / (times[-1] - times[WARM_UP - 1]), "losses": losses}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a tokenizer with 32k tokens or more")
+    parser.add_argument("--data", type=Path, required=True, help="MedMCQA file")
+    parser.add_argument("--rows", type=int, default=500, help="rows to train on (default 500)")
+    parser.add_argument("--epochs", type=int, default=1, help="passes over them (default 1)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="compute dtype (default float32)")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--contestant", choices=list(CONTESTANTS), help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.contestant:
+        run = run_trl if arguments.contestant == "trl" else run_ours
+        figures = run(arguments, arguments.work / "base", arguments.work, CONTESTANTS[arguments.contestant])
+        figures["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        (arguments.work / f"{arguments.contestant}.json").write_text(json.dumps(figures))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        build_base(work / "base", arguments.tokenizer)
+        results = {}
+        for name in CONTESTANTS:
+            command = [sys.executable, __file__, *sys.argv[1:], "--contestant", name, "--work", folder]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            results[name] = json.loads((work / f"{name}.json").read_text())
+    for name, figures in results.items():
+        ratio = figures["tokens_per_second"] / results["trl"]["tokens_per_second"]
+        memory = figures["peak_memory_bytes"] / results["trl"]["peak_memory_bytes"]
+        ends = figures["losses"][0], sum(figures["losses"][-5:]) / 5
+        print(f"{name}: {ratio:.2f} x TRL's tokens/s, {memory:.2f} x its peak memory; loss first {ends[0]:.3f}, mean of last five {ends[1]:.3f}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()

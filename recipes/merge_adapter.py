@@ -1,0 +1,122 @@
+"""Merge an adapter into its base, shard by shard, and check that the merged model is the one that was trained.
+
+    python recipes/merge_adapter.py --adapter runs/mine/adapter --output merged
+
+The default merges into the dequantized weights: the weights that training multiplied with. `--base_weights original` merges
+into the 16-bit base, which is another model (its logits differ from the trained one's; the printed figure says by how much).
+"""
+
+import argparse
+import gc
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import track
+
+from medqlora.config import Model, UserError
+from medqlora.engines.hf import run_packed
+from medqlora.losses import compute_logits, unwrap
+from medqlora.merging import MergeError, compare_logits, merge
+from medqlora.models import (
+    check_adapter, choose_dtype, load_adapter, load_base, load_tokenizer, read_adapter_card, read_model_config, resolve_base,
+    sample_weights,
+)  # fmt: skip
+from medqlora.prompts import PROBES, PromptError, render
+from medqlora.tokens import encode_prefixes, encode_text, make_encoder
+
+# Relative error of the logits: rounding of merged weights to the compute dtype is all that may differ.
+BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+console = Console(highlight=False)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapter", type=Path, required=True, help="adapter folder of a run")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument("--base", help="folder or hub id of the base (default: the one the adapter names)")
+    parser.add_argument("--base_weights", choices=["dequantized", "original"], default="dequantized", help="default dequantized")
+    parser.add_argument("--verify", choices=["true", "false"], default="true", help="compare logits with base + adapter (default true)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if arguments.output.exists():
+        raise MergeError(f"--output {arguments.output} exists; give a new folder")
+    card = read_adapter_card(arguments.adapter)
+    base_id = arguments.base or card.get("base")
+    if base_id is None:
+        raise MergeError(f"--adapter {arguments.adapter} does not name its base; give it with --base")
+    revision = None if Path(base_id).is_dir() else card.get("revision")
+    config = read_model_config(base_id, revision)
+    check_adapter(arguments.adapter, config)
+    base = resolve_base(base_id, revision)
+    if card.get("base_sha256") not in (None, sample_weights(base)):
+        raise MergeError(f"--base {base_id}: its weights are not those the adapter was trained on ({card['base']}); give that model")
+
+    steps = merge(arguments.adapter, base, arguments.output, config, card, arguments.base_weights)
+    total = next(steps)[1]
+    for _ in track(steps, "merging", total - 1, console=console, transient=True):
+        pass
+    console.print(f"{arguments.output}: {total} tensors, {arguments.base_weights} base")
+    if arguments.verify == "true":
+        verify(arguments, card, base)
+
+
+def verify(arguments: argparse.Namespace, card: dict, base: Path) -> None:
+    """Logits of the merged model against base + adapter, one model in memory at a time."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encoder = make_encoder(load_tokenizer(str(base)), card.get("prompt_style", "auto"), card.get("completion", "letter"))
+    prompts = []
+    for probe in PROBES:
+        try:
+            prompts.append(render(probe, encoder.style, encoder.completion))
+        except PromptError:
+            continue
+    rows = encode_prefixes(encoder, prompts) + [encode_text(encoder.tokenizer, text) for text in VERIFY_TEXTS]
+    settings = {key: card[key] for key in ("quantization", "double_quantization", "dtype") if key in card}
+    reference = read_logits(Model(base=str(base), **settings), arguments.adapter, rows, device)
+    dtype = choose_dtype(card.get("dtype", "auto"), device)
+    merged = read_logits(Model(base=str(arguments.output), quantization="none", dtype=card.get("dtype", "auto")), None, rows, device)
+    figures = compare_logits(reference, merged)
+    console.print(
+        f"merged against base + adapter: relative logit error mean {figures['mean_relative_error']:.1e}, largest "
+        f"{figures['max_relative_error']:.1e}; same most likely token on {figures['same_top_token']:.0%} of {len(rows)} prompts"
+    )
+    bound = BOUNDS[dtype]
+    if arguments.base_weights == "dequantized" and figures["max_relative_error"] > bound:
+        raise MergeError(f"the merged model in {arguments.output} is not the trained one: relative logit error over {bound:.0e}; do not use it")
+    if arguments.base_weights == "original" and card.get("quantization", "none") != "none":
+        console.print("the original base is not the quantized one that was trained on; that difference is the figure above")
+
+
+VERIFY_TEXTS = (
+    "A 54-year-old man with diabetes presents with chest pain that radiates to the left arm. The most likely diagnosis is",
+    "The half-life of a drug that is eliminated by first-order kinetics depends on",
+    "Question: Which electrolyte falls first?\nA. Sodium\nB. Potassium\nC. Calcium\nD. Chloride\nAnswer:",
+)
+
+
+@torch.inference_mode()
+def read_logits(settings: Model, adapter: Path | None, rows: list[list[int]], device: torch.device) -> list[torch.Tensor]:
+    model, backend = load_base(settings, device)
+    model = load_adapter(model, adapter) if adapter else model
+    model.eval()
+    causal = unwrap(model)
+    logits = [compute_logits(causal, run_packed(causal, backend, [row])[-1:])[0].cpu() for row in rows]
+    del model, causal
+    gc.collect()
+    return logits
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

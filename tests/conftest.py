@@ -1,0 +1,75 @@
+"""Shared by the tests: where the real data lies, and tiny models built in code."""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, LlamaConfig, Phi3Config, Qwen2Config
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "recipes" / "demo"
+DATA = Path(os.environ.get("MEDQLORA_TEST_DATA") or ROOT.parent / "shared" / "data")
+TOKENIZERS = ("llama-3", "qwen2.5", "phi-3", "smollm2")
+
+
+def real(path: str) -> Path:
+    """A real data file, or a skip that says how to get one."""
+    found = DATA / path
+    if not found.exists():
+        pytest.skip(f"real data {path} is not here; set MEDQLORA_TEST_DATA to the folder that has it")
+    return found
+
+
+@functools.cache  # loading takes seconds; a test that changes one does so with monkeypatch
+def real_tokenizer(name: str):
+    folder = real(f"tokenizers/{name}")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    template = folder / "instruct_chat_template.jinja"
+    if template.exists():
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    return tokenizer
+
+
+@pytest.fixture(params=TOKENIZERS)
+def tokenizer(request):
+    return real_tokenizer(request.param)
+
+
+@pytest.fixture(scope="session")
+def demo_tokenizer():
+    return AutoTokenizer.from_pretrained(DEMO / "base")
+
+
+SMALL = {
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+ARCHITECTURES = {
+    "llama": lambda: LlamaConfig(**SMALL),
+    "qwen2": lambda: Qwen2Config(**SMALL),
+    "gemma2": lambda: Gemma2Config(**SMALL, head_dim=16, sliding_window=16, query_pre_attn_scalar=16),
+    "phi3": lambda: Phi3Config(**SMALL, sliding_window=24),
+}
+
+
+def build_model(architecture: str, attention: str | None = None, **changes) -> torch.nn.Module:
+    """A small random model whose outputs are not all alike."""
+    config = ARCHITECTURES[architecture]()
+    for key, value in changes.items():
+        setattr(config, key, value)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention or "sdpa")
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    return model.eval()
+
+
+def run_script(*arguments: str, cwd: Path = ROOT, **options) -> subprocess.CompletedProcess:
+    """Run a script of the project as a user does."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, **options)

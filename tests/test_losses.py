@@ -1,0 +1,138 @@
+"""Packed training is separate training: logits, loss and adapter gradients, on four architectures."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ARCHITECTURES, build_model
+
+from medqlora.attention import DOCUMENTS, AttentionError, packing_arguments, verify_isolation
+from medqlora.config import Lora
+from medqlora.losses import AnswerLoss, backbone_of
+from medqlora.models import attach_adapter, set_checkpointing
+from medqlora.packing import collate
+from medqlora.tokens import TokenTable
+
+CPU = torch.device("cpu")
+
+
+def make_table(rows: int = 9) -> TokenTable:
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(8, 60, rows)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    prompts = np.array([generator.integers(1, length - 1) for length in lengths], np.int32)
+    return TokenTable(generator.integers(3, 320, offsets[-1]).astype(np.int32), offsets, prompts, [str(i) for i in range(rows)])
+
+
+def make_batch(table: TokenTable, rows, backend: str) -> dict:
+    batch = collate(table, np.asarray(rows))
+    tensors = {key: torch.from_numpy(batch[key]) for key in ("input_ids", "position_ids", "predict_at", "targets")}
+    return tensors | packing_arguments(backend, batch, CPU)
+
+
+def plain_loss(model, table: TokenTable, row: int) -> torch.Tensor:
+    """The reference: transformers' own eager attention and head over one unpacked row."""
+    ids = torch.from_numpy(np.array(table.ids[table.offsets[row] : table.offsets[row + 1]], np.int64))[None]
+    logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+    start = int(table.prompt_lengths[row]) - 1
+    return F.cross_entropy(logits[start:].float(), ids[0, start + 1 :], reduction="sum")
+
+
+def adapted(architecture: str, attention: str, **lora):
+    model = attach_adapter(build_model(architecture, attention), Lora(r=4, alpha=8, **lora), seed=0)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def gradients(model) -> torch.Tensor:
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("recompute", ["none", "full", "every_2"])
+def test_packed_equals_separate(architecture, recompute):
+    """Relative error of loss and of all adapter gradients under 1e-5 in float32."""
+    table = make_table()
+    reference = adapted(architecture, "eager").train()
+    expected = sum(plain_loss(reference, table, row) for row in range(9))
+    expected.backward()
+    packed = adapted(architecture, DOCUMENTS).train()
+    set_checkpointing(packed.get_base_model(), recompute, CPU)
+    loss = AnswerLoss(packed, chunk=16)(**make_batch(table, range(9), "varlen"))
+    loss.backward()
+    assert abs(loss.item() / expected.item() - 1) < 1e-5
+    wanted, got = gradients(reference), gradients(packed)
+    assert (torch.linalg.vector_norm(wanted - got) / torch.linalg.vector_norm(wanted)).item() < 1e-5
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_sdpa_fallback_is_isolated_too(architecture):
+    table = make_table()
+    reference = adapted(architecture, "eager")
+    expected = sum(plain_loss(reference, table, row) for row in range(9)).item()
+    loss = AnswerLoss(adapted(architecture, "sdpa"), 1024)(**make_batch(table, range(9), "sdpa"))
+    assert abs(loss.item() / expected - 1) < 1e-5
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_isolation_is_proven_on_the_model(architecture):
+    model = build_model(architecture, DOCUMENTS)
+    assert verify_isolation(backbone_of(model), "varlen", 320, 1e-4) < 1e-4
+
+
+def test_isolation_check_catches_a_leak():
+    """The kwargs of another backend do not reach this one, so all documents see each other."""
+    model = build_model("llama", DOCUMENTS)
+    with pytest.raises(AttentionError, match="does not isolate"):
+        verify_isolation(backbone_of(model), "flex", 320, 1e-4)
+
+
+def test_chunks_do_not_change_the_loss_or_its_gradient():
+    table, results = make_table(), []
+    for chunk in (3, 1024):
+        model = adapted("gemma2", DOCUMENTS)
+        loss = AnswerLoss(model, chunk)(**make_batch(table, range(9), "varlen"))
+        loss.backward()
+        results.append((loss.item(), gradients(model)))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+    assert torch.allclose(results[0][1], results[1][1], rtol=1e-4, atol=1e-6)
+
+
+def test_loss_normalised_over_the_global_batch_does_not_depend_on_the_split():
+    table = make_table()
+    results = []
+    for batches in ([list(range(9))], [[0], [1, 2, 3, 4, 5], [6, 7, 8]]):
+        model = adapted("llama", DOCUMENTS)
+        total = int((table.lengths - table.prompt_lengths).sum())
+        for rows in batches:
+            (AnswerLoss(model, 1024)(**make_batch(table, rows, "varlen")) / total).backward()
+        results.append(gradients(model))
+    assert (torch.linalg.vector_norm(results[0] - results[1]) / torch.linalg.vector_norm(results[0])).item() < 1e-5
+
+
+def test_lean_lora_forward_is_pefts():
+    """Values and gradients of the lean forward against PEFT's own, dropout off and on (same seed), rsLoRA too."""
+    for lora in ({}, {"variant": "rslora"}, {"dropout": 0.3}):
+        lean = adapted("llama", DOCUMENTS, **lora).train()
+        own = copy.deepcopy(lean)
+        for module in own.modules():
+            module.__dict__.pop("forward", None)
+        table, results = make_table(), []
+        for model in (lean, own):
+            torch.manual_seed(3)
+            loss = AnswerLoss(model, 1024)(**make_batch(table, range(9), "varlen"))
+            loss.backward()
+            results.append((loss.item(), gradients(model)))
+        assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+        assert (torch.linalg.vector_norm(results[0][1] - results[1][1]) / torch.linalg.vector_norm(results[1][1])).item() < 1e-5
+
+
+def test_dora_trains_through_pefts_own_forward():
+    model = adapted("llama", DOCUMENTS, variant="dora").train()
+    AnswerLoss(model, 1024)(**make_batch(make_table(), range(9), "varlen")).backward()
+    assert any("magnitude" in name and parameter.grad is not None for name, parameter in model.named_parameters())

@@ -1,0 +1,61 @@
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from medqlora.examples import MultipleChoice, OpenAnswer
+from medqlora.prompts import PromptError, parse_answer, render, render_answer
+
+MCQ = MultipleChoice("q", "Which?", ("one", "two", "three", "four"), 2, "medmcqa", "f", explanation="Because.")
+MEDQA = MultipleChoice("q", "Which?", ("one", "two", "three", "four"), 2, "medqa", "f")
+PUBMEDQA = MultipleChoice("q", "Is it?", ("yes", "no", "maybe"), 1, "pubmedqa", "f", context=("Seen.", "Found."))
+
+
+def test_lm_eval_prompts_are_the_harness_own():
+    prompt = render(MCQ, "lm_eval", "letter")
+    assert prompt.user == "Question: Which?\nChoices:\nA. one\nB. two\nC. three\nD. four\nAnswer:"
+    assert prompt.completion == " C"
+    assert render(MEDQA, "lm_eval", "letter").user == "Question: Which?\nA. one\nB. two\nC. three\nD. four\nAnswer:"
+    prompt = render(PUBMEDQA, "lm_eval", "letter")
+    assert prompt.user == "Abstract: Seen.\nFound.\nQuestion: Is it?\nAnswer:"
+    assert prompt.completion == " no"
+
+
+def test_completions():
+    assert render(MCQ, "chat", "letter").completion == "C"
+    assert render(MCQ, "plain", "letter").completion == " C"
+    assert render(MCQ, "chat", "letter_text").completion == "C. three"
+    assert render(MCQ, "chat", "explanation").completion == "Because.\nAnswer: C"
+    assert render(OpenAnswer("o", "What?", "That.", "qa", "f"), "plain", "letter").completion == " That."
+
+
+def test_unlabelled_has_no_completion():
+    assert render(MultipleChoice("q", "Which?", ("a", "b"), None, "mcq", "f"), "plain", "letter").completion is None
+
+
+def test_text_completion_of_a_choice_question_is_refused():
+    with pytest.raises(PromptError, match="open questions"):
+        render(MCQ, "plain", "text")
+    with pytest.raises(PromptError, match="multiple-choice questions only"):
+        render(OpenAnswer("o", "What?", "That.", "qa", "f"), "lm_eval", "text")
+
+
+line = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Zl", "Zp", "Cs")), min_size=1).map(str.strip).filter(bool)
+
+
+@given(st.lists(line, min_size=2, max_size=8), st.data(), st.sampled_from(["letter", "letter_text", "explanation"]), st.text())
+def test_parse_is_the_exact_inverse_of_render(options, data, completion, explanation):
+    answer = data.draw(st.integers(0, len(options) - 1))
+    example = MultipleChoice("q", "Which?", tuple(options), answer, "mcq", "f")
+    assume("Answer:" not in "".join(options))
+    text = render_answer(example, completion, explanation)
+    assert parse_answer(text, example.options, completion) == answer
+
+
+@pytest.mark.parametrize("text", ["", "I do not know", "Aspirin", "E", "Z. none", "A or B", "Because A is"])
+def test_parse_never_guesses(text):
+    assert parse_answer(text, ("one", "two", "three", "four")) is None
+
+
+def test_parse_reads_common_forms():
+    for text in ("C", "C.", "(C)", "C) three", "Answer: C", "three", "Three."):
+        assert parse_answer(text, MCQ.options) == 2

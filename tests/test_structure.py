@@ -1,0 +1,75 @@
+"""The rules of the house: import order, scripts that are never imported, packages that know nothing of argv."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# The order of ARCHITECTURE.md: a module imports only from those before it.
+ORDER = [
+    "config", "runs", "examples", "cleaning", "prompts", "tokens", "packing", "preparation", "attention", "models", "optimizers",
+    "losses", "checkpoints", "merging", "engines.hf", "scoring", "metrics",
+]  # fmt: skip
+SCRIPTS = [p for folder in ("recipes", "eval", "bench", "launch") for p in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def test_every_module_has_its_place():
+    found = {
+        str(path.relative_to(ROOT / "medqlora").with_suffix("")).replace("/", ".")
+        for path in (ROOT / "medqlora").rglob("*.py") if path.name != "__init__.py"
+    }  # fmt: skip
+    assert found == set(ORDER)
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_module_imports_only_from_above(module):
+    path = ROOT / "medqlora" / (module.replace(".", "/") + ".py")
+    allowed = set(ORDER[: ORDER.index(module)])
+    used = {name.removeprefix("medqlora.") for name in imports(path) if name.startswith("medqlora.")}
+    used = {name for name in used if name in ORDER}
+    assert used <= allowed, f"{module} imports {used - allowed}, which stand after it"
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_package_neither_prints_nor_reads_arguments(module):
+    tree = ast.parse((ROOT / "medqlora" / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8"))
+    called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    touched = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert "print" not in called
+    assert not touched & {"sys.argv", "os.environ", "os.getenv"}
+
+
+def test_scripts_are_never_imported():
+    names = {path.stem for path in SCRIPTS}
+    for path in [*SCRIPTS, *(ROOT / "medqlora").rglob("*.py"), *(ROOT / "tests").glob("*.py")]:
+        used = {name.split(".")[0] for name in imports(path)}
+        assert not used & {"recipes", "bench", "launch"}, path
+        assert not {name for name in used if name in names}, path
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_do_nothing_when_read(path):
+    """Only imports, definitions, constants and the guarded call stand at the top level."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        assert not isinstance(node, (ast.For, ast.While, ast.With, ast.Try)), ast.unparse(node)[:80]
+        if isinstance(node, ast.Expr):
+            assert isinstance(node.value, ast.Constant), ast.unparse(node)[:80]
+        if isinstance(node, ast.If):
+            assert "__name__" in ast.unparse(node.test)
+
+
+def test_metrics_and_scoring_need_no_torch():
+    for module in ("metrics", "examples", "cleaning", "prompts", "config"):
+        assert not {n for n in imports(ROOT / "medqlora" / f"{module}.py") if n.split(".")[0] in ("torch", "transformers")}
