@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 
 from medqlora.config import UserError
 
+SHORT = 512  # up to this length plain matrix products beat the CPU's fused attention in bfloat16, two to four times
 DOCUMENTS = "medqlora_documents"  # our name in transformers' AttentionInterface
 IMPLEMENTATIONS = {"varlen": DOCUMENTS, "flash": "flash_attention_2", "flex": "flex_attention", "sdpa": "sdpa"}
 
@@ -131,18 +132,20 @@ def attend_rows(query, key, value, mask, scaling, dropout, sliding_window, softc
     if key.shape[1] != heads:
         key, value = (tensor.repeat_interleave(heads // key.shape[1], dim=1) for tensor in (key, value))
     windowed = sliding_window is not None and sliding_window < keys
-    if mask is None and not windowed and softcap is None and queries == keys:
+    explicit = softcap is not None or (query.device.type == "cpu" and query.dtype is not torch.float32 and keys <= SHORT)
+    if mask is None and not windowed and not explicit and queries == keys:
         out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scaling)
         return out.transpose(1, 2)
     if mask is None:
         at = torch.arange(keys, device=query.device)
         distance = at[keys - queries :, None] - at[None]  # [queries, keys]
         mask = (distance >= 0) & (distance < sliding_window) if windowed else distance >= 0
-    if softcap is None:
+    if not explicit:
         return F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scaling).transpose(1, 2)
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, float("-inf"))
-    weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = F.dropout(scores.masked_fill(~mask, float("-inf")).softmax(-1), dropout)
     return (weights @ value).transpose(1, 2)
 
 

@@ -184,7 +184,7 @@ def read_hub(hub: str, subset: str | None, split: str, revision: str | None) -> 
 
     try:
         table = datasets.load_dataset(hub, subset, split=split, revision=revision)
-    except Exception as error:  # the library raises a dozen unrelated types for one mistake of the user
+    except Exception as error:  # noqa: BLE001 - the library raises a dozen unrelated types for one mistake of the user
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"hub dataset {hub} (subset {subset}, split {split}) cannot be loaded: {reason}") from None
     return [(f"{hub} {split} row {i}", dict(row)) for i, row in enumerate(table, 1)]

@@ -128,7 +128,7 @@ def read_layout(path: Path) -> dict[str, tuple[torch.dtype, list[int]]]:
     kinds = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
     with safe_open(path, "pt") as file:
         layout = {}
-        for name in file.keys():  # noqa: SIM118: safe_open is no mapping
+        for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
             part = file.get_slice(name)
             if part.get_dtype() not in kinds:
                 raise MergeError(f"{path.name}: tensor {name} is {part.get_dtype()}; merge from an unquantized 16- or 32-bit base")

@@ -18,7 +18,7 @@ def wilson_interval(right: int, total: int, z: float = Z95) -> tuple[float, floa
     p, square = right / total, z * z
     center = (p + square / (2 * total)) / (1 + square / total)
     half = z / (1 + square / total) * math.sqrt(p * (1 - p) / total + square / (4 * total * total))
-    return (max(0.0, center - half), min(1.0, center + half))
+    return (0.0 if right == 0 else max(0.0, center - half), 1.0 if right == total else min(1.0, center + half))
 
 
 def score_predictions(rows: list[dict[str, Any]]) -> dict[str, Any]:

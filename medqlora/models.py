@@ -171,9 +171,9 @@ def attach_adapter(model: torch.nn.Module, lora: Lora, seed: int) -> PeftModel:
 def lean_adapter(model: PeftModel) -> None:
     """Give plain LoRA layers a forward without PEFT's defensive clone, dtype round trip and separate scale and add."""
     for module in model.modules():
-        if isinstance(module, LoraLayer) and len(module.lora_A) == 1 and not module.lora_variant:
-            if isinstance(module.get_base_layer(), torch.nn.Linear):
-                module.forward = types.MethodType(forward_lean, module)
+        plain = isinstance(module, LoraLayer) and len(module.lora_A) == 1 and not module.lora_variant
+        if plain and isinstance(module.get_base_layer(), torch.nn.Linear):
+            module.forward = types.MethodType(forward_lean, module)
 
 
 def forward_lean(layer: LoraLayer, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -21,7 +21,14 @@ from medqlora.engines.hf import run_packed
 from medqlora.losses import compute_logits, unwrap
 from medqlora.merging import MergeError, compare_logits, merge
 from medqlora.models import (
-    check_adapter, choose_dtype, load_adapter, load_base, load_tokenizer, read_adapter_card, read_model_config, resolve_base,
+    check_adapter,
+    choose_dtype,
+    load_adapter,
+    load_base,
+    load_tokenizer,
+    read_adapter_card,
+    read_model_config,
+    resolve_base,
     sample_weights,
 )  # fmt: skip
 from medqlora.prompts import PROBES, PromptError, render

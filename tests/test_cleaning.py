@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medqlora.cleaning import clean, deduplicate, decontaminate, squash
+from medqlora.cleaning import clean, decontaminate, deduplicate, squash
 from medqlora.examples import MultipleChoice, OpenAnswer, Passage
 
 QUESTION = MultipleChoice("a", "Which  is\nright?", ("One ", "two", "three", "four"), 1, "medmcqa", "f line 1", explanation="x\n\n\n\ny")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,8 +14,20 @@ from medqlora.attention import DOCUMENTS
 from medqlora.config import Lora, Model, Training
 from medqlora.losses import AnswerLoss
 from medqlora.models import (
-    ModelError, adapter_weights, architecture_hash, attach_adapter, check_length, count_adapter_weights, load_adapter, load_base,
-    read_adapter_card, read_model_config, restore_adapter, sample_weights, save_adapter, set_checkpointing,
+    ModelError,
+    adapter_weights,
+    architecture_hash,
+    attach_adapter,
+    check_length,
+    count_adapter_weights,
+    load_adapter,
+    load_base,
+    read_adapter_card,
+    read_model_config,
+    restore_adapter,
+    sample_weights,
+    save_adapter,
+    set_checkpointing,
 )  # fmt: skip
 from medqlora.optimizers import learning_rate, make_optimizer
 
@@ -168,7 +181,7 @@ def test_learning_rate(scheduler):
     rates = [learning_rate(step, 100, training) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert rates[10] == 1.0
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[10:]))
     assert rates[-1] == 1.0 if scheduler == "constant" else rates[-1] < 0.02
     ratio = Training(lr=1.0, scheduler=scheduler, warmup_steps=0.1)
     assert [learning_rate(step, 100, ratio) for step in range(100)] == rates

@@ -12,7 +12,15 @@ from medqlora.cleaning import clean
 from medqlora.config import DataEntry
 from medqlora.examples import DataError, MultipleChoice, OpenAnswer, Passage, read_examples
 from medqlora.prompts import PromptError, render
-from medqlora.tokens import encode_candidates, encode_completions, encode_examples, encode_prefixes, fingerprint, make_encoder, prefix_text
+from medqlora.tokens import (
+    encode_candidates,
+    encode_completions,
+    encode_examples,
+    encode_prefixes,
+    fingerprint,
+    make_encoder,
+    prefix_text,
+)
 
 MCQ = MultipleChoice("q1", "Which falls?", ("Na", "K", "Ca", "Cl"), 2, "medmcqa", "f line 1", explanation="Calcium falls.")
 OPEN = OpenAnswer("q2", "What is sepsis?", "A dysregulated response to infection.", "medquad", "f line 2")
@@ -135,7 +143,7 @@ def test_truncation_cuts_the_explanation_and_keeps_the_letter(tokenizer):
 def test_row_that_cannot_fit_is_an_error_or_a_listed_drop(tokenizer):
     encoder = make_encoder(tokenizer)
     long = replace(MCQ, options=("very long option " * 50, "b", "c", "d"))
-    with pytest.raises(DataError, match="f line 1.*needs .* tokens without its context"):
+    with pytest.raises(DataError, match=r"f line 1.*needs .* tokens without its context"):
         encode_examples(encoder, [long], 64)
     table, removals = encode_examples(encoder, [long, MCQ], 100, drop=True)
     assert (list(table.names), [r.id for r in removals]) == (["q1"], ["q1"])

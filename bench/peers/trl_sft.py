@@ -57,7 +57,8 @@ def run_ours(arguments: argparse.Namespace, base: Path, work: Path, recompute: s
     try:
         runpy.run_path(str(RECIPE), run_name="__main__")
     except SystemExit as stop:
-        assert not stop.code, stop.code
+        if stop.code:
+            raise
     rows = [json.loads(line) for line in (output / "train_log.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "loss" in row]
     timed = rows[WARM_UP:]
@@ -66,7 +67,6 @@ def run_ours(arguments: argparse.Namespace, base: Path, work: Path, recompute: s
 
 
 def run_trl(arguments: argparse.Namespace, base: Path, work: Path, recompute: str) -> dict:
-    import torch
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback

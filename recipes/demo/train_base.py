@@ -2,12 +2,14 @@
 
     python recipes/demo/train_base.py --output_dir recipes/demo/base
 
-The model (4 layers, 128 wide, one million parameters) learns one thing: to bind option letters to option texts, by finding
-the option that says what the question says. The texts are words drawn at random from its vocabulary, so no clinical fact is
-in it: on the demonstration's questions it is near chance.
+The model (4 layers, 128 wide, one million parameters) learns to bind option letters to option texts, first by finding the
+option that says what the question says (words drawn at random from its vocabulary), then also by recalling facts of an invented
+world (pairs of everyday words, quantities with a usual range). No clinical fact is in it: on the demonstration's questions it is
+near chance.
 """
 
 import argparse
+import copy
 import json
 import random
 from dataclasses import replace
@@ -47,43 +49,86 @@ def train_tokenizer(data_dir: Path) -> PreTrainedTokenizerFast:
     rows = [json.loads(line) for line in (data_dir / "train.jsonl").read_text(encoding="utf-8").splitlines()]
     texts = [" ".join(str(row[key]) for key in ("question", "opa", "opb", "opc", "opd")) for row in rows]
     texts += ["\nA. \nB. \nC. \nD. \nQuestion: \nContext: \nAnswer: A B C D"] * 200
-    texts += [" " + " ".join(EVERYDAY)] * 20 + [". ".join(TEMPLATES)] * 50
+    texts += [" " + " ".join(EVERYDAY)] * 20 + [". ".join([*TEMPLATES, *PAIR_TEMPLATES, *RANGE_TEMPLATES])] * 50
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>", model_max_length=512
     )
 
 
-TEMPLATES = [
-    "Which option says {phrase}?", "Which one is {phrase}?", "Look for {phrase}. Where is it?", "Find {phrase} in this list.",
+TEMPLATES = ["Which option says {phrase}?", "Which one is {phrase}?", "Look for {phrase}. Where is it?"]
+PAIR_TEMPLATES = [
+    "A {thing} of {age} has {key}. What goes with it?", "What goes with {key}? The {thing} is aged {age}.",
+    "Which is right for {key} in a {thing}, {age}?", "The {thing}, {age}, took {key}. Which one follows?",
+]  # fmt: skip
+RANGE_TEMPLATES = [
+    "A {age}-year-old {thing} has a {key} of {value}. What is this called?", "In a {thing} aged {age} the {key} is {value}. Which word fits?",
 ]  # fmt: skip
 
 
-def make_question(rng: random.Random, words: list[str], longest: int) -> MultipleChoice:
-    """Four phrases of random words; the question names one of them."""
-    options = [" ".join(rng.choices(words, k=rng.randint(1, longest))) for _ in range(4)]
-    right = rng.randrange(4)
-    question = rng.choice(TEMPLATES).format(phrase=options[right])
-    return MultipleChoice("", question, tuple(options), right, "base", "generated")
+class World:
+    """Facts that exist nowhere else: pairs of everyday words, and invented quantities with a usual range."""
+
+    def __init__(self, rng: random.Random, pairs: int = 120, ranges: int = 24):
+        def names(count: int) -> list[str]:
+            chosen: dict[str, None] = {}
+            while len(chosen) < count:
+                chosen[" ".join(rng.sample(EVERYDAY, rng.choice([1, 2, 2])))] = None
+            return list(chosen)
+
+        self.pairs = list(zip(names(pairs), names(pairs), strict=True))
+        self.kinds = [self.pairs[i : i + 10] for i in range(0, pairs, 10)]
+        terms = names(2 * ranges)
+        self.ranges = []
+        for number, key in enumerate(names(ranges)):
+            decimals = rng.choice([0, 0, 1])
+            low = rng.uniform(0.5, 20) if decimals else rng.uniform(10, 200)
+            self.ranges.append((key, low, low * rng.uniform(1.1, 2.5), decimals, terms[2 * number], terms[2 * number + 1]))
+
+    def ask_pair(self, rng: random.Random) -> tuple[str, list[str]]:
+        kind = rng.choice(self.kinds)
+        key, right = rng.choice(kind)
+        wrong = rng.sample([value for _, value in kind if value != right], 3)
+        return rng.choice(PAIR_TEMPLATES).format(key=key, thing=rng.choice(EVERYDAY), age=rng.randint(18, 90)), [right, *wrong]
+
+    def ask_range(self, rng: random.Random) -> tuple[str, list[str]]:
+        key, low, high, decimals, under, over = rng.choice(self.ranges)
+        width, place = high - low, rng.randrange(3)
+        span = [(max(low - width, low * 0.5), low - 0.1 * width), (high + 0.1 * width, high + width),
+                (low + 0.1 * width, high - 0.1 * width)][place]  # fmt: skip
+        value = f"{rng.uniform(*span):.{decimals}f}"
+        question = rng.choice(RANGE_TEMPLATES).format(key=key, value=value, thing=rng.choice(EVERYDAY), age=rng.randint(18, 90))
+        terms = [under, over, "As usual"]
+        other = rng.choice(self.ranges)[rng.choice([4, 5])]
+        return question, [terms[place], *(term for term in terms if term != terms[place]), other]
 
 
-def make_batch(rng, words, tokenizer, size, longest):
+def make_question(rng: random.Random, words: list[str], world: World | None) -> MultipleChoice:
+    """Find a phrase of random words among four; with a world, half of the time also recall one of its facts."""
+    if world is not None and rng.random() < 0.7:
+        question, options = (world.ask_pair if rng.random() < 0.6 else world.ask_range)(rng)
+    else:
+        options = [" ".join(rng.choices(words, k=rng.randint(1, 3 if world else 1))) for _ in range(4)]
+        question = rng.choice(TEMPLATES).format(phrase=options[0])
+    right = options[0]
+    rng.shuffle(options)
+    return MultipleChoice("", question, tuple(options), options.index(right), "base", "generated")
+
+
+def make_batch(rng, words, tokenizer, size, world):
     """-> ids [rows, length] right-padded, mask [rows, length], last [rows] position before the answer, forward [rows].
 
-    Every third question is asked backwards (which option has this letter?): there the letters are bound to options first.
+    Every sixth question is asked backwards (which option has this letter?): there the letters are bound to options first.
     """
     texts, forward = [], []
     for number in range(size):
-        question = make_question(rng, words, longest)
-        forward.append(number % 3 != 0)
+        question = make_question(rng, words, world)
+        forward.append(number % 6 != 0 if world else number % 3 != 0)
+        answer = f" {LETTERS[question.answer]}"
         if not forward[-1]:
-            letter = LETTERS[question.answer]
-            right = question.options[question.answer]
-            question = replace(question, question=rng.choice(TEMPLATES).format(phrase=letter))
-            texts.append((render(question, "plain", "letter").user, f" {right}"))
-        else:
-            prompt = render(question, "plain", "letter")
-            texts.append((prompt.user, prompt.completion))
+            answer = f" {question.options[question.answer]}"
+            question = replace(question, question=rng.choice(TEMPLATES).format(phrase=LETTERS[question.answer]))
+        texts.append((render(question, "plain", "letter").user, answer + tokenizer.eos_token))
     prefixes = tokenizer([prefix for prefix, _ in texts])["input_ids"]
     encoded = tokenizer([prefix + answer for prefix, answer in texts], padding=True, return_tensors="pt")
     last = torch.tensor([len(ids) - 1 for ids in prefixes])
@@ -108,7 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "base", help="folder to write to")
     parser.add_argument("--data_dir", type=Path, default=Path(__file__).parent / "data", help="for the vocabulary only")
-    parser.add_argument("--steps", type=int, default=5000, help="optimizer steps (default 5000)")
+    parser.add_argument("--steps", type=int, default=7000, help="optimizer steps (default 7000)")
     parser.add_argument("--rows", type=int, default=48, help="questions per step (default 48)")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
     arguments = parser.parse_args()
@@ -127,9 +172,9 @@ def main() -> None:
     schedule = get_wsd_schedule(
         optimizer, num_warmup_steps=200, num_decay_steps=arguments.steps // 4, num_training_steps=arguments.steps
     )
-    longest, recent = 1, 0.0  # words in an option: one until that is learned
+    world, facts, recent = None, World(random.Random(3)), 0.0  # no facts until options are found
     for step in range(1, arguments.steps + 1):
-        batch = make_batch(rng, words, tokenizer, arguments.rows, longest)
+        batch = make_batch(rng, words, tokenizer, arguments.rows, world)
         loss, right = compute_loss(model, *batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -137,15 +182,15 @@ def main() -> None:
         optimizer.zero_grad()
         schedule.step()
         recent = 0.98 * recent + 0.02 * right
-        if recent > 0.85:
-            longest = 3
+        world = facts if recent > 0.8 else world
         if step % 250 == 0:
             with torch.no_grad():
-                _, held_out = compute_loss(model, *make_batch(random.Random(2), words, tokenizer, 300, longest))
-            print(f"step {step}: options of up to {longest} word(s), loss {loss.item():.3f}, held-out accuracy {held_out:.3f}", flush=True)
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    model.to(torch.bfloat16).save_pretrained(arguments.output_dir)
-    tokenizer.save_pretrained(arguments.output_dir)
+                _, held_out = compute_loss(model, *make_batch(random.Random(2), words, tokenizer, 300, world))
+            stage = "finding options" if world is None else "finding options and recalling facts"
+            print(f"step {step}: {stage}, loss {loss.item():.3f}, held-out accuracy {held_out:.3f}", flush=True)
+            arguments.output_dir.mkdir(parents=True, exist_ok=True)
+            copy.deepcopy(model).to(torch.bfloat16).save_pretrained(arguments.output_dir)
+            tokenizer.save_pretrained(arguments.output_dir)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,58 @@
+"""Every command in README.md runs, as it stands, in order, in a copy of the repository."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SKIPPED = {
+    "git clone": "the repository is here already",
+    "bash launch/test.sh": "this test is part of it",
+}
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    found = [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+    return [line for line in found if not line.startswith(tuple(SKIPPED))]
+
+
+def test_readme_has_commands():
+    assert any(command.startswith("bash launch/demo.sh") for command in commands())
+    assert any("--resume" in command for command in commands())
+
+
+def test_files_named_in_commands_exist():
+    for command in commands():
+        for word in shlex.split(command):
+            if re.fullmatch(r"(recipes|eval|launch|accelerate_configs)/[\w./-]+\.(py|sh|yaml|jsonl)", word):
+                assert (ROOT / word).exists(), f"{word} in: {command}"
+
+
+@pytest.mark.slow
+def test_commands_run(tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", "runs", ".git", "__pycache__", ".*_cache", "*.egg-info"))
+    binaries = Path(sys.executable).parent
+    environment = os.environ | {"PATH": f"{binaries}:{os.environ['PATH']}", "VIRTUAL_ENV": str(binaries.parent), "PYTHONPATH": str(copy)}
+    stamps = list(binaries.parent.glob(".medqlora-*"))
+    for command in commands():
+        done = subprocess.run(["bash", "-c", command], cwd=copy, env=environment, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    for stamp in set(binaries.parent.glob(".medqlora-*")) - set(stamps):
+        stamp.unlink()
+    metrics = json.loads((copy / "runs" / "demo" / "metrics.json").read_text())
+    assert metrics["accuracy"] >= 0.8
+    assert metrics["base"]["accuracy"] < 0.35
+    assert metrics["comparison"]["mcnemar_p"] < 1e-6
+    tuned = json.loads((copy / "runs" / "demo" / "metrics.json").read_text())["accuracy_ci95"]
+    assert tuned[0] > metrics["base"]["accuracy_ci95"][1]
