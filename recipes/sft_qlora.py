@@ -76,7 +76,9 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
 
     # ---- everything that can be wrong is said before a weight loads --------------------------------------------------
-    dtype = choose_dtype(config.model.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = choose_dtype(config.model.dtype, kind)
+    check_hardware(config.model, kind, dtype)
     accelerator = Accelerator(
         mixed_precision="fp16" if dtype is torch.float16 else "no",
         log_with=None if training.log_with == "none" else training.log_with, project_dir=output_dir,
@@ -85,7 +87,6 @@ def main() -> int:
     is_main = accelerator.is_main_process
     memory = runs.MemoryMeter(cuda=device.type == "cuda")
     memory_before = memory.now()
-    check_hardware(config.model, device, dtype)
     model_config = read_model_config(config.model.base, config.model.revision, config.model.trust_remote_code)
     check_length(model_config, config.data.max_length)
     accumulation = derive_accumulation(training.global_batch_tokens, training.max_tokens_per_batch, ranks)

@@ -10,6 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, LlamaConfig, Phi3Config, Qwen2Config
 
+torch.set_num_threads(1)  # the models here are so small that threads only wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"  # the same for the scripts that tests start
+
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "recipes" / "demo"
 DATA = Path(os.environ.get("MEDQLORA_TEST_DATA") or ROOT.parent / "shared" / "data")
