@@ -6,6 +6,7 @@ With an adapter, prompt style, completion and quantization are the ones it was t
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from medqlora.runs import write_json_lines
 from medqlora.scoring import predict_letters
 from medqlora.tokens import fingerprint, make_encoder
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -61,12 +62,12 @@ def main() -> None:
         raise ConfigError(f"--limit {arguments.limit}: expected 1 or more")
 
     model_config = read_model_config(arguments.model, arguments.revision)
-    card = check_adapter(arguments.adapter, model_config) if arguments.adapter else {}
+    card = check_adapter(arguments.adapter, model_config) if arguments.adapter else read_merged_card(arguments.model)
     encoder = make_encoder(
         load_tokenizer(arguments.model, arguments.revision),
         arguments.prompt_style or card.get("prompt_style", "auto"), card.get("completion", "letter"),
     )  # fmt: skip
-    if card and not arguments.prompt_style and fingerprint(encoder) != card["prompt_sha256"]:
+    if arguments.adapter and card and not arguments.prompt_style and fingerprint(encoder) != card["prompt_sha256"]:
         raise ConfigError(
             f"--adapter {arguments.adapter}: this tokenizer does not give the prompts that the adapter was trained with; use its "
             f"base {card['base']}, or name a --prompt_style"
@@ -82,6 +83,13 @@ def main() -> None:
     scores = score_predictions([row for row in rows.values() if row["gold"] is not None])
     facts = f"accuracy {scores['accuracy']:.1%}, letter mass {scores['letter_mass']:.3f}" if scores["n"] else "no labels"
     console.print(f"{len(rows)} predictions in {arguments.output}; {facts}")
+
+
+def read_merged_card(model: str) -> dict:
+    """How a merged model was trained to be asked; nothing for other models."""
+    path = Path(model) / "medqlora.json"
+    facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {key: facts[key] for key in ("prompt_style", "completion") if key in facts}
 
 
 def read_questions(arguments: argparse.Namespace, style: str) -> list[MultipleChoice]:

@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="metrics file to write (.json); with several files, one object by file name")
     arguments = parser.parse_args()
     metrics = {str(path): score_predictions(read_predictions(path)) for path in arguments.predictions}
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     for path in arguments.predictions:
         show(path, metrics[str(path)], console)
     if arguments.output:

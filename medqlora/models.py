@@ -315,8 +315,8 @@ def sample_weights(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def count_adapter_weights(config: PretrainedConfig, lora: Lora) -> int:
-    """Trainable parameters of an adapter on this architecture, without weights (meta device)."""
+def count_parameters(config: PretrainedConfig, lora: Lora) -> tuple[int, int]:
+    """Parameters of the base and of an adapter on it, from the architecture alone (meta device)."""
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
     head = model.get_output_embeddings()
@@ -326,4 +326,4 @@ def count_adapter_weights(config: PretrainedConfig, lora: Lora) -> int:
         if isinstance(module, torch.nn.Linear) and module is not head and wanted:
             total += lora.r * (module.in_features + module.out_features)
             total += module.out_features if lora.variant == "dora" else 0
-    return total
+    return sum(parameter.numel() for parameter in model.parameters()), total

@@ -6,6 +6,7 @@ takes a row is a shift and a lowest-set-bit, so 182,822 rows take a fraction of 
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -256,14 +257,17 @@ def collate(table: TokenTable, rows: np.ndarray) -> dict[str, np.ndarray | int]:
 def save_arrays(folder: Path, arrays: dict[str, np.ndarray]) -> None:
     """One .npy file per array in `folder`, which must not exist; complete or absent."""
     aside = folder.with_name(f"{folder.name}.{np.random.default_rng().integers(2**32):08x}.tmp")
-    aside.mkdir(parents=True)
-    for name, array in arrays.items():
-        np.save(aside / f"{name}.npy", array)
     try:
-        aside.rename(folder)
-    except OSError:
+        aside.mkdir(parents=True)
+        for name, array in arrays.items():
+            np.save(aside / f"{name}.npy", array)
         if not folder.is_dir():  # else another process was first, with the same content
-            raise
+            aside.rename(folder)
+    except OSError as error:
+        if not folder.is_dir():
+            raise PlanError(f"data.cache_dir: cannot write {folder}: {error.strerror or error}; free space or name another folder") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def load_arrays(folder: Path, names: list[str]) -> dict[str, np.ndarray]:

@@ -8,8 +8,10 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +50,8 @@ def write_json_lines(path: Path, rows: list[dict]) -> None:
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def open_run(folder: Path, config: Config, resume: bool) -> None:
-    """Make the run folder, or check that it holds this very run.
+def check_run(folder: Path, config: Config, resume: bool) -> None:
+    """Say what is wrong with the output folder before any work is done; nothing is written.
 
     Raises:
         RunError: the folder holds something and `resume` is off, or it holds a run of another configuration.
@@ -69,11 +71,19 @@ def open_run(folder: Path, config: Config, resume: bool) -> None:
                 raise RunError(f"--resume: {key} was {old!r} in {saved}, now {new!r}; give the same value or another --output_dir")
     elif folder.is_dir() and any(folder.iterdir()):
         raise RunError(f"--output_dir {folder} is not empty and holds no run; choose another folder")
+
+
+def open_run(folder: Path, config: Config) -> None:
+    """Make the run folder with its resolved configuration.
+
+    Raises:
+        RunError: it cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"--output_dir {folder} cannot be made: {error.strerror}; choose another folder") from None
-    write_atomic(saved, dump_config(config))
+    write_atomic(folder / "config.yaml", dump_config(config))
 
 
 # What a resumed run may change: nothing that the remaining steps' losses depend on.
@@ -88,8 +98,11 @@ def list_differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, 
 
 
 def append_line(path: Path, row: dict) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror}; free space and continue with --resume") from None
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -164,7 +177,7 @@ class MemoryMeter:
     """Peak memory in bytes: CUDA's allocator where a GPU trains, else this process's resident memory."""
 
     def __init__(self, cuda: bool):
-        self.cuda, self.process, self.peak = cuda, psutil.Process(), 0
+        self.cuda, self.process = cuda, psutil.Process()
 
     def now(self) -> int:
         """Bytes in use at this moment."""
@@ -175,10 +188,17 @@ class MemoryMeter:
         return self.process.memory_info().rss
 
     def read_peak(self) -> int:
-        """Highest value since the start (CPU: over all calls of this method)."""
+        """Highest value since the start of the process."""
         if self.cuda:
             import torch
 
             return torch.cuda.max_memory_allocated()
-        self.peak = max(self.peak, self.now())
-        return self.peak
+        return read_peak_resident()
+
+
+def read_peak_resident() -> int:
+    """Highest resident memory of this process in bytes. Linux's getrusage would count what the parent held at the fork."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

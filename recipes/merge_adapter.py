@@ -36,7 +36,7 @@ from medqlora.tokens import encode_prefixes, encode_text, make_encoder
 
 # Relative error of the logits: rounding of merged weights to the compute dtype is all that may differ.
 BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 
 
 def parse_arguments() -> argparse.Namespace:

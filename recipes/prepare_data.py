@@ -16,7 +16,7 @@ from medqlora.preparation import count_reasons, prepare, prepare_plan
 from medqlora.runs import write_json_lines
 from medqlora.tokens import make_encoder
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ from medqlora.models import (
     check_hardware,
     check_length,
     choose_dtype,
-    count_adapter_weights,
+    count_parameters,
     load_base,
     load_tokenizer,
     read_model_config,
@@ -53,7 +53,7 @@ from medqlora.scoring import predict_letters
 from medqlora.tokens import TokenTable, make_encoder
 
 ISOLATION_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -90,17 +90,18 @@ def main() -> int:
     model_config = read_model_config(config.model.base, config.model.revision, config.model.trust_remote_code)
     check_length(model_config, config.data.max_length)
     accumulation = derive_accumulation(training.global_batch_tokens, training.max_tokens_per_batch, ranks)
-    adapter_size = count_adapter_weights(model_config, config.lora)
+    base_size, adapter_size = count_parameters(model_config, config.lora)
     encoder = make_encoder(
         load_tokenizer(config.model.base, config.model.revision, config.model.trust_remote_code),
         config.data.prompt_style, config.data.completion,
     )  # fmt: skip
     # 4 bytes for the weight and 8 for AdamW's moments, for the kept checkpoints and the one being written
+    runs.check_run(output_dir, config, arguments.resume)
     runs.check_disk(output_dir, 12 * adapter_size * (training.keep_checkpoints + 2), "adapter and checkpoints")
     prepared = prepare(config, encoder)
     plan, plan_hash = prepare_plan(config, prepared, ranks)
     if is_main:
-        runs.open_run(output_dir, config, arguments.resume)
+        runs.open_run(output_dir, config)
     accelerator.wait_for_everyone()
     checkpoints, log = output_dir / "checkpoints", output_dir / runs.LOG
     checkpoint, warnings = load_newest(checkpoints) if arguments.resume else (None, [])
@@ -140,7 +141,7 @@ def main() -> int:
         facts |= {"isolation_error": isolation, "trainable_parameters": adapter_size, "mixture": prepared.mixture}
         runs.write_json(output_dir / "environment.json", facts)
         runs.write_json_lines(output_dir / "removed.jsonl", [asdict(removal) for removal in prepared.removals])
-        trainable = f"{adapter_size:,} trainable of {base.num_parameters() + adapter_size:,} parameters"
+        trainable = f"{adapter_size:,} trainable beside {base_size:,} frozen parameters"
         console.print(
             f"{config.model.base}: {config.model.quantization}, {card['dtype']}, {trainable}; attention {backend} isolates packed "
             f"rows (error {isolation:.0e}); recomputation {recomputed}; {device}"
@@ -324,7 +325,7 @@ def show_data(prepared, plan, accumulation: int, output_dir: Path) -> None:
     for column in ("entry", "rows", "rows per epoch", "share of rows", "share of tokens"):
         table.add_column(column, justify="left" if column == "entry" else "right")
     for source in prepared.mixture:
-        name = f"{source['entry']} {source['format']} {source['path'] or ''}"
+        name = f"{source['entry']} {source['format']} {Path(source['path'] or '').name}"
         table.add_row(name, f"{source['rows']:,}", f"{source['rows_per_epoch']:,}", f"{source['row_share']:.1%}", f"{source['token_share']:.1%}")
     console.print(table)
     for reason, count in count_reasons(prepared.removals).items():
@@ -369,3 +370,5 @@ if __name__ == "__main__":
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # before the first step; later ones end with a checkpoint
+        sys.exit(130)

@@ -28,7 +28,7 @@ ROWS = [[5, 6, 7, 8, 9, 10], [20, 30, 40], list(range(50, 90))]
 
 
 def make_base(folder, architecture="llama", tied=True, shard="10GB"):
-    model = build_model(architecture, tie_word_embeddings=tied)
+    model = build_model(architecture, tie_word_embeddings=tied, vocab_size=1536)
     model.save_pretrained(folder, max_shard_size=shard)
     AutoTokenizer.from_pretrained(DEMO / "base").save_pretrained(folder)
     return folder
@@ -89,7 +89,7 @@ def test_original_base_is_another_model_after_nf4_training(tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_shards_tokenizer_and_config_are_carried(tmp_path, tied):
-    base = make_base(tmp_path / "base", tied=tied, shard="60KB")
+    base = make_base(tmp_path / "base", tied=tied, shard="150KB")
     trained, card = make_adapter(base, tmp_path / "adapter", "none")
     for _ in merge(tmp_path / "adapter", base, tmp_path / "merged", AutoConfig.from_pretrained(base), card, "dequantized"):
         pass
@@ -116,7 +116,7 @@ def test_wrong_shapes_leave_nothing_behind(tmp_path):
     base = make_base(tmp_path / "base")
     _, card = make_adapter(base, tmp_path / "adapter", "none")
     path = tmp_path / "adapter" / "adapter_model.safetensors"
-    save_file({key: value[:, :-1] if "lora_A" in key else value for key, value in load_file(path).items()}, path)
+    save_file({key: value[:, :-1].contiguous() if "lora_A" in key else value for key, value in load_file(path).items()}, path)
     with pytest.raises(MergeError, match="not the base"):
         list(merge(tmp_path / "adapter", base, tmp_path / "merged", AutoConfig.from_pretrained(base), card, "original"))
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
@@ -141,19 +141,20 @@ def test_command_verifies_and_refuses_another_base(tmp_path):
 
 
 MEASURE = """
-import resource, sys
+import sys
 from pathlib import Path
 import torch, psutil
 from transformers import AutoConfig
 import bitsandbytes
 from medqlora.merging import merge
 from medqlora.models import read_adapter_card
+from medqlora.runs import read_peak_resident
 folder = Path(sys.argv[1])
 before = psutil.Process().memory_info().rss
 config = AutoConfig.from_pretrained(folder / "base")
 for _ in merge(folder / "adapter", folder / "base", folder / "merged", config, read_adapter_card(folder / "adapter"), "dequantized"):
     pass
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+print(read_peak_resident() - before)
 """
 
 

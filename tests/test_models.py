@@ -19,7 +19,7 @@ from medqlora.models import (
     architecture_hash,
     attach_adapter,
     check_length,
-    count_adapter_weights,
+    count_parameters,
     load_adapter,
     load_base,
     read_adapter_card,
@@ -83,7 +83,9 @@ def test_adapter_targets_attention_and_mlp_not_the_head():
 def test_adapter_size_is_known_without_weights(architecture, variant):
     model, lora = build_model(architecture), Lora(r=4, variant=variant)
     config = model.config
-    assert count_adapter_weights(config, lora) == sum(p.numel() for p in attach_adapter(model, lora, 0).parameters() if p.requires_grad)
+    base = model.num_parameters()
+    adapter = sum(p.numel() for p in attach_adapter(model, lora, 0).parameters() if p.requires_grad)
+    assert count_parameters(config, lora) == (base, adapter)
 
 
 def test_adapter_initialisation_follows_the_seed():

@@ -9,13 +9,14 @@ same recomputation, ours as we choose. Only ratios of one run on one machine mea
 
 import argparse
 import json
-import resource
 import runpy
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from medqlora.runs import read_peak_resident
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "sft_qlora.py"
 WARM_UP = 2  # steps left out of the rate
@@ -129,7 +130,7 @@ def main() -> None:
     if arguments.contestant:
         run = run_trl if arguments.contestant == "trl" else run_ours
         figures = run(arguments, arguments.work / "base", arguments.work, CONTESTANTS[arguments.contestant])
-        figures["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        figures["peak_memory_bytes"] = read_peak_resident()
         (arguments.work / f"{arguments.contestant}.json").write_text(json.dumps(figures))
         return
     with tempfile.TemporaryDirectory() as folder:

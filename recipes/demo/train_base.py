@@ -1,6 +1,7 @@
 """Train the demonstration's tiny base model from scratch, on everything but medicine.
 
-    python recipes/demo/train_base.py --output_dir recipes/demo/base
+    python recipes/demo/train_base.py --output_dir recipes/demo/base --stage find --steps 5000
+    python recipes/demo/train_base.py --output_dir recipes/demo/base --stage facts --steps 4000
 
 The model (4 layers, 128 wide, one million parameters) learns to bind option letters to option texts, first by finding the
 option that says what the question says (words drawn at random from its vocabulary), then also by recalling facts of an invented
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_wsd_schedule
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_wsd_schedule
 
 from medqlora.examples import LETTERS, MultipleChoice
 from medqlora.prompts import render
@@ -49,14 +50,16 @@ def train_tokenizer(data_dir: Path) -> PreTrainedTokenizerFast:
     rows = [json.loads(line) for line in (data_dir / "train.jsonl").read_text(encoding="utf-8").splitlines()]
     texts = [" ".join(str(row[key]) for key in ("question", "opa", "opb", "opc", "opd")) for row in rows]
     texts += ["\nA. \nB. \nC. \nD. \nQuestion: \nContext: \nAnswer: A B C D"] * 200
-    texts += [" " + " ".join(EVERYDAY)] * 20 + [". ".join([*TEMPLATES, *PAIR_TEMPLATES, *RANGE_TEMPLATES])] * 50
+    texts += [" " + " ".join(EVERYDAY)] * 20 + [". ".join(TEMPLATES)] * 50
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>", model_max_length=512
     )
 
 
-TEMPLATES = ["Which option says {phrase}?", "Which one is {phrase}?", "Look for {phrase}. Where is it?"]
+TEMPLATES = [
+    "Which option says {phrase}?", "Which one is {phrase}?", "Look for {phrase}. Where is it?", "Find {phrase} in this list.",
+]  # fmt: skip
 PAIR_TEMPLATES = [
     "A {thing} of {age} has {key}. What goes with it?", "What goes with {key}? The {thing} is aged {age}.",
     "Which is right for {key} in a {thing}, {age}?", "The {thing}, {age}, took {key}. Which one follows?",
@@ -103,32 +106,33 @@ class World:
         return question, [terms[place], *(term for term in terms if term != terms[place]), other]
 
 
-def make_question(rng: random.Random, words: list[str], world: World | None) -> MultipleChoice:
-    """Find a phrase of random words among four; with a world, half of the time also recall one of its facts."""
+def make_question(rng: random.Random, words: list[str], longest: int, world: World | None) -> MultipleChoice:
+    """Find a phrase of random words among four; with a world, mostly recall one of its facts."""
     if world is not None and rng.random() < 0.7:
         question, options = (world.ask_pair if rng.random() < 0.6 else world.ask_range)(rng)
-    else:
-        options = [" ".join(rng.choices(words, k=rng.randint(1, 3 if world else 1))) for _ in range(4)]
-        question = rng.choice(TEMPLATES).format(phrase=options[0])
-    right = options[0]
-    rng.shuffle(options)
-    return MultipleChoice("", question, tuple(options), options.index(right), "base", "generated")
+        right = options[0]
+        rng.shuffle(options)
+        return MultipleChoice("", question, tuple(options), options.index(right), "base", "generated")
+    options = [" ".join(rng.choices(words, k=rng.randint(1, longest))) for _ in range(4)]
+    right = rng.randrange(4)
+    question = rng.choice(TEMPLATES).format(phrase=options[right])
+    return MultipleChoice("", question, tuple(options), right, "base", "generated")
 
 
-def make_batch(rng, words, tokenizer, size, world):
+def make_batch(rng, words, tokenizer, size, longest, world):
     """-> ids [rows, length] right-padded, mask [rows, length], last [rows] position before the answer, forward [rows].
 
-    Every sixth question is asked backwards (which option has this letter?): there the letters are bound to options first.
+    Every third question is asked backwards (which option has this letter?): there the letters are bound to options first.
     """
     texts, forward = [], []
     for number in range(size):
-        question = make_question(rng, words, world)
-        forward.append(number % 6 != 0 if world else number % 3 != 0)
+        question = make_question(rng, words, longest, world)
+        forward.append(number % (6 if world else 3) != 0)
         answer = f" {LETTERS[question.answer]}"
         if not forward[-1]:
             answer = f" {question.options[question.answer]}"
             question = replace(question, question=rng.choice(TEMPLATES).format(phrase=LETTERS[question.answer]))
-        texts.append((render(question, "plain", "letter").user, answer + tokenizer.eos_token))
+        texts.append((render(question, "plain", "letter").user, answer + (tokenizer.eos_token if world else "")))
     prefixes = tokenizer([prefix for prefix, _ in texts])["input_ids"]
     encoded = tokenizer([prefix + answer for prefix, answer in texts], padding=True, return_tensors="pt")
     last = torch.tensor([len(ids) - 1 for ids in prefixes])
@@ -149,32 +153,42 @@ def compute_loss(model, ids, mask, last, forward):
     return F.cross_entropy(chosen, answers) + 0.3 * every, right
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "base", help="folder to write to")
-    parser.add_argument("--data_dir", type=Path, default=Path(__file__).parent / "data", help="for the vocabulary only")
-    parser.add_argument("--steps", type=int, default=7000, help="optimizer steps (default 7000)")
-    parser.add_argument("--rows", type=int, default=48, help="questions per step (default 48)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
-    arguments = parser.parse_args()
-    torch.manual_seed(0)
-    rng, words = random.Random(1), read_words(arguments.data_dir)
-    tokenizer = train_tokenizer(arguments.data_dir)
-    model = LlamaForCausalLM(
+def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
             num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True, rms_norm_eps=1e-5,
             bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )
     )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--stage", choices=["find", "facts"], default="find", help="find: from scratch; facts: go on from there")
+    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "base", help="folder to write to")
+    parser.add_argument("--data_dir", type=Path, default=Path(__file__).parent / "data", help="for the vocabulary only")
+    parser.add_argument("--steps", type=int, default=5000, help="optimizer steps (default 5000)")
+    parser.add_argument("--rows", type=int, default=48, help="questions per step (default 48)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    rng, words = random.Random(1), read_words(arguments.data_dir)
+    if arguments.stage == "facts":
+        tokenizer = AutoTokenizer.from_pretrained(arguments.output_dir)
+        model = LlamaForCausalLM.from_pretrained(arguments.output_dir, dtype=torch.float32)
+    else:
+        tokenizer = train_tokenizer(arguments.data_dir)
+        model = make_model(tokenizer)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens, {len(words)} words")
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_wsd_schedule(
         optimizer, num_warmup_steps=200, num_decay_steps=arguments.steps // 4, num_training_steps=arguments.steps
     )
-    world, facts, recent = None, World(random.Random(3)), 0.0  # no facts until options are found
+    world = World(random.Random(3)) if arguments.stage == "facts" else None
+    longest, recent = (3 if world else 1), 0.0  # words in an option: one until those are found
     for step in range(1, arguments.steps + 1):
-        batch = make_batch(rng, words, tokenizer, arguments.rows, world)
+        batch = make_batch(rng, words, tokenizer, arguments.rows, longest, world)
         loss, right = compute_loss(model, *batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -182,12 +196,11 @@ def main() -> None:
         optimizer.zero_grad()
         schedule.step()
         recent = 0.98 * recent + 0.02 * right
-        world = facts if recent > 0.8 else world
+        longest = 3 if recent > 0.85 else longest
         if step % 250 == 0:
             with torch.no_grad():
-                _, held_out = compute_loss(model, *make_batch(random.Random(2), words, tokenizer, 300, world))
-            stage = "finding options" if world is None else "finding options and recalling facts"
-            print(f"step {step}: {stage}, loss {loss.item():.3f}, held-out accuracy {held_out:.3f}", flush=True)
+                _, held_out = compute_loss(model, *make_batch(random.Random(2), words, tokenizer, 300, longest, world))
+            print(f"step {step}: options of up to {longest} word(s), loss {loss.item():.3f}, held-out accuracy {held_out:.3f}", flush=True)
             arguments.output_dir.mkdir(parents=True, exist_ok=True)
             copy.deepcopy(model).to(torch.bfloat16).save_pretrained(arguments.output_dir)
             tokenizer.save_pretrained(arguments.output_dir)
