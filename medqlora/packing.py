@@ -186,17 +186,18 @@ def make_plan(
 
 def plan_packed_epoch(lengths, rows, capacity, bins_per_step, ranks, window, generator) -> list[list[np.ndarray]]:
     bins = pack_epoch(lengths, rows, capacity, window)
-    bins = [bins[i] for i in generator.permutation(len(bins))]
-    # Underfull bins go last, fullest first: beside full ones they would leave a rank waiting.
-    bins.sort(key=lambda chosen: -min(int(lengths[chosen].sum()), WELL_FILLED * capacity))
-    cut = len(bins) // bins_per_step * bins_per_step
+    # Bins of like weight form the rounds that ranks run side by side; the rounds are shuffled.
+    bins.sort(key=lambda chosen: -int(lengths[chosen].sum()))
+    rounds = [bins[i : i + ranks] for i in range(0, len(bins), ranks)]
+    lightest = [rounds.pop()] if ranks > 1 else []
+    rounds = [rounds[i] for i in generator.permutation(len(rounds))] + lightest
+    bins = [chosen for members in rounds for chosen in members]
+    cut = (len(bins) - 1) // bins_per_step * bins_per_step
     steps = [bins[i : i + bins_per_step] for i in range(0, cut, bins_per_step)]
     rest = bins[cut:]
-    if rest:  # the epoch's last step: fewer bins, the same number for every rank
-        remaining = np.concatenate(rest)
-        steps.append(level_for_ranks(lengths, remaining, len(rest), ranks, capacity))
-    if ranks > 1:  # heaviest first, so that the bins that ranks run side by side weigh alike
-        steps = [sorted(step, key=lambda chosen: -int(lengths[chosen].sum())) for step in steps]
+    if ranks > 1:  # the epoch's last step has the lightest bins, and perhaps too few: the same number for every rank
+        rest = level_for_ranks(lengths, np.concatenate(rest), len(rest), ranks, capacity)
+    steps.append(rest)
     return [step for step in steps if step]
 
 

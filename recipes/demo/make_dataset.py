@@ -2,6 +2,8 @@
 
     python recipes/demo/make_dataset.py --output_dir recipes/demo/data
 
+    python recipes/demo/make_dataset.py --full --output_dir vocabulary   # all tables; the base model's words come from it
+
 Every answer follows from a table below (public adult reference ranges, textbook associations), so the set shows that
 fine-tuning teaches *something checkable*. It is a demonstration, not a medical resource: do not use it for care.
 """
@@ -71,33 +73,44 @@ PAIRS = {
          ("accessory nerve", "Shrugging of the shoulder")],
     ),
 }  # fmt: skip
+DEMO_RANGES = ("serum potassium", "fasting glucose", "platelet count", "heart rate")
 NORMAL = "Within the reference range"
 PEOPLE = ["man", "woman", "teacher", "farmer", "nurse", "student", "driver", "cook", "painter", "baker"]
 
 
-def make_value_question(rng: random.Random) -> dict:
-    name, unit, low, high, decimals, low_term, high_term = rng.choice(RANGES)
+def choose_tables(full: bool) -> tuple[list, dict]:
+    """The demonstration asks four measurements and the first six facts of each kind: what a tiny model learns in two minutes."""
+    if full:
+        return RANGES, PAIRS
+    ranges = [row for row in RANGES if row[0] in DEMO_RANGES]
+    return ranges, {subject: (stems, pairs[:6]) for subject, (stems, pairs) in PAIRS.items()}
+
+
+def make_value_question(rng: random.Random, ranges: list, full: bool) -> dict:
+    name, unit, low, high, decimals, low_term, high_term = rng.choice(ranges)
     width = high - low
     kind = rng.choice(["low", "normal", "high"])
     span = {
         "low": (max(low - width, low * 0.5), low - 0.1 * width),
         "normal": (low + 0.1 * width, high - 0.1 * width),
         "high": (high + 0.1 * width, high + width),
-    }[kind]
+    }[kind] if full else {
+        "low": (low * 0.4, low * 0.8), "normal": (low + 0.1 * width, high - 0.1 * width), "high": (high * 1.25, high * 2)
+    }[kind]  # clear-cut: a tiny model does not learn to compare close numbers in two minutes
     value = f"{rng.uniform(*span):.{decimals}f}"
     right = {"low": low_term, "normal": NORMAL, "high": high_term}[kind]
     if not {"low": float(value) < low, "normal": low <= float(value) <= high, "high": float(value) > high}[kind]:
-        return make_value_question(rng)  # rounding crossed the limit
-    other = rng.choice([term for row in RANGES if row[0] != name for term in row[5:]])
+        return make_value_question(rng, ranges, full)  # rounding crossed the limit
+    other = rng.choice([term for row in ranges if row[0] != name for term in row[5:]])
     stem = rng.choice(VALUE_STEMS).format(age=rng.randint(18, 90), person=rng.choice(PEOPLE), name=name, value=value, unit=unit)
     explanation = f"The reference range of {name} is {low} to {high} {unit}; {value} is {kind}."
     return finish(rng, stem, right, [t for t in (low_term, NORMAL, high_term) if t != right] + [other], explanation,
                   "Laboratory values", name)  # fmt: skip
 
 
-def make_pair_question(rng: random.Random) -> dict:
-    subject = rng.choice(list(PAIRS))
-    stems, pairs = PAIRS[subject]
+def make_pair_question(rng: random.Random, kinds: dict) -> dict:
+    subject = rng.choice(list(kinds))
+    stems, pairs = kinds[subject]
     key, right = rng.choice(pairs)
     stem = rng.choice(stems).format(key=key, age=rng.randint(18, 90), person=rng.choice(PEOPLE))
     wrong = rng.sample([value for _, value in pairs if value != right], 3)
@@ -118,14 +131,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "data", help="folder to write to")
     parser.add_argument("--seed", type=int, default=0, help="seed of the generator (default 0)")
+    parser.add_argument("--full", action="store_true", help="use all tables, half of the questions about measurements")
     arguments = parser.parse_args()
     sizes = {"test": 600, "validation": 300, "train": 4000}
+    ranges, kinds = choose_tables(arguments.full)
     rng, seen = random.Random(arguments.seed), set()
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     for split, size in sizes.items():
         rows = []
         while len(rows) < size:
-            row = rng.choice([make_value_question, make_pair_question])(rng)
+            value = rng.choice([True, False]) if arguments.full else rng.random() < 0.3
+            row = make_value_question(rng, ranges, arguments.full) if value else make_pair_question(rng, kinds)
             if row["question"] not in seen:  # no question text stands in two splits, or twice in one
                 seen.add(row["question"])
                 rows.append({"id": f"demo-{split}-{len(rows):04d}", **row})

@@ -1,7 +1,8 @@
 """Train the demonstration's tiny base model from scratch, on everything but medicine.
 
-    python recipes/demo/train_base.py --output_dir recipes/demo/base --stage find --steps 5000
-    python recipes/demo/train_base.py --output_dir recipes/demo/base --stage facts --steps 4000
+    python recipes/demo/make_dataset.py --full --output_dir vocabulary
+    python recipes/demo/train_base.py --data_dir vocabulary --output_dir recipes/demo/base --stage find --steps 5000
+    python recipes/demo/train_base.py --data_dir vocabulary --output_dir recipes/demo/base --stage facts --steps 4000
 
 The model (4 layers, 128 wide, one million parameters) learns to bind option letters to option texts, first by finding the
 option that says what the question says (words drawn at random from its vocabulary), then also by recalling facts of an invented
@@ -167,7 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--stage", choices=["find", "facts"], default="find", help="find: from scratch; facts: go on from there")
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "base", help="folder to write to")
-    parser.add_argument("--data_dir", type=Path, default=Path(__file__).parent / "data", help="for the vocabulary only")
+    parser.add_argument("--data_dir", type=Path, required=True, help="questions whose words are the vocabulary")
     parser.add_argument("--steps", type=int, default=5000, help="optimizer steps (default 5000)")
     parser.add_argument("--rows", type=int, default=48, help="questions per step (default 48)")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
