@@ -80,6 +80,7 @@ def main() -> int:
     dtype = choose_dtype(config.model.dtype, kind)
     check_hardware(config.model, kind, dtype)
     accelerator = Accelerator(
+        cpu=kind.type == "cpu",  # without it two processes on a CPU would train two unsynchronised copies
         mixed_precision="fp16" if dtype is torch.float16 else "no",
         log_with=None if training.log_with == "none" else training.log_with, project_dir=output_dir,
     )  # fmt: skip

@@ -35,6 +35,10 @@ VALUE_STEMS = [
     "The {name} of a {age}-year-old {person} is {value} {unit}. Which term fits?",
     "In a {person} aged {age} the {name} is {value} {unit}. Which finding is this?",
 ]
+TERM_STEMS = [
+    "A {person}, {age}, has a {name} of {value} {unit}, {side} {low} to {high}. What is this called?",
+    "In a {person} aged {age} the {name} is {value} {unit}, {side} its range of {low} to {high}. Which term fits?",
+]
 # kind: (question stems with {key}, [(key, right option)])
 PAIRS = {
     "Vitamins": (
@@ -73,20 +77,20 @@ PAIRS = {
          ("accessory nerve", "Shrugging of the shoulder")],
     ),
 }  # fmt: skip
-DEMO_RANGES = ("serum potassium", "fasting glucose", "platelet count", "heart rate")
+DEMO_RANGES = ("serum sodium", "serum potassium", "fasting glucose", "platelet count", "haemoglobin", "heart rate")
 NORMAL = "Within the reference range"
 PEOPLE = ["man", "woman", "teacher", "farmer", "nurse", "student", "driver", "cook", "painter", "baker"]
 
 
 def choose_tables(full: bool) -> tuple[list, dict]:
-    """The demonstration asks four measurements and the first six facts of each kind: what a tiny model learns in two minutes."""
+    """The demonstration asks six measurements and the first six facts of each kind: what a tiny model learns in two minutes."""
     if full:
         return RANGES, PAIRS
     ranges = [row for row in RANGES if row[0] in DEMO_RANGES]
     return ranges, {subject: (stems, pairs[:6]) for subject, (stems, pairs) in PAIRS.items()}
 
 
-def make_value_question(rng: random.Random, ranges: list, full: bool) -> dict:
+def make_value_question(rng: random.Random, ranges: list) -> dict:
     name, unit, low, high, decimals, low_term, high_term = rng.choice(ranges)
     width = high - low
     kind = rng.choice(["low", "normal", "high"])
@@ -94,18 +98,30 @@ def make_value_question(rng: random.Random, ranges: list, full: bool) -> dict:
         "low": (max(low - width, low * 0.5), low - 0.1 * width),
         "normal": (low + 0.1 * width, high - 0.1 * width),
         "high": (high + 0.1 * width, high + width),
-    }[kind] if full else {
-        "low": (low * 0.4, low * 0.8), "normal": (low + 0.1 * width, high - 0.1 * width), "high": (high * 1.25, high * 2)
-    }[kind]  # clear-cut: a tiny model does not learn to compare close numbers in two minutes
+    }[kind]
     value = f"{rng.uniform(*span):.{decimals}f}"
     right = {"low": low_term, "normal": NORMAL, "high": high_term}[kind]
     if not {"low": float(value) < low, "normal": low <= float(value) <= high, "high": float(value) > high}[kind]:
-        return make_value_question(rng, ranges, full)  # rounding crossed the limit
+        return make_value_question(rng, ranges)  # rounding crossed the limit
     other = rng.choice([term for row in ranges if row[0] != name for term in row[5:]])
     stem = rng.choice(VALUE_STEMS).format(age=rng.randint(18, 90), person=rng.choice(PEOPLE), name=name, value=value, unit=unit)
     explanation = f"The reference range of {name} is {low} to {high} {unit}; {value} is {kind}."
     return finish(rng, stem, right, [t for t in (low_term, NORMAL, high_term) if t != right] + [other], explanation,
                   "Laboratory values", name)  # fmt: skip
+
+
+def make_term_question(rng: random.Random, ranges: list) -> dict:
+    """A value outside its range; the question tells on which side, the term is to be known."""
+    name, unit, low, high, decimals, low_term, high_term = rng.choice(ranges)
+    side = rng.choice(["below", "above"])
+    value = f"{rng.uniform(low * 0.4, low * 0.9) if side == 'below' else rng.uniform(high * 1.1, high * 2):.{decimals}f}"
+    right, opposite = (low_term, high_term) if side == "below" else (high_term, low_term)
+    others = rng.sample([term for row in ranges if row[0] != name for term in row[5:]], 2)
+    stem = rng.choice(TERM_STEMS).format(
+        age=rng.randint(18, 90), person=rng.choice(PEOPLE), name=name, value=value, unit=unit, low=low, high=high, side=side
+    )
+    explanation = f"The reference range of {name} is {low} to {high} {unit}; {value} is {side} it: {right.lower()}."
+    return finish(rng, stem, right, [opposite, *others], explanation, "Laboratory values", name)
 
 
 def make_pair_question(rng: random.Random, kinds: dict) -> dict:
@@ -115,6 +131,15 @@ def make_pair_question(rng: random.Random, kinds: dict) -> dict:
     stem = rng.choice(stems).format(key=key, age=rng.randint(18, 90), person=rng.choice(PEOPLE))
     wrong = rng.sample([value for _, value in pairs if value != right], 3)
     return finish(rng, stem, right, wrong, f"{key[0].upper() + key[1:]}: {right}.", subject, key)
+
+
+def make_general_question(rng: random.Random, ranges: list, kinds: dict) -> dict:
+    """Find a term among four: no clinical fact, but practice in answering by letter. In the generic mcq format."""
+    terms = [term for row in ranges for term in row[5:]] + [value for _, pairs in kinds.values() for _, value in pairs]
+    options = rng.sample(terms, 4)
+    right = rng.randrange(4)
+    stem = rng.choice(["Which option says {}?", "Which one is {}?", "Look for {}. Where is it?", "Find {} in this list."])
+    return {"question": stem.format(options[right]), "options": options, "answer": "ABCD"[right], "subject": "General"}
 
 
 def finish(rng, question, right, wrong, explanation, subject, topic) -> dict:
@@ -140,14 +165,21 @@ def main() -> None:
     for split, size in sizes.items():
         rows = []
         while len(rows) < size:
-            value = rng.choice([True, False]) if arguments.full else rng.random() < 0.3
-            row = make_value_question(rng, ranges, arguments.full) if value else make_pair_question(rng, kinds)
+            if arguments.full:
+                row = make_value_question(rng, ranges) if rng.choice([True, False]) else make_pair_question(rng, kinds)
+            else:
+                row = make_term_question(rng, ranges) if rng.random() < 0.2 else make_pair_question(rng, kinds)
             if row["question"] not in seen:  # no question text stands in two splits, or twice in one
                 seen.add(row["question"])
                 rows.append({"id": f"demo-{split}-{len(rows):04d}", **row})
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (arguments.output_dir / f"{split}.jsonl").write_text(text, encoding="utf-8")
         print(f"{split}: {len(rows)} questions")
+    if not arguments.full:
+        rows = [make_general_question(rng, ranges, kinds) for _ in range(1000)]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (arguments.output_dir / "general.jsonl").write_text(text, encoding="utf-8")
+        print(f"general: {len(rows)} questions")
 
 
 if __name__ == "__main__":
