@@ -186,18 +186,15 @@ def make_plan(
 
 def plan_packed_epoch(lengths, rows, capacity, bins_per_step, ranks, window, generator) -> list[list[np.ndarray]]:
     bins = pack_epoch(lengths, rows, capacity, window)
-    # Bins of like weight form the rounds that ranks run side by side; the rounds are shuffled.
-    bins.sort(key=lambda chosen: -int(lengths[chosen].sum()))
-    rounds = [bins[i : i + ranks] for i in range(0, len(bins), ranks)]
-    lightest = [rounds.pop()] if ranks > 1 else []
-    rounds = [rounds[i] for i in generator.permutation(len(rounds))] + lightest
-    bins = [chosen for members in rounds for chosen in members]
+    bins = [bins[i] for i in generator.permutation(len(bins))]
+    # Bins of like weight share a step, so that ranks that run side by side wait for nobody; full ones stay shuffled. A step's
+    # rows do not depend on the number of ranks.
+    bins.sort(key=lambda chosen: -min(int(lengths[chosen].sum()), WELL_FILLED * capacity))
     cut = (len(bins) - 1) // bins_per_step * bins_per_step
     steps = [bins[i : i + bins_per_step] for i in range(0, cut, bins_per_step)]
-    rest = bins[cut:]
-    if ranks > 1:  # the epoch's last step has the lightest bins, and perhaps too few: the same number for every rank
-        rest = level_for_ranks(lengths, np.concatenate(rest), len(rest), ranks, capacity)
-    steps.append(rest)
+    steps = [steps[i] for i in generator.permutation(len(steps))]
+    rest = bins[cut:]  # the epoch's last step: the lightest bins, perhaps too few for all ranks
+    steps.append(level_for_ranks(lengths, np.concatenate(rest), len(rest), ranks, capacity) if ranks > 1 else rest)
     return [step for step in steps if step]
 
 
