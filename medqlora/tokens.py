@@ -179,7 +179,7 @@ def encode_examples(
             prefix, completion = shorten(encoder, example, max_length)
             length = len(prefix) + len(completion) + 1
             if length > max_length:
-                problem = f"needs {length} tokens without its context; data.max_length is {max_length}"
+                problem = f"too long: needs {length} tokens without its context, data.max_length is {max_length}"
         if problem is not None:
             if not drop:
                 raise DataError(
