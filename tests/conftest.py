@@ -65,7 +65,7 @@ def build_model(architecture: str, attention: str | None = None, **changes) -> t
     for key, value in changes.items():
         setattr(config, key, value)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention or "sdpa")
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention or "eager")
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.15)

@@ -1,5 +1,6 @@
 """Supervised ids exact to the token, on the real tokenizers."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -49,8 +50,9 @@ def test_supervised_ids_are_completion_and_end_token(name, style):
     assert tokenizer.convert_ids_to_tokens(supervised(table)) == SUPERVISED[name][style]
 
 
-def test_end_token_is_supervised_even_when_it_is_the_pad_token(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer, "pad_token", tokenizer.eos_token)
+def test_end_token_is_supervised_even_when_it_is_the_pad_token(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)  # loaded once for all tests
+    tokenizer.pad_token = tokenizer.eos_token
     for style in ("chat", "plain"):
         encoder = make_encoder(tokenizer, style)
         table, _ = encode_examples(encoder, [MCQ, OPEN], 512)
