@@ -1,6 +1,7 @@
 # Sourced by demo.sh and test.sh: a Python environment with this project in it. Needs bash and Python 3.11 or newer only.
 # An active virtual environment is used as it is; else .venv is made beside the sources.
 #   install_medqlora [EXTRA]     e.g. install_medqlora test
+# MEDQLORA_SKIP_INSTALL=1 leaves an environment that you manage yourself as it is.
 
 find_python() {
     local candidate
@@ -17,6 +18,7 @@ find_python() {
 
 install_medqlora() {
     local extra=${1:+[$1]} python stamp
+    [ -n "${MEDQLORA_SKIP_INSTALL:-}" ] && return 0
     if [ -z "${VIRTUAL_ENV:-}" ]; then
         if [ ! -x .venv/bin/python ]; then
             python=$(find_python) || return 2

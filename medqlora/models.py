@@ -319,6 +319,7 @@ def count_parameters(config: PretrainedConfig, lora: Lora) -> tuple[int, int]:
     """Parameters of the base and of an adapter on it, from the architecture alone (meta device)."""
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()  # on the meta device a shared embedding is two parameters until then
     head = model.get_output_embeddings()
     total = 0
     for name, module in model.named_modules():

@@ -43,13 +43,11 @@ def test_commands_run(tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", "runs", ".git", "__pycache__", ".*_cache", "*.egg-info"))
     binaries = Path(sys.executable).parent
-    environment = os.environ | {"PATH": f"{binaries}:{os.environ['PATH']}", "VIRTUAL_ENV": str(binaries.parent), "PYTHONPATH": str(copy)}
-    stamps = list(binaries.parent.glob(".medqlora-*"))
+    environment = os.environ | {"PATH": f"{binaries}:{os.environ['PATH']}", "VIRTUAL_ENV": str(binaries.parent), "PYTHONPATH": str(copy),
+                                "MEDQLORA_SKIP_INSTALL": "1"}  # fmt: skip
     for command in commands():
         done = subprocess.run(["bash", "-c", command], cwd=copy, env=environment, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-    for stamp in set(binaries.parent.glob(".medqlora-*")) - set(stamps):
-        stamp.unlink()
     metrics = json.loads((copy / "runs" / "demo" / "metrics.json").read_text())
     assert metrics["accuracy"] >= 0.8
     assert metrics["base"]["accuracy"] < 0.35
