@@ -183,6 +183,8 @@ class Config(Section):
             )
         if training.early_stopping_patience and not (training.eval_steps and data.eval):
             raise ValueError("training.early_stopping_patience needs training.eval_steps and data.eval")
+        if self.lora.variant == "dora" and self.model.quantization == "int8":
+            raise ValueError("lora.variant dora needs the base's weights at the start, which model.quantization int8 hides; use nf4 or lora")
         if sum(entry.share or 0 for entry in data.train) >= 1 or (
             data.train and all(entry.share for entry in data.train)
         ):
