@@ -1,103 +1,242 @@
-"""Answer multiple-choice questions with a model and write one prediction per line.
+"""Answer questions with a model and write one prediction per line.
 
     python eval/predict.py --model BASE --adapter runs/mine/adapter --format medqa --path dev.jsonl --output tuned.jsonl
 
 With an adapter, prompt style, completion and quantization are the ones it was trained with, unless given here.
+Finished batches are kept in OUTPUT.parts: after a crash the same command goes on where it stopped. --shard I/N answers a
+part of the questions; the process that finds all parts complete writes OUTPUT. N may change between runs.
 """
 
 import argparse
 import json
 import sys
+import warnings
 from pathlib import Path
 
-import torch
-import transformers
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 
-from medqlora.attention import IMPLEMENTATIONS
+from medqlora import __version__
 from medqlora.cleaning import clean
-from medqlora.config import ConfigError, DataEntry, Model, UserError
-from medqlora.examples import DataError, MultipleChoice, read_examples
+from medqlora.config import ConfigError, DataEntry, UserError
+from medqlora.engines.interface import BATCH_SIZE, Engine
+from medqlora.examples import DATASETS, DataError, Example, read_examples
 from medqlora.metrics import score_predictions
-from medqlora.models import check_adapter, load_adapter, load_base, load_tokenizer, read_model_config
-from medqlora.runs import write_json_lines
-from medqlora.scoring import predict_letters
-from medqlora.tokens import fingerprint, make_encoder
+from medqlora.predictions import Journal, PredictionError, collect_rows, make_cells, read_predictions, read_rows
+from medqlora.runs import hash_json
+from medqlora.scoring import Method, ask, predict
+from medqlora.tokens import Encoder, fingerprint, make_encoder, make_text_encoder
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def parse_arguments() -> argparse.Namespace:
+    defaults = Method()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or hub id of the base or merged model")
+    parser.add_argument("--model", required=True, help="folder or hub id of the base or merged model; --engine openai: the server's name for it")
     parser.add_argument("--adapter", type=Path, help="adapter folder of a run")
-    parser.add_argument("--format", required=True, help="medmcqa, medqa, pubmedqa or mcq")
-    parser.add_argument("--path", help="file, folder or hub id (default: the dataset's hub home)")
-    parser.add_argument("--split", default="validation", help="split name (default validation)")
-    parser.add_argument("--test_pmids", help="pubmedqa: file with the official test PMIDs")
-    parser.add_argument("--engine", choices=["hf"], default="hf", help="what runs the model (default hf)")
-    parser.add_argument("--prompt_style", choices=["auto", "chat", "plain", "lm_eval"], help="default: the adapter's, else auto")
-    parser.add_argument("--scoring", choices=["letters"], default="letters", help="how the answer is read (default letters)")
-    parser.add_argument("--limit", type=int, help="only the first N questions")
+    parser.add_argument("--revision", help="hub commit or tag of the model")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16", "nf4", "fp4", "int8"],
                         help="compute dtype, or a quantization (default: the adapter's quantization and dtype, else auto)")  # fmt: skip
-    parser.add_argument("--attention", choices=["auto", *IMPLEMENTATIONS], default="auto", help="attention backend (default auto)")
-    parser.add_argument("--revision", help="hub commit or tag of the model")
-    parser.add_argument("--max_tokens", type=int, default=8192, help="tokens per forward pass (default 8192)")
-    parser.add_argument("--drop_invalid", action="store_true", help="leave invalid rows out instead of stopping")
-    parser.add_argument("--output", type=Path, required=True, help="predictions file to write (.jsonl)")
+    data = parser.add_argument_group("questions")
+    data.add_argument("--format", required=True, help=", ".join(DATASETS))
+    data.add_argument("--path", help="file, folder or hub id (default: the dataset's hub home)")
+    data.add_argument("--split", help="split name (default: the one that is scored by convention, else validation)")
+    data.add_argument("--subset", help="configuration of a hub dataset")
+    data.add_argument("--columns", type=json.loads, default={}, help='mcq, qa, text: JSON object {our field: column of the file}')
+    data.add_argument("--test_pmids", help="pubmedqa: file with the official test PMIDs")
+    data.add_argument("--limit", type=int, help="only the first N questions")
+    data.add_argument("--drop_invalid", action="store_true", help="leave invalid rows out instead of stopping")
+    asking = parser.add_argument_group("asking")
+    asking.add_argument("--prompt_style", choices=["auto", "chat", "plain", "lm_eval"], help="default: the adapter's, else auto")
+    asking.add_argument("--completion", choices=["letter", "letter_text", "explanation", "text"], help="default: the adapter's, else letter")
+    asking.add_argument("--scoring", choices=["letters", "cloze", "generate", "perplexity"],
+                        help="how the answer is read (default: letters, generate for open questions, perplexity for texts)")  # fmt: skip
+    asking.add_argument("--normalization", choices=["raw", "character", "token"], default=defaults.normalization,
+                        help="cloze: what an option's log-probability is divided by (default %(default)s)")  # fmt: skip
+    asking.add_argument("--permutations", type=int, default=defaults.permutations,
+                        help="orders of the options to ask in: 1, up to the number of options (cyclic), more, or 0 for all (default 1)")  # fmt: skip
+    asking.add_argument("--num_fewshot", type=int, default=defaults.num_fewshot, help="worked examples before each question (default 0)")
+    asking.add_argument("--fewshot", choices=["fixed", "nearest"], default=defaults.fewshot,
+                        help="the same examples for all, or the most similar by BM25 (default %(default)s)")  # fmt: skip
+    asking.add_argument("--fewshot_path", help="file, folder or hub id of the worked examples (default: --path)")
+    asking.add_argument("--fewshot_split", default="train", help="their split (default train)")
+    asking.add_argument("--max_new_tokens", type=int, default=defaults.max_new_tokens, help="generate: tokens per answer (default %(default)s)")
+    asking.add_argument("--temperature", type=float, default=defaults.temperature, help="generate: 0 is greedy (default 0)")
+    asking.add_argument("--samples", type=int, default=defaults.samples, help="generate: answers per question, which vote (default 1)")
+    asking.add_argument("--seed", type=int, default=defaults.seed, help="of samples and of the choice of worked examples (default 0)")
+    running = parser.add_argument_group("running")
+    running.add_argument("--engine", choices=["hf", "vllm", "openai"], default="hf", help="what runs the model (default hf)")
+    running.add_argument("--attention", choices=["auto", "flash", "varlen", "flex", "sdpa"], default="auto", help="hf: attention backend (default auto)")
+    running.add_argument("--max_tokens", type=int, help="hf: tokens per forward pass (default: by the free memory)")
+    running.add_argument("--max_length", type=int, help="tokens a prompt and its answer may have (default: the model's positions)")
+    running.add_argument("--gpu_memory", type=float, default=0.9, help="vllm: share of the GPU's memory (default 0.9)")
+    running.add_argument("--tensor_parallel", type=int, default=1, help="vllm: GPUs per model (default 1)")
+    running.add_argument("--server", help="openai: address, as http://127.0.0.1:8000/v1")
+    running.add_argument("--api", choices=["completions", "chat"], default="completions",
+                         help="openai: completions takes our token ids (needs --tokenizer); chat is for servers that take messages only")  # fmt: skip
+    running.add_argument("--tokenizer", help="openai: folder or hub id of the served model's tokenizer (default: --model)")
+    running.add_argument("--api_key_variable", default="OPENAI_API_KEY", help="openai: environment variable with the key (default %(default)s)")
+    running.add_argument("--concurrency", type=int, default=32, help="openai: requests in flight (default 32)")
+    running.add_argument("--timeout", type=float, default=120, help="openai: seconds per request (default 120)")
+    running.add_argument("--retries", type=int, default=5, help="openai: further tries of a failed request (default 5)")
+    running.add_argument("--shard", default="0/1", help="I/N: answer part I (from 0) of N (default 0/1, all)")
+    running.add_argument("--output", type=Path, required=True, help="predictions file to write (.jsonl)")
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    shard, shards = check_arguments(arguments)
+    warnings.showwarning = lambda message, *_: console.print(f"[yellow]{message}")
+    encoder, card, max_length, identity = open_model(arguments)
+    method = choose_method(arguments)
+    examples = read_questions(arguments, encoder.style)
+    pool = read_pool(arguments, encoder.style) if method.num_fewshot else []
+    asked, shared = ask(encoder, examples, method, pool, max_length)
+    if cut := sum(entry.truncated for entry in asked):
+        console.print(f"[yellow]{cut} of {len(asked)} prompts are longer than the model's {max_length} tokens and were cut")
+    run_key = hash_json({**identity, "method": vars(method), "engine": arguments.engine, "dtype": arguments.dtype, "rows": 1})
+    keys = [entry.key(run_key) for entry in asked]
     if arguments.output.exists():
-        raise ConfigError(f"--output {arguments.output} exists; give a new file name")
+        check_finished(arguments.output, keys)
+        return
+    cells = make_cells([example.id for example in examples], BATCH_SIZE[arguments.engine])[shard::shards]
+    with Journal(arguments.output, shard, shards) as journal:
+        done = set(journal.read()) & set(keys)
+        if done:
+            console.print(f"{len(done)} of {len(asked)} predictions stand in {journal.folder} already")
+        left = sum(keys[number] not in done for cell in cells for number in cell)
+        if left:
+            engine = open_engine(arguments, card, encoder)
+            name = f"{arguments.model}+{arguments.adapter}" if arguments.adapter else arguments.model
+            batches = predict(engine, encoder, asked, shared, method, name, cells, run_key, done)
+            with Progress(console=console, transient=True) as progress:
+                task = progress.add_task("predicting", total=left)
+                for batch in batches:
+                    journal.append(batch)
+                    progress.update(task, advance=len(batch))
+        rows = journal.read()
+        missing = sum(key not in rows for key in keys)
+        if missing:
+            console.print(f"shard {shard}/{shards} is done; {missing} of {len(asked)} questions are left to other shards; "
+                          f"the last one to finish, or any --shard run again, writes {arguments.output}")  # fmt: skip
+            return
+        ordered = [rows[key] for key in keys]
+        journal.finish(arguments.output, ordered)
+    console.print(f"{len(ordered)} predictions in {arguments.output}; {summarise(ordered)}")
+
+
+def check_arguments(arguments: argparse.Namespace) -> tuple[int, int]:
+    """-> shard, shards"""
+    if arguments.output.suffix != ".jsonl":
+        raise ConfigError(f"--output {arguments.output}: expected a name that ends in .jsonl")
     if not arguments.output.parent.is_dir():
         raise ConfigError(f"--output {arguments.output}: no folder {arguments.output.parent}; make it first")
-    if arguments.limit is not None and arguments.limit < 1:
-        raise ConfigError(f"--limit {arguments.limit}: expected 1 or more")
+    if arguments.format not in DATASETS:
+        raise ConfigError(f"--format {arguments.format}: expected one of {', '.join(DATASETS)}")
+    for name, least in {"limit": 1, "num_fewshot": 0, "permutations": 0, "samples": 1, "max_new_tokens": 1, "max_tokens": 1, "max_length": 2,
+                        "temperature": 0, "concurrency": 1, "timeout": 0.001, "retries": 0}.items():  # fmt: skip
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name} {value}: expected {least} or more")
+    if arguments.engine == "openai" and not arguments.server:
+        raise ConfigError("--engine openai: give the server's address with --server, as http://127.0.0.1:8000/v1")
+    if arguments.engine == "openai" and arguments.adapter:
+        raise ConfigError("--engine openai: the server owns its adapters; give the served adapter's name as --model, without --adapter")
+    try:
+        shard, shards = (int(part) for part in arguments.shard.split("/"))
+    except ValueError:
+        shard, shards = 0, 0
+    if not 0 <= shard < shards:
+        raise ConfigError(f"--shard {arguments.shard}: expected I/N with I from 0 to N - 1, as 0/4")
+    return shard, shards
 
-    model_config = read_model_config(arguments.model, arguments.revision)
-    card = check_adapter(arguments.adapter, model_config) if arguments.adapter else read_merged_card(arguments.model)
-    encoder = make_encoder(
-        load_tokenizer(arguments.model, arguments.revision),
-        arguments.prompt_style or card.get("prompt_style", "auto"), card.get("completion", "letter"),
+
+def choose_method(arguments: argparse.Namespace) -> Method:
+    by_format = {"text": "perplexity", "medquad": "generate", "qa": "generate", "headqa": "cloze" if arguments.prompt_style == "lm_eval" else "letters"}
+    return Method(
+        scoring=arguments.scoring or by_format.get(arguments.format, "letters"), permutations=arguments.permutations,
+        normalization=arguments.normalization, num_fewshot=arguments.num_fewshot, fewshot=arguments.fewshot,
+        max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature, samples=arguments.samples, seed=arguments.seed,
     )  # fmt: skip
-    if arguments.adapter and card and not arguments.prompt_style and fingerprint(encoder) != card["prompt_sha256"]:
+
+
+def open_model(arguments: argparse.Namespace) -> tuple[Encoder, dict, int | None, dict]:
+    """-> encoder, how the model was trained to be asked, tokens it can read, and what tells it from every other model."""
+    if arguments.engine == "openai" and arguments.api == "chat":
+        encoder = make_text_encoder(arguments.completion or "letter")
+        return encoder, {}, arguments.max_length, {"server": arguments.server, "model": arguments.model}
+    import transformers
+
+    from medqlora.models import check_adapter, describe_model, load_tokenizer, read_merged_card, read_model_config
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if arguments.engine == "openai":
+        card, max_length, identity = {}, arguments.max_length, {"server": arguments.server, "model": arguments.model}
+        source = arguments.tokenizer or arguments.model
+    else:
+        config, source = read_model_config(arguments.model, arguments.revision), arguments.model
+        card = check_adapter(arguments.adapter, config) if arguments.adapter else read_merged_card(arguments.model)
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if arguments.max_length and positions and arguments.max_length > positions:
+            raise ConfigError(f"--max_length {arguments.max_length}: the model has {positions} positions")
+        max_length, identity = arguments.max_length or positions, describe_model(arguments.model, arguments.revision, arguments.adapter)
+    encoder = make_encoder(
+        load_tokenizer(source, arguments.revision), arguments.prompt_style or card.get("prompt_style", "auto"),
+        arguments.completion or card.get("completion", "letter"),
+    )  # fmt: skip
+    asked_otherwise = arguments.prompt_style or arguments.completion
+    if arguments.adapter and card and not asked_otherwise and fingerprint(encoder) != card["prompt_sha256"]:
         raise ConfigError(
             f"--adapter {arguments.adapter}: this tokenizer does not give the prompts that the adapter was trained with; use its "
             f"base {card['base']}, or name a --prompt_style"
         )
-    examples = read_questions(arguments, encoder.style)
-    model, backend = load_base(resolve_model(arguments, card), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return encoder, card, max_length, identity
+
+
+def open_engine(arguments: argparse.Namespace, card: dict, encoder: Encoder) -> Engine:
+    if arguments.engine == "openai":
+        from medqlora.engines.openai import OpenAIEngine
+
+        return OpenAIEngine(
+            arguments.server, arguments.model, encoder.tokenizer, chat=arguments.api == "chat", key_variable=arguments.api_key_variable,
+            concurrency=arguments.concurrency, timeout=arguments.timeout, retries=arguments.retries,
+        )  # fmt: skip
+    if arguments.engine == "vllm":
+        from medqlora.engines.vllm import VllmEngine
+
+        return VllmEngine(
+            arguments.model, arguments.adapter, dtype=arguments.dtype or "auto", revision=arguments.revision,
+            max_length=arguments.max_length, gpu_memory=arguments.gpu_memory, tensor_parallel=arguments.tensor_parallel, seed=arguments.seed,
+        )  # fmt: skip
+    import torch
+
+    from medqlora.config import Model
+    from medqlora.engines.hf import HfEngine
+    from medqlora.models import load_adapter, load_base
+
+    quantized = arguments.dtype in ("nf4", "fp4", "int8")
+    model, backend = load_base(
+        Model(
+            base=arguments.model, revision=arguments.revision, attention=arguments.attention,
+            quantization=arguments.dtype if quantized else "none" if arguments.dtype else card.get("quantization", "none"),
+            double_quantization=card.get("double_quantization", True),
+            dtype="auto" if quantized else arguments.dtype or card.get("dtype", "auto"),
+        ),
+        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+    )  # fmt: skip
     if arguments.adapter:
         model = load_adapter(model, arguments.adapter)
-    name = f"{arguments.model}+{arguments.adapter}" if arguments.adapter else arguments.model
-    predictions = predict_letters(model, backend, encoder, examples, name, arguments.max_tokens)
-    rows = {row["id"]: row for row in track(predictions, "predicting", len(examples), console=console, transient=True)}
-    write_json_lines(arguments.output, [rows[example.id] for example in examples])
-    scores = score_predictions([row for row in rows.values() if row["gold"] is not None])
-    facts = f"accuracy {scores['accuracy']:.1%}, letter mass {scores['letter_mass']:.3f}" if scores["n"] else "no labels"
-    console.print(f"{len(rows)} predictions in {arguments.output}; {facts}")
+    return HfEngine(model, backend, arguments.max_tokens)
 
 
-def read_merged_card(model: str) -> dict:
-    """How a merged model was trained to be asked; nothing for other models."""
-    path = Path(model) / "medqlora.json"
-    facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {key: facts[key] for key in ("prompt_style", "completion") if key in facts}
-
-
-def read_questions(arguments: argparse.Namespace, style: str) -> list[MultipleChoice]:
-    """Questions with unique ids; the reference harness's own prompts are made from the text as it stands."""
-    if arguments.format not in ("medmcqa", "medqa", "pubmedqa", "mcq"):
-        raise ConfigError(f"--format {arguments.format}: letters can be scored for medmcqa, medqa, pubmedqa and mcq")
-    entry = DataEntry(format=arguments.format, path=arguments.path, limit=arguments.limit, test_pmids=arguments.test_pmids)
-    examples, removals = read_examples(entry, arguments.split, arguments.drop_invalid)
+def read_questions(arguments: argparse.Namespace, style: str) -> list[Example]:
+    """Examples with unique ids; the reference harness's own prompts are made from the text as it stands."""
+    entry = DataEntry(format=arguments.format, path=arguments.path, subset=arguments.subset, limit=arguments.limit,
+                      test_pmids=arguments.test_pmids, columns=arguments.columns)  # fmt: skip
+    examples, removals = read_examples(entry, choose_split(arguments), arguments.drop_invalid)
     for removal in removals:
         console.print(f"[yellow]left out {removal.source}: {removal.reason}")
     seen: dict[str, str] = {}
@@ -108,15 +247,39 @@ def read_questions(arguments: argparse.Namespace, style: str) -> list[MultipleCh
     return examples if style == "lm_eval" else [clean(example) for example in examples]
 
 
-def resolve_model(arguments: argparse.Namespace, card: dict) -> Model:
-    dtype = arguments.dtype
-    quantized = dtype in ("nf4", "fp4", "int8")
-    return Model(
-        base=arguments.model, revision=arguments.revision, attention=arguments.attention,
-        quantization=dtype if quantized else "none" if dtype else card.get("quantization", "none"),
-        double_quantization=card.get("double_quantization", True),
-        dtype="auto" if quantized else dtype or card.get("dtype", "auto"),
-    )  # fmt: skip
+def choose_split(arguments: argparse.Namespace) -> str:
+    """The split that scores are published on; a file is taken as it is (of PubMedQA's: all but the official test)."""
+    if arguments.split:
+        return arguments.split
+    return "validation" if arguments.path and Path(arguments.path).expanduser().is_file() else DATASETS[arguments.format]
+
+
+def read_pool(arguments: argparse.Namespace, style: str) -> list[Example]:
+    entry = DataEntry(format=arguments.format, path=arguments.fewshot_path or arguments.path, subset=arguments.subset,
+                      test_pmids=arguments.test_pmids, columns=arguments.columns)  # fmt: skip
+    examples, _ = read_examples(entry, arguments.fewshot_split, drop_invalid=True)
+    return examples if style == "lm_eval" else [clean(example) for example in examples]
+
+
+def check_finished(output: Path, keys: list[str]) -> None:
+    """An output of this very command is left as it is; any other is never written over."""
+    found = read_predictions(output, labelled=False)
+    if {row.get("key") for row in read_rows(output, found.offsets)} != set(keys):
+        raise PredictionError(f"--output {output} exists and holds other predictions (another model, prompt, setting or data); give a new file name")
+    console.print(f"{output} is complete already: {len(found)} predictions")
+
+
+def summarise(rows: list[dict]) -> str:
+    labelled = [row for row in rows if row["kind"] == "text" or row["gold"] is not None]
+    if not labelled:
+        return "no labels"
+    if labelled[0]["kind"] == "open":
+        return "score them with eval/score.py"
+    scores = score_predictions(collect_rows(labelled))
+    if labelled[0]["kind"] == "text":
+        return f"perplexity {scores['perplexity']:.3f} over {scores['tokens']} tokens"
+    mass = "" if scores["letter_mass"] is None else f", letter mass {scores['letter_mass']:.3f}"
+    return f"accuracy {scores['accuracy']:.1%}{mass}" + (f", {scores['unparsed']} without an answer" if scores["unparsed"] else "")
 
 
 if __name__ == "__main__":

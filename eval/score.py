@@ -1,10 +1,10 @@
-"""Score prediction files: accuracy with 95 % Wilson interval, per subject, calibration. Needs neither torch nor a GPU.
+"""Score prediction files: accuracy with 95 % Wilson interval, per subject, calibration, position bias; text scores for open
+answers. Needs neither torch nor a GPU.
 
     python eval/score.py predictions.jsonl [MORE.jsonl] --output metrics.json
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -12,62 +12,69 @@ from rich.console import Console
 from rich.table import Table
 
 from medqlora.config import UserError
-from medqlora.metrics import score_predictions
-from medqlora.runs import write_json
-
-REQUIRED = ("id", "gold", "prediction")
-
-
-class PredictionError(UserError):
-    """A predictions file that cannot be scored."""
-
-
-def read_predictions(path: Path) -> list[dict]:
-    """Rows with unique ids and labels."""
-    rows, seen = [], {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PredictionError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'}); give a predictions file") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            raise PredictionError(f"{path} line {number}: not valid JSON; was the file cut short? Run eval/predict.py again") from None
-        missing = [key for key in REQUIRED if not isinstance(row, dict) or key not in row]
-        if missing:
-            raise PredictionError(f'{path} line {number}: no "{missing[0]}"; expected a row of eval/predict.py')
-        if row["gold"] is None:
-            raise PredictionError(f"{path} line {number}: no label (gold is null); a split with hidden answers cannot be scored")
-        if row["id"] in seen:
-            raise PredictionError(f"{path} line {number}: id {row['id']} stands on line {seen[row['id']]} too")
-        seen[row["id"]] = number
-        rows.append(row)
-    if not rows:
-        raise PredictionError(f"{path} is empty; expected one prediction per line")
-    return rows
+from medqlora.examples import LETTERS
+from medqlora.metrics import NEAR_TIE, score_predictions
+from medqlora.predictions import PredictionError, read_predictions
+from medqlora.runs import write_atomic, write_json
 
 
 def show(path: Path, metrics: dict, console: Console) -> None:
+    if "perplexity" in metrics:
+        console.print(f"{path}: perplexity {metrics['perplexity']:.4f} over {metrics['tokens']} tokens of {metrics['n']} texts")
+        return
+    names = ("exact_match", "f1", "rouge_l") if "f1" in metrics else ("accuracy",)
     table = Table(title=str(path), title_justify="left")
-    for column in ("subject", "n", "accuracy", "95 % interval"):
-        table.add_column(column, justify="left" if column == "subject" else "right")
+    for column in ("subject", "n", *names, *(["95 % interval"] if names == ("accuracy",) else [])):
+        table.add_column(column.replace("_", " "), justify="left" if column == "subject" else "right")
     for name, scores in [("all", metrics), *metrics["per_subject"].items()]:
-        low, high = scores["accuracy_ci95"]
-        table.add_row(name, str(scores["n"]), f"{scores['accuracy']:.1%}", f"{low:.1%} – {high:.1%}")
+        cells = [f"{scores[key]:.1%}" for key in names]
+        if names == ("accuracy",):
+            low, high = scores["accuracy_ci95"]
+            cells.append(f"{low:.1%} – {high:.1%}")
+        table.add_row(name, str(scores["n"]), *cells)
     console.print(table)
+    console.print(", ".join(describe(metrics)))
+
+
+def describe(metrics: dict) -> list[str]:
     facts = [f"unparsed {metrics['unparsed']}"]
-    facts += [f"{name} {metrics[key]:.3f}" for key, name in (("letter_mass", "letter mass"), ("ece", "calibration error")) if metrics[key] is not None]
-    console.print(", ".join(facts))
+    if metrics["truncated"]:
+        facts.append(f"prompts cut to fit {metrics['truncated']}")
+    for key, name in (("letter_mass", "letter mass"), ("ece", "calibration error"), ("brier", "Brier score")):
+        if metrics.get(key) is not None:
+            facts.append(f"{name} {metrics[key]:.3f}")
+    if metrics.get("near_ties"):
+        facts.append(f"answers within {NEAR_TIE} nats of another {metrics['near_ties']}")
+    if "flip_rate" in metrics.get("position_bias", {}):
+        facts.append(f"answers that change with the order of options {metrics['position_bias']['flip_rate']:.1%}")
+    return facts
+
+
+def write_submission(path: Path, predictions: Path) -> None:
+    """MedMCQA's form for its hidden test: id and the number of the option, from 1."""
+    rows = read_predictions(predictions, labelled=False)
+    if rows.kind != "choice" or None in rows.prediction:
+        raise PredictionError(f"{predictions}: a submission needs an option for every question; {rows.prediction.count(None)} have none")
+    lines = [f"{id},{LETTERS.index(letter) + 1}" for id, letter in zip(rows.ids, rows.prediction, strict=True)]
+    write_atomic(path, "\n".join(["id,Prediction (correct option)", *lines]) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("predictions", type=Path, nargs="+", help="files of eval/predict.py")
     parser.add_argument("--output", type=Path, help="metrics file to write (.json); with several files, one object by file name")
+    parser.add_argument("--submission", type=Path, help="write a MedMCQA test submission (.csv) of the one file given instead of scoring")
     arguments = parser.parse_args()
-    metrics = {str(path): score_predictions(read_predictions(path)) for path in arguments.predictions}
     console = Console(highlight=False, soft_wrap=True)
+    if arguments.submission:
+        if len(arguments.predictions) > 1:
+            raise PredictionError(f"--submission {arguments.submission}: expected one predictions file, got {len(arguments.predictions)}")
+        if arguments.submission.exists():
+            raise PredictionError(f"--submission {arguments.submission} exists; give a new file name")
+        write_submission(arguments.submission, arguments.predictions[0])
+        console.print(f"submission for {arguments.predictions[0]} in {arguments.submission}")
+        return
+    metrics = {str(path): score_predictions(read_predictions(path)) for path in arguments.predictions}
     for path in arguments.predictions:
         show(path, metrics[str(path)], console)
     if arguments.output:

@@ -8,6 +8,7 @@ cost more time than packing saves). `flash` is the flash-attn package; `flex` an
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,10 +98,14 @@ class Unpad(torch.autograd.Function):
 def attend_documents(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
     scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None, softcap: float | None = None,
-    documents: Documents | None = None, **_: Any,
+    documents: Documents | Branches | None = None, **_: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """AttentionInterface function: query [1, heads, tokens, width], key and value [1, kv heads, tokens, width] ->
     [1, tokens, heads, width]. Without `documents` all tokens of a row are one document (generation, evaluation)."""
+    if isinstance(documents, Branches):
+        if documents.record is not None:
+            documents.record[module.layer_idx] = (key, value)
+        return attend_branches(module, query, key, value, scaling, sliding_window, softcap, documents), None
     if documents is None:
         return attend_rows(query, key, value, attention_mask, scaling, dropout, sliding_window, softcap), None
     if query.is_cuda:
@@ -121,6 +126,103 @@ def attend_documents(
         out = attend_rows(q, k, v, None, scaling, dropout, sliding_window, softcap)  # [count, length, heads, width]
         outputs.append(out.reshape(count * length, *out.shape[2:]))
     return Unpad.apply(torch.cat(outputs), documents)[None], None
+
+
+@dataclass(frozen=True)
+class Branches:
+    """Packed segments that attend to their own tokens and to those of earlier segments that they continue.
+
+    A segment's keys are the shared prefix, its ancestors' tokens, then its own: queries are the last of its keys. Inference
+    only. sources int64 [sum of keys]: place of every segment's keys in (prefix + packed tokens); cu_queries, cu_keys int32
+    [segments + 1]; prefix: keys and values [1, kv heads, prefix tokens, width] by layer; record: where a plain pass leaves
+    its keys and values for that; groups (CPU): segments of like size as (queries [n, q], keys [n, k], distance [n, 1, q, k])
+    with the distance from key to query, negative for padding; scatter int64 [tokens]: slot of each token among the groups'.
+    """
+
+    cu_queries: torch.Tensor
+    cu_keys: torch.Tensor
+    max_queries: int
+    max_keys: int
+    sources: torch.Tensor
+    prefix: dict[int, tuple[torch.Tensor, torch.Tensor]]
+    record: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
+    groups: tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...] = ()
+    scatter: torch.Tensor | None = None
+
+
+def locate_branches(
+    lengths: list[int], parents: list[int | None], device: torch.device,
+    prefix: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None, shared: int = 0,
+) -> Branches:  # fmt: skip
+    """Segments in packed order, each with the number of the segment it continues (None: only the shared prefix)."""
+    starts = [0, *itertools.accumulate(lengths)]
+    keys: list[torch.Tensor] = []
+    for number, parent in enumerate(parents):
+        before = keys[parent] if parent is not None else torch.arange(shared)
+        keys.append(torch.cat([before, torch.arange(shared + starts[number], shared + starts[number + 1])]))
+    sizes = [len(k) for k in keys]
+    cumulated = [torch.tensor([0, *itertools.accumulate(values)], dtype=torch.int32) for values in (lengths, sizes)]
+    groups, scatter = (), None
+    if device.type != "cuda":
+        groups, scatter = group_branches(lengths, starts, keys)
+        scatter = scatter.to(device)
+    return Branches(
+        *(values.to(device) for values in cumulated), max(lengths), max(sizes), torch.cat(keys).to(device), prefix or {},
+        None, tuple(tuple(tensor.to(device) for tensor in part) for part in groups), scatter,
+    )  # fmt: skip
+
+
+def group_branches(lengths: list[int], starts: list[int], keys: list[torch.Tensor]) -> tuple[list, torch.Tensor]:
+    """Segments of like size side by side, padded to the group's longest by repeating a token that is masked or dropped."""
+    order = sorted(range(len(lengths)), key=lambda s: (-len(keys[s]), -lengths[s]))
+    members: list[list[int]] = []
+    for segment in order:
+        first = members[-1][0] if members else segment
+        alike = 0.8 * len(keys[first]) <= len(keys[segment]) and 0.8 * lengths[first] <= lengths[segment] <= lengths[first]
+        if members and alike:
+            members[-1].append(segment)
+        else:
+            members.append([segment])
+    groups, scatter, slot = [], torch.empty(sum(lengths), dtype=torch.int64), 0
+    for group in members:
+        wide, high = max(len(keys[s]) for s in group), lengths[group[0]]
+        at_query, at_key = torch.arange(high), torch.arange(wide)
+        queries, sources, distances = [], [], []
+        for s in group:
+            queries.append(starts[s] + at_query.clamp(max=lengths[s] - 1))
+            sources.append(keys[s][at_key.clamp(max=len(keys[s]) - 1)])
+            distance = (at_query[:, None] + len(keys[s]) - lengths[s]) - at_key[None]
+            distances.append(distance.masked_fill(at_key[None] >= len(keys[s]), -1))
+            scatter[starts[s] : starts[s] + lengths[s]] = slot + at_query[: lengths[s]]
+            slot += high
+        groups.append((torch.stack(queries), torch.stack(sources), torch.stack(distances)[:, None]))
+    return groups, scatter
+
+
+def attend_branches(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None,
+    sliding_window: int | None, softcap: float | None, branches: Branches,
+) -> torch.Tensor:  # fmt: skip
+    """As attend_documents, for segments of a tree: query [1, heads, tokens, width] -> [1, tokens, heads, width]."""
+    if branches.prefix:
+        before = branches.prefix[module.layer_idx]
+        key, value = (torch.cat(pair, dim=2) for pair in zip(before, (key, value), strict=True))
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [tokens, heads, width]
+    if query.is_cuda:
+        from torch.nn.attention.varlen import varlen_attn
+
+        return varlen_attn(
+            q, k.index_select(0, branches.sources), v.index_select(0, branches.sources), branches.cu_queries, branches.cu_keys,
+            branches.max_queries, branches.max_keys, scale=scaling, enable_gqa=q.shape[1] != k.shape[1],
+            window_size=(sliding_window - 1 if sliding_window else -1, 0),
+        )[None]  # fmt: skip
+    outputs = []
+    for queries, sources, distance in branches.groups:
+        parts = (tensor[index].transpose(1, 2) for tensor, index in ((q, queries), (k, sources), (v, sources)))
+        mask = (distance >= 0) & (distance < sliding_window) if sliding_window else distance >= 0
+        out = attend_rows(*parts, mask, scaling, 0.0, None, softcap)  # [segments, queries, heads, width]
+        outputs.append(out.flatten(0, 1))
+    return torch.cat(outputs).index_select(0, branches.scatter)[None]
 
 
 def attend_rows(query, key, value, mask, scaling, dropout, sliding_window, softcap) -> torch.Tensor:

@@ -69,7 +69,7 @@ class Lora(Section):
 
 
 class DataEntry(Section):
-    format: Literal["medmcqa", "medqa", "pubmedqa", "medquad", "mcq", "qa", "text"]
+    format: Literal["medmcqa", "medqa", "pubmedqa", "medquad", "mmlu", "headqa", "mcq", "qa", "text"]
     """Layout of the records. mcq and qa are the generic ones and take `columns`."""
     path: str | None = None
     """File, folder or hub id; a dataset with a well-known hub home needs none."""

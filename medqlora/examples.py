@@ -81,7 +81,18 @@ HUB_HOMES = {
     "medqa": ("GBaker/MedQA-USMLE-4-options", None),
     "pubmedqa": ("qiaojin/PubMedQA", "pqa_labeled"),
     "medquad": ("lavita/MedQuAD", None),
+    "mmlu": ("cais/mmlu", "all"),
+    "headqa": ("EleutherAI/headqa", "en"),
 }
+# Formats, and the split that scores are published on.
+DATASETS = {
+    "medmcqa": "validation", "medqa": "test", "pubmedqa": "test", "mmlu": "test", "headqa": "test", "medquad": "train", "mcq": "test",
+    "qa": "test", "text": "test",
+}  # fmt: skip
+# MMLU's medical subjects, as medical papers report them (Singhal et al., Nature 620, 2023, "MMLU clinical topics").
+MMLU_SUBJECTS = (
+    "anatomy", "clinical_knowledge", "college_biology", "college_medicine", "medical_genetics", "professional_medicine",
+)  # fmt: skip
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 
@@ -336,6 +347,34 @@ def parse_pubmedqa(record: dict, source: str, entry: DataEntry) -> MultipleChoic
     )  # fmt: skip
 
 
+def parse_mmlu(record: dict, source: str, entry: DataEntry) -> MultipleChoice:
+    options = read_options(record.get("choices"))
+    answer = None if record.get("answer") in (None, -1) else find_answer(record["answer"], options)
+    check_answer(answer, options)
+    return MultipleChoice(
+        id=optional_text(record, "id") or "", question=need_text(record, "question"), options=options, answer=answer, dataset="mmlu",
+        source=source, subject=optional_text(record, "subject"),
+    )  # fmt: skip
+
+
+def parse_headqa(record: dict, source: str, entry: DataEntry) -> MultipleChoice:
+    """`answers` is [{aid: 1…, atext}], `ra` the number of the right one."""
+    answers = record.get("answers")
+    if not isinstance(answers, list) or not all(isinstance(a, dict) and "atext" in a for a in answers):
+        raise ValueError(f'"answers" is {answers!r}; expected a list of {{"aid": number, "atext": text}}')
+    options = read_options([a["atext"] for a in answers])
+    right = record.get("ra")
+    numbers = [whole_number(a.get("aid", i), "aid") for i, a in enumerate(answers, 1)]
+    if right not in (None, -1) and whole_number(right, "ra") not in numbers:
+        raise ValueError(f"ra is {right}; the answers are numbered {', '.join(map(str, numbers))}")
+    name, number = optional_text(record, "name"), optional_text(record, "qid")
+    return MultipleChoice(
+        id=f"{name}-{number}" if name and number else "", question=need_text(record, "qtext"), options=options, dataset="headqa",
+        answer=None if right in (None, -1) else numbers.index(whole_number(right, "ra")), source=source,
+        subject=optional_text(record, "category"),
+    )  # fmt: skip
+
+
 def parse_medquad(record: dict, source: str, entry: DataEntry) -> OpenAnswer:
     subject = optional_text(record, "qtype") or optional_text(record, "question_type")
     return OpenAnswer(
@@ -388,7 +427,7 @@ def parse_text(record: dict, source: str, entry: DataEntry) -> Passage:
 
 PARSERS = {
     "medmcqa": parse_medmcqa, "medqa": parse_medqa, "pubmedqa": parse_pubmedqa, "medquad": parse_medquad,
-    "mcq": parse_mcq, "qa": parse_qa, "text": parse_text,
+    "mmlu": parse_mmlu, "headqa": parse_headqa, "mcq": parse_mcq, "qa": parse_qa, "text": parse_text,
 }  # fmt: skip
 # Keys that only a record of this format has; any one group marks it.
 SIGNATURES = {
@@ -396,6 +435,8 @@ SIGNATURES = {
     "medqa": ({"question", "options", "answer_idx"}, {"sent1", "ending0", "label"}, {"question", "options", "meta_info"}),
     "pubmedqa": ({"QUESTION", "CONTEXTS"}, {"question", "context", "long_answer"}),
     "medquad": ({"question", "answer"},),
+    "mmlu": ({"question", "choices", "answer"},),
+    "headqa": ({"qtext", "answers", "ra"},),
 }
 
 
@@ -432,6 +473,10 @@ def read_examples(entry: DataEntry, split: str, drop_invalid: bool = False) -> t
     extra = ()
     if entry.format == "medmcqa":
         extra = (find_first_option(records, hub=locate_file(entry, split) is None),)
+    if entry.format == "mmlu" and entry.subset is None:
+        records = [(source, record) for source, record in records if record.get("subject", "anatomy") in MMLU_SUBJECTS]
+        if not records:
+            raise DataError(f"mmlu: {name} holds none of the medical subjects {', '.join(MMLU_SUBJECTS)}; name another with subset")
     examples, removals = [], []
     for source, record in records:
         try:

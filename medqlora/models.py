@@ -266,6 +266,23 @@ def check_adapter(folder: Path, config: PretrainedConfig) -> dict[str, Any]:
     return card
 
 
+def read_merged_card(model: str) -> dict[str, Any]:
+    """How a merged model was trained to be asked; nothing for other models."""
+    path = Path(model).expanduser() / "medqlora.json"
+    facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {key: facts[key] for key in ("prompt_style", "completion") if key in facts}
+
+
+def describe_model(model: str, revision: str | None, adapter: Path | None) -> dict[str, Any]:
+    """What tells this model from every other one: samples of its weights, or its hub id and commit; the adapter's hash."""
+    folder = Path(model).expanduser()
+    facts = {"config": architecture_hash(read_model_config(model, revision)), "adapter": None}
+    facts |= {"weights": sample_weights(folder)} if folder.is_dir() else {"hub": model, "revision": revision}
+    if adapter is not None:
+        facts["adapter"] = hashlib.sha256((Path(adapter) / "adapter_model.safetensors").read_bytes()).hexdigest()
+    return facts
+
+
 def architecture_hash(config: PretrainedConfig) -> str:
     """SHA-256 of the shape-giving part of a model's config; a revision that only renames itself keeps it."""
     text = config.get_text_config()

@@ -34,6 +34,8 @@ class Prompt:
     user: str
     completion: str | None
     chat: bool
+    lead: str = ""  # text before everything, worked examples included
+    shots: tuple[Prompt, ...] = ()  # worked examples, each with its completion
 
 
 def render(
@@ -43,7 +45,8 @@ def render(
 
     Args:
         style: "chat", "plain" or "lm_eval".
-        completion: "letter", "letter_text", "explanation" or "text" (see config.Data).
+        completion: "letter", "letter_text", "explanation" or "text" (see config.Data), or "cloze": the question without its
+            options, answered by the text of one.
         context, explanation: shortened texts to use instead of the example's own (truncation).
 
     Raises:
@@ -53,7 +56,7 @@ def render(
     if isinstance(example, Passage):
         return Prompt(user="", completion=example.text, chat=False)
     if style == "lm_eval":
-        return render_lm_eval(example, context)
+        return render_lm_eval(example, context, completion)
     chat = style == "chat"
     if isinstance(example, OpenAnswer):
         user = f"{context}\n\n{example.question}" if context else example.question
@@ -65,6 +68,9 @@ def render(
         explanation = example.explanation if explanation is None else explanation
     lines = [f"Context: {context}"] if context else []
     lines += [f"Question: {example.question}"]
+    if completion == "cloze":
+        answer = None if example.answer is None else example.options[example.answer]
+        return Prompt("\n".join(lines if chat else [*lines, "Answer:"]), with_space(answer, chat), chat)
     lines += [f"{letter}. {option}" for letter, option in zip(LETTERS, example.options, strict=False)]
     if chat:
         lines += ["", INSTRUCTIONS[completion]]
@@ -89,41 +95,59 @@ def render_answer(example: MultipleChoice, completion: str, explanation: str | N
     return f"{explanation}\nAnswer: {letter}" if explanation else f"Answer: {letter}"
 
 
-def render_lm_eval(example: MultipleChoice | OpenAnswer, context: str) -> Prompt:
-    """lm-evaluation-harness 0.4.13's own prompts for medmcqa, medqa_4options and pubmedqa, character by character."""
+def render_lm_eval(example: MultipleChoice | OpenAnswer, context: str, completion: str = "letter") -> Prompt:
+    """lm-evaluation-harness 0.4.13's own prompts for medmcqa, medqa_4options, pubmedqa, mmlu and headqa, character by
+    character; its headqa, and what it calls continuation elsewhere, are cloze."""
     if isinstance(example, OpenAnswer):
         raise PromptError(f"{example.dataset}: style lm_eval knows multiple-choice questions only; use plain or chat")
-    options = [f"{letter}. {option}" for letter, option in zip(LETTERS, example.options, strict=False)]
+    if example.dataset == "headqa" and completion != "cloze":
+        raise PromptError("headqa: style lm_eval asks without the options; use --scoring cloze, or style plain or chat")
+    right = None if example.answer is None else example.options[example.answer]
     if example.dataset == "pubmedqa":
-        answer = None if example.answer is None else f" {example.options[example.answer]}"
-        return Prompt(f"Abstract: {context}\nQuestion: {example.question}\nAnswer:", answer, chat=False)
-    head = [f"Question: {example.question}"] + (["Choices:"] if example.dataset == "medmcqa" else [])
+        return Prompt(f"Abstract: {context}\nQuestion: {example.question}\nAnswer:", with_space(right, False), chat=False)
+    if completion == "cloze":
+        return Prompt(f"Question: {example.question}\nAnswer:", with_space(right, False), chat=False)
+    options = [f"{letter}. {option}" for letter, option in zip(LETTERS, example.options, strict=False)]
     answer = None if example.answer is None else f" {LETTERS[example.answer]}"
+    if example.dataset == "mmlu":
+        subject = (example.subject or "medicine").replace("_", " ")
+        lead = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
+        return Prompt("\n".join([example.question.strip(), *options, "Answer:"]), answer, chat=False, lead=lead)
+    head = [f"Question: {example.question}"] + (["Choices:"] if example.dataset == "medmcqa" else [])
     return Prompt("\n".join([*head, *options, "Answer:"]), answer, chat=False)
 
 
-def candidates(example: MultipleChoice, style: str) -> list[str]:
+def candidates(example: MultipleChoice, style: str, completion: str = "letter") -> list[str]:
     """The completions that stand for each option when the model's choice is read from probabilities."""
-    if style == "lm_eval" and example.dataset == "pubmedqa":
-        return [f" {option}" for option in example.options]
-    letters = LETTERS[: len(example.options)]
-    return list(letters) if style == "chat" else [f" {letter}" for letter in letters]
+    if completion == "cloze" or (style == "lm_eval" and example.dataset == "pubmedqa"):
+        texts = list(example.options)
+    else:
+        texts = list(LETTERS[: len(example.options)])
+    return texts if style == "chat" else [f" {text}" for text in texts]
+
+
+STATED = r"(?i:\b(?:answer|choice|option)\b(?:\s+(?:is|would be))?)\s*:?\s*(?:\\boxed\{|[*(\[\s])*(LETTER)(?![\w'])"
 
 
 def parse_answer(text: str, options: tuple[str, ...], completion: str = "letter") -> int | None:
     """Generated text -> index of the option, or None where no option was named. Never a guess.
 
-    The inverse of `render_answer`: parse_answer(render_answer(example, c), example.options, c) == example.answer.
+    Read in this order: a letter that opens the text (unless it is an explanation), the last "answer is B" or "Answer: B",
+    a text that is one option, word for word. The inverse of `render_answer`:
+    parse_answer(render_answer(example, c), example.options, c) == example.answer.
     """
     letters = LETTERS[: len(options)]
     text = text.strip()
-    if completion == "explanation":
-        found = re.findall(rf"(?m)^\s*Answer:\s*\(?([{letters}])\b", text)
-        return letters.index(found[-1]) if found else None
-    found = re.match(rf"(?:Answer:\s*)?\(?([{letters}])(?:[.):,]|\s*$|\n)", text)
-    if found:
-        return letters.index(found[1])
-    same = [i for i, option in enumerate(options) if option.strip().lower() == text.rstrip(".").strip().lower()]
+    if completion != "explanation":
+        opening = re.match(rf"[*(\[\s]*([{letters}])(?:[.):,\]*]|\s*$|\s*\n)", text)
+        if opening:
+            return letters.index(opening[1])
+    stated = re.findall(STATED.replace("LETTER", f"[{letters}]"), text)
+    if stated:
+        return letters.index(stated[-1])
+    first = re.split(r"[.,;\n]", text.lower(), maxsplit=1)[0].strip()
+    whole = text.rstrip(".").strip().lower()
+    same = [i for i, option in enumerate(options) if option.strip().lower() in (whole, first)]
     return same[0] if len(same) == 1 else None
 
 

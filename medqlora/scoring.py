@@ -1,34 +1,350 @@
-"""Examples -> prediction rows, by letters: one forward pass per question, the options' probabilities at its end."""
+"""Examples -> prediction rows: what is asked of an engine, and how its numbers or texts become an answer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import itertools
+import json
+import math
+import random
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
+import numpy as np
 
-from medqlora.engines.hf import score_options
-from medqlora.examples import LETTERS, MultipleChoice
-from medqlora.prompts import render
-from medqlora.tokens import Encoder, encode_candidates, encode_prefixes, fingerprint
+from medqlora.cleaning import decontaminate
+from medqlora.config import UserError
+from medqlora.engines.interface import BATCH_SIZE, Engine, Request, Sampling
+from medqlora.examples import LETTERS, Example, MultipleChoice, OpenAnswer, Passage
+from medqlora.predictions import hash_id, make_cells
+from medqlora.prompts import Prompt, candidates, parse_answer, render
+from medqlora.tokens import Encoder, cut_tokens, encode_candidates, encode_prefixes, encode_text, fingerprint
+
+MAX_PERMUTATIONS = 120
 
 
-def predict_letters(
-    model: torch.nn.Module, backend: str, encoder: Encoder, examples: list[MultipleChoice], name: str, max_tokens: int
-) -> Iterator[dict[str, Any]]:
-    """Prediction rows of the contract, in the order they are computed; `name` is written as the model's name."""
-    completion = encoder.completion if encoder.completion != "explanation" else "letter"
-    prompts = [render(example, encoder.style, completion) for example in examples]
+class ScoringError(UserError):
+    """A way of scoring that these examples do not allow."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """How examples are asked and answers are read; one default each.
+
+    scoring: "letters" (probability of each letter), "cloze" (of each option's text), "generate" (text, then parsed) or
+    "perplexity"; permutations: orders of the options to ask in (1: as they stand; the number of options: cyclic; 0: all);
+    normalization: what cloze divides an option's log-probability by: "raw" (nothing), "character" or "token"; temperature
+    and samples: of generate, several samples vote; fewshot: "fixed" (the same for all) or "nearest" (BM25).
+    """
+
+    scoring: str = "letters"
+    permutations: int = 1
+    normalization: str = "character"
+    num_fewshot: int = 0
+    fewshot: str = "fixed"
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    samples: int = 1
+    seed: int = 0
+
+
+@dataclass
+class Asked:
+    """One example with all that is asked about it; requests hold the options of each order one after the other."""
+
+    example: Example
+    orders: list[tuple[int, ...]]
+    requests: list[Request]
+    truncated: bool
+    texts: list[str] = field(default_factory=list)  # of the options, as scored
+
+    def key(self, run_key: str) -> str:
+        ids = [[request.prefix, request.options] for request in self.requests]
+        return hashlib.sha256(json.dumps([run_key, self.example.id, ids]).encode()).hexdigest()[:32]
+
+
+# ---- asking ----------------------------------------------------------------------------------------------------------
+
+
+def ask(
+    encoder: Encoder, examples: Sequence[Example], method: Method, pool: Sequence[Example] = (), max_length: int | None = None
+) -> tuple[list[Asked], int]:
+    """Token ids of everything that is asked.
+
+    Args:
+        pool: labelled examples to take few-shot examples from; those that are asked themselves are left out.
+        max_length: tokens that the model can read, an option or answer included.
+
+    Returns:
+        an entry per example, and how many tokens all prefixes have in common at their start.
+
+    Raises:
+        ScoringError: a method that does not fit the examples, a question that is too long, too small a pool.
+    """
+    check_method(examples, method)
+    if method.scoring == "perplexity":
+        return [ask_passage(encoder, example, max_length) for example in examples], 0
+    completion = choose_completion(encoder, method)
+    shots = choose_shots(encoder, examples, method, pool, completion)
+    asked = [Asked(example, choose_orders(example, method), [], False) for example in examples]
+    prompts, variants = [], []
+    for entry, some in zip(asked, shots, strict=True):
+        for order in entry.orders:
+            variant = reorder(entry.example, order)
+            prompt = render(variant, encoder.style, completion)
+            prompts.append(replace(prompt, shots=some, lead=some[0].lead if some else prompt.lead))
+            variants.append(variant)
     prefixes = encode_prefixes(encoder, prompts)
-    candidates = [encode_candidates(encoder, example, prompt) for example, prompt in zip(examples, prompts, strict=True)]
+    texts = [candidates(v, encoder.style, completion) if method.scoring != "generate" else [] for v in variants]
+    options = encode_candidates(encoder, prompts, prefixes, texts) if method.scoring != "generate" else [[[]]] * len(texts)
+    number = 0
+    for entry in asked:
+        entry.texts = texts[number]
+        for _ in entry.orders:
+            fitted, cut = fit_request(encoder, variants[number], prompts[number], prefixes[number], options[number], method, max_length)
+            entry.requests += fitted
+            entry.truncated |= cut
+            number += 1
+    return asked, count_common([entry.requests[0].prefix for entry in asked if not entry.truncated])
+
+
+def check_method(examples: Sequence[Example], method: Method) -> None:
+    kinds = {type(example) for example in examples}
+    wanted = {"letters": {MultipleChoice}, "cloze": {MultipleChoice}, "perplexity": {Passage}, "generate": {MultipleChoice, OpenAnswer}}
+    if not kinds <= wanted[method.scoring] or len(kinds) != 1:
+        names = {MultipleChoice: "multiple-choice questions", OpenAnswer: "open questions", Passage: "texts"}
+        raise ScoringError(
+            f"--scoring {method.scoring} is for {' or '.join(names[kind] for kind in wanted[method.scoring])}; this data holds "
+            f"{' and '.join(sorted(names[kind] for kind in kinds))}: use "
+            f"{' or '.join(name for name, some in wanted.items() if kinds <= some)}"
+        )
+    if method.permutations != 1 and (method.scoring != "letters" or examples[0].dataset == "pubmedqa"):
+        raise ScoringError("--permutations is for --scoring letters of questions that show their options; leave it out")
+    if method.samples > 1 and method.temperature <= 0:
+        raise ScoringError(f"--samples {method.samples} at temperature 0 would be {method.samples} equal answers; set --temperature, as 0.7")
+
+
+def choose_completion(encoder: Encoder, method: Method) -> str:
+    if method.scoring == "cloze":
+        return "cloze"
+    if method.scoring == "letters" and encoder.completion not in ("letter", "letter_text"):
+        return "letter"
+    return encoder.completion
+
+
+def choose_orders(example: Example, method: Method) -> list[tuple[int, ...]]:
+    """Orders of the options: position -> original number, the given order first."""
+    if not isinstance(example, MultipleChoice) or method.permutations == 1:
+        return [tuple(range(len(getattr(example, "options", ()))))]
+    n = len(example.options)
+    if 1 < method.permutations <= n:  # cyclic: each option stands at each position once
+        return [tuple((start + i) % n for i in range(n)) for start in range(method.permutations)]
+    wanted = math.factorial(n) if method.permutations == 0 else min(method.permutations, math.factorial(n))
+    if wanted > MAX_PERMUTATIONS:
+        raise ScoringError(f"{example.id}: {wanted} orders of {n} options; ask for at most {MAX_PERMUTATIONS}")
+    return list(itertools.islice(itertools.permutations(range(n)), wanted))
+
+
+def reorder(example: Example, order: tuple[int, ...]) -> Example:
+    if not order or order == tuple(range(len(order))):
+        return example
+    answer = None if example.answer is None else order.index(example.answer)
+    return replace(example, options=tuple(example.options[i] for i in order), answer=answer)
+
+
+def choose_shots(
+    encoder: Encoder, examples: Sequence[Example], method: Method, pool: Sequence[Example], completion: str
+) -> list[tuple[Prompt, ...]]:  # fmt: skip
+    """Worked examples for each question, none of them a question that is asked."""
+    if method.num_fewshot == 0:
+        return [()] * len(examples)
+    usable, _ = decontaminate([shot for shot in pool if getattr(shot, "answer", None) is not None], examples)
+    if len(usable) < method.num_fewshot:
+        raise ScoringError(
+            f"--num_fewshot {method.num_fewshot}: {len(usable)} labelled examples are left of {len(pool)} after those that are asked "
+            "are taken out; give more with --fewshot_path"
+        )
+    if method.fewshot == "fixed":
+        chosen = [random.Random(method.seed).sample(range(len(usable)), method.num_fewshot)] * len(examples)
+    else:
+        chosen = find_nearest([shot.question for shot in usable], [example.question for example in examples], method.num_fewshot)
+    needed = {i: render(usable[i], encoder.style, completion) for i in sorted({i for some in chosen for i in some})}
+    return [tuple(needed[i] for i in some) for some in chosen]
+
+
+def find_nearest(pool: list[str], questions: list[str], k: int) -> list[list[int]]:
+    """Numbers of the k most similar texts by BM25 (Robertson & Zaragoza, 2009), the most similar one last."""
+    import bm25s
+
+    index = bm25s.BM25()
+    index.index(bm25s.tokenize(pool, stopwords="en", show_progress=False), show_progress=False)
+    found, _ = index.retrieve(bm25s.tokenize(questions, stopwords="en", show_progress=False), k=k, show_progress=False, n_threads=0)
+    return [[int(i) for i in some[::-1]] for some in found]
+
+
+def fit_request(
+    encoder: Encoder, example: Example, prompt: Prompt, prefix: list[int], options: list[list[int]], method: Method, max_length: int | None
+) -> tuple[list[Request], bool]:  # fmt: skip
+    """Requests that fit the model, and whether something was cut.
+
+    Style lm_eval cuts from the left what stands over `max_length`, for each option by itself, as lm-evaluation-harness does;
+    other styles cut the context from its end, as in training.
+    """
+    room = None if max_length is None else max_length + 1 - (method.max_new_tokens if method.scoring == "generate" else 0)
+    longest = max(len(option) for option in options)
+    if room is None or len(prefix) + longest <= room:
+        return [Request(prefix, options)], False
+    if encoder.style == "lm_eval" and longest < room:
+        if len({len(option) for option in options}) == 1:
+            return [Request(prefix[len(prefix) + longest - room :], options)], True
+        return [Request(prefix[max(0, len(prefix) + len(option) - room) :], [option]) for option in options], True
+    context = "\n".join(getattr(example, "context", ()))
+    while context and len(prefix) + longest > room:
+        context = cut_tokens(encoder.tokenizer, context, len(prefix) + longest - room)
+        shorter = render(example, encoder.style, choose_completion(encoder, method), context=context)
+        prefix = encode_prefixes(encoder, [replace(prompt, user=shorter.user)])[0]
+    if len(prefix) + longest > room:
+        raise ScoringError(
+            f"{example.dataset}: {example.source}: needs {len(prefix) + longest - 1} tokens without its context, the model has room for "
+            f"{room - 1}; use fewer few-shot examples or new tokens, or leave the question out"
+        )
+    return [Request(prefix, options)], True
+
+
+def ask_passage(encoder: Encoder, passage: Passage, max_length: int | None) -> Asked:
+    """Every token of a text is asked for once, in disjoint windows; the last one reads as much before it as fits
+    (lm-evaluation-harness: rolling log-likelihood). What stands before the first token is BOS, else the end token."""
+    ids = encode_text(encoder.tokenizer, passage.text)
+    tokens = [*(encoder.leading_ids[-1:] or (encoder.end_id,)), *ids]
+    width, requests, done = max_length or len(tokens), [], 1
+    while done < len(tokens):
+        end = min(done + width, len(tokens))
+        requests.append(Request(tokens[max(0, end - 1 - width) : done], [tokens[done:end]]))
+        done = end
+    return Asked(passage, [()], requests, len(requests) > 1)
+
+
+def count_common(prefixes: Sequence[list[int]]) -> int:
+    """Tokens that all prefixes start with, at least one less than the shortest has."""
+    if len(prefixes) < 2:
+        return 0
+    low, high = min(prefixes), max(prefixes)  # lists compare by their first difference
+    common = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+    return min(common, min(map(len, prefixes)) - 1)
+
+
+# ---- answering -------------------------------------------------------------------------------------------------------
+
+
+def describe_prompt(encoder: Encoder, method: Method, shared_ids: Sequence[int] = ()) -> str:
+    """The prompt's fingerprint: the training prompt's own for plain letters, one that tells also the way of asking else."""
     digest = fingerprint(encoder)
-    for number, scores in score_options(model, backend, prefixes, candidates, max_tokens):
-        example = examples[number]
-        letters = LETTERS[: len(example.options)]
-        best = max(range(len(letters)), key=lambda i: scores.logprobs[i])
-        yield {
-            "id": example.id, "dataset": example.dataset, "subject": example.subject,
-            "gold": None if example.answer is None else LETTERS[example.answer], "prediction": letters[best],
-            "option_logprobs": dict(zip(letters, scores.logprobs, strict=True)), "letter_mass": scores.mass, "text": None,
-            "prompt_sha256": digest, "engine": "hf", "model": name,
-        }  # fmt: skip
+    if method.scoring in ("letters", "generate") and method.num_fewshot == 0 and method.permutations == 1:
+        return digest
+    facts = [digest, method.scoring, method.permutations, method.num_fewshot, method.fewshot, list(shared_ids)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def predict(
+    engine: Engine, encoder: Encoder, asked: Sequence[Asked], shared: int, method: Method, name: str,
+    cells: Sequence[Sequence[int]] | None = None, run_key: str = "", done: Collection[str] = (),
+) -> Iterator[list[dict[str, Any]]]:  # fmt: skip
+    """Prediction rows (README), a batch at a time.
+
+    Args:
+        asked, shared: of `ask`; name: written as the model's name; cells: numbers of the questions of each batch (default:
+            all, by predictions.make_cells); run_key: all that the numbers depend on besides the question, part of every
+            row's key; done: keys of rows that exist.
+    """
+    common = asked[0].requests[0].prefix[:shared] if asked else []
+    digest = describe_prompt(encoder, method, common if method.num_fewshot and method.fewshot == "fixed" else ())
+    facts = {"prompt_sha256": digest, "engine": engine.name, "model": name}
+    cells = make_cells([entry.example.id for entry in asked], BATCH_SIZE[engine.name]) if cells is None else cells
+    for cell in cells:
+        entries = [(asked[i], asked[i].key(run_key)) for i in cell]
+        entries = [(entry, key) for entry, key in entries if key not in done]
+        if not entries:
+            continue
+        if method.scoring == "generate":
+            stops = (encoder.end_id, *{encoder.tokenizer.eos_token_id} - {encoder.end_id})
+            sampling = Sampling(method.max_new_tokens, stops, method.temperature, method.samples, seed_of(entries[0][0].example.id, method.seed))
+            found = engine.generate([entry.requests[0].prefix for entry, _ in entries], sampling)
+            rows = [read_texts(encoder, entry, answers, method) for (entry, _), answers in zip(entries, found, strict=True)]
+        else:
+            scores = iter(engine.score([request for entry, _ in entries for request in entry.requests], shared))
+            values = [[value for _ in entry.requests for value in next(scores)] for entry, _ in entries]
+            read = read_passage if method.scoring == "perplexity" else read_options
+            rows = [read(entry, some, method) for (entry, _), some in zip(entries, values, strict=True)]
+        yield [row | facts | {"key": key} for row, (_, key) in zip(rows, entries, strict=True)]
+
+
+def answer(engine: Engine, encoder: Encoder, examples: Sequence[Example], name: str, max_length: int | None = None) -> list[dict[str, Any]]:
+    """Prediction rows of multiple-choice examples by letters, in their order."""
+    asked, shared = ask(encoder, examples, Method(), (), max_length)
+    rows = {row["id"]: row for batch in predict(engine, encoder, asked, shared, Method(), name) for row in batch}
+    return [rows[example.id] for example in examples]
+
+
+def seed_of(id: str, seed: int) -> int:
+    """A batch's own seed, the same in every run that has this batch."""
+    return (hash_id(id) + seed) % (1 << 31)
+
+
+def describe_example(entry: Asked, kind: str) -> dict[str, Any]:
+    example = entry.example
+    facts = {"id": example.id, "kind": kind, "dataset": example.dataset, "subject": getattr(example, "subject", None)}
+    if isinstance(example, MultipleChoice):
+        facts |= {"topic": example.topic, "choice_type": example.choice_type, "question": example.question, "options": list(example.options)}
+        facts["gold"] = None if example.answer is None else LETTERS[example.answer]
+    elif isinstance(example, OpenAnswer):
+        facts |= {"question": example.question, "gold": example.answer}
+    if entry.truncated:
+        facts["truncated"] = True
+    return facts
+
+
+def read_options(entry: Asked, values: list[float], method: Method) -> dict[str, Any]:
+    """Option log-probabilities -> row; over several orders an option's probability is the mean of what it gets in each."""
+    n = len(entry.example.options)
+    letters, table = LETTERS[:n], np.array(values).reshape(len(entry.orders), n)  # [orders, position]
+    row = describe_example(entry, "choice") | {"text": None}
+    by_option = np.empty_like(table)
+    for at, order in enumerate(entry.orders):
+        by_option[at, list(order)] = table[at]
+    logprobs = by_option[0] if len(table) == 1 else np.logaddexp.reduce(by_option, axis=0) - math.log(len(table))
+    known = {letter: float(value) for letter, value in zip(letters, logprobs, strict=True) if not np.isnan(value)}
+    row["option_logprobs"] = known
+    row["prediction"] = max(known, key=known.get) if known else None
+    row["letter_mass"] = float(np.exp(list(known.values())).sum()) if known and method.scoring == "letters" else None
+    if len(entry.orders) > 1:
+        row["permutations"] = {"".join(letters[i] for i in order): some.tolist() for order, some in zip(entry.orders, table, strict=True)}
+    if method.scoring == "cloze":
+        tokens = [len(option) for request in entry.requests for option in request.options]
+        lengths = {"raw": [1] * n, "character": [len(option) for option in entry.example.options], "token": tokens}
+        row["predictions"] = {name: letters[int(np.argmax(logprobs / np.array(some)))] for name, some in lengths.items()}
+        row["prediction"] = row["predictions"][method.normalization]
+    return row
+
+
+def read_texts(encoder: Encoder, entry: Asked, answers: list[list[int]], method: Method) -> dict[str, Any]:
+    """Generated ids -> row; several samples vote, and of equal counts the answer that came first wins."""
+    texts = [encoder.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
+    if isinstance(entry.example, OpenAnswer):
+        return describe_example(entry, "open") | {"prediction": texts[0], "text": texts[0], "option_logprobs": None, "letter_mass": None}
+    parsed = [parse_answer(text, entry.example.options, encoder.completion) for text in texts]
+    votes = Counter(LETTERS[index] for index in parsed if index is not None)
+    row = describe_example(entry, "choice") | {"text": texts[0], "option_logprobs": None, "letter_mass": None}
+    row["prediction"] = votes.most_common(1)[0][0] if votes else None
+    if method.samples > 1:
+        row |= {"samples": texts, "votes": dict(votes)}
+    return row
+
+
+def read_passage(entry: Asked, values: list[float], method: Method) -> dict[str, Any]:
+    text = entry.example.text
+    return describe_example(entry, "text") | {
+        "logprob": sum(values), "tokens": sum(len(request.options[0]) for request in entry.requests),
+        "bytes": len(text.encode()), "words": len(text.split()),
+    }  # fmt: skip

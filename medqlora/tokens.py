@@ -21,11 +21,13 @@ from medqlora.prompts import PROBES, Prompt, PromptError, candidates, render
 
 @dataclass(frozen=True)
 class ChatFrame:
-    """What a chat template puts around one user turn: `before + user + after + completion + end`."""
+    """What a chat template puts around user turns: `before + user + after + completion + end`; `between` stands from a
+    completion to the next user turn (None: the template does not keep earlier turns as they were)."""
 
     before: str
     after: str
     end: str
+    between: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,14 +80,33 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, style: str = "auto", comple
     return Encoder(tokenizer, style, completion, frame, tuple(leading), end_id)
 
 
+class TextTokenizer:
+    """For servers that tokenize by themselves: token ids are the text's Unicode code points."""
+
+    eos_token_id, bos_token_id, chat_template, all_special_ids = 0, None, None, [0]
+
+    def __call__(self, text: str | list[str], **_: object) -> dict[str, list]:
+        return {"input_ids": list(map(ord, text)) if isinstance(text, str) else [list(map(ord, one)) for one in text]}
+
+    def decode(self, ids: Sequence[int], **_: object) -> str:
+        return "".join(map(chr, ids))
+
+
+TURN = "\x1e"  # ASCII record separator: stands between the turns of a chat that a server will render
+
+
+def make_text_encoder(completion: str = "letter") -> Encoder:
+    """An encoder for chat servers: user and assistant turns as text, with TURN after each of them."""
+    return Encoder(TextTokenizer(), "chat", completion, ChatFrame("", TURN, TURN, TURN), (), 0)
+
+
 def read_frame(tokenizer: PreTrainedTokenizerBase) -> ChatFrame:
     """Render the template around a sentinel instead of once per row (a hundred times faster), and check that on text."""
 
-    def apply(user: str, assistant: str | None = None) -> str:
-        messages = [{"role": "user", "content": user}]
-        messages += [{"role": "assistant", "content": assistant}] if assistant is not None else []
+    def apply(*turns: str) -> str:
+        messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=assistant is None,
+            messages, tokenize=False, add_generation_prompt=len(turns) % 2 == 1,
             date_string="26 Jul 2024",  # templates that print today's date would make every day another prompt
         )  # fmt: skip
 
@@ -95,11 +116,17 @@ def read_frame(tokenizer: PreTrainedTokenizerBase) -> ChatFrame:
     probe = "Which?\nA. one\n\nAnswer."
     if not found or not found_again or apply(probe) != before + probe + after:
         raise PromptError("the chat template changes the text of a message; use --data.prompt_style plain")
+    start = encode_text(tokenizer, before)[:2]
+    if tokenizer.bos_token_id is not None and start == [tokenizer.bos_token_id] * 2:
+        raise PromptError("the chat template adds a second beginning-of-sequence token; take one bos_token out of it")
+    again = apply(user, assistant, "<<next text>>")
+    head, middle = before + user + after + assistant, again.partition(assistant)[2].partition("<<next text>>")
+    between = middle[0] if again == head + middle[0] + "<<next text>>" + after and middle[1] else None
     ids = encode_text(tokenizer, tail)
     special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
     if not ids or ids[0] not in special:
-        return ChatFrame(before, after, tokenizer.eos_token)
-    return ChatFrame(before, after, tokenizer.convert_ids_to_tokens(ids[0]))
+        return ChatFrame(before, after, tokenizer.eos_token, between)
+    return ChatFrame(before, after, tokenizer.convert_ids_to_tokens(ids[0]), between)
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -119,7 +146,14 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[l
 
 
 def prefix_text(encoder: Encoder, prompt: Prompt) -> str:
-    return encoder.frame.before + prompt.user + encoder.frame.after if prompt.chat else prompt.user
+    """Raises PromptError: worked examples for a chat template that cannot show earlier turns."""
+    if not prompt.chat:
+        return prompt.lead + "".join(f"{shot.user}{shot.completion}\n\n" for shot in prompt.shots) + prompt.user
+    frame = encoder.frame
+    if prompt.shots and frame.between is None:
+        raise PromptError("this chat template does not keep earlier turns; give few-shot examples with --prompt_style plain")
+    turns = "".join(f"{shot.user}{frame.after}{shot.completion}{frame.between}" for shot in prompt.shots)
+    return frame.before + turns + prompt.user + frame.after
 
 
 def encode_prefixes(encoder: Encoder, prompts: list[Prompt]) -> list[list[int]]:
@@ -144,10 +178,27 @@ def encode_completions(encoder: Encoder, prompts: list[Prompt], completions: lis
     return [unique[pair] for pair in zip(anchors, completions, strict=True)]
 
 
-def encode_candidates(encoder: Encoder, example: MultipleChoice, prompt: Prompt) -> list[list[int]]:
-    """Token ids of each option's letter (or word) as the completion of this prompt."""
-    texts = candidates(example, encoder.style)
-    return encode_completions(encoder, [prompt] * len(texts), texts)
+def encode_candidates(
+    encoder: Encoder, prompts: list[Prompt], prefixes: list[list[int]], texts: list[list[str]]
+) -> list[list[list[int]]]:
+    """Token ids of each question's options as completions of its prompt.
+
+    In style lm_eval they are what the joint encoding of prompt and option has after the prompt's own length, as in
+    lm-evaluation-harness (`_encode_pair`).
+    """
+    counts = [len(some) for some in texts]
+    repeated = [prompt for prompt, count in zip(prompts, counts, strict=True) for _ in range(count)]
+    flat = iter(encode_completions(encoder, repeated, [text for some in texts for text in some]))
+    found = [[next(flat) for _ in range(count)] for count in counts]
+    if encoder.style != "lm_eval":
+        return found
+    whole = [prefix_text(encoder, prompt) for prompt in prompts]
+    joint = encode_texts(encoder.tokenizer, [text + some[0] for text, some in zip(whole, texts, strict=True)])
+    for number, (prefix, ids) in enumerate(zip(prefixes, joint, strict=True)):
+        if prefix + found[number][0] != [*encoder.leading_ids, *ids]:  # tokens reach over the border of prompt and option
+            each = encode_texts(encoder.tokenizer, [whole[number] + text for text in texts[number]])
+            found[number] = [[*encoder.leading_ids, *ids][len(prefix) :] for ids in each]
+    return found
 
 
 def encode_examples(

@@ -27,8 +27,9 @@ from medqlora import runs
 from medqlora.attention import packing_arguments, verify_isolation
 from medqlora.checkpoints import load_newest, save_checkpoint
 from medqlora.config import UserError, help_text, load_config
+from medqlora.engines.hf import HfEngine
 from medqlora.losses import AnswerLoss, backbone_of
-from medqlora.metrics import compare_paired, is_right, score_predictions
+from medqlora.metrics import compare_paired, score_predictions
 from medqlora.models import (
     adapter_weights,
     architecture_hash,
@@ -49,7 +50,8 @@ from medqlora.models import (
 from medqlora.optimizers import learning_rate, make_optimizer
 from medqlora.packing import cap_batches, collate, derive_accumulation, fit_bins
 from medqlora.preparation import count_reasons, prepare, prepare_plan
-from medqlora.scoring import predict_letters
+from medqlora.predictions import collect_rows
+from medqlora.scoring import answer
 from medqlora.tokens import TokenTable, make_encoder
 
 ISOLATION_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -157,7 +159,7 @@ def main() -> int:
     if is_main and prepared.test and not (predictions / "base.jsonl").is_file():
         predictions.mkdir(exist_ok=True)
         with model.disable_adapter():
-            rows = list(predict_letters(model, backend, encoder, prepared.test, "base", training.max_tokens_per_batch))
+            rows = answer(HfEngine(model, backend, training.max_tokens_per_batch), encoder, prepared.test, "base")
         runs.write_json_lines(predictions / "base.jsonl", rows)
 
     # ---- train ---------------------------------------------------------------------------------------------------------
@@ -250,7 +252,7 @@ def main() -> int:
         }  # fmt: skip
         if prepared.test:
             restore_adapter(model, read_saved_adapter(output_dir / "adapter"))
-            tuned = list(predict_letters(model, backend, encoder, prepared.test, "tuned", training.max_tokens_per_batch))
+            tuned = answer(HfEngine(model, backend, training.max_tokens_per_batch), encoder, prepared.test, "tuned")
             runs.write_json_lines(predictions / "tuned.jsonl", tuned)
             report |= show_scores(runs.read_lines(predictions / "base.jsonl"), tuned)
         runs.write_json(output_dir / "metrics.json", report)
@@ -339,10 +341,9 @@ def show_data(prepared, plan, accumulation: int, output_dir: Path) -> None:
 
 def show_scores(base: list[dict], tuned: list[dict]) -> dict:
     """Print base against tuned; -> the keys of metrics.json, for the tuned model, with `base` and `comparison` inside."""
-    order = [row["id"] for row in base]
-    by_id = {row["id"]: row for row in tuned}
+    base, tuned = collect_rows(base), collect_rows(tuned)
     before, after = score_predictions(base), score_predictions(tuned)
-    comparison = compare_paired([is_right(row) for row in base], [is_right(by_id[name]) for name in order])
+    comparison = compare_paired(base.right, tuned.right)
     table = Table(title="accuracy on the test questions", title_justify="left")
     for column in ("", "n", "base", "95 % interval", "tuned", "95 % interval"):
         table.add_column(column, justify="left" if not column else "right")

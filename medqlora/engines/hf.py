@@ -1,104 +1,251 @@
-"""The transformers engine: option log-probabilities from packed forward passes, head at the needed positions only."""
+"""The transformers engine: packed forward passes, head at the needed positions only, shared beginnings read once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
+from transformers import GenerationConfig
 
-from medqlora.attention import packing_arguments
-from medqlora.config import UserError
+from medqlora.attention import AttentionError, Branches, locate_branches, packing_arguments, verify_isolation
+from medqlora.engines.interface import EngineError, Request, Sampling
 from medqlora.losses import backbone_of, compute_logits, unwrap
 from medqlora.packing import fit_bins
 
-
-class EngineError(UserError):
-    """A question that the engine cannot score."""
-
-
-@dataclass(frozen=True)
-class OptionScores:
-    """logprobs [options]: natural log of each option's probability as the next text; mass: their summed probability."""
-
-    logprobs: list[float]
-    mass: float
+HEAD_ROWS = 256  # positions per call of the head: bounds the logits to 256 x vocabulary
+WORTH_SHARING = 32  # tokens; below this, reading a common beginning again costs less than keeping it
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}  # relative, of one layer order against another
 
 
-@torch.inference_mode()
-def score_options(
-    model: torch.nn.Module, backend: str, prefixes: Sequence[list[int]], candidates: Sequence[list[list[int]]],
-    max_tokens: int = 8_192,
-) -> Iterator[tuple[int, OptionScores]]:  # fmt: skip
-    """Score every option of every question, in the order that packs best.
+class HfEngine:
+    """A transformers model, or a PEFT model around one, on one device."""
 
-    Args:
-        prefixes: token ids of each prompt; candidates: token ids of each option of each question. A question whose options
-            are one token each costs one row; an option of several tokens is scored as a continuation, a row each.
-        max_tokens: tokens per forward pass (a longer row runs alone).
+    name = "hf"
 
-    Yields:
-        (number of the question, its scores).
+    def __init__(self, model: torch.nn.Module, backend: str, max_tokens: int | None = None):
+        """backend: of models.load_base; max_tokens: tokens per forward pass (None: by the device's free memory)."""
+        self.model, self.causal, self.backend = model, unwrap(model), backend
+        config = self.causal.config.get_text_config()
+        self.device = next(self.causal.parameters()).device
+        self.max_length = getattr(config, "max_position_embeddings", None)
+        self.max_tokens = max_tokens or choose_budget(config, self.device)
+        self.shared_ids: list[int] = []
+        self.shared_states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.sharing = backend == "varlen"
+        try:
+            verify_isolation(backbone_of(self.causal), backend, config.vocab_size, TOLERANCE.get(self.causal.dtype, 6e-2))
+        except AttentionError:
+            warnings.warn("this model's attention mixes packed rows; each row runs alone, which is slow", stacklevel=2)
+            self.max_tokens, self.sharing = 1, False
 
-    Raises:
-        EngineError: a row longer than the model's positions.
-    """
-    causal = unwrap(model)
-    rows = plan_rows(prefixes, candidates)
-    lengths = np.array([len(row.ids) for row in rows])
-    longest = getattr(causal.config.get_text_config(), "max_position_embeddings", None)
-    if longest and lengths.max() > longest:
-        question = rows[int(lengths.argmax())].question
-        raise EngineError(f"question {question + 1} has {lengths.max()} tokens, the model {longest} positions; shorten its context")
-    scores = {question: np.full(len(options), np.nan) for question, options in enumerate(candidates)}
-    model.eval()
-    for chosen in fit_bins(lengths, max(max_tokens, int(lengths.max()))):
-        members = [rows[i] for i in chosen]
-        hidden = run_packed(causal, backend, [row.ids for row in members])
-        ends = np.cumsum(lengths[chosen])
-        counts = [1 if row.option is None else len(row.asked) for row in members]
-        places = np.concatenate([np.arange(end - count, end) for end, count in zip(ends, counts, strict=True)])
-        logprobs = compute_logits(causal, hidden[torch.from_numpy(places).to(hidden.device)]).log_softmax(-1)  # [places, vocab]
-        for row, part in zip(members, logprobs.split(counts), strict=True):
-            if row.option is None:
-                scores[row.question][:] = part[0, row.asked].tolist()
-            else:
-                scores[row.question][row.option] = part[range(len(row.asked)), row.asked].sum().item()
-        for question in {row.question for row in members}:
-            if not np.isnan(scores[question]).any():
-                values = scores.pop(question)
-                yield question, OptionScores(values.tolist(), float(np.exp(values).sum()))
+    @torch.inference_mode()
+    def score(self, requests: Sequence[Request], shared: int = 0) -> list[list[float]]:
+        """See interface.Engine. Every value is known: options of several tokens are scored as continuations.
 
+        Raises:
+            EngineError: a row longer than the model's positions.
+        """
+        self.model.eval()
+        self.check_lengths(requests)
+        scores = [[0.0] * len(request.options) for request in requests]
+        common = requests[0].prefix[:shared] if requests else []
+        sharing = [False] * len(requests)
+        if self.sharing and shared >= WORTH_SHARING:
+            sharing = [len(request.prefix) > shared and request.prefix[:shared] == common for request in requests]
+            first = next((request for request, shares in zip(requests, sharing, strict=True) if shares), None)
+            if first is not None and not self.read_shared(common, first):
+                sharing = [False] * len(requests)
+        for shares in (True, False):
+            members = [i for i, value in enumerate(sharing) if value is shares]
+            skip = shared if shares else 0
+            sizes = np.array([count_tokens(requests[i], skip, self.backend == "varlen") for i in members], dtype=np.int64)
+            for chosen in fit_bins(sizes, max(self.max_tokens, int(sizes.max()))) if members else []:
+                numbers = [members[i] for i in chosen]
+                for number, values in zip(numbers, self.score_pack([requests[i] for i in numbers], skip), strict=True):
+                    scores[number] = values
+        return scores
 
-@dataclass(frozen=True)
-class Row:
-    """ids to read, and the ids asked for: all options at the last position, or (option given) one option's own tokens."""
+    def check_lengths(self, requests: Sequence[Request]) -> None:
+        if self.max_length is None:
+            return
+        for number, request in enumerate(requests):
+            length = len(request.prefix) + max(len(option) for option in request.options) - 1
+            if length > self.max_length:
+                raise EngineError(f"question {number + 1} has {length} tokens, the model {self.max_length} positions; shorten its context")
 
-    question: int
-    option: int | None
-    ids: list[int]
-    asked: list[int]
+    def read_shared(self, ids: list[int], example: Request) -> bool:
+        """Read a common beginning once, and check on one request that this changes nothing; False where it does."""
+        if ids == self.shared_ids:
+            return True
+        states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        branches = locate_branches([len(ids)], [None], self.device)
+        tokens = torch.tensor([ids], device=self.device)
+        backbone_of(self.causal)(
+            input_ids=tokens, position_ids=torch.arange(len(ids), device=self.device)[None], attention_mask=None, use_cache=False,
+            documents=Branches(**{**vars(branches), "record": states}),
+        )  # fmt: skip
+        self.shared_ids, self.shared_states = ids, states
+        alone, after = self.run_pack([example], 0), self.run_pack([example], len(ids))
+        error = abs(np.array(alone[0]) - np.array(after[0])).max()
+        if not error <= 20 * TOLERANCE.get(self.causal.dtype, 6e-2):  # also true for NaN
+            warnings.warn(f"reading the few-shot examples once changes a score by {error:.1e}; they are read with every question", stacklevel=3)
+            self.sharing, self.shared_ids, self.shared_states = False, [], {}
+        return self.sharing
 
+    def score_pack(self, requests: list[Request], shared: int) -> list[list[float]]:
+        """One forward pass; on CUDA out-of-memory two of half the size, and a smaller budget from then on."""
+        try:
+            return self.run_pack(requests, shared)
+        except torch.OutOfMemoryError:
+            if len(requests) == 1:
+                raise EngineError(f"out of memory on one question of {len(requests[0].prefix)} tokens; use a smaller dtype, as nf4") from None
+        torch.cuda.empty_cache()
+        self.max_tokens = max(1, self.max_tokens // 2)
+        middle = len(requests) // 2
+        return self.score_pack(requests[:middle], shared) + self.score_pack(requests[middle:], shared)
 
-def plan_rows(prefixes: Sequence[list[int]], candidates: Sequence[list[list[int]]]) -> list[Row]:
-    rows = []
-    for question, (prefix, options) in enumerate(zip(prefixes, candidates, strict=True)):
-        if all(len(option) == 1 for option in options):
-            rows.append(Row(question, None, prefix, [option[0] for option in options]))
+    def run_pack(self, requests: list[Request], shared: int) -> list[list[float]]:
+        segments, parents, starts, asked = lay_out(requests, shared, nested=self.backend == "varlen")
+        lengths = [len(segment) for segment in segments]
+        ids = torch.tensor([i for segment in segments for i in segment], device=self.device)
+        position_ids = torch.cat([torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)])
+        if shared or any(parent is not None for parent in parents):
+            states = self.shared_states if shared else None
+            packing = {"documents": locate_branches(lengths, parents, self.device, states, shared)}
         else:
-            rows += [Row(question, index, prefix + option[:-1], option) for index, option in enumerate(options)]
-    return rows
+            batch = {"cu_seqlens": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), "max_seqlen": max(lengths)}
+            packing = packing_arguments(self.backend, batch, self.device)
+        hidden = backbone_of(self.causal)(
+            input_ids=ids[None], position_ids=position_ids.to(self.device)[None], attention_mask=None, use_cache=False, **packing
+        ).last_hidden_state[0]  # [tokens, hidden]
+        places, tokens = (torch.tensor(values, device=self.device) for values in zip(*(pair[:2] for pair in asked), strict=True))
+        scores = [[0.0] * len(request.options) for request in requests]
+        for (_, _, number, option), value in zip(asked, gather_logprobs(self.causal, hidden, places, tokens), strict=True):
+            scores[number][option] += value
+        return scores
+
+    @torch.inference_mode()
+    def generate(self, prefixes: Sequence[list[int]], sampling: Sampling) -> list[list[list[int]]]:
+        """See interface.Engine. Batches are padded on the left, rows of like length together; sampled answers depend on
+        the seed and on what is generated in the same call."""
+        self.model.eval()
+        longest = max(map(len, prefixes)) + sampling.max_new_tokens
+        if self.max_length is not None and longest > self.max_length:
+            raise EngineError(f"a prompt and its answer need {longest} tokens, the model has {self.max_length} positions; lower --max_new_tokens")
+        config = GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens, eos_token_id=list(sampling.stop_ids), pad_token_id=sampling.stop_ids[0],
+            num_return_sequences=sampling.samples,
+        )  # fmt: skip
+        if sampling.temperature > 0:
+            config.update(do_sample=True, temperature=sampling.temperature, top_k=0, top_p=1.0)
+        answers: list[list[list[int]]] = [[] for _ in prefixes]
+        order = sorted(range(len(prefixes)), key=lambda i: -len(prefixes[i]))
+        rows = max(1, self.max_tokens // (longest * sampling.samples))
+        torch.manual_seed(sampling.seed)
+        with plain_generation(self.causal):
+            for start in range(0, len(order), rows):
+                chosen = order[start : start + rows]
+                width = len(prefixes[chosen[0]])
+                ids = torch.full((len(chosen), width), sampling.stop_ids[0])
+                mask = torch.zeros_like(ids)
+                for row, number in enumerate(chosen):
+                    ids[row, width - len(prefixes[number]) :] = torch.tensor(prefixes[number])
+                    mask[row, width - len(prefixes[number]) :] = 1
+                out = self.causal.generate(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), generation_config=config)
+                for row, tokens in enumerate(out[:, width:].tolist()):
+                    answers[chosen[row // sampling.samples]].append(cut_at_stop(tokens, sampling.stop_ids))
+        return answers
 
 
-def run_packed(causal: torch.nn.Module, backend: str, documents: list[list[int]]) -> torch.Tensor:
-    """Hidden states [tokens, hidden] of several documents in one packed forward."""
-    lengths = [len(document) for document in documents]
-    device = next(causal.parameters()).device
-    batch = {"cu_seqlens": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), "max_seqlen": max(lengths)}
-    ids = torch.tensor([i for document in documents for i in document], device=device)
-    position_ids = torch.cat([torch.arange(length) for length in lengths]).to(device)
-    return backbone_of(causal)(
-        input_ids=ids[None], position_ids=position_ids[None], attention_mask=None, use_cache=False,
-        **packing_arguments(backend, batch, device),
-    ).last_hidden_state[0]  # fmt: skip
+def choose_budget(config, device: torch.device) -> int:
+    """Tokens per forward pass. On CUDA what free memory holds of one layer's activations, float32, eight hidden and three
+    intermediate widths wide; a CPU gains nothing beyond a few thousand."""
+    if device.type != "cuda":
+        return 4_096
+    free, _ = torch.cuda.mem_get_info(device)
+    per_token = 4 * (8 * config.hidden_size + 3 * getattr(config, "intermediate_size", 4 * config.hidden_size))
+    return int(np.clip(0.4 * free / per_token, 2_048, 131_072))
+
+
+def count_tokens(request: Request, shared: int, nested: bool) -> int:
+    """Tokens that `lay_out` makes of a request."""
+    longer = [len(option) - 1 for option in request.options if len(option) > 1]
+    if nested:
+        return len(request.prefix) - shared + sum(longer)
+    single = len(request.options) > len(longer)
+    return single * len(request.prefix) + sum(len(request.prefix) + extra for extra in longer)
+
+
+def lay_out(requests: list[Request], shared: int, nested: bool) -> tuple[list[list[int]], list[int | None], list[int], list[tuple]]:
+    """Requests -> segments of one packed row.
+
+    A prefix is one segment; an option of several tokens continues it in a segment of its own (its last token is never
+    read), or, where segments cannot be `nested`, in a repeated row.
+
+    Returns:
+        ids of each segment; the segment that it continues; its first position; and for every token asked for (place in the
+        packed row of the position before it, token id, number of the request, option).
+    """
+    segments: list[list[int]] = []
+    parents: list[int | None] = []
+    starts: list[int] = []
+    asked: list[tuple[int, int, int, int]] = []
+    total = 0
+
+    def add(ids: list[int], parent: int | None, start: int) -> int:
+        nonlocal total
+        segments.append(ids)
+        parents.append(parent)
+        starts.append(start)
+        total += len(ids)
+        return total - 1  # place of its last token
+
+    for number, request in enumerate(requests):
+        single = [i for i, option in enumerate(request.options) if len(option) == 1]
+        end = parent = None
+        if nested or single:
+            end, parent = add(request.prefix[shared:], None, shared), len(segments) - 1
+            asked += [(end, request.options[i][0], number, i) for i in single]
+        for i, option in enumerate(request.options):
+            if len(option) > 1 and nested:
+                place = add(option[:-1], parent, len(request.prefix))
+                asked.append((end, option[0], number, i))
+                asked += [(place - len(option) + 1 + at, token, number, i) for at, token in enumerate(option) if at]
+            elif len(option) > 1:
+                place = add(request.prefix + option[:-1], None, 0)
+                asked += [(place - len(option) + 1 + at, token, number, i) for at, token in enumerate(option)]
+    return segments, parents, starts, asked
+
+
+def gather_logprobs(causal: torch.nn.Module, hidden: torch.Tensor, places: torch.Tensor, tokens: torch.Tensor) -> list[float]:
+    """Log-probability of token [pairs] after place [pairs] of hidden [tokens, hidden]; each place is multiplied once."""
+    unique, inverse = torch.unique(places, return_inverse=True)
+    values = torch.empty(len(tokens), dtype=torch.float32, device=hidden.device)
+    for start in range(0, len(unique), HEAD_ROWS):
+        logits = compute_logits(causal, hidden[unique[start : start + HEAD_ROWS]])  # [places, vocab]
+        here = ((inverse >= start) & (inverse < start + HEAD_ROWS)).nonzero().flatten()
+        rows = inverse[here] - start
+        values[here] = logits[rows, tokens[here]] - logits.logsumexp(-1)[rows]
+    return values.tolist()
+
+
+@contextmanager
+def plain_generation(causal: torch.nn.Module):
+    """Generation pads on the left, which needs one of transformers' own attention functions; and what the model's own
+    generation settings add to ours (repetition penalty, top-p) would make two engines disagree."""
+    attention, settings = causal.config._attn_implementation, causal.generation_config
+    soft = getattr(causal.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    causal.set_attn_implementation("eager" if soft else "sdpa")
+    causal.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        causal.set_attn_implementation(attention)
+        causal.generation_config = settings
+
+
+def cut_at_stop(tokens: list[int], stop_ids: tuple[int, ...]) -> list[int]:
+    return tokens[: next((i for i, token in enumerate(tokens) if token in stop_ids), len(tokens))]
