@@ -9,6 +9,7 @@ part of the questions; the process that finds all parts complete writes OUTPUT. 
 
 import argparse
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -182,7 +183,8 @@ def open_model(arguments: argparse.Namespace) -> tuple[Encoder, dict, int | None
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         if arguments.max_length and positions and arguments.max_length > positions:
             raise ConfigError(f"--max_length {arguments.max_length}: the model has {positions} positions")
-        max_length, identity = arguments.max_length or positions, describe_model(arguments.model, arguments.revision, arguments.adapter)
+        room = positions - 1 if positions and arguments.engine == "vllm" else positions  # vLLM generates a token to score one
+        max_length, identity = arguments.max_length or room, describe_model(arguments.model, arguments.revision, arguments.adapter)
     encoder = make_encoder(
         load_tokenizer(source, arguments.revision), arguments.prompt_style or card.get("prompt_style", "auto"),
         arguments.completion or card.get("completion", "letter"),
@@ -201,7 +203,7 @@ def open_engine(arguments: argparse.Namespace, card: dict, encoder: Encoder) -> 
         from medqlora.engines.openai import OpenAIEngine
 
         return OpenAIEngine(
-            arguments.server, arguments.model, encoder.tokenizer, chat=arguments.api == "chat", key_variable=arguments.api_key_variable,
+            arguments.server, arguments.model, encoder.tokenizer.decode, os.environ.get(arguments.api_key_variable), arguments.api == "chat",
             concurrency=arguments.concurrency, timeout=arguments.timeout, retries=arguments.retries,
         )  # fmt: skip
     if arguments.engine == "vllm":

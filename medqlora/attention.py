@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -136,7 +136,8 @@ class Branches:
     only. sources int64 [sum of keys]: place of every segment's keys in (prefix + packed tokens); cu_queries, cu_keys int32
     [segments + 1]; prefix: keys and values [1, kv heads, prefix tokens, width] by layer; record: where a plain pass leaves
     its keys and values for that; groups (CPU): segments of like size as (queries [n, q], keys [n, k], distance [n, 1, q, k])
-    with the distance from key to query, negative for padding; scatter int64 [tokens]: slot of each token among the groups'.
+    with the distance from key to query, negative for padding, or None where no segment has an ancestor; scatter int64
+    [tokens]: slot of each token among the groups'; masks: what of `distance` each width of window leaves, made once.
     """
 
     cu_queries: torch.Tensor
@@ -146,8 +147,19 @@ class Branches:
     sources: torch.Tensor
     prefix: dict[int, tuple[torch.Tensor, torch.Tensor]]
     record: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
-    groups: tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...] = ()
+    groups: tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None], ...] = ()
     scatter: torch.Tensor | None = None
+    masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
+
+    def mask(self, group: int, window: int | None, additive: torch.dtype | None) -> torch.Tensor:
+        """bool [n, 1, q, k], or 0 and -inf in the dtype `additive`: then attention need not convert it in every layer."""
+        if (group, window) not in self.masks:
+            distance = self.groups[group][2]
+            allowed = (distance >= 0) & (distance < window) if window else distance >= 0
+            if additive is not None:
+                allowed = torch.zeros(allowed.shape, dtype=additive, device=allowed.device).masked_fill(~allowed, float("-inf"))
+            self.masks[group, window] = allowed
+        return self.masks[group, window]
 
 
 def locate_branches(
@@ -168,7 +180,7 @@ def locate_branches(
         scatter = scatter.to(device)
     return Branches(
         *(values.to(device) for values in cumulated), max(lengths), max(sizes), torch.cat(keys).to(device), prefix or {},
-        None, tuple(tuple(tensor.to(device) for tensor in part) for part in groups), scatter,
+        None, tuple(tuple(None if tensor is None else tensor.to(device) for tensor in part) for part in groups), scatter,
     )  # fmt: skip
 
 
@@ -178,7 +190,8 @@ def group_branches(lengths: list[int], starts: list[int], keys: list[torch.Tenso
     members: list[list[int]] = []
     for segment in order:
         first = members[-1][0] if members else segment
-        alike = 0.8 * len(keys[first]) <= len(keys[segment]) and 0.8 * lengths[first] <= lengths[segment] <= lengths[first]
+        alike = (len(keys[first]) == lengths[first]) is (len(keys[segment]) == lengths[segment])
+        alike = alike and 0.8 * len(keys[first]) <= len(keys[segment]) and 0.8 * lengths[first] <= lengths[segment] <= lengths[first]
         if members and alike:
             members[-1].append(segment)
         else:
@@ -195,7 +208,8 @@ def group_branches(lengths: list[int], starts: list[int], keys: list[torch.Tenso
             distances.append(distance.masked_fill(at_key[None] >= len(keys[s]), -1))
             scatter[starts[s] : starts[s] + lengths[s]] = slot + at_query[: lengths[s]]
             slot += high
-        groups.append((torch.stack(queries), torch.stack(sources), torch.stack(distances)[:, None]))
+        plain = wide == high  # causal over its own tokens: needs no mask
+        groups.append((torch.stack(queries), torch.stack(sources), None if plain else torch.stack(distances)[:, None]))
     return groups, scatter
 
 
@@ -217,12 +231,21 @@ def attend_branches(
             window_size=(sliding_window - 1 if sliding_window else -1, 0),
         )[None]  # fmt: skip
     outputs = []
-    for queries, sources, distance in branches.groups:
+    for number, (queries, sources, distance) in enumerate(branches.groups):
         parts = (tensor[index].transpose(1, 2) for tensor, index in ((q, queries), (k, sources), (v, sources)))
-        mask = (distance >= 0) & (distance < sliding_window) if sliding_window else distance >= 0
-        out = attend_rows(*parts, mask, scaling, 0.0, None, softcap)  # [segments, queries, heads, width]
+        if distance is None:
+            out = attend_rows(*parts, None, scaling, 0.0, sliding_window, softcap)
+        else:
+            explicit = computes_explicitly(query, sources.shape[1], softcap)
+            mask = branches.mask(number, sliding_window, None if explicit else query.dtype)
+            out = attend_rows(*parts, mask, scaling, 0.0, None, softcap)  # [segments, queries, heads, width]
         outputs.append(out.flatten(0, 1))
     return torch.cat(outputs).index_select(0, branches.scatter)[None]
+
+
+def computes_explicitly(query: torch.Tensor, keys: int, softcap: float | None) -> bool:
+    """Whether attention is plain matrix products here instead of torch's fused kernel."""
+    return softcap is not None or (query.device.type == "cpu" and query.dtype is not torch.float32 and keys <= SHORT)
 
 
 def attend_rows(query, key, value, mask, scaling, dropout, sliding_window, softcap) -> torch.Tensor:
@@ -234,7 +257,7 @@ def attend_rows(query, key, value, mask, scaling, dropout, sliding_window, softc
     if key.shape[1] != heads:
         key, value = (tensor.repeat_interleave(heads // key.shape[1], dim=1) for tensor in (key, value))
     windowed = sliding_window is not None and sliding_window < keys
-    explicit = softcap is not None or (query.device.type == "cpu" and query.dtype is not torch.float32 and keys <= SHORT)
+    explicit = computes_explicitly(query, keys, softcap)
     if mask is None and not windowed and not explicit and queries == keys:
         out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scaling)
         return out.transpose(1, 2)

@@ -8,7 +8,7 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -52,13 +52,19 @@ class Method:
 
 @dataclass
 class Asked:
-    """One example with all that is asked about it; requests hold the options of each order one after the other."""
+    """One example with all that is asked about it. Request i scores the options at the positions places[i], counted over
+    all orders one after the other."""
 
     example: Example
     orders: list[tuple[int, ...]]
     requests: list[Request]
     truncated: bool
-    texts: list[str] = field(default_factory=list)  # of the options, as scored
+    places: list[list[int]] = field(default_factory=list)
+
+    def sort(self, scores: list[list[float]]) -> list[float]:
+        """Scores of each request -> scores by place."""
+        flat = dict(zip(itertools.chain(*self.places), itertools.chain(*scores), strict=True))
+        return [flat[place] for place in range(len(flat))]
 
     def key(self, run_key: str) -> str:
         ids = [[request.prefix, request.options] for request in self.requests]
@@ -101,10 +107,11 @@ def ask(
     options = encode_candidates(encoder, prompts, prefixes, texts) if method.scoring != "generate" else [[[]]] * len(texts)
     number = 0
     for entry in asked:
-        entry.texts = texts[number]
-        for _ in entry.orders:
-            fitted, cut = fit_request(encoder, variants[number], prompts[number], prefixes[number], options[number], method, max_length)
-            entry.requests += fitted
+        for order in range(len(entry.orders)):
+            parts, cut = fit_request(encoder, variants[number], prompts[number], prefixes[number], options[number], method, max_length)
+            for prefix, members in parts:
+                entry.requests.append(Request(prefix, [options[number][i] for i in members]))
+                entry.places.append([order * len(options[number]) + i for i in members])
             entry.truncated |= cut
             number += 1
     return asked, count_common([entry.requests[0].prefix for entry in asked if not entry.truncated])
@@ -186,20 +193,20 @@ def find_nearest(pool: list[str], questions: list[str], k: int) -> list[list[int
 
 def fit_request(
     encoder: Encoder, example: Example, prompt: Prompt, prefix: list[int], options: list[list[int]], method: Method, max_length: int | None
-) -> tuple[list[Request], bool]:  # fmt: skip
-    """Requests that fit the model, and whether something was cut.
+) -> tuple[list[tuple[list[int], list[int]]], bool]:  # fmt: skip
+    """Prefixes that fit the model, each with the options behind it, and whether something was cut.
 
-    Style lm_eval cuts from the left what stands over `max_length`, for each option by itself, as lm-evaluation-harness does;
+    Style lm_eval cuts from the left what stands over `max_length`, more for a longer option, as lm-evaluation-harness does;
     other styles cut the context from its end, as in training.
     """
+    every = list(range(len(options)))
     room = None if max_length is None else max_length + 1 - (method.max_new_tokens if method.scoring == "generate" else 0)
     longest = max(len(option) for option in options)
     if room is None or len(prefix) + longest <= room:
-        return [Request(prefix, options)], False
+        return [(prefix, every)], False
     if encoder.style == "lm_eval" and longest < room:
-        if len({len(option) for option in options}) == 1:
-            return [Request(prefix[len(prefix) + longest - room :], options)], True
-        return [Request(prefix[max(0, len(prefix) + len(option) - room) :], [option]) for option in options], True
+        lengths = sorted({len(option) for option in options})
+        return [(prefix[max(0, len(prefix) + n - room) :], [i for i in every if len(options[i]) == n]) for n in lengths], True
     context = "\n".join(getattr(example, "context", ()))
     while context and len(prefix) + longest > room:
         context = cut_tokens(encoder.tokenizer, context, len(prefix) + longest - room)
@@ -210,7 +217,7 @@ def fit_request(
             f"{example.dataset}: {example.source}: needs {len(prefix) + longest - 1} tokens without its context, the model has room for "
             f"{room - 1}; use fewer few-shot examples or new tokens, or leave the question out"
         )
-    return [Request(prefix, options)], True
+    return [(prefix, every)], True
 
 
 def ask_passage(encoder: Encoder, passage: Passage, max_length: int | None) -> Asked:
@@ -223,7 +230,7 @@ def ask_passage(encoder: Encoder, passage: Passage, max_length: int | None) -> A
         end = min(done + width, len(tokens))
         requests.append(Request(tokens[max(0, end - 1 - width) : done], [tokens[done:end]]))
         done = end
-    return Asked(passage, [()], requests, len(requests) > 1)
+    return Asked(passage, [()], requests, False, [[i] for i in range(len(requests))])
 
 
 def count_common(prefixes: Sequence[list[int]]) -> int:
@@ -269,12 +276,12 @@ def predict(
             continue
         if method.scoring == "generate":
             stops = (encoder.end_id, *{encoder.tokenizer.eos_token_id} - {encoder.end_id})
-            sampling = Sampling(method.max_new_tokens, stops, method.temperature, method.samples, seed_of(entries[0][0].example.id, method.seed))
+            sampling = Sampling(method.max_new_tokens, stops, decoder(encoder), method.temperature, method.samples, seed_of(entries[0][0].example.id, method.seed))
             found = engine.generate([entry.requests[0].prefix for entry, _ in entries], sampling)
             rows = [read_texts(encoder, entry, answers, method) for (entry, _), answers in zip(entries, found, strict=True)]
         else:
             scores = iter(engine.score([request for entry, _ in entries for request in entry.requests], shared))
-            values = [[value for _ in entry.requests for value in next(scores)] for entry, _ in entries]
+            values = [entry.sort([next(scores) for _ in entry.requests]) for entry, _ in entries]
             read = read_passage if method.scoring == "perplexity" else read_options
             rows = [read(entry, some, method) for (entry, _), some in zip(entries, values, strict=True)]
         yield [row | facts | {"key": key} for row, (_, key) in zip(rows, entries, strict=True)]
@@ -285,6 +292,10 @@ def answer(engine: Engine, encoder: Encoder, examples: Sequence[Example], name: 
     asked, shared = ask(encoder, examples, Method(), (), max_length)
     rows = {row["id"]: row for batch in predict(engine, encoder, asked, shared, Method(), name) for row in batch}
     return [rows[example.id] for example in examples]
+
+
+def decoder(encoder: Encoder) -> Callable[[list[int]], str]:
+    return lambda ids: encoder.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def seed_of(id: str, seed: int) -> int:
@@ -321,16 +332,16 @@ def read_options(entry: Asked, values: list[float], method: Method) -> dict[str,
     if len(entry.orders) > 1:
         row["permutations"] = {"".join(letters[i] for i in order): some.tolist() for order, some in zip(entry.orders, table, strict=True)}
     if method.scoring == "cloze":
-        tokens = [len(option) for request in entry.requests for option in request.options]
+        tokens = entry.sort([[len(option) for option in request.options] for request in entry.requests])
         lengths = {"raw": [1] * n, "character": [len(option) for option in entry.example.options], "token": tokens}
         row["predictions"] = {name: letters[int(np.argmax(logprobs / np.array(some)))] for name, some in lengths.items()}
         row["prediction"] = row["predictions"][method.normalization]
     return row
 
 
-def read_texts(encoder: Encoder, entry: Asked, answers: list[list[int]], method: Method) -> dict[str, Any]:
-    """Generated ids -> row; several samples vote, and of equal counts the answer that came first wins."""
-    texts = [encoder.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
+def read_texts(encoder: Encoder, entry: Asked, texts: list[str], method: Method) -> dict[str, Any]:
+    """Generated texts -> row; several samples vote, and of equal counts the answer that came first wins."""
+    texts = [text.strip() for text in texts]
     if isinstance(entry.example, OpenAnswer):
         return describe_example(entry, "open") | {"prediction": texts[0], "text": texts[0], "option_logprobs": None, "letter_mass": None}
     parsed = [parse_answer(text, entry.example.options, encoder.completion) for text in texts]

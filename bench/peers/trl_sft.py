@@ -2,8 +2,7 @@
 
     python bench/peers/trl_sft.py --tokenizer DIR --data medmcqa/train.jsonl [--dtype float32] [--json FILE]
 
-Builds a random 74M-parameter Llama (speed and memory do not depend on the weights' values), then trains it in one process per
-contestant: TRL packed (best-fit, padding-free, head at labelled positions only, which TRL 1.16 always does), ours with the
+Builds a random 74M-parameter Llama (build_base.py), then trains it in one process per contestant: TRL packed (best-fit, padding-free, head at labelled positions only, which TRL 1.16 always does), ours with the
 same recomputation, ours as we choose. Only ratios of one run on one machine mean something. Needs `pip install trl==1.16.0`.
 """
 
@@ -21,23 +20,6 @@ from medqlora.runs import read_peak_resident
 RECIPE = Path(__file__).parents[2] / "recipes" / "sft_qlora.py"
 WARM_UP = 2  # steps left out of the rate
 CONTESTANTS = {"trl": "full", "ours, same recomputation": "full", "ours, free": "none"}
-
-
-def build_base(folder: Path, tokenizer_dir: Path) -> None:
-    """74M parameters: SmolLM2-135M's shape with 13 of its 30 layers."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=576, intermediate_size=1536, num_hidden_layers=13, num_attention_heads=9,
-            num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True,
-        )
-    )  # fmt: skip
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def settings(arguments: argparse.Namespace, base: Path, work: Path, recompute: str) -> list[str]:
@@ -135,7 +117,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        build_base(work / "base", arguments.tokenizer)
+        build = [sys.executable, str(Path(__file__).with_name("build_base.py")), "--tokenizer", str(arguments.tokenizer), "--output", str(work / "base")]
+        subprocess.run(build, check=True)
         results = {}
         for name in CONTESTANTS:
             command = [sys.executable, __file__, *sys.argv[1:], "--contestant", name, "--work", folder]

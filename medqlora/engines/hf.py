@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 from medqlora.attention import AttentionError, Branches, locate_branches, packing_arguments, verify_isolation
-from medqlora.engines.interface import EngineError, Request, Sampling
+from medqlora.engines.interface import EngineError, Request, Sampling, decode_answer
 from medqlora.losses import backbone_of, compute_logits, unwrap
 from medqlora.packing import fit_bins
 
@@ -128,7 +128,7 @@ class HfEngine:
         return scores
 
     @torch.inference_mode()
-    def generate(self, prefixes: Sequence[list[int]], sampling: Sampling) -> list[list[list[int]]]:
+    def generate(self, prefixes: Sequence[list[int]], sampling: Sampling) -> list[list[str]]:
         """See interface.Engine. Batches are padded on the left, rows of like length together; sampled answers depend on
         the seed and on what is generated in the same call."""
         self.model.eval()
@@ -141,7 +141,7 @@ class HfEngine:
         )  # fmt: skip
         if sampling.temperature > 0:
             config.update(do_sample=True, temperature=sampling.temperature, top_k=0, top_p=1.0)
-        answers: list[list[list[int]]] = [[] for _ in prefixes]
+        answers: list[list[str]] = [[] for _ in prefixes]
         order = sorted(range(len(prefixes)), key=lambda i: -len(prefixes[i]))
         rows = max(1, self.max_tokens // (longest * sampling.samples))
         torch.manual_seed(sampling.seed)
@@ -156,7 +156,7 @@ class HfEngine:
                     mask[row, width - len(prefixes[number]) :] = 1
                 out = self.causal.generate(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), generation_config=config)
                 for row, tokens in enumerate(out[:, width:].tolist()):
-                    answers[chosen[row // sampling.samples]].append(cut_at_stop(tokens, sampling.stop_ids))
+                    answers[chosen[row // sampling.samples]].append(decode_answer(tokens, sampling))
         return answers
 
 
@@ -245,7 +245,3 @@ def plain_generation(causal: torch.nn.Module):
     finally:
         causal.set_attn_implementation(attention)
         causal.generation_config = settings
-
-
-def cut_at_stop(tokens: list[int], stop_ids: tuple[int, ...]) -> list[int]:
-    return tokens[: next((i for i, token in enumerate(tokens) if token in stop_ids), len(tokens))]

@@ -1,8 +1,8 @@
-"""What every engine takes and gives: token ids in; option log-probabilities, or generated ids, out."""
+"""What every engine takes and gives: token ids in; option log-probabilities, or text, out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,13 +23,19 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """max_new_tokens: length limit; stop_ids: tokens that end an answer; temperature 0 is greedy; samples: answers per prompt."""
+    """max_new_tokens: length limit; stop_ids: tokens that end an answer; decode: token ids -> text; temperature 0 is greedy;
+    samples: answers per prompt."""
 
     max_new_tokens: int
     stop_ids: tuple[int, ...]
+    decode: Callable[[list[int]], str]
     temperature: float = 0.0
     samples: int = 1
     seed: int = 0
+
+
+def decode_answer(tokens: list[int], sampling: Sampling) -> str:
+    return sampling.decode(tokens[: next((i for i, token in enumerate(tokens) if token in sampling.stop_ids), len(tokens))])
 
 
 # Questions per batch at least, which is what a crash loses at most: as many as keep the engine busy.
@@ -47,5 +53,5 @@ class Engine(Protocol):
         shared: tokens that the prefixes have in common (a few-shot prompt); an engine may use it to read them once.
         """
 
-    def generate(self, prefixes: Sequence[list[int]], sampling: Sampling) -> list[list[list[int]]]:
-        """Token ids of `samples` answers to each prefix, without stop tokens."""
+    def generate(self, prefixes: Sequence[list[int]], sampling: Sampling) -> list[list[str]]:
+        """Texts of `samples` answers to each prefix, without what ended them."""
