@@ -105,6 +105,8 @@ def render_lm_eval(example: MultipleChoice | OpenAnswer, context: str, completio
     right = None if example.answer is None else example.options[example.answer]
     if example.dataset == "pubmedqa":
         return Prompt(f"Abstract: {context}\nQuestion: {example.question}\nAnswer:", with_space(right, False), chat=False)
+    if context:
+        raise PromptError(f"{example.dataset}: style lm_eval has no place for a question's context; use plain or chat")
     if completion == "cloze":
         return Prompt(f"Question: {example.question}\nAnswer:", with_space(right, False), chat=False)
     options = [f"{letter}. {option}" for letter, option in zip(LETTERS, example.options, strict=False)]

@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+
 from medqlora.config import DataEntry
 from medqlora.examples import LETTERS, MultipleChoice, read_examples
 from medqlora.runs import read_peak_resident
@@ -170,6 +172,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="first N questions of each file")
     parser.add_argument("--cpu", action="store_true", help="use no GPU")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--record", type=Path, help="write the harness's own log-likelihoods to this file (.npz), for tests")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--task", choices=TASKS, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -180,7 +183,7 @@ def main() -> None:
         found["peak_memory_bytes"] = read_peak_resident()
         (arguments.work / f"{arguments.side}.json").write_text(json.dumps(found))
         return
-    results = []
+    results, recorded = [], {}
     for task in (name for name in TASKS if getattr(arguments, name)):
         with tempfile.TemporaryDirectory() as folder:
             for side in SIDES:
@@ -189,11 +192,14 @@ def main() -> None:
             found = {side: json.loads((Path(folder) / f"{side}.json").read_text()) for side in SIDES}
         results.append(compare(task, read_task(arguments, task, getattr(arguments, task)), found))
         facts = results[-1]
+        recorded[task] = np.array(found["harness"]["logprobs"])  # [questions, options]
         print(
             f"{task}, {arguments.num_fewshot}-shot, {facts['questions']} questions: {facts['questions_per_second_ratio']:.1f} x the harness's "
             f"questions/s, {facts['peak_memory_ratio']:.2f} x its peak memory; {facts['different_predictions']} predictions differ, "
             f"log-likelihoods by {facts['max_logprob_difference']:.1e} at most; accuracy {facts['accuracy']:.4f} and {facts['accuracy_ours']:.4f}"
         )
+    if arguments.record:
+        np.savez_compressed(arguments.record, **recorded)
     if arguments.json:
         arguments.json.write_text(json.dumps({"arguments": {k: str(v) for k, v in vars(arguments).items()}, "results": results}, indent=2) + "\n")
 

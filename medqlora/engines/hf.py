@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from medqlora.attention import AttentionError, Branches, locate_branches, packing_arguments, verify_isolation
+from medqlora.attention import AttentionError, locate_branches, packing_arguments, verify_isolation
 from medqlora.engines.interface import EngineError, Request, Sampling, decode_answer
 from medqlora.losses import backbone_of, compute_logits, unwrap
 from medqlora.packing import fit_bins
@@ -81,12 +83,8 @@ class HfEngine:
         if ids == self.shared_ids:
             return True
         states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        branches = locate_branches([len(ids)], [None], self.device)
-        tokens = torch.tensor([ids], device=self.device)
-        backbone_of(self.causal)(
-            input_ids=tokens, position_ids=torch.arange(len(ids), device=self.device)[None], attention_mask=None, use_cache=False,
-            documents=Branches(**{**vars(branches), "record": states}),
-        )  # fmt: skip
+        branches = replace(locate_branches([len(ids)], [None], self.device), record=states)
+        run_backbone(self.causal, [ids], [0], {"documents": branches})
         self.shared_ids, self.shared_states = ids, states
         alone, after = self.run_pack([example], 0), self.run_pack([example], len(ids))
         error = abs(np.array(alone[0]) - np.array(after[0])).max()
@@ -110,17 +108,12 @@ class HfEngine:
     def run_pack(self, requests: list[Request], shared: int) -> list[list[float]]:
         segments, parents, starts, asked = lay_out(requests, shared, nested=self.backend == "varlen")
         lengths = [len(segment) for segment in segments]
-        ids = torch.tensor([i for segment in segments for i in segment], device=self.device)
-        position_ids = torch.cat([torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)])
         if shared or any(parent is not None for parent in parents):
             states = self.shared_states if shared else None
-            packing = {"documents": locate_branches(lengths, parents, self.device, states, shared)}
+            branches = locate_branches(lengths, parents, self.device, states, shared)
+            hidden = run_backbone(self.causal, segments, starts, {"documents": branches})
         else:
-            batch = {"cu_seqlens": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), "max_seqlen": max(lengths)}
-            packing = packing_arguments(self.backend, batch, self.device)
-        hidden = backbone_of(self.causal)(
-            input_ids=ids[None], position_ids=position_ids.to(self.device)[None], attention_mask=None, use_cache=False, **packing
-        ).last_hidden_state[0]  # [tokens, hidden]
+            hidden = run_packed(self.causal, self.backend, segments)
         places, tokens = (torch.tensor(values, device=self.device) for values in zip(*(pair[:2] for pair in asked), strict=True))
         scores = [[0.0] * len(request.options) for request in requests]
         for (_, _, number, option), value in zip(asked, gather_logprobs(self.causal, hidden, places, tokens), strict=True):
@@ -135,12 +128,11 @@ class HfEngine:
         longest = max(map(len, prefixes)) + sampling.max_new_tokens
         if self.max_length is not None and longest > self.max_length:
             raise EngineError(f"a prompt and its answer need {longest} tokens, the model has {self.max_length} positions; lower --max_new_tokens")
+        drawing = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0} if sampling.temperature > 0 else {}
         config = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens, eos_token_id=list(sampling.stop_ids), pad_token_id=sampling.stop_ids[0],
-            num_return_sequences=sampling.samples,
+            num_return_sequences=sampling.samples, **drawing,
         )  # fmt: skip
-        if sampling.temperature > 0:
-            config.update(do_sample=True, temperature=sampling.temperature, top_k=0, top_p=1.0)
         answers: list[list[str]] = [[] for _ in prefixes]
         order = sorted(range(len(prefixes)), key=lambda i: -len(prefixes[i]))
         rows = max(1, self.max_tokens // (longest * sampling.samples))
@@ -158,6 +150,24 @@ class HfEngine:
                 for row, tokens in enumerate(out[:, width:].tolist()):
                     answers[chosen[row // sampling.samples]].append(decode_answer(tokens, sampling))
         return answers
+
+
+def run_packed(causal: torch.nn.Module, backend: str, documents: list[list[int]]) -> torch.Tensor:
+    """Hidden states [tokens, hidden] of several documents in one packed forward."""
+    lengths = [len(document) for document in documents]
+    batch = {"cu_seqlens": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), "max_seqlen": max(lengths)}
+    packing = packing_arguments(backend, batch, next(causal.parameters()).device)
+    return run_backbone(causal, documents, [0] * len(documents), packing)
+
+
+def run_backbone(causal: torch.nn.Module, segments: list[list[int]], starts: list[int], packing: dict[str, Any]) -> torch.Tensor:
+    """Segments whose first tokens stand at positions `starts`, side by side -> hidden states [tokens, hidden]."""
+    device = next(causal.parameters()).device
+    ids = torch.tensor([i for segment in segments for i in segment], device=device)
+    position_ids = torch.cat([torch.arange(start, start + len(s)) for start, s in zip(starts, segments, strict=True)]).to(device)
+    return backbone_of(causal)(
+        input_ids=ids[None], position_ids=position_ids[None], attention_mask=None, use_cache=False, **packing
+    ).last_hidden_state[0]
 
 
 def choose_budget(config, device: torch.device) -> int:

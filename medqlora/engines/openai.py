@@ -68,7 +68,7 @@ class OpenAIEngine:
     def score(self, requests: Sequence[Request], shared: int = 0) -> list[list[float]]:
         """See interface.Engine; what is the same at the start of prompts is the server's own to cache."""
         if self.way is None and requests:
-            self.way = self.find_way(requests[0])
+            self.way = self.find_way(Request(requests[0].prefix, [[option[0]] for option in requests[0].options]))
         score = {"ids": self.score_by_ids, "echo": self.score_by_echo, "top": self.score_by_top}[self.way]
         with ThreadPoolExecutor(self.concurrency) as threads:
             return list(threads.map(score, requests))
