@@ -19,7 +19,7 @@ from rich.table import Table
 
 from medqlora.config import ConfigError, UserError
 from medqlora.metrics import compare_predictions
-from medqlora.predictions import read_predictions
+from medqlora.predictions import read_all_predictions
 from medqlora.runs import write_json
 
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
@@ -67,9 +67,9 @@ def main() -> int:
     if len(arguments.predictions) < 2 or (len(arguments.predictions) > 2 and not gated):
         raise ConfigError(f"got {len(arguments.predictions)} files; expected two, or more with --max_disagreement or --max_mean_difference")
     first, *others = arguments.predictions
-    base, comparisons, passed = read_predictions(first), {}, True
+    rows, comparisons, passed = read_all_predictions(arguments.predictions), {}, True
     for path in others:
-        comparison = compare_predictions(base, read_predictions(path), arguments.common, arguments.any_prompt)
+        comparison = compare_predictions(rows[first], rows[path], arguments.common, arguments.any_prompt)
         comparisons[str(path)] = comparison
         if not gated:
             show(first, path, comparison)

@@ -17,7 +17,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from medqlora import __version__
 from medqlora.cleaning import clean
 from medqlora.config import ConfigError, DataEntry, UserError
 from medqlora.engines.interface import BATCH_SIZE, Engine

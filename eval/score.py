@@ -14,7 +14,7 @@ from rich.table import Table
 from medqlora.config import UserError
 from medqlora.examples import LETTERS
 from medqlora.metrics import NEAR_TIE, score_predictions
-from medqlora.predictions import PredictionError, read_predictions
+from medqlora.predictions import PredictionError, read_all_predictions, read_predictions
 from medqlora.runs import write_atomic, write_json
 
 
@@ -74,7 +74,7 @@ def main() -> None:
         write_submission(arguments.submission, arguments.predictions[0])
         console.print(f"submission for {arguments.predictions[0]} in {arguments.submission}")
         return
-    metrics = {str(path): score_predictions(read_predictions(path)) for path in arguments.predictions}
+    metrics = {str(path): score_predictions(rows) for path, rows in read_all_predictions(arguments.predictions).items()}
     for path in arguments.predictions:
         show(path, metrics[str(path)], console)
     if arguments.output:

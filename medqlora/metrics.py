@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from medqlora.examples import LETTERS
-from medqlora.predictions import PredictionError, Predictions
+from medqlora.predictions import PredictionError, Predictions, hash_id
 
 Z95 = 1.959963984540054  # standard normal quantile of 0.975
 NEAR_TIE = 0.01  # nats between the two best options: rounding in bfloat16 may turn such an answer over
@@ -47,7 +47,7 @@ def score_predictions(rows: Predictions) -> dict[str, Any]:
         "per_subject": group(rows.column("subject"), right),
     }
     for name in ("topic", "choice_type", "dataset"):
-        if len(set(rows.columns[name])) > 1 or name == "choice_type" and rows.columns[name][0] is not None:
+        if len(set(rows.columns[name])) > 1 or (name == "choice_type" and rows.columns[name][0] is not None):
             scores[f"per_{name}"] = group(rows.column(name), right)
     choices = {i: extra["predictions"] for i, extra in rows.extras.items() if "predictions" in extra}
     if choices:  # cloze: by raw log-probability, per character, per token
@@ -271,7 +271,7 @@ def align(a: Predictions, b: Predictions, common: bool = False, any_prompt: bool
     place = {id: i for i, id in enumerate(b.ids)}
     pairs = [(i, place[id]) for i, id in enumerate(a.ids) if id in place]
     missing = (len(a) - len(pairs), len(b) - len(pairs))
-    if any(missing) and not common or not pairs:
+    if (any(missing) and not common) or not pairs:
         raise PredictionError(
             f"{a.path} and {b.path} hold different questions ({missing[0]} only in the first, {missing[1]} only in the second, "
             f"{len(pairs)} in both); predict the same file with both, or compare the shared ones with --common"
@@ -308,7 +308,7 @@ def compare_predictions(a: Predictions, b: Predictions, common: bool = False, an
 
 
 def describe_outcomes(a: Predictions, rows: np.ndarray, right_a: np.ndarray, right_b: np.ndarray, shown: int = 20) -> dict[str, Any]:
-    """Questions that b fixed, broke, or left wrong: how many, in which groups, and which (a fixed choice of ids)."""
+    """Questions that b fixed, broke, or left wrong: how many, in which groups, and which (drawn by a hash of the id: the same in every run)."""
     words = np.array(a.length)[rows]
     edges = np.quantile(words, [0.25, 0.5, 0.75]) if len(words) else [0, 0, 0]
     bounds = [f"up to {edges[0]:.0f} words", f"up to {edges[1]:.0f} words", f"up to {edges[2]:.0f} words", f"over {edges[2]:.0f} words"]
@@ -322,7 +322,7 @@ def describe_outcomes(a: Predictions, rows: np.ndarray, right_a: np.ndarray, rig
     outcomes = {"fixed": ~right_a & right_b, "broken": right_a & ~right_b, "both_wrong": ~right_a & ~right_b, "both_right": right_a & right_b}
     described = {}
     for name, here in outcomes.items():
-        ids = [a.ids[i] for i in rows[here][:shown]] if name != "both_right" else []
+        ids = sorted((a.ids[i] for i in rows[here]), key=hash_id)[:shown] if name != "both_right" else []
         described[name] = {"n": int(here.sum()), "ids": ids}
         described[name] |= {f"by_{key}": dict(sorted(Counter(map(str, values[here])).items())) for key, values in groups.items()}
     totals = {f"by_{key}": dict(sorted(Counter(map(str, values)).items())) for key, values in groups.items()}

@@ -10,10 +10,12 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -33,7 +35,7 @@ class PredictionError(UserError):
 
 KINDS = ("choice", "open", "text")
 REQUIRED = {"choice": ("id", "gold", "prediction"), "open": ("id", "gold", "prediction"), "text": ("id", "logprob", "tokens")}
-NEGATION = re.compile(r"\b(?:not|no|never|none|neither|nor|except|false|incorrect|least|without)\b|n't\b", re.I)
+NEGATION = re.compile(r"\b(?:not|no|never|none|neither|nor|except|false|incorrect|least|without)\b|n't\b")  # of lower-cased text
 NUMBER = re.compile(r"\d")
 
 
@@ -93,6 +95,14 @@ def read_predictions(path: Path, labelled: bool = True) -> Predictions:
         return collect_lines(path, file, labelled)
 
 
+def read_all_predictions(paths: Sequence[Path]) -> dict[Path, Predictions]:
+    """Several files, read beside each other: parsing takes nearly all of the time of every command that reads them."""
+    if len(paths) < 2:
+        return {path: read_predictions(path) for path in paths}
+    with ProcessPoolExecutor(min(len(paths), os.cpu_count() or 1)) as pool:
+        return dict(zip(paths, pool.map(read_predictions, paths), strict=True))
+
+
 def collect_rows(rows: Iterable[dict[str, Any]], labelled: bool = True) -> Predictions:
     """The same from rows in memory."""
     return collect_lines(Path("predictions"), (json.dumps(row).encode() + b"\n" for row in rows), labelled)
@@ -118,18 +128,19 @@ def collect_lines(path: Path, lines: Iterable[bytes], labelled: bool) -> Predict
         for name, values in found.columns.items():
             value = row.get(name)
             values.append(None if value is None else sys.intern(str(value)))
-        letters = found.kind == "choice"
-        found.gold.append(sys.intern(row["gold"]) if letters and row["gold"] else row.get("gold"))
-        found.prediction.append(sys.intern(row["prediction"]) if letters and row["prediction"] else row.get("prediction"))
+        short = found.kind == "choice"
+        found.gold.append(sys.intern(row["gold"]) if short and row["gold"] else row.get("gold"))
+        found.prediction.append(sys.intern(row["prediction"]) if short and row["prediction"] else row.get("prediction"))
         options = row.get("option_logprobs") or {}
-        scores.append(list(options.values()))
+        letters = LETTERS[: len(row.get("options") or options)]
+        scores.append([options.get(letter, np.nan) for letter in letters] if options else [])
         masses.append(np.nan if row.get("letter_mass") is None else row["letter_mass"])
         confidences.append(find_confidence(row, options))
         found.truncated += bool(row.get("truncated"))
         found.offsets.append(offset)
         question = row.get("question") or ""
         found.length.append(question.count(" ") + 1)
-        found.negated.append(NEGATION.search(question) is not None)
+        found.negated.append(NEGATION.search(question.lower()) is not None)
         found.numeric.append(NUMBER.search(question) is not None)
         extras = {key: row[key] for key in EXTRAS if row.get(key)}
         if found.kind == "text":
@@ -177,10 +188,10 @@ def check_row(row: dict[str, Any], kind: str, labelled: bool) -> str | None:
             return f"{key} is {row[key]!r}; expected a text or null"
     options = row.get("option_logprobs") or {}
     if kind == "choice":
-        letters = set(options) if options else set(LETTERS[: len(row.get("options") or LETTERS)])
+        letters = LETTERS[: len(row["options"])] if row.get("options") else "".join(options) or LETTERS
         for key in ("gold", "prediction"):
-            if row[key] is not None and row[key] not in letters:
-                return f"{key} is {row[key]!r}, which is not one of the options {''.join(sorted(letters))}"
+            if row[key] is not None and row[key] not in list(letters):
+                return f"{key} is {row[key]!r}, which is not one of the options {letters}"
     for letter, value in options.items():
         if not isinstance(value, (int, float)) or value != value or value > 1e-3:
             return f"option_logprobs {letter} is {value!r}; expected a log-probability"
@@ -193,8 +204,7 @@ def find_confidence(row: dict[str, Any], options: dict[str, float]) -> float:
         return np.nan
     if options:
         top = max(options.values())
-        weights = {letter: np.exp(value - top) for letter, value in options.items()}
-        return float(weights[prediction] / sum(weights.values()))
+        return math.exp(options[prediction] - top) / sum(math.exp(value - top) for value in options.values())
     votes = row.get("votes") or {}
     return votes[prediction] / sum(votes.values()) if prediction in votes else np.nan
 

@@ -16,7 +16,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from medqlora.examples import DataError, Example, MultipleChoice, OpenAnswer, Passage, Removal
-from medqlora.prompts import PROBES, Prompt, PromptError, candidates, render
+from medqlora.prompts import PROBES, Prompt, PromptError, render
 
 
 @dataclass(frozen=True)

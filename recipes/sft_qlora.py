@@ -49,8 +49,8 @@ from medqlora.models import (
 )  # fmt: skip
 from medqlora.optimizers import learning_rate, make_optimizer
 from medqlora.packing import cap_batches, collate, derive_accumulation, fit_bins
-from medqlora.preparation import count_reasons, prepare, prepare_plan
 from medqlora.predictions import collect_rows
+from medqlora.preparation import count_reasons, prepare, prepare_plan
 from medqlora.scoring import answer
 from medqlora.tokens import TokenTable, make_encoder
 

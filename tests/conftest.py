@@ -1,7 +1,11 @@
 """Shared by the tests: where the real data lies, and tiny models built in code."""
 
+import contextlib
 import functools
+import io
 import os
+import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -76,3 +80,20 @@ def run_script(*arguments: str, cwd: Path = ROOT, **options) -> subprocess.Compl
     """Run a script of the project as a user does."""
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, **options)
+
+
+def run_inside(script: Path, arguments: list[str], monkeypatch) -> tuple[int, str]:
+    """Run a script in this process (imports cost seconds); -> exit code, stderr."""
+    monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    out, err = io.StringIO(), io.StringIO()
+    code = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as stop:
+        code = stop.code or 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return code, err.getvalue()

@@ -1,7 +1,5 @@
 """The real commands on the embedded demonstration: train, kill, resume, stop, merge, predict, score, and every user mistake."""
 
-import contextlib
-import io
 import json
 import os
 import random
@@ -14,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import DEMO, ROOT, run_script
+from conftest import DEMO, ROOT, run_inside, run_script
 
 RECIPE = ROOT / "recipes" / "sft_qlora.py"
 STEPS = 24
@@ -193,23 +191,6 @@ def test_merge_predict_score(finished, tmp_path):
 
 
 # ---- mistakes: one line on stderr, exit code 2 ----------------------------------------------------------------------
-
-
-def run_inside(script: Path, arguments: list[str], monkeypatch) -> tuple[int, str]:
-    """Run a script in this process (imports cost seconds); -> exit code, stderr."""
-    monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    out, err = io.StringIO(), io.StringIO()
-    code = 0
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            runpy.run_path(str(script), run_name="__main__")
-    except SystemExit as stop:
-        code = stop.code or 0
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    return code, err.getvalue()
 
 
 def entry(path, format="medmcqa", **more):

@@ -1,5 +1,6 @@
 """The transformers engine on architectures with windows and caps, out of memory, and OpenAI-compatible servers good and bad."""
 
+import contextlib
 import http.server
 import json
 import threading
@@ -123,7 +124,8 @@ def test_generation_is_that_of_one_row_alone():
         with torch.no_grad():
             ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
     assert together[0][0] == " ".join(map(str, ids[len(prefixes[0]) :]))
-    assert model.config._attn_implementation == DOCUMENTS and model.generation_config.repetition_penalty == 5.0
+    assert model.config._attn_implementation == DOCUMENTS
+    assert model.generation_config.repetition_penalty == 5.0
 
 
 # ---- servers ---------------------------------------------------------------------------------------------------------
@@ -146,7 +148,8 @@ class Server:
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
-                self.wfile.write(content)
+                with contextlib.suppress(BrokenPipeError):
+                    self.wfile.write(content)
 
             def log_message(self, *_):
                 pass
@@ -225,7 +228,8 @@ def test_chat_servers_get_messages():
         engine = OpenAIEngine(server.url, "m", lambda ids: "".join(map(chr, ids)), chat=True, retries=0)
         (scores,) = engine.score([Request(ids, [[ord("A")], [ord("B")], [ord("C")]])])
         texts = engine.generate([ids], Sampling(20, (0,), str, temperature=1.0, samples=2))
-    assert scores[:2] == [-2.0, -0.2] and np.isnan(scores[2])
+    assert scores[:2] == [-2.0, -0.2]
+    assert np.isnan(scores[2])
     assert texts == [["Answer: A", "Answer: B"]]
     assert [message["role"] for message in server.bodies[0]["messages"]] == ["user", "assistant", "user"]
     assert [message["content"] for message in server.bodies[0]["messages"]] == ["One?", "A", "Two?"]
@@ -258,14 +262,15 @@ def test_bad_servers(reply, message):
         engine = OpenAIEngine(server.url, "m", decode, retries=0)
         with pytest.raises(EngineError, match=message) as caught:
             engine.score(make_requests(1))
-    assert "\n" not in str(caught.value) and "sk-123" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "sk-123" not in str(caught.value)
 
 
 def test_server_that_is_down_or_slow():
     with pytest.raises(EngineError, match="cannot be reached"):
         OpenAIEngine("http://127.0.0.1:9/v1", "m", decode, retries=0).score(make_requests(1))
-    with Server(lambda path, body: time.sleep(1) or (200, {})) as server:
-        with pytest.raises(EngineError, match="did not answer in 0.2 s, 1 times; raise --timeout"):
-            OpenAIEngine(server.url, "m", decode, timeout=0.2, retries=0).score(make_requests(1))
+    slow = Server(lambda path, body: time.sleep(1) or (200, {}))
+    with slow as server, pytest.raises(EngineError, match=r"did not answer in 0\.2 s, 1 times; raise --timeout"):
+        OpenAIEngine(server.url, "m", decode, timeout=0.2, retries=0).score(make_requests(1))
 
 

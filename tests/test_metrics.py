@@ -152,8 +152,10 @@ def test_comparison_names_what_changed():
     result = compare_predictions(collect_rows(first), collect_rows(second[::-1]))
     assert (result["n"], result["only_a_right"], result["only_b_right"], result["difference"]) == (3, 1, 1, 0)
     outcomes = result["outcomes"]
-    assert outcomes["fixed"]["ids"] == [first[1]["id"]] and outcomes["broken"]["ids"] == [first[0]["id"]]
-    assert outcomes["fixed"]["by_negation"] == {"negated": 1} and outcomes["fixed"]["by_numbers"] == {"with numbers": 1}
+    assert outcomes["fixed"]["ids"] == [first[1]["id"]]
+    assert outcomes["broken"]["ids"] == [first[0]["id"]]
+    assert outcomes["fixed"]["by_negation"] == {"negated": 1}
+    assert outcomes["fixed"]["by_numbers"] == {"with numbers": 1}
     assert outcomes["both_wrong"]["by_subject"] == {"y": 1}
     assert result["per_subject"]["y"]["n"] == 1
     assert result["agreement"]["different_predictions"] == 2
@@ -163,10 +165,10 @@ def test_comparison_refuses_what_cannot_be_compared():
     a, b = [row("A", "A"), row("A", "B")], [row("A", "A"), row("A", "B")]
     with pytest.raises(PredictionError, match="2 only in the first, 2 only in the second, 0 in both"):
         compare_predictions(collect_rows(a), collect_rows(b), common=True)
-    with pytest.raises(PredictionError, match="different questions .1 only in the first"):
+    with pytest.raises(PredictionError, match=r"different questions .1 only in the first"):
         compare_predictions(collect_rows(a), collect_rows(a[:1]))
     assert compare_predictions(collect_rows(a), collect_rows(a[:1]), common=True)["n"] == 1
-    with pytest.raises(PredictionError, match="label A in .* and B"):
+    with pytest.raises(PredictionError, match=r"label A in .* and B"):
         compare_predictions(collect_rows(a), collect_rows([a[0] | {"gold": "B"}, a[1]]))
     other = [r | {"prompt_sha256": "q"} for r in a]
     with pytest.raises(PredictionError, match="different prompts"):

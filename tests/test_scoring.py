@@ -95,11 +95,16 @@ def test_prompts_that_are_too_long():
         ask(make_encoder(tokenizer, "lm_eval"), [example], Method(), (), 100)
     wordy = dataclasses.replace(example, question="word " * 400, context=())
     asked, _ = ask(make_encoder(tokenizer, "lm_eval"), [wordy], Method(), (), 100)
-    assert asked[0].truncated and len(asked[0].requests[0].prefix) == 100
+    assert asked[0].truncated
+    assert len(asked[0].requests[0].prefix) == 100
     asked, _ = ask(make_encoder(tokenizer, "plain"), [example], Method(), (), 100)
     text = tokenizer.decode(asked[0].requests[0].prefix)
-    assert asked[0].truncated and len(asked[0].requests[0].prefix) <= 100
-    assert "Context: word" in text and "Which one?" in text and "B. no" in text and "end" not in text
+    assert asked[0].truncated
+    assert len(asked[0].requests[0].prefix) <= 100
+    assert "Context: word" in text
+    assert "Which one?" in text
+    assert "B. no" in text
+    assert "end" not in text
     with pytest.raises(ScoringError, match="without its context, the model has room for 8"):
         ask(make_encoder(tokenizer, "plain"), [example], Method(), (), 8)
 
@@ -125,7 +130,7 @@ def test_few_shot_text(tokenizer, style):
         pytest.skip("no chat template")
     examples, pool = read_examples(DEMO_TEST, "test")[0][:3], read_examples(DEMO_TRAIN, "train")[0][:20]
     encoder = make_encoder(tokenizer, style)
-    asked, shared = ask(encoder, examples, Method(num_fewshot=2), [*pool[:2], examples[0]], None)
+    asked, _shared = ask(encoder, examples, Method(num_fewshot=2), [*pool[:2], examples[0]], None)
     text = tokenizer.decode(asked[1].requests[0].prefix)
     assert examples[0].question not in text
     for shot in pool[:2]:
@@ -157,10 +162,12 @@ def test_orders_show_every_option(n, permutations):
             choose_orders(example, Method(permutations=permutations))
         return
     orders = choose_orders(example, Method(permutations=permutations))
-    assert orders[0] == tuple(range(n)) and len(set(orders)) == len(orders)
+    assert orders[0] == tuple(range(n))
+    assert len(set(orders)) == len(orders)
     for order in orders:
         shown = reorder(example, order)
-        assert sorted(shown.options) == sorted(example.options) and shown.options[shown.answer] == example.options[example.answer]
+        assert sorted(shown.options) == sorted(example.options)
+        assert shown.options[shown.answer] == example.options[example.answer]
     if permutations == n and n > 1:  # cyclic: each option at each position once
         assert all(sorted(column) == list(range(n)) for column in zip(*orders, strict=True))
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     "config", "runs", "examples", "cleaning", "prompts", "tokens", "packing", "preparation", "attention", "models", "optimizers",
     "losses", "checkpoints", "merging", "engines.interface", "engines.hf", "engines.vllm", "engines.openai", "predictions", "scoring",
-    "metrics", "reports",
+    "metrics", "page", "reports",
 ]  # fmt: skip
 SCRIPTS = [p for folder in ("recipes", "eval", "bench", "launch") for p in sorted((ROOT / folder).rglob("*.py"))]
 

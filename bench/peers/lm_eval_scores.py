@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from medqlora.config import DataEntry
-from medqlora.examples import LETTERS, MultipleChoice, read_examples
+from medqlora.examples import MultipleChoice, read_examples
 from medqlora.runs import read_peak_resident
 
 TASKS = ("medmcqa", "medqa", "pubmedqa")
