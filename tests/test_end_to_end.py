@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import runpy
 import shutil
 import signal
 import subprocess

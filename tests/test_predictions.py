@@ -18,7 +18,7 @@ def test_cells_are_a_partition_that_shards_do_not_change(ids, size, shards):
     cells = make_cells(ids, size)
     assert sorted(number for cell in cells for number in cell) == list(range(len(ids)))
     assert len(cells) <= max(1, len(ids) // size)
-    assert sum([cells[shard::shards] for shard in range(shards)], []).__len__() == len(cells)
+    assert sum(len(cells[shard::shards]) for shard in range(shards)) == len(cells)
     where = {ids[number]: index for index, cell in enumerate(cells) for number in cell}
     again = make_cells(ids[::-1], size)
     assert all(where[ids[::-1][number]] == index for index, cell in enumerate(again) for number in cell)
@@ -118,7 +118,7 @@ GOOD = {"id": "q1", "gold": "A", "prediction": "B", "subject": None, "option_log
 def test_bad_rows_are_named(tmp_path, line, message):
     path = tmp_path / "p.jsonl"
     path.write_text(json.dumps(GOOD) + "\n" + line + "\n")
-    with pytest.raises(PredictionError, match="p.jsonl") as caught:
+    with pytest.raises(PredictionError, match=r"p\.jsonl") as caught:
         read_predictions(path)
     assert message in str(caught.value)
 
