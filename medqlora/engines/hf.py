@@ -17,7 +17,7 @@ from medqlora.engines.interface import EngineError, Request, Sampling, decode_an
 from medqlora.losses import backbone_of, compute_logits, unwrap
 from medqlora.packing import fit_bins
 
-HEAD_ROWS = 256  # positions per call of the head: bounds the logits to 256 x vocabulary
+HEAD_ROWS = 128  # positions per call of the head: bounds the logits to 128 x vocabulary
 WORTH_SHARING = 32  # tokens; below this, reading a common beginning again costs less than keeping it
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}  # relative, of one layer order against another
 
@@ -172,9 +172,9 @@ def run_backbone(causal: torch.nn.Module, segments: list[list[int]], starts: lis
 
 def choose_budget(config, device: torch.device) -> int:
     """Tokens per forward pass. On CUDA what free memory holds of one layer's activations, float32, eight hidden and three
-    intermediate widths wide; a CPU gains nothing beyond a few thousand."""
+    intermediate widths wide; a CPU gains nothing beyond two thousand."""
     if device.type != "cuda":
-        return 4_096
+        return 2_048
     free, _ = torch.cuda.mem_get_info(device)
     per_token = 4 * (8 * config.hidden_size + 3 * getattr(config, "intermediate_size", 4 * config.hidden_size))
     return int(np.clip(0.4 * free / per_token, 2_048, 131_072))

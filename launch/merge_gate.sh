@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Is the merged model the one that was trained? Scores the adapter on its quantized base, both kinds of merge, and vLLM on the
+# same questions, and fails (exit code 1) where one answers too many of them otherwise than the adapter does.
+#   bash launch/merge_gate.sh --adapter DIR --format NAME --path FILE --output DIR
+#       [--limit N] [--max_disagreement 0.02] [--max_disagreement_original 0.10] [--vllm]
+# The merge into the original weights has a bound of its own: it is not the model that was trained (the base was quantized then).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bound=0.02 original_bound=0.10 adapter="" format="" path="" output="" vllm="" limit=()
+fail() { echo "merge_gate.sh: $1" >&2; exit 2; }
+while [ $# -gt 0 ]; do
+    [ "$1" = --vllm ] || [ $# -gt 1 ] || fail "$1 needs a value"
+    case $1 in
+        --adapter) adapter=$2 ;;
+        --format) format=$2 ;;
+        --path) path=$2 ;;
+        --output) output=$2 ;;
+        --limit) limit=(--limit "$2") ;;
+        --max_disagreement) bound=$2 ;;
+        --max_disagreement_original) original_bound=$2 ;;
+        --vllm) vllm=yes; shift; continue ;;
+        *) fail "unknown argument $1; see the head of this file" ;;
+    esac
+    shift 2
+done
+for name in adapter format path output; do
+    [ -n "${!name}" ] || fail "--$name is missing; see the head of this file"
+done
+[ -f "$adapter/medqlora.json" ] || fail "--adapter $adapter: no medqlora.json; give the adapter folder of a run"
+[ ! -e "$output" ] || fail "--output $output exists; give a new folder"
+base=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["base"])' "$adapter/medqlora.json")
+mkdir -p "$output"
+
+for weights in dequantized original; do
+    python recipes/merge_adapter.py --adapter "$adapter" --base "$base" --base_weights "$weights" --output "$output/$weights" --verify false
+done
+ask() { # NAME MODEL MORE...
+    python eval/predict.py --model "$2" --format "$format" --path "$path" "${limit[@]}" --output "$output/$1.jsonl" "${@:3}"
+}
+ask adapter "$base" --adapter "$adapter"
+ask dequantized "$output/dequantized"
+ask original "$output/original"
+others=("$output/dequantized.jsonl")
+if [ -n "$vllm" ]; then
+    ask vllm "$output/dequantized" --engine vllm
+    others+=("$output/vllm.jsonl")
+fi
+status=0
+python eval/compare.py "$output/adapter.jsonl" "${others[@]}" --max_disagreement "$bound" || status=$?
+python eval/compare.py "$output/adapter.jsonl" "$output/original.jsonl" --max_disagreement "$original_bound" || status=$?
+exit "$status"
