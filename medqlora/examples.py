@@ -360,6 +360,8 @@ def parse_mmlu(record: dict, source: str, entry: DataEntry) -> MultipleChoice:
 def parse_headqa(record: dict, source: str, entry: DataEntry) -> MultipleChoice:
     """`answers` is [{aid: 1…, atext}], `ra` the number of the right one."""
     answers = record.get("answers")
+    if isinstance(answers, dict):  # how older versions of datasets give a list of objects
+        answers = [{"aid": aid, "atext": text} for aid, text in zip(answers["aid"], answers["atext"], strict=True)]
     if not isinstance(answers, list) or not all(isinstance(a, dict) and "atext" in a for a in answers):
         raise ValueError(f'"answers" is {answers!r}; expected a list of {{"aid": number, "atext": text}}')
     options = read_options([a["atext"] for a in answers])

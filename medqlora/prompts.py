@@ -128,14 +128,14 @@ def candidates(example: MultipleChoice, style: str, completion: str = "letter") 
     return texts if style == "chat" else [f" {text}" for text in texts]
 
 
-STATED = r"(?i:\b(?:answer|choice|option)\b(?:\s+(?:is|would be))?)\s*:?\s*(?:\\boxed\{|[*(\[\s])*(LETTER)(?![\w'])"
+NAMED = r"(?i:\b(?:WORD)\b(?:\s+(?:is|would be))?)\s*:?\s*(?:\\boxed\{|[*(\[\s])*([LETTERS])(?![\w'])"
 
 
 def parse_answer(text: str, options: tuple[str, ...], completion: str = "letter") -> int | None:
     """Generated text -> index of the option, or None where no option was named. Never a guess.
 
-    Read in this order: a letter that opens the text (unless it is an explanation), the last "answer is B" or "Answer: B",
-    a text that is one option, word for word. The inverse of `render_answer`:
+    Read in this order: a letter that opens the text (unless it is an explanation), the last "answer is B" or "Answer: B", the
+    only "option B", a text that is one option, word for word. The inverse of `render_answer`:
     parse_answer(render_answer(example, c), example.options, c) == example.answer.
     """
     letters = LETTERS[: len(options)]
@@ -144,9 +144,9 @@ def parse_answer(text: str, options: tuple[str, ...], completion: str = "letter"
         opening = re.match(rf"[*(\[\s]*([{letters}])(?:[.):,\]*]|\s*$|\s*\n)", text)
         if opening:
             return letters.index(opening[1])
-    stated = re.findall(STATED.replace("LETTER", f"[{letters}]"), text)
-    if stated:
-        return letters.index(stated[-1])
+    stated, mentioned = (re.findall(NAMED.replace("WORD", words).replace("LETTERS", letters), text) for words in ("answer", "choice|option"))
+    if stated or len(set(mentioned)) == 1:
+        return letters.index((stated or mentioned)[-1])
     first = re.split(r"[.,;\n]", text.lower(), maxsplit=1)[0].strip()
     whole = text.rstrip(".").strip().lower()
     same = [i for i, option in enumerate(options) if option.strip().lower() in (whole, first)]

@@ -198,3 +198,34 @@ def test_real_files(format, path, rows):
     assert all(example.answer is not None for example in examples)
     if isinstance(examples[0], MultipleChoice):
         assert all(0 <= example.answer < len(example.options) for example in examples)
+
+
+MMLU = {"question": "Q?", "subject": "anatomy", "choices": ["1", "2", "3", "4"], "answer": 3}
+HEADQA = {"name": "Cuaderno_2013", "year": "2013", "category": "nursery", "qid": "7", "qtext": "Q?", "ra": 2,
+          "answers": [{"aid": 1, "atext": "x"}, {"aid": 2, "atext": "y"}]}  # fmt: skip
+
+
+def test_mmlu_takes_the_medical_subjects(read):
+    examples, _ = read("mmlu", [MMLU, MMLU | {"subject": "astronomy"}, MMLU | {"subject": "medical_genetics"}])
+    assert [(example.subject, example.answer) for example in examples] == [("anatomy", 3), ("medical_genetics", 3)]
+    with pytest.raises(DataError, match="none of the medical subjects anatomy, clinical_knowledge"):
+        read("mmlu", [MMLU | {"subject": "astronomy"}])
+    assert len(read("mmlu", [MMLU | {"subject": "astronomy"}], subset="astronomy")[0]) == 1
+    with pytest.raises(DataError, match="answer is option 4"):
+        read("mmlu", [MMLU | {"answer": 4}])
+
+
+def test_headqa_counts_by_the_answers_own_numbers(read):
+    (example,), _ = read("headqa", [HEADQA])
+    assert (example.id, example.answer, example.options, example.subject) == ("Cuaderno_2013-7", 1, ("x", "y"), "nursery")
+    assert read("headqa", [HEADQA | {"ra": -1}])[0][0].answer is None
+    with pytest.raises(DataError, match="ra is 0; the answers are numbered 1, 2"):
+        read("headqa", [HEADQA | {"ra": 0}])
+
+
+def test_a_label_outside_the_options_is_refused_everywhere(read):
+    """-1 is "hidden" where the dataset says so and an error elsewhere; it is never the last option."""
+    for format, row in (("mcq", {"question": "Q?", "options": ["x", "y"], "answer": -1}), ("medqa", MEDQA | {"answer_idx": "C", "answer": "z"}),
+                        ("mmlu", MMLU | {"answer": "E"}), ("medmcqa", MEDMCQA | {"cop": 5})):  # fmt: skip
+        with pytest.raises(DataError):
+            read(format, [row])

@@ -3,7 +3,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from medqlora.examples import MultipleChoice, OpenAnswer
-from medqlora.prompts import PromptError, parse_answer, render, render_answer
+from medqlora.prompts import PromptError, candidates, parse_answer, render, render_answer
 
 MCQ = MultipleChoice("q", "Which?", ("one", "two", "three", "four"), 2, "medmcqa", "f", explanation="Because.")
 MEDQA = MultipleChoice("q", "Which?", ("one", "two", "three", "four"), 2, "medqa", "f")
@@ -51,11 +51,38 @@ def test_parse_is_the_exact_inverse_of_render(options, data, completion, explana
     assert parse_answer(text, example.options, completion) == answer
 
 
-@pytest.mark.parametrize("text", ["", "I do not know", "Aspirin", "E", "Z. none", "A or B", "Because A is"])
+@pytest.mark.parametrize("text", ["", "I do not know", "Aspirin", "E", "Z. none", "A or B", "Because A is", "The answer is not B", "Option A or option B", "no effect",
+                                  "The answer is a mixture", "Answers B", "the answer is Because"])  # fmt: skip
 def test_parse_never_guesses(text):
     assert parse_answer(text, ("one", "two", "three", "four")) is None
 
 
 def test_parse_reads_common_forms():
-    for text in ("C", "C.", "(C)", "C) three", "Answer: C", "three", "Three."):
-        assert parse_answer(text, MCQ.options) == 2
+    for text in ("C", "C.", "(C)", "C) three", "Answer: C", "three", "Three.", "three, because", "**C**", "The answer is C.", "the correct answer is (C)",
+                 "The answer is C; option A is wrong", "Option A is wrong. Answer: C", r"Therefore the answer is \\boxed{C}", "I would pick option C.",
+                 "**Answer:** C", "Answer: B. No, wait. Answer: C"):  # fmt: skip
+        assert parse_answer(text, MCQ.options) == 2, text
+    for text in ("Yes.", "yes, it does", "yes"):
+        assert parse_answer(text, PUBMEDQA.options) == 0
+
+
+def test_cloze_hides_the_options():
+    prompt = render(MCQ, "plain", "cloze")
+    assert prompt.user == "Question: Which?\nAnswer:"
+    assert prompt.completion == " three"
+    assert candidates(MCQ, "plain", "cloze") == [" one", " two", " three", " four"]
+    assert candidates(MCQ, "chat", "cloze") == ["one", "two", "three", "four"]
+    assert "one" not in render(MCQ, "chat", "cloze").user
+
+
+def test_lm_eval_prompts_of_mmlu_and_headqa():
+    """lm_eval 0.4.13: tasks/mmlu/default/_default_template_yaml with mmlu_anatomy's description; tasks/headqa/headqa_en.yaml."""
+    mmlu = MultipleChoice("q", " Which? ", ("one", "two", "three", "four"), 2, "mmlu", "f", subject="college_biology")
+    prompt = render(mmlu, "lm_eval", "letter")
+    assert prompt.lead == "The following are multiple choice questions (with answers) about college biology.\n\n"
+    assert prompt.user == "Which?\nA. one\nB. two\nC. three\nD. four\nAnswer:"
+    headqa = MultipleChoice("q", "Which?", ("one", "two"), 1, "headqa", "f")
+    assert render(headqa, "lm_eval", "cloze").user == "Question: Which?\nAnswer:"
+    assert candidates(headqa, "lm_eval", "cloze") == [" one", " two"]
+    with pytest.raises(PromptError, match="use --scoring cloze"):
+        render(headqa, "lm_eval", "letter")

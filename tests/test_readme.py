@@ -41,7 +41,7 @@ def test_files_named_in_commands_exist():
 @pytest.mark.slow
 def test_commands_run(tmp_path):
     copy = tmp_path / "copy"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", "runs", ".git", "__pycache__", ".*_cache", "*.egg-info"))
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv*", "runs", ".git", "__pycache__", ".*_cache", "*.egg-info"))
     binaries = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{binaries}:{os.environ['PATH']}", "VIRTUAL_ENV": str(binaries.parent), "PYTHONPATH": str(copy),
                                 "MEDQLORA_SKIP_INSTALL": "1"}  # fmt: skip

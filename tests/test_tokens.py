@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from medqlora.cleaning import clean
 from medqlora.config import DataEntry
 from medqlora.examples import DataError, MultipleChoice, OpenAnswer, Passage, read_examples
-from medqlora.prompts import PromptError, render
+from medqlora.prompts import PromptError, candidates, render
 from medqlora.tokens import (
     encode_candidates,
     encode_completions,
@@ -114,7 +114,8 @@ def test_candidates_are_distinct_and_continue_the_prefix(tokenizer):
     for style in ("chat", "plain", "lm_eval"):
         encoder = make_encoder(tokenizer, style)
         for example in (MCQ, PUBMEDQA):
-            options = encode_candidates(encoder, example, render(example, style, "letter"))
+            prompt = render(example, style, "letter")
+            (options,) = encode_candidates(encoder, [prompt], encode_prefixes(encoder, [prompt]), [candidates(example, style)])
             assert len({tuple(option) for option in options}) == len(options)
             trained = encode_completions(encoder, [render(example, style, "letter")], [render(example, style, "letter").completion])[0]
             assert options[example.answer] == trained
@@ -184,3 +185,18 @@ def test_any_text_keeps_prefix_and_end(demo_tokenizer, question, options, answer
     assert demo_tokenizer.decode(supervised(table)[:-1]) == f" {'AB'[answer]}"
     assert supervised(table)[-1] == encoder.end_id
     assert np.all(table.prompt_lengths < table.lengths)
+
+
+def test_template_that_writes_two_beginnings_is_refused(monkeypatch):
+    """Llama-3's template writes BOS; one that writes it twice would shift every position of every prompt."""
+    tokenizer = copy.deepcopy(real_tokenizer("llama-3"))
+    make_encoder(tokenizer, "chat")
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    with pytest.raises(PromptError, match="second beginning-of-sequence token"):
+        make_encoder(tokenizer, "chat")
+
+
+def test_no_prompt_begins_twice(tokenizer):
+    for style in ("chat", "plain", "lm_eval"):
+        (prefix,) = encode_prefixes(make_encoder(tokenizer, style), [render(MCQ, style, "letter")])
+        assert tokenizer.bos_token_id is None or prefix[:2].count(tokenizer.bos_token_id) <= 1

@@ -16,13 +16,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 from medqlora.config import DataEntry
 from medqlora.examples import MultipleChoice, read_examples
-from medqlora.runs import read_peak_resident
+from medqlora.runs import describe_environment, read_peak_resident
 
 TASKS = ("medmcqa", "medqa", "pubmedqa")
 SIDES = ("harness", "ours")
@@ -143,7 +144,7 @@ def invert(order: list[int]) -> list[int]:
     return sorted(range(len(order)), key=lambda i: order[i])
 
 
-def compare(task: str, examples: list[MultipleChoice], found: dict[str, dict]) -> dict:
+def compare(task: str, engine: str, examples: list[MultipleChoice], found: dict[str, dict]) -> dict:
     """Ratios, and how far the two sides' answers lie apart."""
     harness, ours = found["harness"], found["ours"]
     pairs = list(zip(harness["logprobs"], ours["logprobs"], strict=True))
@@ -154,7 +155,7 @@ def compare(task: str, examples: list[MultipleChoice], found: dict[str, dict]) -
         "different_predictions": sum(a != b for a, b in best), "smallest_margin": min(margins),
         "max_logprob_difference": max(abs(a - b) for x, y in pairs for a, b in zip(x, y, strict=True)),
         "questions_per_second_ratio": harness["seconds"] / ours["seconds"],
-        "peak_memory_ratio": ours["peak_memory_bytes"] / harness["peak_memory_bytes"],
+        "peak_memory_ratio": ours["peak_memory_bytes"] / harness["peak_memory_bytes"] if engine == "hf" else None,  # vLLM: another process
     }  # fmt: skip
 
 
@@ -190,18 +191,23 @@ def main() -> None:
                 command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--task", task, "--work", folder]
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             found = {side: json.loads((Path(folder) / f"{side}.json").read_text()) for side in SIDES}
-        results.append(compare(task, read_task(arguments, task, getattr(arguments, task)), found))
+        results.append(compare(task, arguments.engine, read_task(arguments, task, getattr(arguments, task)), found))
         facts = results[-1]
+        memory = "" if facts["peak_memory_ratio"] is None else f", {facts['peak_memory_ratio']:.2f} x its peak memory"
         recorded[task] = np.array(found["harness"]["logprobs"])  # [questions, options]
         print(
             f"{task}, {arguments.num_fewshot}-shot, {facts['questions']} questions: {facts['questions_per_second_ratio']:.1f} x the harness's "
-            f"questions/s, {facts['peak_memory_ratio']:.2f} x its peak memory; {facts['different_predictions']} predictions differ, "
+            f"questions/s{memory}; {facts['different_predictions']} predictions differ, "
             f"log-likelihoods by {facts['max_logprob_difference']:.1e} at most; accuracy {facts['accuracy']:.4f} and {facts['accuracy_ours']:.4f}"
         )
     if arguments.record:
         np.savez_compressed(arguments.record, **recorded)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"arguments": {k: str(v) for k, v in vars(arguments).items()}, "results": results}, indent=2) + "\n")
+        settings = {name: getattr(arguments, name) for name in ("engine", "dtype", "num_fewshot", "batch_size", "max_length", "limit")}
+        settings |= {"model": arguments.model.name, "files": {task: getattr(arguments, task).name for task in recorded}}
+        environment = describe_environment()
+        environment["versions"]["lm_eval"] = version("lm_eval")
+        arguments.json.write_text(json.dumps({"settings": settings, "environment": environment, "results": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -108,13 +108,14 @@ class HfEngine:
     def run_pack(self, requests: list[Request], shared: int) -> list[list[float]]:
         segments, parents, starts, asked = lay_out(requests, shared, nested=self.backend == "varlen")
         lengths = [len(segment) for segment in segments]
-        if shared or any(parent is not None for parent in parents):
-            states = self.shared_states if shared else None
-            branches = locate_branches(lengths, parents, self.device, states, shared)
-            hidden = run_backbone(self.causal, segments, starts, {"documents": branches})
-        else:
-            hidden = run_packed(self.causal, self.backend, segments)
         places, tokens = (torch.tensor(values, device=self.device) for values in zip(*(pair[:2] for pair in asked), strict=True))
+        with narrow_last_layer(self.causal, places.unique()):
+            if shared or any(parent is not None for parent in parents):
+                states = self.shared_states if shared else None
+                branches = locate_branches(lengths, parents, self.device, states, shared)
+                hidden = run_backbone(self.causal, segments, starts, {"documents": branches})
+            else:
+                hidden = run_packed(self.causal, self.backend, segments)
         scores = [[0.0] * len(request.options) for request in requests]
         for (_, _, number, option), value in zip(asked, gather_logprobs(self.causal, hidden, places, tokens), strict=True):
             scores[number][option] += value
@@ -168,6 +169,33 @@ def run_backbone(causal: torch.nn.Module, segments: list[list[int]], starts: lis
     return backbone_of(causal)(
         input_ids=ids[None], position_ids=position_ids[None], attention_mask=None, use_cache=False, **packing
     ).last_hidden_state[0]
+
+
+@contextmanager
+def narrow_last_layer(causal: torch.nn.Module, places: torch.Tensor):
+    """What follows the last layer's attention is needed at `places` only: its MLP runs there, and is zero elsewhere.
+
+    Saves a layer's MLP, 6 to 9 % of a pass through a model of 8 to 13 layers. A layer without an `mlp` is left as it is.
+    """
+    layers = getattr(backbone_of(causal), "layers", None)
+    mlp = getattr(layers[-1], "mlp", None) if isinstance(layers, torch.nn.ModuleList) else None
+    if not isinstance(mlp, torch.nn.Module):
+        yield
+        return
+    forward, own = mlp.forward, mlp.__dict__.get("forward")
+
+    def narrow(x: torch.Tensor) -> Any:  # [1, tokens, hidden]
+        out = forward(x[:, places])
+        return torch.zeros_like(x).index_copy(1, places, out) if isinstance(out, torch.Tensor) else forward(x)
+
+    mlp.forward = narrow
+    try:
+        yield
+    finally:
+        if own is None:
+            del mlp.forward
+        else:
+            mlp.forward = own
 
 
 def choose_budget(config, device: torch.device) -> int:
