@@ -232,7 +232,7 @@ def attend_branches(
         )[None]  # fmt: skip
     outputs = []
     for number, (queries, sources, distance) in enumerate(branches.groups):
-        parts = (tensor[index].transpose(1, 2) for tensor, index in ((q, queries), (k, sources), (v, sources)))
+        parts = (gather_rows(tensor, index) for tensor, index in ((q, queries), (k, sources), (v, sources)))
         if distance is None:
             out = attend_rows(*parts, None, scaling, 0.0, sliding_window, softcap)
         else:
@@ -241,6 +241,11 @@ def attend_branches(
             out = attend_rows(*parts, mask, scaling, 0.0, None, softcap)  # [segments, queries, heads, width]
         outputs.append(out.flatten(0, 1))
     return torch.cat(outputs).index_select(0, branches.scatter)[None]
+
+
+def gather_rows(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """tokens [tokens, heads, width], index [rows, length] -> [rows, heads, length, width]"""
+    return tokens.index_select(0, index.flatten()).view(*index.shape, *tokens.shape[1:]).transpose(1, 2)
 
 
 def computes_explicitly(query: torch.Tensor, keys: int, softcap: float | None) -> bool:
@@ -254,6 +259,8 @@ def attend_rows(query, key, value, mask, scaling, dropout, sliding_window, softc
     Softcap is Gemma-2's: scores -> softcap * tanh(scores / softcap) (arXiv 2408.00118, section 2).
     """
     queries, keys, heads = query.shape[2], key.shape[2], query.shape[1]
+    if key.shape[1] != heads and mask is not None and not computes_explicitly(query, keys, softcap) and not torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scaling, enable_gqa=True).transpose(1, 2)
     if key.shape[1] != heads:
         key, value = (tensor.repeat_interleave(heads // key.shape[1], dim=1) for tensor in (key, value))
     windowed = sliding_window is not None and sliding_window < keys

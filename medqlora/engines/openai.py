@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,6 +11,11 @@ import numpy as np
 
 from medqlora.engines.interface import EngineError, Request, Sampling
 from medqlora.tokens import TURN
+
+
+class RefusedError(EngineError):
+    """The server is there, but does not serve this kind of request."""
+
 
 TOP = 20  # alternatives that hosted servers name at most
 
@@ -58,11 +64,11 @@ class OpenAIEngine:
             raise EngineError(f"server {self.server} refuses the key; set the environment variable named by --api_key_variable") from None
         except openai.APIStatusError as error:
             reason = " ".join(str(error.message).split())[:200]
-            raise EngineError(f"server {self.server} answers {error.status_code} for model {self.model}: {reason}") from None
+            raise RefusedError(f"server {self.server} answers {error.status_code} for model {self.model}: {reason}") from None
         except (openai.APIError, ValueError) as error:
-            raise EngineError(f"server {self.server} answers nonsense ({' '.join(str(error).split())[:120]}); is it an OpenAI-compatible server?") from None
+            raise RefusedError(f"server {self.server} answers nonsense ({' '.join(str(error).split())[:120]}); is it an OpenAI-compatible server?") from None
         if not getattr(answer, "choices", None):
-            raise EngineError(f"server {self.server} answers without choices; is it an OpenAI-compatible server?")
+            raise RefusedError(f"server {self.server} answers without choices; is it an OpenAI-compatible server?")
         return answer
 
     def score(self, requests: Sequence[Request], shared: int = 0) -> list[list[float]]:
@@ -75,12 +81,9 @@ class OpenAIEngine:
 
     def find_way(self, request: Request) -> str:
         for way, score in (("ids", self.score_by_ids), ("echo", self.score_by_echo)):
-            try:
+            with contextlib.suppress(RefusedError):
                 if not np.isnan(score(request)).any():
                     return way
-            except EngineError as error:
-                if " answers " not in str(error):  # down, or wants a key: no other way will help
-                    raise
         return "top"
 
     def score_by_ids(self, request: Request) -> list[float]:
@@ -101,7 +104,7 @@ class OpenAIEngine:
             answer = self.call(self.client.completions.create, prompt=ids, max_tokens=1, temperature=0, logprobs=1, echo=True)
             values = getattr(answer.choices[0].logprobs, "token_logprobs", None) or []
             if not len(ids) <= len(values) <= len(ids) + 1:
-                raise EngineError(f"server {self.server} answers {len(values)} log-probabilities for {len(ids)} tokens")
+                raise RefusedError(f"server {self.server} answers {len(values)} log-probabilities for {len(ids)} tokens")
             scores.append(float(sum(values[len(request.prefix) : len(ids)])))
         return scores
 
