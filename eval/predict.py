@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from medqlora.cleaning import clean
-from medqlora.config import ConfigError, DataEntry, UserError
+from medqlora.config import ConfigError, DataEntry, Model, UserError
 from medqlora.engines.interface import BATCH_SIZE, Engine
 from medqlora.examples import DATASETS, DataError, Example, read_examples
 from medqlora.metrics import score_predictions
@@ -96,7 +96,7 @@ def main() -> None:
     asked, shared = ask(encoder, examples, method, pool, max_length)
     if cut := sum(entry.truncated for entry in asked):
         console.print(f"[yellow]{cut} of {len(asked)} prompts are longer than the model's {max_length} tokens and were cut")
-    run_key = hash_json({**identity, "method": vars(method), "engine": arguments.engine, "dtype": arguments.dtype, "rows": 1})
+    run_key = hash_json({**identity, "method": vars(method), "engine": arguments.engine, "rows": 1})
     keys = [entry.key(run_key) for entry in asked]
     if arguments.output.exists():
         check_finished(arguments.output, keys)
@@ -169,7 +169,7 @@ def open_model(arguments: argparse.Namespace) -> tuple[Encoder, dict, int | None
         return encoder, {}, arguments.max_length, {"server": arguments.server, "model": arguments.model}
     import transformers
 
-    from medqlora.models import check_adapter, describe_model, load_tokenizer, read_merged_card, read_model_config
+    from medqlora.models import check_adapter, choose_dtype, describe_model, load_tokenizer, read_merged_card, read_model_config
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -184,6 +184,8 @@ def open_model(arguments: argparse.Namespace) -> tuple[Encoder, dict, int | None
             raise ConfigError(f"--max_length {arguments.max_length}: the model has {positions} positions")
         room = positions - 1 if positions and arguments.engine == "vllm" else positions  # vLLM generates a token to score one
         max_length, identity = arguments.max_length or room, describe_model(arguments.model, arguments.revision, arguments.adapter)
+        loading = resolve_model(arguments, card)
+        identity |= {"quantization": loading.quantization, "dtype": str(choose_dtype(loading.dtype, find_device()))}
     encoder = make_encoder(
         load_tokenizer(source, arguments.revision), arguments.prompt_style or card.get("prompt_style", "auto"),
         arguments.completion or card.get("completion", "letter"),
@@ -212,25 +214,30 @@ def open_engine(arguments: argparse.Namespace, card: dict, encoder: Encoder) -> 
             arguments.model, arguments.adapter, dtype=arguments.dtype or "auto", revision=arguments.revision,
             max_length=arguments.max_length, gpu_memory=arguments.gpu_memory, tensor_parallel=arguments.tensor_parallel, seed=arguments.seed,
         )  # fmt: skip
-    import torch
-
-    from medqlora.config import Model
     from medqlora.engines.hf import HfEngine
     from medqlora.models import load_adapter, load_base
 
-    quantized = arguments.dtype in ("nf4", "fp4", "int8")
-    model, backend = load_base(
-        Model(
-            base=arguments.model, revision=arguments.revision, attention=arguments.attention,
-            quantization=arguments.dtype if quantized else "none" if arguments.dtype else card.get("quantization", "none"),
-            double_quantization=card.get("double_quantization", True),
-            dtype="auto" if quantized else arguments.dtype or card.get("dtype", "auto"),
-        ),
-        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-    )  # fmt: skip
+    model, backend = load_base(resolve_model(arguments, card), find_device())
     if arguments.adapter:
         model = load_adapter(model, arguments.adapter)
     return HfEngine(model, backend, arguments.max_tokens)
+
+
+def resolve_model(arguments: argparse.Namespace, card: dict) -> Model:
+    """How the model is loaded: as the adapter was trained, unless --dtype says otherwise."""
+    quantized = arguments.dtype in ("nf4", "fp4", "int8")
+    return Model(
+        base=arguments.model, revision=arguments.revision, attention=arguments.attention,
+        quantization=arguments.dtype if quantized else "none" if arguments.dtype else card.get("quantization", "none"),
+        double_quantization=card.get("double_quantization", True),
+        dtype="auto" if quantized else arguments.dtype or card.get("dtype", "auto"),
+    )  # fmt: skip
+
+
+def find_device():
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def read_questions(arguments: argparse.Namespace, style: str) -> list[Example]:
@@ -289,3 +296,6 @@ if __name__ == "__main__":
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; finished batches are kept, the same command goes on from there", file=sys.stderr)
+        sys.exit(130)

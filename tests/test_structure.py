@@ -1,6 +1,8 @@
 """The rules of the house: import order, scripts that are never imported, packages that know nothing of argv."""
 
 import ast
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,10 @@ def test_scripts_do_nothing_when_read(path):
 def test_metrics_and_scoring_need_no_torch():
     done = run_script("-c", "import sys, medqlora.reports, medqlora.metrics; assert not {'torch', 'transformers'} & set(sys.modules)")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+@pytest.mark.parametrize("path", [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"], ids=lambda path: path.name)
+def test_shellcheck_finds_nothing(path):
+    found = subprocess.run(["shellcheck", "-s", "bash", str(path)], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
