@@ -59,7 +59,7 @@ def test_parse_never_guesses(text):
 
 def test_parse_reads_common_forms():
     for text in ("C", "C.", "(C)", "C) three", "Answer: C", "three", "Three.", "three, because", "**C**", "The answer is C.", "the correct answer is (C)",
-                 "The answer is C; option A is wrong", "Option A is wrong. Answer: C", r"Therefore the answer is \\boxed{C}", "I would pick option C.",
+                 "The answer is C; option A is wrong", "Option A is wrong. Answer: C", r"Therefore the answer is \boxed{C}", "I would pick option C.",
                  "**Answer:** C", "Answer: B. No, wait. Answer: C"):  # fmt: skip
         assert parse_answer(text, MCQ.options) == 2, text
     for text in ("Yes.", "yes, it does", "yes"):
