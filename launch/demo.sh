@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/install.sh
 . launch/install.sh
-install_medqlora || exit $?
+install_medqlora "" || exit $?
 
 output=${1:-runs/demo}
 if [ -e "$output" ]; then
