@@ -271,8 +271,12 @@ def read_pool(arguments: argparse.Namespace, style: str) -> list[Example]:
 
 def check_finished(output: Path, keys: list[str]) -> None:
     """An output of this very command is left as it is; any other is never written over."""
-    found = read_predictions(output, labelled=False)
-    if {row.get("key") for row in read_rows(output, found.offsets)} != set(keys):
+    try:
+        found = read_predictions(output, labelled=False)
+        same = {row.get("key") for row in read_rows(output, found.offsets)} == set(keys)
+    except PredictionError as error:
+        raise PredictionError(f"--output {output} exists and is no finished predictions file ({error}); give a new file name") from None
+    if not same:
         raise PredictionError(f"--output {output} exists and holds other predictions (another model, prompt, setting or data); give a new file name")
     console.print(f"{output} is complete already: {len(found)} predictions")
 

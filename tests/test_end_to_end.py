@@ -175,7 +175,7 @@ def test_merge_predict_score(finished, tmp_path):
     ours = (finished[0] / "run" / "predictions" / "tuned.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in (tmp_path / "tuned.jsonl").read_text().splitlines()]
     keys = {"id", "dataset", "subject", "gold", "prediction", "option_logprobs", "letter_mass", "text", "prompt_sha256", "engine", "model"}
-    assert all(set(row) == keys for row in rows)
+    assert all(keys <= set(row) for row in rows)
     by_id = {row["id"]: row["prediction"] for row in map(json.loads, ours)}
     assert {row["id"]: row["prediction"] for row in rows} == by_id  # the recipe and the command agree
     done = run_script(predict, "--model", tmp_path / "merged", *common, "--output", tmp_path / "merged.jsonl")
@@ -246,13 +246,15 @@ def test_mistakes_of_prediction(finished, tmp_path, monkeypatch):
     adapter, common = finished[0] / "run" / "adapter", ["--format", "medmcqa", "--path", DEMO / "data" / "test.jsonl"]
     predict = ROOT / "eval" / "predict.py"
     (tmp_path / "twice.jsonl").write_text((DEMO / "data" / "test.jsonl").read_text().splitlines()[0].join(["", "\n"]) * 2)
+    (tmp_path / "open.jsonl").write_text('{"question": "What is fever?", "answer": "A high temperature."}\n')
     for arguments, message in [
         (["--model", "/nowhere", *common, "--output", tmp_path / "p.jsonl"], "no such folder"),
         (["--model", DEMO / "base", "--adapter", tmp_path, *common, "--output", tmp_path / "p.jsonl"], "give a run's adapter folder"),
         (["--model", DEMO / "base", *common, "--output", tmp_path / "no" / "p.jsonl"], "make it first"),
         (["--model", DEMO / "base", *common, "--output", tmp_path / "twice.jsonl"], "exists"),
         (["--model", DEMO / "base", "--format", "medmcqa", "--path", tmp_path / "twice.jsonl", "--output", tmp_path / "p.jsonl"], "unique"),
-        (["--model", DEMO / "base", "--adapter", adapter, "--format", "medquad", "--output", tmp_path / "p.jsonl"], "letters can be scored"),
+        (["--model", DEMO / "base", "--adapter", adapter, "--format", "qa", "--path", tmp_path / "open.jsonl", "--scoring", "letters",
+          "--output", tmp_path / "p.jsonl"], "this data holds open questions: use generate"),
     ]:
         code, complaint = run_inside(predict, arguments, monkeypatch)
         assert (code, complaint.strip().count("\n")) == (2, 0), complaint
