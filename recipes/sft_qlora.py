@@ -259,6 +259,8 @@ def main() -> int:
         show_memory(report["memory_bytes"], device)
         console.print(f"adapter of step {report['best_step']}: {output_dir / 'adapter'}")
     accelerator.end_training()
+    if ranks > 1:  # gloo's thread needs the interpreter to free its last work; torch 2.13 waits for that thread without letting go of it
+        time.sleep(0.5)
     return 0
 
 
