@@ -15,24 +15,25 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from medqlora.config import ConfigError, UserError
 from medqlora.metrics import compare_predictions
 from medqlora.predictions import read_all_predictions
-from medqlora.runs import write_json
+from medqlora.runs import check_new, write_json
 
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
 
 def show(first: Path, second: Path, comparison: dict) -> None:
-    table = Table(title=f"A {first}\nB {second}", title_justify="left")
+    table = Table(title=escape(f"A {first}\nB {second}"), title_justify="left")
     for column in ("subject", "n", "A", "B", "difference", "95 % interval", "McNemar p", "Holm p", "only A", "only B"):
         table.add_column(column, justify="left" if column == "subject" else "right")
     for name, part in [("all", comparison), *comparison["per_subject"].items()]:
         low, high = part["difference_ci95"]
         table.add_row(
-            name, str(part["n"]), f"{part['accuracy_a']:.1%}", f"{part['accuracy_b']:.1%}", f"{100 * part['difference']:+.1f}",
+            escape(name), str(part["n"]), f"{part['accuracy_a']:.1%}", f"{part['accuracy_b']:.1%}", f"{100 * part['difference']:+.1f}",
             f"{100 * low:+.1f} to {100 * high:+.1f}", f"{part['mcnemar_p']:.2g}", f"{part['holm_p']:.2g}" if "holm_p" in part else "",
             str(part["only_a_right"]), str(part["only_b_right"]),
         )  # fmt: skip
@@ -66,6 +67,7 @@ def main() -> int:
     gated = arguments.max_disagreement is not None or arguments.max_mean_difference is not None
     if len(arguments.predictions) < 2 or (len(arguments.predictions) > 2 and not gated):
         raise ConfigError(f"got {len(arguments.predictions)} files; expected two, or more with --max_disagreement or --max_mean_difference")
+    check_new(arguments.output)
     first, *others = arguments.predictions
     rows, comparisons, passed = read_all_predictions(arguments.predictions), {}, True
     for path in others:

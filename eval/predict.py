@@ -15,6 +15,7 @@ import warnings
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from medqlora.cleaning import clean
@@ -60,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     asking.add_argument("--fewshot", choices=["fixed", "nearest"], default=defaults.fewshot,
                         help="the same examples for all, or the most similar by BM25 (default %(default)s)")  # fmt: skip
     asking.add_argument("--fewshot_path", help="file, folder or hub id of the worked examples (default: --path)")
-    asking.add_argument("--fewshot_split", default="train", help="their split (default train)")
+    asking.add_argument("--fewshot_split", help="their split (default train; dev for mmlu)")
     asking.add_argument("--max_new_tokens", type=int, default=defaults.max_new_tokens, help="generate: tokens per answer (default %(default)s)")
     asking.add_argument("--temperature", type=float, default=defaults.temperature, help="generate: 0 is greedy (default 0)")
     asking.add_argument("--samples", type=int, default=defaults.samples, help="generate: answers per question, which vote (default 1)")
@@ -88,15 +89,15 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     shard, shards = check_arguments(arguments)
-    warnings.showwarning = lambda message, *_: console.print(f"[yellow]{message}")
+    warnings.showwarning = lambda message, *_: console.print(escape(str(message)), style="yellow")
     encoder, card, max_length, identity = open_model(arguments)
     method = choose_method(arguments)
     examples = read_questions(arguments, encoder.style)
     pool = read_pool(arguments, encoder.style) if method.num_fewshot else []
     asked, shared = ask(encoder, examples, method, pool, max_length)
     if cut := sum(entry.truncated for entry in asked):
-        console.print(f"[yellow]{cut} of {len(asked)} prompts are longer than the model's {max_length} tokens and were cut")
-    run_key = hash_json({**identity, "method": vars(method), "engine": arguments.engine, "rows": 1})
+        console.print(f"{cut} of {len(asked)} prompts are longer than the model's {max_length} tokens and were cut", style="yellow")
+    run_key = hash_json({**identity, "style": encoder.style, "completion": encoder.completion, "method": vars(method), "engine": arguments.engine, "rows": 1})
     keys = [entry.key(run_key) for entry in asked]
     if arguments.output.exists():
         check_finished(arguments.output, keys)
@@ -116,6 +117,9 @@ def main() -> None:
                 for batch in batches:
                     journal.append(batch)
                     progress.update(task, advance=len(batch))
+        if arguments.output.exists():  # another shard was the last
+            check_finished(arguments.output, keys)
+            return
         rows = journal.read()
         missing = sum(key not in rows for key in keys)
         if missing:
@@ -246,12 +250,16 @@ def read_questions(arguments: argparse.Namespace, style: str) -> list[Example]:
                       test_pmids=arguments.test_pmids, columns=arguments.columns)  # fmt: skip
     examples, removals = read_examples(entry, choose_split(arguments), arguments.drop_invalid)
     for removal in removals:
-        console.print(f"[yellow]left out {removal.source}: {removal.reason}")
+        console.print(f"left out {removal.source}: {removal.reason}", style="yellow", markup=False)
     seen: dict[str, str] = {}
     for example in examples:
-        if example.id in seen:
-            raise DataError(f"{arguments.format}: {example.source}: id {example.id} stands at {seen[example.id]} too; ids must be unique")
-        seen[example.id] = example.source
+        first = seen.setdefault(example.id, example.source)
+        if first != example.source:
+            problem = f"{example.source}: id {example.id} stands at {first} too; ids must be unique"
+            if not arguments.drop_invalid:
+                raise DataError(f"{arguments.format}: {problem} (--drop_invalid keeps the first)")
+            console.print(f"left out {problem}", style="yellow", markup=False)
+    examples = [example for example in examples if seen[example.id] == example.source]
     return examples if style == "lm_eval" else [clean(example) for example in examples]
 
 
@@ -265,7 +273,8 @@ def choose_split(arguments: argparse.Namespace) -> str:
 def read_pool(arguments: argparse.Namespace, style: str) -> list[Example]:
     entry = DataEntry(format=arguments.format, path=arguments.fewshot_path or arguments.path, subset=arguments.subset,
                       test_pmids=arguments.test_pmids, columns=arguments.columns)  # fmt: skip
-    examples, _ = read_examples(entry, arguments.fewshot_split, drop_invalid=True)
+    split = arguments.fewshot_split or ("dev" if arguments.format == "mmlu" else "train")
+    examples, _ = read_examples(entry, split, drop_invalid=True)
     return examples if style == "lm_eval" else [clean(example) for example in examples]
 
 
@@ -298,7 +307,7 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(str(error).replace("--data.drop_invalid true", "--drop_invalid").replace("--data.", "--"), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; finished batches are kept, the same command goes on from there", file=sys.stderr)

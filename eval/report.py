@@ -40,7 +40,7 @@ def find_predictions(folder: Path) -> list[Path]:
 
 def collect_run(name: str, folder: Path, predictions: dict[Path, Predictions]) -> Run:
     """All that a run folder holds; scores of files that are not there are taken from metrics.json."""
-    metrics = read_tree(folder / "metrics.json")
+    metrics = {key: value for key, value in read_tree(folder / "metrics.json").items() if key not in ("base", "memory_bytes", "comparison") or isinstance(value, dict)}
     run = Run(name, metrics=metrics, environment=read_tree(folder / "environment.json"), config=read_text(folder / "config.yaml"))
     run.rows = {path.stem: rows for path, rows in predictions.items()}
     run.scores = {name: score_predictions(rows) for name, rows in run.rows.items()}

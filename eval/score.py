@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from medqlora.config import UserError
 from medqlora.examples import LETTERS
 from medqlora.metrics import NEAR_TIE, score_predictions
 from medqlora.predictions import PredictionError, read_all_predictions, read_predictions
-from medqlora.runs import write_atomic, write_json
+from medqlora.runs import check_new, write_atomic, write_json
 
 
 def show(path: Path, metrics: dict, console: Console) -> None:
@@ -23,7 +24,7 @@ def show(path: Path, metrics: dict, console: Console) -> None:
         console.print(f"{path}: perplexity {metrics['perplexity']:.4f} over {metrics['tokens']} tokens of {metrics['n']} texts")
         return
     names = ("exact_match", "f1", "rouge_l") if "f1" in metrics else ("accuracy",)
-    table = Table(title=str(path), title_justify="left")
+    table = Table(title=escape(str(path)), title_justify="left")
     for column in ("subject", "n", *names, *(["95 % interval"] if names == ("accuracy",) else [])):
         table.add_column(column.replace("_", " "), justify="left" if column == "subject" else "right")
     for name, scores in [("all", metrics), *metrics["per_subject"].items()]:
@@ -31,7 +32,7 @@ def show(path: Path, metrics: dict, console: Console) -> None:
         if names == ("accuracy",):
             low, high = scores["accuracy_ci95"]
             cells.append(f"{low:.1%} – {high:.1%}")
-        table.add_row(name, str(scores["n"]), *cells)
+        table.add_row(escape(name), str(scores["n"]), *cells)
     console.print(table)
     console.print(", ".join(describe(metrics)))
 
@@ -69,11 +70,11 @@ def main() -> None:
     if arguments.submission:
         if len(arguments.predictions) > 1:
             raise PredictionError(f"--submission {arguments.submission}: expected one predictions file, got {len(arguments.predictions)}")
-        if arguments.submission.exists():
-            raise PredictionError(f"--submission {arguments.submission} exists; give a new file name")
+        check_new(arguments.submission, "--submission")
         write_submission(arguments.submission, arguments.predictions[0])
         console.print(f"submission for {arguments.predictions[0]} in {arguments.submission}")
         return
+    check_new(arguments.output)
     metrics = {str(path): score_predictions(rows) for path, rows in read_all_predictions(arguments.predictions).items()}
     for path in arguments.predictions:
         show(path, metrics[str(path)], console)

@@ -5,7 +5,7 @@
 #       [--limit N] [--max_disagreement 0.02] [--max_disagreement_original 0.10] [--vllm]
 # The merge into the original weights has a bound of its own: it is not the model that was trained (the base was quantized then).
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bound=0.02 original_bound=0.10 adapter="" format="" path="" output="" vllm="" limit=()
 fail() { echo "merge_gate.sh: $1" >&2; exit 2; }
 while [ $# -gt 0 ]; do
@@ -29,13 +29,14 @@ done
 [ -f "$adapter/medqlora.json" ] || fail "--adapter $adapter: no medqlora.json; give the adapter folder of a run"
 [ ! -e "$output" ] || fail "--output $output exists; give a new folder"
 base=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["base"])' "$adapter/medqlora.json")
+trap '[ -e "$output/adapter.jsonl" ] || rm -rf "$output"' EXIT # a gate that got nowhere can be run again
 mkdir -p "$output"
 
 for weights in dequantized original; do
-    python recipes/merge_adapter.py --adapter "$adapter" --base "$base" --base_weights "$weights" --output "$output/$weights" --verify false
+    python "$root/recipes/merge_adapter.py" --adapter "$adapter" --base "$base" --base_weights "$weights" --output "$output/$weights" --verify false
 done
 ask() { # NAME MODEL MORE...
-    python eval/predict.py --model "$2" --format "$format" --path "$path" "${limit[@]}" --output "$output/$1.jsonl" "${@:3}"
+    python "$root/eval/predict.py" --model "$2" --format "$format" --path "$path" "${limit[@]}" --output "$output/$1.jsonl" "${@:3}"
 }
 ask adapter "$base" --adapter "$adapter"
 ask dequantized "$output/dequantized"
@@ -46,6 +47,6 @@ if [ -n "$vllm" ]; then
     others+=("$output/vllm.jsonl")
 fi
 status=0
-python eval/compare.py "$output/adapter.jsonl" "${others[@]}" --max_disagreement "$bound" || status=$?
-python eval/compare.py "$output/adapter.jsonl" "$output/original.jsonl" --max_disagreement "$original_bound" || status=$?
+python "$root/eval/compare.py" "$output/adapter.jsonl" "${others[@]}" --max_disagreement "$bound" || status=$?
+python "$root/eval/compare.py" "$output/adapter.jsonl" "$output/original.jsonl" --max_disagreement "$original_bound" || status=$?
 exit "$status"

@@ -6,6 +6,7 @@ format, the file and the line (JSON lines) or row.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -218,7 +219,7 @@ def split_text(text: str, characters: int = 2_000) -> list[str]:
 
 def need_text(record: dict, key: str) -> str:
     value = record.get(key)
-    if value is None or not str(value).strip():
+    if value is None or value != value or not str(value).strip():  # NaN is how pandas writes nothing
         raise ValueError(f'"{key}" is empty; every row needs text there')
     return str(value)
 
@@ -231,7 +232,7 @@ def optional_text(record: dict, key: str) -> str | None:
 def parse_medmcqa(record: dict, source: str, entry: DataEntry, first_option: int) -> MultipleChoice:
     options = tuple(need_option(record, key) for key in ("opa", "opb", "opc", "opd"))
     cop = record.get("cop")
-    answer = None if cop in (None, -1, "", "-1") else whole_number(cop, "cop") - first_option
+    answer = None if cop in (None, -1, "", "-1") or cop != cop else whole_number(cop, "cop") - first_option
     if answer is not None and not 0 <= answer < 4:
         raise ValueError(f"cop is {cop}; this file counts options from {first_option} to {first_option + 3}")
     return MultipleChoice(
@@ -244,7 +245,7 @@ def parse_medmcqa(record: dict, source: str, entry: DataEntry, first_option: int
 
 def need_option(record: dict, key: str) -> str:
     value = record.get(key)
-    if value is None or not str(value).strip():
+    if value is None or value != value or not str(value).strip():
         raise ValueError(f'option "{key}" is empty; every option needs text')
     return str(value)
 
@@ -260,7 +261,10 @@ def whole_number(value: object, name: str) -> int:
 
 def find_first_option(records: list[tuple[str, dict]], hub: bool) -> int:
     """MedMCQA's original files number the right option 1-4, the hub copy 0-3; a file shows which by its values."""
-    values = {str(record.get("cop")) for _, record in records}
+    values = set()
+    for _, record in records:
+        with contextlib.suppress(ValueError):
+            values.add(str(whole_number(record.get("cop"), "cop")))
     if "0" in values and "4" in values:
         raise DataError('medmcqa: "cop" takes both 0 and 4; one file counts from 0 (hub) or from 1 (original), not both')
     return 0 if "0" in values or (hub and "4" not in values) else 1
@@ -380,7 +384,7 @@ def parse_headqa(record: dict, source: str, entry: DataEntry) -> MultipleChoice:
 def parse_medquad(record: dict, source: str, entry: DataEntry) -> OpenAnswer:
     subject = optional_text(record, "qtype") or optional_text(record, "question_type")
     return OpenAnswer(
-        id=optional_text(record, "id") or optional_text(record, "qid") or "", question=need_text(record, "question"),
+        id="", question=need_text(record, "question"),  # ids repeat across its sources: content_id gives one
         answer=need_text(record, "answer"), dataset="medquad", source=source, subject=subject,
     )  # fmt: skip
 

@@ -153,7 +153,7 @@ def measure_position_bias(rows: Predictions) -> dict[str, Any]:
     for i, orders in permuted.items():
         answers = set()
         for order, logprobs in orders.items():
-            answer = order[max(range(len(order)), key=lambda at: logprobs[at])]
+            answer = order[max(range(len(order)), key=lambda at: -math.inf if logprobs[at] is None else logprobs[at])]
             answers.add(answer)
             hits.setdefault(LETTERS[order.index(rows.gold[i])], []).append(answer == rows.gold[i])
         flips += len(answers) > 1
@@ -214,6 +214,8 @@ def mean_interval(values: np.ndarray) -> list[float]:
 
 def score_passages(rows: Predictions) -> dict[str, Any]:
     """Perplexity per token; per word and bits per byte, which models of different tokenizers share."""
+    if not sum(extra["tokens"] for extra in rows.extras.values()):
+        raise PredictionError(f"{rows.path}: holds no tokens; perplexity needs one")
     total = {key: sum(extra[key] for extra in rows.extras.values()) for key in ("logprob", "tokens", "bytes", "words")}
     return {
         "n": len(rows), "tokens": total["tokens"], "perplexity": math.exp(-total["logprob"] / total["tokens"]),

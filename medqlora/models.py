@@ -114,11 +114,16 @@ def load_base(model: Model, device: torch.device) -> tuple[torch.nn.Module, str]
     config = read_model_config(model.base, model.revision, model.trust_remote_code)
     backend = choose_backend(model.attention, device, dtype, getattr(config, "attn_logit_softcapping", None))
     folder = Path(model.base).expanduser()
-    loaded = AutoModelForCausalLM.from_pretrained(
-        folder if folder.is_dir() else model.base, revision=model.revision, dtype=dtype, use_safetensors=True,
-        quantization_config=quantization_config(model, dtype), attn_implementation=IMPLEMENTATIONS[backend],
-        trust_remote_code=model.trust_remote_code, device_map={"": device},
-    )  # fmt: skip
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder if folder.is_dir() else model.base, revision=model.revision, dtype=dtype, use_safetensors=True,
+            quantization_config=quantization_config(model, dtype), attn_implementation=IMPLEMENTATIONS[backend],
+            trust_remote_code=model.trust_remote_code, device_map={"": device},
+        )  # fmt: skip
+    except KeyError as error:
+        if str(error).strip("'") not in IMPLEMENTATIONS.values():
+            raise
+        raise ModelError(f"model {model.base}: its attention cannot be replaced by {backend}; use attention sdpa") from None
     loaded.requires_grad_(False)
     if model.upcast_embeddings:
         for embedding in (loaded.get_input_embeddings(), loaded.get_output_embeddings()):
@@ -279,7 +284,8 @@ def describe_model(model: str, revision: str | None, adapter: Path | None) -> di
     facts = {"config": architecture_hash(read_model_config(model, revision)), "adapter": None}
     facts |= {"weights": sample_weights(folder)} if folder.is_dir() else {"hub": model, "revision": revision}
     if adapter is not None:
-        facts["adapter"] = hashlib.sha256((Path(adapter) / "adapter_model.safetensors").read_bytes()).hexdigest()
+        files = [Path(adapter) / name for name in ("adapter_model.safetensors", "adapter_config.json")]
+        facts["adapter"] = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
     return facts
 
 
@@ -318,17 +324,20 @@ def resolve_base(base: str, revision: str | None = None) -> Path:
 
 
 def sample_weights(folder: Path) -> str:
-    """SHA-256 over header, size and three 64 KiB samples of each weight file: tells a base from its fine-tuned siblings
+    """SHA-256 over header, size and the first and middle KiB of every tensor: tells a model from its fine-tuned siblings
     without reading 16 GB."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
         with path.open("rb") as file:
-            header = int.from_bytes(file.read(8), "little")
-            digest.update(file.read(min(header, 16 << 20)) + size.to_bytes(8, "little"))
-            for at in (header + 8, size // 2, max(size - 65_536, 0)):
-                file.seek(at)
-                digest.update(file.read(65_536))
+            size = int.from_bytes(file.read(8), "little")
+            header = file.read(size)
+            digest.update(header + path.stat().st_size.to_bytes(8, "little"))
+            for facts in json.loads(header).values():
+                if "data_offsets" in facts:
+                    start, end = facts["data_offsets"]
+                    for at in (start, (start + end) // 2):
+                        file.seek(8 + size + at)
+                        digest.update(file.read(min(1_024, end - at)))
     return digest.hexdigest()
 
 

@@ -76,6 +76,10 @@ class Predictions:
         return [value or "none" for value in self.columns[name]]
 
 
+TYPES: dict[str, Any] = {
+    "option_logprobs": dict, "options": list, "question": str, "letter_mass": (int, float), "permutations": dict, "predictions": dict,
+    "votes": dict, "bytes": (int, float), "words": (int, float),
+}  # fmt: skip
 COLUMNS = ("dataset", "subject", "topic", "choice_type", "engine", "model", "prompt_sha256")
 EXTRAS = ("permutations", "votes", "predictions", "text_facts")
 
@@ -179,8 +183,12 @@ def check_row(row: dict[str, Any], kind: str, labelled: bool) -> str | None:
             return f'no "{key}"; expected a row of eval/predict.py'
     if not isinstance(row["id"], str) or not row["id"]:
         return f"id is {row['id']!r}; expected a text"
+    for key, types in TYPES.items():
+        if row.get(key) is not None and not isinstance(row[key], types):
+            return f"{key} is {str(row[key])[:40]!r}; expected a row of eval/predict.py"
     if kind == "text":
-        return None
+        bad = [key for key in ("logprob", "tokens") if not isinstance(row[key], (int, float)) or row[key] != row[key]]
+        return f"{bad[0]} is {row[bad[0]]!r}; expected a number" if bad else None
     if labelled and row["gold"] is None:
         return "no label (gold is null); a split with hidden answers cannot be scored"
     for key in ("gold", "prediction"):
@@ -192,6 +200,8 @@ def check_row(row: dict[str, Any], kind: str, labelled: bool) -> str | None:
         for key in ("gold", "prediction"):
             if row[key] is not None and row[key] not in list(letters):
                 return f"{key} is {row[key]!r}, which is not one of the options {letters}"
+    if options and row["prediction"] is not None and row["prediction"] not in options:
+        return f"prediction is {row['prediction']!r}, of which option_logprobs says nothing"
     for letter, value in options.items():
         if not isinstance(value, (int, float)) or value != value or value > 1e-3:
             return f"option_logprobs {letter} is {value!r}; expected a log-probability"
@@ -277,8 +287,7 @@ class Journal:
         for part in sorted(self.folder.glob("*.jsonl")):
             with part.open("rb") as file:
                 for line in file:
-                    with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):  # another shard's line in flight
-                        rows |= {row["key"]: row for row in json.loads(line)}
+                    rows |= parse_batch(line)
         return rows
 
     def append(self, rows: list[dict[str, Any]]) -> None:
@@ -296,12 +305,24 @@ class Journal:
             ) from None
 
     def finish(self, output: Path, rows: list[dict[str, Any]]) -> None:
-        """Write the finished file and remove the parts; two shards may do so at once."""
+        """Write the finished file and remove the parts that it holds all rows of; two shards may do so at once."""
         write_atomic(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        keys = {row["key"] for row in rows}
         for part in self.folder.glob("*.jsonl"):
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                if all(line.strip() and parse_batch(line).keys() <= keys and parse_batch(line) for line in part.read_bytes().splitlines()):
+                    part.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.folder.rmdir()
+
+
+def parse_batch(line: bytes) -> dict[str, dict[str, Any]]:
+    """Rows of a journal's line by their key; nothing for a line that is not whole (another shard's in flight) or not ours."""
+    try:
+        rows = json.loads(line)
+        return {row["key"]: row for row in rows}
+    except (ValueError, TypeError, KeyError):
+        return {}
 
 
 def find_whole(path: Path) -> int:

@@ -128,7 +128,11 @@ def candidates(example: MultipleChoice, style: str, completion: str = "letter") 
     return texts if style == "chat" else [f" {text}" for text in texts]
 
 
-NAMED = r"(?i:\b(?:WORD)\b(?:\s+(?:is|would be))?)\s*:?\s*(?:\\boxed\{|[*(\[\s])*([LETTERS])(?![\w'])"
+NAMED = r"(?i:\b(?:WORD)\b(?:\s+(?:is|would be))?)\s*:?\s*(?:\\boxed\{|[*(\[\s])*([LETTERS])(?![\w'])REST"
+# What may not follow a letter: a second one ("B or D"); a word that makes "A" an article; a denial.
+SECOND = r"(?!\W*(?:,|/|&|\bor\b|\band\b)\s*(?:[LETTERS]\b|(?:and|or)\b))"
+ARTICLE = r"(?!(?<=A) +[a-zA-Z])"
+DENIED = r"(?!\W*(?i:is|are|was|can|cannot|isn't)\b)"
 
 
 def parse_answer(text: str, options: tuple[str, ...], completion: str = "letter") -> int | None:
@@ -141,10 +145,13 @@ def parse_answer(text: str, options: tuple[str, ...], completion: str = "letter"
     letters = LETTERS[: len(options)]
     text = text.strip()
     if completion != "explanation":
-        opening = re.match(rf"[*(\[\s]*([{letters}])(?:[.):,\]*]|\s*$|\s*\n)", text)
+        opening = re.match(rf"[*(\[\s]*([{letters}])(?:[.):\]*]|,(?!\s*[{letters}]\b)|\s*$|\s*\n)", text)
         if opening:
             return letters.index(opening[1])
-    stated, mentioned = (re.findall(NAMED.replace("WORD", words).replace("LETTERS", letters), text) for words in ("answer", "choice|option"))
+    stated, mentioned = (
+        re.findall(NAMED.replace("WORD", words).replace("REST", SECOND + more).replace("LETTERS", letters), text)
+        for words, more in (("answer", ARTICLE), ("choice|option", DENIED))
+    )
     if stated or len(set(mentioned)) == 1:
         return letters.index((stated or mentioned)[-1])
     first = re.split(r"[.,;\n]", text.lower(), maxsplit=1)[0].strip()

@@ -39,7 +39,15 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             aside.unlink()
-        raise RunError(f"cannot write {path}: {error.strerror or error}; free space or choose another --output_dir") from None
+        raise RunError(f"cannot write {path}: {error.strerror or error}; free space or choose another place") from None
+
+
+def check_new(path: Path | None, flag: str = "--output") -> None:
+    """Raises RunError where a file to be written exists, or its folder does not: before any work, nothing is written over."""
+    if path is not None and path.exists():
+        raise RunError(f"{flag} {path} exists; give a new file name")
+    if path is not None and not path.parent.is_dir():
+        raise RunError(f"{flag} {path}: no folder {path.parent}; make it first")
 
 
 def write_json(path: Path, tree: Any) -> None:

@@ -60,6 +60,7 @@ class Asked:
     requests: list[Request]
     truncated: bool
     places: list[list[int]] = field(default_factory=list)
+    shots: tuple[Prompt, ...] = ()
 
     def sort(self, scores: list[list[float]]) -> list[float]:
         """Scores of each request -> scores by place."""
@@ -68,7 +69,7 @@ class Asked:
 
     def key(self, run_key: str) -> str:
         ids = [[request.prefix, request.options] for request in self.requests]
-        return hashlib.sha256(json.dumps([run_key, self.example.id, ids]).encode()).hexdigest()[:32]
+        return hashlib.sha256(json.dumps([run_key, describe_example(self, ""), ids]).encode()).hexdigest()[:32]
 
 
 # ---- asking ----------------------------------------------------------------------------------------------------------
@@ -89,18 +90,18 @@ def ask(
     Raises:
         ScoringError: a method that does not fit the examples, a question that is too long, too small a pool.
     """
-    check_method(examples, method)
+    check_method(examples, method, encoder.style)
     if method.scoring == "perplexity":
         return [ask_passage(encoder, example, max_length) for example in examples], 0
     completion = choose_completion(encoder, method)
     shots = choose_shots(encoder, examples, method, pool, completion)
-    asked = [Asked(example, choose_orders(example, method), [], False) for example in examples]
+    asked = [Asked(example, choose_orders(example, method), [], False, shots=some) for example, some in zip(examples, shots, strict=True)]
     prompts, variants = [], []
-    for entry, some in zip(asked, shots, strict=True):
+    for entry in asked:
         for order in entry.orders:
             variant = reorder(entry.example, order)
             prompt = render(variant, encoder.style, completion)
-            prompts.append(replace(prompt, shots=some, lead=some[0].lead if some else prompt.lead))
+            prompts.append(replace(prompt, shots=entry.shots))
             variants.append(variant)
     prefixes = encode_prefixes(encoder, prompts)
     texts = [candidates(v, encoder.style, completion) if method.scoring != "generate" else [] for v in variants]
@@ -117,7 +118,7 @@ def ask(
     return asked, count_common([entry.requests[0].prefix for entry in asked if not entry.truncated])
 
 
-def check_method(examples: Sequence[Example], method: Method) -> None:
+def check_method(examples: Sequence[Example], method: Method, style: str) -> None:
     kinds = {type(example) for example in examples}
     wanted = {"letters": {MultipleChoice}, "cloze": {MultipleChoice}, "perplexity": {Passage}, "generate": {MultipleChoice, OpenAnswer}}
     if not kinds <= wanted[method.scoring] or len(kinds) != 1:
@@ -127,8 +128,14 @@ def check_method(examples: Sequence[Example], method: Method) -> None:
             f"{' and '.join(sorted(names[kind] for kind in kinds))}: use "
             f"{' or '.join(name for name, some in wanted.items() if kinds <= some)}"
         )
-    if method.permutations != 1 and (method.scoring != "letters" or examples[0].dataset == "pubmedqa"):
+    if method.permutations != 1 and (method.scoring != "letters" or (examples[0].dataset == "pubmedqa" and style == "lm_eval")):
         raise ScoringError("--permutations is for --scoring letters of questions that show their options; leave it out")
+    if method.scoring != "generate" and (method.samples > 1 or method.temperature > 0):
+        raise ScoringError(f"--samples and --temperature are for --scoring generate, not {method.scoring}; leave them out")
+    if method.samples > 1 and kinds == {OpenAnswer}:
+        raise ScoringError("--samples vote on options; open questions have none, leave it out")
+    if method.scoring == "perplexity" and method.num_fewshot:
+        raise ScoringError("--num_fewshot is for questions, this data holds texts; leave it out")
     if method.samples > 1 and method.temperature <= 0:
         raise ScoringError(f"--samples {method.samples} at temperature 0 would be {method.samples} equal answers; set --temperature, as 0.7")
 
@@ -148,10 +155,11 @@ def choose_orders(example: Example, method: Method) -> list[tuple[int, ...]]:
     n = len(example.options)
     if 1 < method.permutations <= n:  # cyclic: each option stands at each position once
         return [tuple((start + i) % n for i in range(n)) for start in range(method.permutations)]
-    wanted = math.factorial(n) if method.permutations == 0 else min(method.permutations, math.factorial(n))
+    wanted = math.factorial(n) if method.permutations == 0 else min(method.permutations, math.factorial(n))  # whole rounds of rotations first
     if wanted > MAX_PERMUTATIONS:
         raise ScoringError(f"{example.id}: {wanted} orders of {n} options; ask for at most {MAX_PERMUTATIONS}")
-    return list(itertools.islice(itertools.permutations(range(n)), wanted))
+    starts = ((0, *rest) for rest in itertools.permutations(range(1, n)))
+    return list(itertools.islice((order[k:] + order[:k] for order in starts for k in range(n)), wanted))
 
 
 def reorder(example: Example, order: tuple[int, ...]) -> Example:
@@ -173,7 +181,12 @@ def choose_shots(
             f"--num_fewshot {method.num_fewshot}: {len(usable)} labelled examples are left of {len(pool)} after those that are asked "
             "are taken out; give more with --fewshot_path"
         )
-    if method.fewshot == "fixed":
+    if examples[0].dataset == "mmlu":  # a subject's own examples, in their order, as the benchmark has them
+        by_subject = {subject: [i for i, shot in enumerate(usable) if shot.subject == subject] for subject in {e.subject for e in examples}}
+        if short := sorted(str(subject) for subject, some in by_subject.items() if len(some) < method.num_fewshot):
+            raise ScoringError(f"--num_fewshot {method.num_fewshot}: mmlu takes examples of the same subject; too few of {', '.join(short)}")
+        chosen = [by_subject[example.subject][: method.num_fewshot] for example in examples]
+    elif method.fewshot == "fixed":
         chosen = [random.Random(method.seed).sample(range(len(usable)), method.num_fewshot)] * len(examples)
     else:
         chosen = find_nearest([shot.question for shot in usable], [example.question for example in examples], method.num_fewshot)
@@ -200,7 +213,7 @@ def fit_request(
     other styles cut the context from its end, as in training.
     """
     every = list(range(len(options)))
-    room = None if max_length is None else max_length + 1 - (method.max_new_tokens if method.scoring == "generate" else 0)
+    room = None if max_length is None else max_length + 1 - (method.max_new_tokens + 1 if method.scoring == "generate" else 0)
     longest = max(len(option) for option in options)
     if room is None or len(prefix) + longest <= room:
         return [(prefix, every)], False
@@ -245,12 +258,14 @@ def count_common(prefixes: Sequence[list[int]]) -> int:
 # ---- answering -------------------------------------------------------------------------------------------------------
 
 
-def describe_prompt(encoder: Encoder, method: Method, shared_ids: Sequence[int] = ()) -> str:
-    """The prompt's fingerprint: the training prompt's own for plain letters, one that tells also the way of asking else."""
-    digest = fingerprint(encoder)
+def describe_prompt(encoder: Encoder, method: Method, shots: Sequence[Prompt] = ()) -> str:
+    """The prompt's fingerprint: the training prompt's own for plain letters, one that tells also the way of asking and the
+    fixed worked examples else."""
+    completion = encoder.completion if method.scoring == "cloze" else choose_completion(encoder, method)
+    digest = fingerprint(replace(encoder, completion=completion))
     if method.scoring in ("letters", "generate") and method.num_fewshot == 0 and method.permutations == 1:
         return digest
-    facts = [digest, method.scoring, method.permutations, method.num_fewshot, method.fewshot, list(shared_ids)]
+    facts = [digest, method.scoring, method.permutations, method.num_fewshot, method.fewshot, [[shot.user, shot.completion] for shot in shots]]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -265,8 +280,8 @@ def predict(
             all, by predictions.make_cells); run_key: all that the numbers depend on besides the question, part of every
             row's key; done: keys of rows that exist.
     """
-    common = asked[0].requests[0].prefix[:shared] if asked else []
-    digest = describe_prompt(encoder, method, common if method.num_fewshot and method.fewshot == "fixed" else ())
+    fixed = method.fewshot == "fixed" and asked and asked[0].example.dataset != "mmlu"
+    digest = describe_prompt(encoder, method, asked[0].shots if fixed else ())
     facts = {"prompt_sha256": digest, "engine": engine.name, "model": name}
     cells = make_cells([entry.example.id for entry in asked], BATCH_SIZE[engine.name]) if cells is None else cells
     for cell in cells:
@@ -321,7 +336,7 @@ def read_options(entry: Asked, values: list[float], method: Method) -> dict[str,
     n = len(entry.example.options)
     letters, table = LETTERS[:n], np.array(values).reshape(len(entry.orders), n)  # [orders, position]
     row = describe_example(entry, "choice") | {"text": None}
-    by_option = np.empty_like(table)
+    by_option = np.empty_like(table)  # an option that is unknown (NaN) in one order stays unknown
     for at, order in enumerate(entry.orders):
         by_option[at, list(order)] = table[at]
     logprobs = by_option[0] if len(table) == 1 else np.logaddexp.reduce(by_option, axis=0) - math.log(len(table))
@@ -330,7 +345,10 @@ def read_options(entry: Asked, values: list[float], method: Method) -> dict[str,
     row["prediction"] = max(known, key=known.get) if known else None
     row["letter_mass"] = float(np.exp(list(known.values())).sum()) if known and method.scoring == "letters" else None
     if len(entry.orders) > 1:
-        row["permutations"] = {"".join(letters[i] for i in order): some.tolist() for order, some in zip(entry.orders, table, strict=True)}
+        row["permutations"] = {
+            "".join(letters[i] for i in order): [None if math.isnan(value) else value for value in some]
+            for order, some in zip(entry.orders, table.tolist(), strict=True)
+        }
     if method.scoring == "cloze":
         tokens = entry.sort([[len(option) for option in request.options] for request in entry.requests])
         lengths = {"raw": [1] * n, "character": [len(option) for option in entry.example.options], "token": tokens}

@@ -5,6 +5,7 @@ import http.server
 import json
 import threading
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -274,3 +275,26 @@ def test_server_that_is_down_or_slow():
         OpenAIEngine(server.url, "m", decode, timeout=0.2, retries=0).score(make_requests(1))
 
 
+
+
+@pytest.mark.parametrize("architecture", ["mamba", "stablelm"])
+def test_models_that_packing_would_mix_are_asked_row_by_row(architecture):
+    """A state-space model carries its state over packed rows: noticed at the start, then every row runs alone."""
+    import transformers
+
+    torch.manual_seed(0)
+    if architecture == "mamba":
+        config = transformers.MambaConfig(vocab_size=320, hidden_size=64, num_hidden_layers=2, state_size=8)
+    else:
+        config = transformers.StableLmConfig(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                                             num_key_value_heads=2, use_cache=False)  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    requests = make_requests(4)
+    expected = np.array([plain_scores(model, request) for request in requests])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        engine = HfEngine(model, "varlen", 512)
+        assert abs(np.array(engine.score(requests)) - expected).max() < 2e-4

@@ -191,6 +191,9 @@ def test_compare_and_gate(whole, tmp_path):
     assert gate.returncode == 1
     assert "FAILED" in gate.stdout
     assert "16.67%" in gate.stdout
+    taken = run_script("eval/compare.py", whole, other, "--output", other)
+    assert taken.returncode == 2
+    assert "exists; give a new file name" in taken.stderr
     for files, message in (([other], "got 1 files"), ([other, other, whole], "got 3 files"), ([other, TEST], "expected a row")):
         refused = run_script("eval/compare.py", *files)
         assert refused.returncode == 2

@@ -165,3 +165,17 @@ def test_features_of_questions():
     assert found.negated == [True, True, True, False, False]
     assert found.numeric == [False, False, False, True, False]
     assert found.length[0] == 5
+
+
+def test_parts_of_other_models_are_left_alone(tmp_path):
+    """Garbage and rows of another model in the parts folder: not read, not deleted."""
+    output = tmp_path / "p.jsonl"
+    with Journal(output, 0, 1) as journal:
+        journal.append(rows_of("a"))
+        other = journal.folder / "1-of-2.jsonl"
+        other.write_text(json.dumps(rows_of("another model's")) + "\n")
+        (journal.folder / "x.jsonl").write_text('{"a": 1}\n7\n[1]\n')
+        assert set(journal.read()) == {"a", "another model's"}
+        journal.finish(output, rows_of("a"))
+    assert other.exists()
+    assert not journal.path.exists()

@@ -52,7 +52,9 @@ def test_parse_is_the_exact_inverse_of_render(options, data, completion, explana
 
 
 @pytest.mark.parametrize("text", ["", "I do not know", "Aspirin", "E", "Z. none", "A or B", "Because A is", "The answer is not B", "Option A or option B", "no effect",
-                                  "The answer is a mixture", "Answers B", "the answer is Because"])  # fmt: skip
+                                  "The answer is a mixture", "Answers B", "the answer is Because", "The correct answer is A CT scan of the chest.",
+                                  "Answer: A CT scan", "The answer is B or D.", "Answer: B and C", "A, B and D are correct", "Answer: A, B and D",
+                                  "Option B is incorrect because of fever", "The correct option is not B; option B is contraindicated"])  # fmt: skip
 def test_parse_never_guesses(text):
     assert parse_answer(text, ("one", "two", "three", "four")) is None
 

@@ -36,12 +36,14 @@ class HfEngine:
         self.max_tokens = max_tokens or choose_budget(config, self.device)
         self.shared_ids: list[int] = []
         self.shared_states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.sharing = backend == "varlen"
+        self.isolated = True
         try:
             verify_isolation(backbone_of(self.causal), backend, config.vocab_size, TOLERANCE.get(self.causal.dtype, 6e-2))
         except AttentionError:
             warnings.warn("this model's attention mixes packed rows; each row runs alone, which is slow", stacklevel=2)
-            self.max_tokens, self.sharing = 1, False
+            self.backend, self.isolated = "sdpa", False
+            self.causal.set_attn_implementation(own_attention(self.causal))
+        self.nested = self.sharing = self.backend == "varlen" and self.can_nest()
 
     @torch.inference_mode()
     def score(self, requests: Sequence[Request], shared: int = 0) -> list[list[float]]:
@@ -52,6 +54,8 @@ class HfEngine:
         """
         self.model.eval()
         self.check_lengths(requests)
+        if not self.isolated:
+            return [self.score_alone(request) for request in requests]
         scores = [[0.0] * len(request.options) for request in requests]
         common = requests[0].prefix[:shared] if requests else []
         sharing = [False] * len(requests)
@@ -63,12 +67,32 @@ class HfEngine:
         for shares in (True, False):
             members = [i for i, value in enumerate(sharing) if value is shares]
             skip = shared if shares else 0
-            sizes = np.array([count_tokens(requests[i], skip, self.backend == "varlen") for i in members], dtype=np.int64)
+            sizes = np.array([count_tokens(requests[i], skip, self.nested) for i in members], dtype=np.int64)
             for chosen in fit_bins(sizes, max(self.max_tokens, int(sizes.max()))) if members else []:
                 numbers = [members[i] for i in chosen]
                 for number, values in zip(numbers, self.score_pack([requests[i] for i in numbers], skip), strict=True):
                     scores[number] = values
         return scores
+
+    @torch.inference_mode()
+    def can_nest(self) -> bool:
+        """Whether options may continue their question in segments of their own: the same scores as in repeated rows."""
+        draw = torch.randint(min(1_000, self.causal.config.get_text_config().vocab_size), (12,), generator=torch.Generator().manual_seed(0)).tolist()
+        request = Request(draw[:7], [draw[7:9], draw[9:12]])
+        self.nested = False
+        repeated = self.run_pack([request], 0)
+        self.nested = True
+        return bool(abs(np.array(self.run_pack([request], 0)) - np.array(repeated)).max() <= 20 * TOLERANCE.get(self.causal.dtype, 6e-2))
+
+    def score_alone(self, request: Request) -> list[float]:
+        """One row per forward pass: the prompt for all options of one token, a row of its own for each longer one."""
+        single = [i for i, option in enumerate(request.options) if len(option) == 1]
+        groups = ([single] if single else []) + [[i] for i, option in enumerate(request.options) if len(option) > 1]
+        found = {}
+        for group in groups:
+            (values,) = self.run_pack([Request(request.prefix, [request.options[i] for i in group])], 0)
+            found |= dict(zip(group, values, strict=True))
+        return [found[i] for i in range(len(request.options))]
 
     def check_lengths(self, requests: Sequence[Request]) -> None:
         if self.max_length is None:
@@ -106,7 +130,7 @@ class HfEngine:
         return self.score_pack(requests[:middle], shared) + self.score_pack(requests[middle:], shared)
 
     def run_pack(self, requests: list[Request], shared: int) -> list[list[float]]:
-        segments, parents, starts, asked = lay_out(requests, shared, nested=self.backend == "varlen")
+        segments, parents, starts, asked = lay_out(requests, shared, self.nested)
         lengths = [len(segment) for segment in segments]
         places, tokens = (torch.tensor(values, device=self.device) for values in zip(*(pair[:2] for pair in asked), strict=True))
         with narrow_last_layer(self.causal, places.unique()):
@@ -270,13 +294,18 @@ def gather_logprobs(causal: torch.nn.Module, hidden: torch.Tensor, places: torch
     return values.tolist()
 
 
+def own_attention(causal: torch.nn.Module) -> str:
+    """One of transformers' own attention functions that this model can use."""
+    soft = getattr(causal.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return "eager" if soft or not getattr(causal, "_supports_sdpa", True) else "sdpa"
+
+
 @contextmanager
 def plain_generation(causal: torch.nn.Module):
     """Generation pads on the left, which needs one of transformers' own attention functions; and what the model's own
     generation settings add to ours (repetition penalty, top-p) would make two engines disagree."""
     attention, settings = causal.config._attn_implementation, causal.generation_config
-    soft = getattr(causal.config.get_text_config(), "attn_logit_softcapping", None) is not None
-    causal.set_attn_implementation("eager" if soft else "sdpa")
+    causal.set_attn_implementation(own_attention(causal))
     causal.generation_config = GenerationConfig()
     try:
         yield
