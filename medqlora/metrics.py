@@ -336,7 +336,8 @@ def measure_agreement(a: Predictions, b: Predictions, first: np.ndarray, second:
     same = [a.prediction[i] == b.prediction[j] for i, j in zip(first, second, strict=True)]
     facts: dict[str, Any] = {"same_prediction": float(np.mean(same)), "different_predictions": int(len(same) - sum(same))}
     if a.logprobs.shape[1] and a.logprobs.shape[1] == b.logprobs.shape[1]:
-        distance = np.abs(a.logprobs[first] - b.logprobs[second])
+        with np.errstate(invalid="ignore"):  # two impossible options (-inf) have no distance
+            distance = np.abs(a.logprobs[first] - b.logprobs[second])
         if not np.isnan(distance).all():
             facts |= {"mean_logprob_difference": float(np.nanmean(distance)), "max_logprob_difference": float(np.nanmax(distance))}
     return facts

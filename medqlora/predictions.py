@@ -148,7 +148,7 @@ def collect_lines(path: Path, lines: Iterable[bytes], labelled: bool) -> Predict
         found.numeric.append(NUMBER.search(question) is not None)
         extras = {key: row[key] for key in EXTRAS if row.get(key)}
         if found.kind == "text":
-            extras = {key: row.get(key, 0) for key in ("logprob", "tokens", "bytes", "words")}
+            extras = {key: row.get(key) or 0 for key in ("logprob", "tokens", "bytes", "words")}
         if extras:
             found.extras[number - 1] = extras
         offset += len(line)
@@ -202,6 +202,10 @@ def check_row(row: dict[str, Any], kind: str, labelled: bool) -> str | None:
                 return f"{key} is {row[key]!r}, which is not one of the options {letters}"
     if options and row["prediction"] is not None and row["prediction"] not in options:
         return f"prediction is {row['prediction']!r}, of which option_logprobs says nothing"
+    for order, values in (row.get("permutations") or {}).items():
+        shown = sorted(order) == list(LETTERS[: len(order)]) and isinstance(values, list) and len(values) == len(order)
+        if not shown or not all(value is None or isinstance(value, (int, float)) for value in values):
+            return f"permutations {order!r} is {str(values)[:40]}; expected a number for each letter of an order"
     for letter, value in options.items():
         if not isinstance(value, (int, float)) or value != value or value > 1e-3:
             return f"option_logprobs {letter} is {value!r}; expected a log-probability"

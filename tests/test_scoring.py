@@ -78,13 +78,12 @@ def test_equal_to_the_reference_harness(task):
     examples, _ = read_examples(DataEntry(format=task, path=str(real(files[task]))), "all")
     recorded = np.load(ROOT / "tests" / "recorded" / "lm_eval_0.4.13_stories260k.npz")[task]  # [questions, options]
     encoder = make_encoder(AutoTokenizer.from_pretrained(path), "lm_eval")
-    few = np.random.default_rng(0).permutation(len(examples))[:120] if task != "medmcqa" else np.arange(len(examples))
-    rows = answer(HfEngine(*load(path)), encoder, [examples[i] for i in few], "m", 512)
+    rows = answer(HfEngine(*load(path)), encoder, examples, "m", 512)
     found = np.array([list(row["option_logprobs"].values()) for row in rows])
-    assert abs(found - recorded[few]).max() < 1e-4
-    assert [row["prediction"] for row in rows] == [LETTERS[i] for i in recorded[few].argmax(1)]
+    assert abs(found - recorded).max() < 1e-4
+    assert [row["prediction"] for row in rows] == [LETTERS[i] for i in recorded.argmax(1)]
     if task == "medqa":
-        assert sum(row.get("truncated", False) for row in rows) > 50
+        assert sum(row.get("truncated", False) for row in rows) > 500
 
 
 def test_prompts_that_are_too_long():

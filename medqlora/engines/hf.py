@@ -163,15 +163,23 @@ class HfEngine:
         rows = max(1, self.max_tokens // (longest * sampling.samples))
         torch.manual_seed(sampling.seed)
         with plain_generation(self.causal):
-            for start in range(0, len(order), rows):
-                chosen = order[start : start + rows]
+            while order:
+                chosen = order[:rows]
                 width = len(prefixes[chosen[0]])
                 ids = torch.full((len(chosen), width), sampling.stop_ids[0])
                 mask = torch.zeros_like(ids)
                 for row, number in enumerate(chosen):
                     ids[row, width - len(prefixes[number]) :] = torch.tensor(prefixes[number])
                     mask[row, width - len(prefixes[number]) :] = 1
-                out = self.causal.generate(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), generation_config=config)
+                try:
+                    out = self.causal.generate(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), generation_config=config)
+                except torch.OutOfMemoryError:
+                    if rows == 1:
+                        raise EngineError(f"out of memory on one answer to {width} tokens; lower --samples, or use a smaller dtype, as nf4") from None
+                    rows //= 2
+                    torch.cuda.empty_cache()
+                    continue
+                order = order[rows:]
                 for row, tokens in enumerate(out[:, width:].tolist()):
                     answers[chosen[row // sampling.samples]].append(decode_answer(tokens, sampling))
         return answers
