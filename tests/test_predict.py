@@ -156,6 +156,33 @@ def test_hidden_answers_and_submission(tmp_path):
     assert lines == [f"{id},{'ABCD'.index(letter) + 1}" for id, letter in letters.items()]
 
 
+def test_brackets_in_data_are_text(tmp_path):
+    """Subjects, ids and paths that look like the markup of the console."""
+    rows = [json.loads(line) | {"subject_name": "[/x] [red]odd"} for line in TEST.read_text().splitlines()[:5]]
+    (tmp_path / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0] | {"id": "[/y]", "opa": ""}]))
+    done = predict(tmp_path / "p.jsonl", "--drop_invalid", path=tmp_path / "odd.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert 'option "opa" is empty' in done.stderr
+    scored = run_script("eval/score.py", tmp_path / "p.jsonl")
+    assert scored.returncode == 0, scored.stderr
+    assert "[red]odd" in scored.stdout
+
+
+def test_repeated_ids_and_changed_labels(tmp_path):
+    lines = TEST.read_text().splitlines()[:4]
+    (tmp_path / "twice.jsonl").write_text("\n".join([*lines, lines[0]]) + "\n")
+    refused = predict(tmp_path / "p.jsonl", path=tmp_path / "twice.jsonl")
+    assert refused.returncode == 2
+    assert "--drop_invalid keeps the first" in refused.stderr
+    assert predict(tmp_path / "p.jsonl", "--drop_invalid", path=tmp_path / "twice.jsonl").returncode == 0
+    assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 4
+    first = json.loads(lines[0])
+    (tmp_path / "twice.jsonl").write_text("\n".join([json.dumps(first | {"cop": first["cop"] % 4 + 1}), *lines[1:]]) + "\n")
+    changed = predict(tmp_path / "p.jsonl", path=tmp_path / "twice.jsonl")
+    assert changed.returncode == 2
+    assert "holds other predictions" in changed.stderr
+
+
 def test_open_answers_and_text(tmp_path):
     questions = [{"id": f"o{i}", "question": "What is fever?", "answer": "A high temperature."} for i in range(3)]
     (tmp_path / "open.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medqlora.config import DataEntry, Model
 from medqlora.engines.hf import HfEngine
+from medqlora.engines.interface import Sampling
 from medqlora.examples import LETTERS, MultipleChoice, OpenAnswer, Passage, read_examples
 from medqlora.models import load_base
 from medqlora.prompts import PromptError, candidates, parse_answer, render
@@ -104,6 +105,10 @@ def test_prompts_that_are_too_long():
     assert "Which one?" in text
     assert "B. no" in text
     assert "end" not in text
+    generating = Method(scoring="generate", max_new_tokens=20)
+    asked, _ = ask(make_encoder(tokenizer, "lm_eval"), [wordy], generating, (), 100)
+    assert len(asked[0].requests[0].prefix) == 80
+    assert HfEngine(*load(DEMO / "base")).generate([asked[0].requests[0].prefix], Sampling(20, (0,), str))
     with pytest.raises(ScoringError, match="without its context, the model has room for 8"):
         ask(make_encoder(tokenizer, "plain"), [example], Method(), (), 8)
 
