@@ -24,7 +24,7 @@ from medqlora.config import DataEntry, Lora
 from medqlora.engines.hf import HfEngine
 from medqlora.engines.interface import Sampling
 from medqlora.examples import read_examples
-from medqlora.models import attach_adapter, save_adapter
+from medqlora.models import architecture_hash, attach_adapter, save_adapter
 from medqlora.scoring import Method, ask
 from medqlora.tokens import make_encoder
 
@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(PYTHON is None, reason="vLLM is not here; set MEDQLORA_VLLM_PYTHON to a Python that has it"),
 ]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 QUESTIONS = DataEntry(format="medmcqa", path=str(DEMO / "data" / "test.jsonl"), limit=24)
 
 
@@ -49,7 +49,7 @@ def model_dir(tmp_path_factory):
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(0))
-    save_adapter(folder / "adapter", adapted, {"base": str(folder / "base")})
+    save_adapter(folder / "adapter", adapted, {"base": str(folder / "base"), "architecture_sha256": architecture_hash(model.config)})
     return folder
 
 
@@ -92,7 +92,7 @@ def test_engine_agrees_with_transformers(model_dir, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [PYTHON, tmp_path / "script.py", model_dir, tmp_path / "given.json", tmp_path / "result.json"]
     done = subprocess.run(list(map(str, command)), env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     result = json.loads((tmp_path / "result.json").read_text())
 
     from transformers import AutoModelForCausalLM
@@ -118,7 +118,7 @@ def test_command_and_server_agree_with_transformers(model_dir, tmp_path):
     command = [PYTHON, "eval/predict.py", "--model", model_dir / "base", *common, "--dtype", "float32", "--engine", "vllm",
                "--output", tmp_path / "vllm.jsonl"]  # fmt: skip
     done = subprocess.run(list(map(str, command)), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

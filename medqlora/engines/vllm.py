@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors import safe_open
 
 from medqlora.engines.interface import EngineError, Request, Sampling, decode_answer
 
+LONG = 16  # tokens; a longer option costs less as part of the prompt than one request per token
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM allocates for
 
 
@@ -57,7 +57,7 @@ class VllmEngine:
         except (ValueError, RuntimeError, OSError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
             raise EngineError(f"--engine vllm: vLLM did not start with {model}: {reason}") from None
-        self.lora = None
+        self.lora, self.adapters = None, adapter is not None
         if adapter:
             from vllm.lora.request import LoRARequest
 
@@ -65,7 +65,7 @@ class VllmEngine:
             self.unproven = learned_anything(adapter)
 
     def score(self, requests: Sequence[Request], shared: int = 0) -> list[list[float]]:
-        """See interface.Engine. Letters of several tokens cost a request each; prefix caching reads shared beginnings once.
+        """See interface.Engine. Options of several tokens cost further requests; prefix caching reads what is shared once.
 
         Raises:
             EngineError: the adapter changes nothing although it holds learned weights.
@@ -75,38 +75,45 @@ class VllmEngine:
         return self.score_with(requests, self.lora)
 
     def score_with(self, requests: Sequence[Request], lora: Any) -> list[list[float]]:
-        from vllm import SamplingParams
-
-        prompts, settings, places = [], [], []
+        """One prompt for each text that tokens are asked after: a question's prefix, and what options of several tokens add
+        to it. Long options (texts) are scored as part of the prompt instead, which vLLM cannot do with adapters enabled."""
+        asked: dict[tuple[int, ...], list[int]] = {}  # text -> tokens asked for after it
+        whole: list[tuple[int, int]] = []  # options scored as part of the prompt
         for number, request in enumerate(requests):
-            single = [option[0] for option in request.options if len(option) == 1]
-            if single:
-                limit = {"logprob_token_ids": single} if self.exact else {"allowed_token_ids": single, "logprobs": len(single)}
-                prompts.append(request.prefix)
-                settings.append(SamplingParams(max_tokens=1, temperature=0, detokenize=False, **limit))
-                places.append((number, None))
             for index, option in enumerate(request.options):
-                if len(option) > 1:  # its last token is asked for, the ones before it are scored as part of the prompt
-                    limit = {"logprob_token_ids": option[-1:]} if self.exact else {"logprobs": 1, "allowed_token_ids": option[-1:]}
-                    prompts.append(request.prefix + option[:-1])
-                    settings.append(SamplingParams(max_tokens=1, temperature=0, detokenize=False, prompt_logprobs=0, **limit))
-                    places.append((number, index))
-        if not self.exact and any(index is not None for _, index in places):
+                if len(option) > LONG and not self.adapters:
+                    whole.append((number, index))
+                    continue
+                for at, token in enumerate(option):
+                    asked.setdefault((*request.prefix, *option[:at]), []).append(token)
+        prompts = [list(text) for text in asked]
+        settings = [self.limit_to(sorted(set(tokens))) for tokens in asked.values()]
+        prompts += [requests[number].prefix + requests[number].options[index][:-1] for number, index in whole]
+        settings += [self.limit_to([requests[number].options[index][-1]], prompt_logprobs=0) for number, index in whole]
+        if not self.exact and any(len(option) > 1 for request in requests for option in request.options):
             raise EngineError("--engine vllm: this version cannot score options of several tokens; install vLLM 0.16 or newer, or use --engine hf")
         outputs = self.run(prompts, settings, lora)
-        scores = [[np.nan] * len(request.options) for request in requests]
-        for (number, index), output in zip(places, outputs, strict=True):
-            last = output.outputs[0].logprobs[0]
-            options = requests[number].options
-            if index is None:
-                for i, option in enumerate(options):
-                    if len(option) == 1:
-                        scores[number][i] = last[option[0]].logprob
-            else:
-                option, start = options[index], len(requests[number].prefix)
-                before = sum(output.prompt_logprobs[start + at][token].logprob for at, token in enumerate(option[:-1]))
-                scores[number][index] = before + last[option[-1]].logprob
+        after = {text: output.outputs[0].logprobs[0] for text, output in zip(asked, outputs[: len(asked)], strict=True)}
+        prompted = dict(zip(whole, outputs[len(asked) :], strict=True))
+        scores = []
+        for number, request in enumerate(requests):
+            values = []
+            for index, option in enumerate(request.options):
+                if (number, index) in prompted:
+                    output, start = prompted[number, index], len(request.prefix)
+                    value = sum(output.prompt_logprobs[start + at][token].logprob for at, token in enumerate(option[:-1]))
+                    values.append(value + output.outputs[0].logprobs[0][option[-1]].logprob)
+                else:
+                    values.append(sum(after[(*request.prefix, *option[:at])][token].logprob for at, token in enumerate(option)))
+            scores.append(values)
         return scores
+
+    def limit_to(self, tokens: list[int], **more: Any) -> Any:
+        """Settings that give the log-probabilities of these tokens as the next one."""
+        from vllm import SamplingParams
+
+        known = {"logprob_token_ids": tokens} if self.exact else {"allowed_token_ids": tokens, "logprobs": len(tokens)}
+        return SamplingParams(max_tokens=1, temperature=0, detokenize=False, **known, **more)
 
     def run(self, prompts: Sequence[list[int]], settings: list[Any], lora: Any) -> list[Any]:
         from vllm.v1.engine.exceptions import EngineDeadError
