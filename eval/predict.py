@@ -42,9 +42,9 @@ def parse_arguments() -> argparse.Namespace:
     data = parser.add_argument_group("questions")
     data.add_argument("--format", required=True, help=", ".join(DATASETS))
     data.add_argument("--path", help="file, folder or hub id (default: the dataset's hub home)")
-    data.add_argument("--split", help="split name (default: the one that is scored by convention, else validation)")
+    data.add_argument("--split", help="split of a folder or hub id (default: the one that is scored by convention); a file is taken as it is")
     data.add_argument("--subset", help="configuration of a hub dataset")
-    data.add_argument("--columns", type=json.loads, default={}, help='mcq, qa, text: JSON object {our field: column of the file}')
+    data.add_argument("--columns", type=parse_columns, default={}, metavar="JSON", help='mcq, qa, text: JSON object {our field: column of the file}')
     data.add_argument("--test_pmids", help="pubmedqa: file with the official test PMIDs")
     data.add_argument("--limit", type=int, help="only the first N questions")
     data.add_argument("--drop_invalid", action="store_true", help="leave invalid rows out instead of stopping")
@@ -225,6 +225,16 @@ def open_engine(arguments: argparse.Namespace, card: dict, encoder: Encoder) -> 
     if arguments.adapter:
         model = load_adapter(model, arguments.adapter)
     return HfEngine(model, backend, arguments.max_tokens)
+
+
+def parse_columns(text: str) -> dict:
+    try:
+        columns = json.loads(text)
+    except json.JSONDecodeError:
+        columns = None
+    if not isinstance(columns, dict):
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected a JSON object, e.g. '{{\"question\": \"stem\"}}'")
+    return columns
 
 
 def resolve_model(arguments: argparse.Namespace, card: dict) -> Model:

@@ -81,7 +81,7 @@ TYPES: dict[str, Any] = {
     "votes": dict, "bytes": (int, float), "words": (int, float),
 }  # fmt: skip
 COLUMNS = ("dataset", "subject", "topic", "choice_type", "engine", "model", "prompt_sha256")
-EXTRAS = ("permutations", "votes", "predictions", "text_facts")
+EXTRAS = ("permutations", "votes", "predictions")
 
 
 def read_predictions(path: Path, labelled: bool = True) -> Predictions:

@@ -181,15 +181,15 @@ def choose_shots(
             f"--num_fewshot {method.num_fewshot}: {len(usable)} labelled examples are left of {len(pool)} after those that are asked "
             "are taken out; give more with --fewshot_path"
         )
-    if examples[0].dataset == "mmlu":  # a subject's own examples, in their order, as the benchmark has them
+    if method.fewshot == "nearest":
+        chosen = find_nearest([shot.question for shot in usable], [example.question for example in examples], method.num_fewshot)
+    elif examples[0].dataset == "mmlu":  # a subject's own examples, in their order, as the benchmark has them
         by_subject = {subject: [i for i, shot in enumerate(usable) if shot.subject == subject] for subject in {e.subject for e in examples}}
         if short := sorted(str(subject) for subject, some in by_subject.items() if len(some) < method.num_fewshot):
             raise ScoringError(f"--num_fewshot {method.num_fewshot}: mmlu takes examples of the same subject; too few of {', '.join(short)}")
         chosen = [by_subject[example.subject][: method.num_fewshot] for example in examples]
-    elif method.fewshot == "fixed":
-        chosen = [random.Random(method.seed).sample(range(len(usable)), method.num_fewshot)] * len(examples)
     else:
-        chosen = find_nearest([shot.question for shot in usable], [example.question for example in examples], method.num_fewshot)
+        chosen = [random.Random(method.seed).sample(range(len(usable)), method.num_fewshot)] * len(examples)
     needed = {i: render(usable[i], encoder.style, completion) for i in sorted({i for some in chosen for i in some})}
     return [tuple(needed[i] for i in some) for some in chosen]
 

@@ -63,6 +63,23 @@ def test_killed_with_changing_shards_equals_uninterrupted(whole, tmp_path):
     assert not parts.exists()
 
 
+@pytest.mark.slow
+def test_interrupted_run_keeps_its_batches(whole, tmp_path):
+    """Ctrl-C: one line, exit code 130, and the same command completes the file."""
+    output = tmp_path / "p.jsonl"
+    command = [sys.executable, "eval/predict.py", "--model", DEMO / "base", "--format", "medmcqa", "--path", TEST, "--output", output]
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not any(part.stat().st_size for part in (tmp_path / "p.jsonl.parts").glob("*.jsonl")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, complaint = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on from there" in complaint.splitlines()[-1]
+    assert "Traceback" not in complaint
+    assert predict(output).returncode == 0
+    assert output.read_bytes() == whole.read_bytes()
+
+
 def test_finished_file_is_left_alone(whole, tmp_path):
     before = whole.stat().st_mtime_ns
     done = predict(whole)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -57,7 +58,8 @@ class HfEngine:
         if not self.isolated:
             return [self.score_alone(request) for request in requests]
         scores = [[0.0] * len(request.options) for request in requests]
-        common = requests[0].prefix[:shared] if requests else []
+        beginnings = Counter(tuple(request.prefix[:shared]) for request in requests)  # a long question may have been cut from the left
+        common = list(beginnings.most_common(1)[0][0]) if requests else []
         sharing = [False] * len(requests)
         if self.sharing and shared >= WORTH_SHARING:
             sharing = [len(request.prefix) > shared and request.prefix[:shared] == common for request in requests]
