@@ -100,8 +100,9 @@ def check_length(config: PretrainedConfig, max_length: int) -> None:
         raise ModelError(f"data.max_length {max_length} is over the model's {longest} positions; lower it to {longest} or less")
 
 
-def load_base(model: Model, device: torch.device) -> tuple[torch.nn.Module, str]:
-    """Load the frozen base in its storage format on one device.
+def load_base(model: Model, device: torch.device, storage: torch.dtype = torch.uint8) -> tuple[torch.nn.Module, str]:
+    """Load the frozen base in its storage format on one device. storage: dtype that 4-bit weights are packed in
+    (strategies.choose_storage).
 
     Returns:
         the transformers model in eval mode, and the resolved attention backend.
@@ -117,7 +118,7 @@ def load_base(model: Model, device: torch.device) -> tuple[torch.nn.Module, str]
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             folder if folder.is_dir() else model.base, revision=model.revision, dtype=dtype, use_safetensors=True,
-            quantization_config=quantization_config(model, dtype), attn_implementation=IMPLEMENTATIONS[backend],
+            quantization_config=quantization_config(model, dtype, storage), attn_implementation=IMPLEMENTATIONS[backend],
             trust_remote_code=model.trust_remote_code, device_map={"": device},
         )  # fmt: skip
     except KeyError as error:
@@ -132,14 +133,14 @@ def load_base(model: Model, device: torch.device) -> tuple[torch.nn.Module, str]
     return loaded, backend
 
 
-def quantization_config(model: Model, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def quantization_config(model: Model, dtype: torch.dtype, storage: torch.dtype) -> BitsAndBytesConfig | None:
     if model.quantization == "none":
         return None
     if model.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type=model.quantization, bnb_4bit_use_double_quant=model.double_quantization,
-        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=storage,
     )  # fmt: skip
 
 
@@ -149,6 +150,47 @@ def keep_quantized_layout(model: torch.nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def find_layers(causal: torch.nn.Module) -> list[torch.nn.Module]:
+    """The decoder layers, in order."""
+    count = causal.config.get_text_config().num_hidden_layers
+    return list(next(m for m in causal.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count))
+
+
+class GatheredMatMul(torch.autograd.Function):
+    """x W^T for a 4-bit W that its layer holds only while it runs. bitsandbytes keeps the packed tensor for the backward
+    pass, which ZeRO-3 has emptied by then, and gives a wrong gradient without a word; here backward reads the layer again."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
+        import bitsandbytes
+
+        ctx.layer = layer
+        return bitsandbytes.matmul_4bit(x, layer.weight, quant_state=layer.weight.quant_state)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight = dequantize_4bit(ctx.layer.weight.data.view(-1, 1), ctx.layer.weight.quant_state)
+        return gradient @ weight.to(gradient.dtype), None
+
+
+def keep_gathered_weights(model: torch.nn.Module) -> None:
+    """Make 4-bit layers read their weight again in the backward pass (see GatheredMatMul)."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return
+    import bitsandbytes
+
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.forward = types.MethodType(forward_gathered, module)
+
+
+def forward_gathered(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    result = GatheredMatMul.apply(x.to(layer.compute_dtype or x.dtype), layer).to(x.dtype)
+    return result if layer.bias is None else result + layer.bias.to(x.dtype)
 
 
 def attach_adapter(model: torch.nn.Module, lora: Lora, seed: int) -> PeftModel:
@@ -207,9 +249,17 @@ def set_checkpointing(model: torch.nn.Module, mode: str, device: torch.device) -
     return mode
 
 
-def adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
-    """The adapter's tensors in PEFT's own names, on the CPU."""
-    return {key: value.detach().cpu().contiguous() for key, value in get_peft_model_state_dict(model).items()}
+def adapter_weights(model: PeftModel, values: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """The adapter's tensors in PEFT's own names, on the CPU; values: by parameter name, where a strategy has gathered them."""
+    return {key: value.detach().cpu().contiguous() for key, value in get_peft_model_state_dict(model, state_dict=values).items()}
+
+
+def name_parameters(model: PeftModel, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inverse of adapter_weights: PEFT's own names -> parameter names."""
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    names = {id(parameter): name for name, parameter in named.items()}
+    keys = get_peft_model_state_dict(model, state_dict=dict(named))
+    return {names[id(parameter)]: weights[key] for key, parameter in keys.items()}
 
 
 def restore_adapter(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
@@ -297,13 +347,13 @@ def architecture_hash(config: PretrainedConfig) -> str:
     return hashlib.sha256(json.dumps([getattr(text, key, None) for key in keys]).encode()).hexdigest()
 
 
-def save_adapter(folder: Path, model: PeftModel, card: dict[str, Any]) -> None:
-    """Write a PEFT adapter with its card (see read_adapter_card). Each file is replaced whole; the card holds the weights'
+def save_adapter(folder: Path, model: PeftModel, card: dict[str, Any], weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Write a PEFT adapter (weights: of adapter_weights, default the model's own) with its card (see read_adapter_card). Each file is replaced whole; the card holds the weights'
     hash, so that a kill between two files is seen when the adapter is read."""
     aside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    save_file(adapter_weights(model), aside / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(adapter_weights(model) if weights is None else weights, aside / "adapter_model.safetensors", metadata={"format": "pt"})
     model.active_peft_config.save_pretrained(aside)
     digest = hashlib.sha256((aside / "adapter_model.safetensors").read_bytes()).hexdigest()
     (aside / "medqlora.json").write_text(json.dumps({**card, "weights_sha256": digest}, indent=2) + "\n", encoding="utf-8")

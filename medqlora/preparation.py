@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ DEFAULT_SPLIT = {"train": "train", "eval": "validation", "test": "test"}
 class Prepared:
     """train, eval: tokenized rows (eval None without data.eval); repeats float [rows]: times each training row is seen per
     epoch; test: labelled multiple-choice examples; removals: everything dropped; mixture: rows, tokens per source; hashes:
-    of data, prompt, tokenizer."""
+    of data, prompt, tokenizer; folders: of the tables in the cache."""
 
     train: TokenTable
     eval: TokenTable | None
@@ -34,6 +35,7 @@ class Prepared:
     removals: list[Removal]
     mixture: list[dict[str, Any]]
     hashes: dict[str, str]
+    folders: dict[str, str]
 
 
 def name_entry(role: str, index: int) -> str:
@@ -79,14 +81,15 @@ def read_role(data: Data, role: str) -> tuple[list[list[Example]], list[Removal]
     return entries, removals
 
 
-def prepare(config: Config, encoder: Encoder) -> Prepared:
-    """Read, clean, separate and tokenize everything the config names.
+def prepare(config: Config, encoder: Encoder, report: Callable[[str], None] = lambda stage: None) -> Prepared:
+    """Read, clean, separate and tokenize everything the config names; `report` is told each stage.
 
     Raises:
         DataError: see check_entries, read_examples, encode_examples.
     """
     data = config.data
     check_entries(data)
+    report("reading data")
     train_entries, removals = read_role(data, "train")
     eval_entries, dropped = read_role(data, "eval")
     test_entries, dropped_test = read_role(data, "test")
@@ -98,6 +101,7 @@ def prepare(config: Config, encoder: Encoder) -> Prepared:
 
     origin = {id(example): index for index, examples in enumerate(train_entries) for example in examples}
     train = [example for examples in train_entries for example in examples]
+    report(f"cleaning {len(train):,} rows")
     train, dropped = deduplicate(train, data.deduplicate)
     removals += dropped
     if data.decontaminate:
@@ -106,7 +110,9 @@ def prepare(config: Config, encoder: Encoder) -> Prepared:
     if not train:
         raise DataError("data.train: every row was removed as duplicate or as part of the evaluation data")
 
-    table, dropped = tokenize(encoder, train, data)
+    report(f"tokenizing {len(train):,} rows")
+    folders = {}
+    folders["train"], table, dropped = tokenize(encoder, train, data)
     removals += dropped
     # A passage gives several rows; its example's name ties them together.
     entry_of = {example.id: origin[id(example)] for example in train}
@@ -114,10 +120,11 @@ def prepare(config: Config, encoder: Encoder) -> Prepared:
     repeats = count_repeats(data.train, source)
     eval_table = None
     if eval_entries:
-        eval_table, dropped = tokenize(encoder, [example for examples in eval_entries for example in examples], data)
+        folders["eval"], eval_table, dropped = tokenize(encoder, [example for examples in eval_entries for example in examples], data)
         removals += dropped
     hashes = {"data_sha256": hash_examples(train), "prompt_sha256": fingerprint(encoder), "tokenizer_sha256": hash_tokenizer(encoder)}
-    return Prepared(table, eval_table, repeats, test, removals, describe_mixture(data.train, source, repeats, table.lengths), hashes)
+    mixture = describe_mixture(data.train, source, repeats, table.lengths)
+    return Prepared(table, eval_table, repeats, test, removals, mixture, hashes, folders)
 
 
 def count_repeats(entries: list[DataEntry], source: np.ndarray) -> np.ndarray:
@@ -156,24 +163,51 @@ def hash_tokenizer(encoder: Encoder) -> str:
     return hashlib.sha256(f"{facts}{encoder.tokenizer.chat_template}".encode()).hexdigest()
 
 
-def tokenize(encoder: Encoder, examples: list[Example], data: Data) -> tuple[TokenTable, list[Removal]]:
-    """encode_examples, from the cache where the same was done before."""
+def tokenize(encoder: Encoder, examples: list[Example], data: Data) -> tuple[str, TokenTable, list[Removal]]:
+    """encode_examples, from the cache where the same was done before; -> name of the cache folder too."""
     key = hash_json([
         hash_examples(examples), hash_tokenizer(encoder), fingerprint(encoder), data.max_length, data.drop_invalid,
     ])  # fmt: skip
     folder = Path(data.cache_dir).expanduser() / f"tokens-{key[:24]}"
-    names = ["ids", "offsets", "prompt_lengths"]
     if not (folder / "names.npy").is_file():
         table, removals = encode_examples(encoder, examples, data.max_length, data.drop_invalid)
         notes = np.array(json.dumps({"names": list(table.names), "removals": [asdict(r) for r in removals]}))
         save_arrays(folder, {"ids": table.ids, "offsets": table.offsets, "prompt_lengths": table.prompt_lengths, "names": notes})
+    return folder.name, *load_table(folder)
+
+
+def load_table(folder: Path) -> tuple[TokenTable, list[Removal]]:
     notes = json.loads(str(np.load(folder / "names.npy")))
-    arrays = load_arrays(folder, names)
+    arrays = load_arrays(folder, ["ids", "offsets", "prompt_lengths"])
     return TokenTable(**arrays, names=notes["names"]), [Removal(**removal) for removal in notes["removals"]]
 
 
+def save_prepared(data: Data, prepared: Prepared) -> str:
+    """Keep what other processes need in the cache; -> name of the folder, for load_prepared."""
+    facts = {
+        "folders": prepared.folders, "hashes": prepared.hashes, "mixture": prepared.mixture,
+        "test": [asdict(example) for example in prepared.test], "removals": [asdict(removal) for removal in prepared.removals],
+    }  # fmt: skip
+    key = hash_json([facts, hashlib.sha256(prepared.repeats.tobytes()).hexdigest()])
+    folder = Path(data.cache_dir).expanduser() / f"prepared-{key[:24]}"
+    if not folder.is_dir():
+        save_arrays(folder, {"repeats": prepared.repeats, "facts": np.array(json.dumps(facts))})
+    return folder.name
+
+
+def load_prepared(data: Data, name: str) -> Prepared:
+    """What another process prepared; its arrays are memory-mapped."""
+    cache = Path(data.cache_dir).expanduser()
+    facts = json.loads(str(np.load(cache / name / "facts.npy")))
+    tables = {role: load_table(cache / folder)[0] for role, folder in facts["folders"].items()}
+    test = [MultipleChoice(**{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}) for row in facts["test"]]
+    removals = [Removal(**removal) for removal in facts["removals"]]
+    repeats = load_arrays(cache / name, ["repeats"])["repeats"]
+    return Prepared(tables["train"], tables.get("eval"), repeats, test, removals, facts["mixture"], facts["hashes"], facts["folders"])
+
+
 def prepare_plan(config: Config, prepared: Prepared, ranks: int) -> tuple[Plan, str]:
-    """The training plan (memory-mapped from the cache) and its hash."""
+    """The training plan (memory-mapped from the cache) and its name, which holds its hash."""
     training, data = config.training, config.data
     settings = {
         "capacity": training.max_tokens_per_batch, "global_tokens": training.global_batch_tokens, "ranks": ranks,
@@ -183,11 +217,15 @@ def prepare_plan(config: Config, prepared: Prepared, ranks: int) -> tuple[Plan, 
     lengths = prepared.train.lengths
     key = hash_json([settings, hashlib.sha256(lengths.tobytes() + prepared.repeats.tobytes()).hexdigest()])
     folder = Path(data.cache_dir).expanduser() / f"plan-{key[:24]}"
-    names = ["rows", "bins", "steps", "epochs"]
     if not folder.is_dir():
         plan = make_plan(lengths, repeats=prepared.repeats, **settings)
-        save_arrays(folder, {name: getattr(plan, name) for name in names})
-    return Plan(**load_arrays(folder, names)), key
+        save_arrays(folder, asdict(plan))
+    return load_plan(data, folder.name), folder.name
+
+
+def load_plan(data: Data, name: str) -> Plan:
+    """The plan of that name in the cache, memory-mapped."""
+    return Plan(**load_arrays(Path(data.cache_dir).expanduser() / name, [field.name for field in fields(Plan)]))
 
 
 def count_reasons(removals: list[Removal]) -> dict[str, int]:

@@ -142,22 +142,27 @@ def check_disk(folder: Path, needed: int, purpose: str) -> None:
         )
 
 
+def read_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on."""
+    packages = ("medqlora", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "deepspeed", "flash-attn", "vllm")
+    versions = {"python": platform.python_version()}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
 def describe_environment() -> dict[str, Any]:
     """Versions, commit and hardware."""
     import torch
 
-    packages = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "deepspeed", "flash-attn", "vllm")
-    versions = {"python": platform.python_version()}
-    for name in ("medqlora", *packages):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
     gpus = []
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             facts = torch.cuda.get_device_properties(index)
             gpus.append({"name": facts.name, "memory_bytes": facts.total_memory, "capability": f"{facts.major}.{facts.minor}"})
     return {
-        "versions": versions,
+        "versions": read_versions(),
         "git_commit": read_commit(),
         "hardware": {
             "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),

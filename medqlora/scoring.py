@@ -302,11 +302,15 @@ def predict(
         yield [row | facts | {"key": key} for row, (_, key) in zip(rows, entries, strict=True)]
 
 
-def answer(engine: Engine, encoder: Encoder, examples: Sequence[Example], name: str, max_length: int | None = None) -> list[dict[str, Any]]:
-    """Prediction rows of multiple-choice examples by letters, in their order."""
+def answer(
+    engine: Engine, encoder: Encoder, examples: Sequence[Example], name: str, max_length: int | None = None, part: tuple[int, int] = (0, 1)
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Prediction rows of multiple-choice examples by letters, in their order; part (i, n): only every n-th batch from the i-th,
+    so that n processes answer all. A row does not depend on n."""
     asked, shared = ask(encoder, examples, Method(), (), max_length)
-    rows = {row["id"]: row for batch in predict(engine, encoder, asked, shared, Method(), name) for row in batch}
-    return [rows[example.id] for example in examples]
+    cells = make_cells([example.id for example in examples], BATCH_SIZE[engine.name])[part[0] :: part[1]]
+    rows = {row["id"]: row for batch in predict(engine, encoder, asked, shared, Method(), name, cells) for row in batch}
+    return [rows[example.id] for example in examples if example.id in rows]
 
 
 def decoder(encoder: Encoder) -> Callable[[list[int]], str]:

@@ -10,23 +10,30 @@ Reads top to bottom: check everything, prepare rows, load, score, train, score a
 import argparse
 import contextlib
 import math
+import os
 import signal
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
+from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from safetensors.torch import load_file
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from medqlora import runs
 from medqlora.attention import packing_arguments, verify_isolation
-from medqlora.checkpoints import load_newest, save_checkpoint
-from medqlora.config import UserError, help_text, load_config
+from medqlora.checkpoints import Checkpoint, load_newest, save_checkpoint
+from medqlora.config import Config, UserError, help_text, load_config
 from medqlora.engines.hf import HfEngine
 from medqlora.losses import AnswerLoss, backbone_of
 from medqlora.metrics import compare_paired, score_predictions
@@ -40,6 +47,7 @@ from medqlora.models import (
     count_parameters,
     load_base,
     load_tokenizer,
+    name_parameters,
     read_model_config,
     resolve_base,
     restore_adapter,
@@ -48,11 +56,25 @@ from medqlora.models import (
     set_checkpointing,
 )  # fmt: skip
 from medqlora.optimizers import learning_rate, make_optimizer
-from medqlora.packing import cap_batches, collate, derive_accumulation, fit_bins
+from medqlora.packing import Plan, cap_batches, collate, derive_accumulation, fit_bins
 from medqlora.predictions import collect_rows
-from medqlora.preparation import count_reasons, prepare, prepare_plan
+from medqlora.preparation import Prepared, count_reasons, load_plan, load_prepared, prepare, prepare_plan, save_prepared
+from medqlora.processes import AgreedError, ProcessError, check_versions, gather, share_once, start_processes, together
 from medqlora.scoring import answer
-from medqlora.tokens import TokenTable, make_encoder
+from medqlora.strategies import (
+    Strategy,
+    check_strategy,
+    choose_storage,
+    compare_gradients,
+    compute_reference,
+    gather_weights,
+    load_states,
+    measure_gradients,
+    read_strategy,
+    trainable,
+    wrap,
+)  # fmt: skip
+from medqlora.tokens import Encoder, make_encoder
 
 ISOLATION_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 console = Console(highlight=False, soft_wrap=True)
@@ -73,109 +95,228 @@ def main() -> int:
     arguments, overrides = parse_arguments()
     config = load_config(arguments.config, overrides)
     output_dir = arguments.output_dir or Path("runs") / arguments.config.stem
-    training = config.training
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
-    # ---- everything that can be wrong is said before a weight loads --------------------------------------------------
+    run = start(config, output_dir, resume=arguments.resume or was_restarted(os.environ))
+    prepare_once(run)
+    load(run)
+    score(run, "base")
+    wrap_model(run)
+    code = train(run)
+    if code == 0:
+        finish(run)
+    run.accelerator.end_training()
+    if run.strategy.ranks > 1:  # gloo's thread needs the interpreter to free its last work; torch 2.13 waits for that thread without letting go of it
+        time.sleep(0.5)
+    return code
+
+
+@dataclass
+class Run:
+    """What the stages below hand on."""
+
+    config: Config
+    output_dir: Path
+    resume: bool
+    accelerator: Accelerator
+    strategy: Strategy
+    dtype: torch.dtype
+    memory: runs.MemoryMeter
+    memory_bytes: dict[str, int]
+    encoder: Encoder
+    sizes: tuple[int, int]  # parameters of the base, of the adapter
+    accumulation: int
+    prepared: Prepared | None = None
+    plan: Plan | None = None
+    checkpoint: Checkpoint | None = None
+    model: PeftModel | None = None
+    loss_model: AnswerLoss | None = None
+    trainer: Any = None  # of strategies.wrap
+    backend: str = ""
+    card: dict[str, Any] = field(default_factory=dict)  # travels with the adapter
+    facts: dict[str, Any] = field(default_factory=dict)  # of environment.json
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
+
+
+# ---- everything that can be wrong is said before a weight loads ----------------------------------------------------------
+
+
+def start(config: Config, output_dir: Path, resume: bool) -> Run:
+    """Join the processes and check what they were told."""
     kind = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = choose_dtype(config.model.dtype, kind)
-    check_hardware(config.model, kind, dtype)
-    accelerator = Accelerator(
-        cpu=kind.type == "cpu",  # without it two processes on a CPU would train two unsynchronised copies
-        mixed_precision="fp16" if dtype is torch.float16 else "no",
-        log_with=None if training.log_with == "none" else training.log_with, project_dir=output_dir,
-    )  # fmt: skip
-    device, rank, ranks = accelerator.device, accelerator.process_index, accelerator.num_processes
-    is_main = accelerator.is_main_process
-    memory = runs.MemoryMeter(cuda=device.type == "cuda")
-    memory_before = memory.now()
-    model_config = read_model_config(config.model.base, config.model.revision, config.model.trust_remote_code)
-    check_length(model_config, config.data.max_length)
-    accumulation = derive_accumulation(training.global_batch_tokens, training.max_tokens_per_batch, ranks)
-    base_size, adapter_size = count_parameters(model_config, config.lora)
-    encoder = make_encoder(
-        load_tokenizer(config.model.base, config.model.revision, config.model.trust_remote_code),
-        config.data.prompt_style, config.data.completion,
-    )  # fmt: skip
-    # 4 bytes for the weight and 8 for AdamW's moments, for the kept checkpoints and the one being written
-    runs.check_run(output_dir, config, arguments.resume)
-    runs.check_disk(output_dir, 12 * adapter_size * (training.keep_checkpoints + 2), "adapter and checkpoints")
-    prepared = prepare(config, encoder)
-    plan, plan_hash = prepare_plan(config, prepared, ranks)
-    if is_main:
-        runs.open_run(output_dir, config)
-    accelerator.wait_for_everyone()
-    checkpoints, log = output_dir / "checkpoints", output_dir / runs.LOG
-    checkpoint, warnings = load_newest(checkpoints) if arguments.resume else (None, [])
-    if is_main:
+    log_with = None if config.training.log_with == "none" else config.training.log_with
+    accelerator = start_processes(os.environ, kind.type == "cuda", log_with=log_with, project_dir=output_dir)
+    unset_hf_deepspeed_config()  # transformers would divide the base while it loads; here it is whole until it has been scored
+    with together():
+        dtype = choose_dtype(config.model.dtype, kind)
+        check_hardware(config.model, kind, dtype)
+        strategy = read_strategy(os.environ, accelerator.num_processes)
+        check_strategy(strategy, config, dtype, os.environ)
+        model_config = read_model_config(config.model.base, config.model.revision, config.model.trust_remote_code)
+        check_length(model_config, config.data.max_length)
+        accumulation = derive_accumulation(config.training.global_batch_tokens, config.training.max_tokens_per_batch, strategy.ranks)
+        sizes = count_parameters(model_config, config.lora)
+        tokenizer = load_tokenizer(config.model.base, config.model.revision, config.model.trust_remote_code)
+        encoder = make_encoder(tokenizer, config.data.prompt_style, config.data.completion)
+    with together():
+        check_versions(runs.hash_json(config.model_dump(mode="json")))
+    with together():
+        if accelerator.is_main_process:
+            runs.check_run(output_dir, config, resume)
+            # 4 bytes for the weight and 8 for AdamW's moments, for the kept checkpoints and the one being written
+            runs.check_disk(output_dir, 12 * sizes[1] * (config.training.keep_checkpoints + 2), "adapter and checkpoints")
+    memory = runs.MemoryMeter(cuda=kind.type == "cuda")
+    return Run(config, output_dir, resume, accelerator, strategy, dtype, memory, {"before": memory.now()}, encoder, sizes, accumulation)
+
+
+def was_restarted(environ: Mapping[str, str]) -> bool:
+    """Did torch elastic or Slurm start this job again? Then it resumes without being told."""
+    return any(int(environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
+def prepare_once(run: Run) -> None:
+    """Rank 0 reads, cleans, tokenizes and plans; the others map what it wrote. Then the run folder is opened."""
+    config, data = run.config, run.config.data
+
+    def work(report: Callable[[str], None]) -> dict[str, str]:
+        run.prepared = prepare(config, run.encoder, report)
+        report("planning")
+        run.plan, name = prepare_plan(config, run.prepared, run.strategy.ranks)
+        return {"prepared": save_prepared(data, run.prepared) if run.strategy.ranks > 1 else "", "plan": name}
+
+    show = console.print if run.accelerator.is_local_main_process else lambda text: None
+    shared = share_once(Path(data.cache_dir).expanduser(), work, show)
+    with together():
+        if run.rank == 0:
+            runs.open_run(run.output_dir, config)
+        else:
+            run.prepared, run.plan = load_prepared(data, shared["prepared"]), load_plan(data, shared["plan"])
+    run.facts |= {"plan": shared["plan"], "prepared": shared["prepared"]}
+    with together():
+        run.checkpoint, warnings = load_newest(run.output_dir / "checkpoints") if run.resume else (None, [])
+    with together():
+        found = gather(run.checkpoint and run.checkpoint.state["step"])
+        if len(set(found)) > 1:
+            raise ProcessError(f"ranks see different newest checkpoints (steps {found}); --output_dir must be on a filesystem that all machines share")
+    if run.rank == 0:
         for warning in warnings:
             console.print(f"[yellow]warning: {warning}")
-        show_data(prepared, plan, accumulation, output_dir)
+        show_data(run.prepared, run.plan, run.accumulation, run.output_dir)
 
-    # ---- load ----------------------------------------------------------------------------------------------------------
-    base_dir = resolve_base(config.model.base, config.model.revision)
-    base, backend = load_base(config.model, device)
-    isolation = verify_isolation(backbone_of(base), backend, base.config.get_text_config().vocab_size, ISOLATION_TOLERANCE[dtype])
-    model = attach_adapter(base, config.lora, training.seed)
-    recomputed = set_checkpointing(base, training.gradient_checkpointing, device)
-    loss_model = AnswerLoss(model, training.loss_chunk_tokens)
-    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(training, weights)
-    loss_model, optimizer = accelerator.prepare(loss_model, optimizer)
-    start, best_loss, best_step, patience = 0, math.inf, 0, 0
-    if checkpoint is not None:
-        restore_adapter(model, checkpoint.adapter)
-        optimizer.load_state_dict(checkpoint.optimizer)
-        start, best_step, patience = (checkpoint.state[key] for key in ("step", "best_step", "patience"))
-        best_loss = checkpoint.state["best_loss"] or math.inf
-    if is_main and arguments.resume:
-        runs.rewind_log(log, start)
-    card = {
-        "prompt_style": encoder.style, "completion": encoder.completion, "prompt_sha256": prepared.hashes["prompt_sha256"],
+
+# ---- load ----------------------------------------------------------------------------------------------------------------
+
+
+def load(run: Run) -> None:
+    """The whole quantized base and its adapter on this rank's device, proven to keep packed rows apart."""
+    config, training = run.config, run.config.training
+    with together():
+        base_dir = resolve_base(config.model.base, config.model.revision)
+        storage = choose_storage(run.strategy, config.model.quantization, run.dtype)
+        base, run.backend = load_base(config.model, run.device, storage)
+        vocabulary = base.config.get_text_config().vocab_size
+        isolation = verify_isolation(backbone_of(base), run.backend, vocabulary, ISOLATION_TOLERANCE[run.dtype])
+        run.model = attach_adapter(base, config.lora, training.seed)
+        recomputed = set_checkpointing(base, training.gradient_checkpointing, run.device)
+        run.loss_model = AnswerLoss(run.model, training.loss_chunk_tokens)
+        if run.checkpoint is not None:
+            restore_adapter(run.model, run.checkpoint.adapter)
+    run.memory_bytes["loaded"] = run.memory.now()
+    run.card = {
+        "prompt_style": run.encoder.style, "completion": run.encoder.completion, "prompt_sha256": run.prepared.hashes["prompt_sha256"],
         "base": config.model.base, "revision": base_dir.name if base_dir.parent.name == "snapshots" else config.model.revision,
         "architecture_sha256": architecture_hash(base.config), "base_sha256": sample_weights(base_dir),
         "quantization": config.model.quantization, "double_quantization": config.model.double_quantization,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(run.dtype).removeprefix("torch."),
     }  # fmt: skip
-    if is_main:
-        facts = runs.describe_environment() | {"seed": training.seed, **prepared.hashes, "plan_sha256": plan_hash}
-        facts |= {"base": card, "processes": ranks, "attention": backend, "gradient_checkpointing": recomputed}
-        facts |= {"isolation_error": isolation, "trainable_parameters": adapter_size, "mixture": prepared.mixture}
-        runs.write_json(output_dir / "environment.json", facts)
-        runs.write_json_lines(output_dir / "removed.jsonl", [asdict(removal) for removal in prepared.removals])
-        trainable = f"{adapter_size:,} trainable beside {base_size:,} frozen parameters"
+    plan = run.facts.pop("plan")
+    run.facts = runs.describe_environment() | {"seed": training.seed, **run.prepared.hashes, "plan_sha256": plan.removeprefix("plan-")}
+    run.facts |= {"base": run.card, "processes": run.strategy.ranks, "strategy": run.strategy.name, "attention": run.backend}
+    run.facts |= {"gradient_checkpointing": recomputed, "isolation_error": isolation, "trainable_parameters": run.sizes[1]}
+    run.facts |= {"mixture": run.prepared.mixture, "storage": str(storage).removeprefix("torch.")}
+    if run.rank == 0:
         console.print(
-            f"{config.model.base}: {config.model.quantization}, {card['dtype']}, {trainable}; attention {backend} isolates packed "
-            f"rows (error {isolation:.0e}); recomputation {recomputed}; {device}"
+            f"{config.model.base}: {config.model.quantization}, {run.card['dtype']}, {run.sizes[1]:,} trainable beside {run.sizes[0]:,} frozen "
+            f"parameters; attention {run.backend} isolates packed rows (error {isolation:.0e}); recomputation {recomputed}; {run.device}"
         )
-        if checkpoint is not None:
-            console.print(f"resuming after step {start} of {len(plan)} ({checkpoint.path})")
-    accelerator.init_trackers("medqlora", config={key: str(value) for key, value in config.model_dump(mode="json").items()})
-    memory_loaded = memory.now()
 
-    # ---- score before --------------------------------------------------------------------------------------------------
-    predictions = output_dir / "predictions"
-    if is_main and prepared.test and not (predictions / "base.jsonl").is_file():
-        predictions.mkdir(exist_ok=True)
-        with model.disable_adapter():
-            rows = answer(HfEngine(model, backend, training.max_tokens_per_batch), encoder, prepared.test, "base")
-        runs.write_json_lines(predictions / "base.jsonl", rows)
 
-    # ---- train ---------------------------------------------------------------------------------------------------------
+def wrap_model(run: Run) -> None:
+    """Hand the model to the strategy, and prove on a short batch that its gradients are the whole model's."""
+    training = run.config.training
+    shapes = {name: weight.shape for name, weight in trainable(run.model).items()}
+    batch, targets = choose_probe(run)
+    began = time.perf_counter()
+    reference = compute_reference(run.loss_model, batch, targets, training.seed) if run.strategy.ranks > 1 else None
+    run.trainer = wrap(run.strategy, run.loss_model, lambda weights: make_optimizer(training, weights), training.max_grad_norm, run.dtype)
+    run.trainer.shapes = shapes
+    if reference is not None:
+        found = measure_gradients(run.trainer, batch, targets, run.strategy.ranks, training.seed)
+        with together():
+            error = compare_gradients(reference, found, run.dtype, run.strategy)
+        seconds = time.perf_counter() - began
+        run.facts["gradient_check"] = {"relative_error": error, "seconds": round(seconds, 3)}
+        if run.rank == 0:
+            console.print(
+                f"{run.strategy.name} on {run.strategy.ranks} processes: gradients of a short batch equal the whole model's (error {error:.0e}, "
+                f"{seconds:.1f} s with setting up)"
+            )
+    if run.checkpoint is not None:
+        with together():
+            load_states(run.trainer, run.checkpoint.optimizer)
+    if run.strategy.ranks > 1:
+        run.memory_bytes["wrapped"] = run.memory.now()
+    with together():
+        if run.rank == 0:
+            runs.write_json(run.output_dir / "environment.json", run.facts)
+            runs.write_json_lines(run.output_dir / "removed.jsonl", [asdict(removal) for removal in run.prepared.removals])
+            if run.resume:
+                runs.rewind_log(run.output_dir / runs.LOG, run.checkpoint.state["step"] if run.checkpoint else 0)
+    run.accelerator.init_trackers("medqlora", config={key: str(value) for key, value in run.config.model_dump(mode="json").items()})
+
+
+def choose_probe(run: Run) -> tuple[dict[str, Any], int]:
+    """A short row for each rank, and the supervised tokens of all."""
+    table = run.prepared.train
+    rows = np.argsort(table.lengths, kind="stable")[: run.strategy.ranks]
+    mine = rows[run.rank % len(rows)]
+    shown = [rows[rank % len(rows)] for rank in range(run.strategy.ranks)]
+    targets = int((table.lengths - table.prompt_lengths)[shown].sum())
+    return move(collate(table, np.array([mine])), run.backend, run.device), targets
+
+
+# ---- train ---------------------------------------------------------------------------------------------------------------
+
+
+def train(run: Run) -> int:
+    """All remaining steps; -> exit code: 0, or 128 + signal where one stopped it."""
+    training, prepared, plan, trainer, device = run.config.training, run.prepared, run.plan, run.trainer, run.device
+    rank, ranks, is_main = run.rank, run.strategy.ranks, run.rank == 0
+    state = {"step": 0, "best_loss": None, "best_step": 0, "patience": 0}
+    if run.checkpoint is not None:
+        state |= run.checkpoint.state
+        if is_main:
+            console.print(f"resuming after step {state['step']} of {len(plan)} ({run.checkpoint.path})")
+    log = run.output_dir / runs.LOG
     stop_signals = catch_signals()
     lengths, supervised = prepared.train.lengths, prepared.train.lengths - prepared.train.prompt_lengths
     budget = training.max_tokens_per_batch
     progress = make_progress(disable=not is_main)
-    task = progress.add_task("training", total=len(plan), completed=start, facts="")
+    task = progress.add_task("training", total=len(plan), completed=state["step"], facts="")
     with progress:
-        for step in range(start, len(plan)):
+        for step in range(state["step"], len(plan)):
             began = time.perf_counter()
-            model.train()
+            trainer.module.train()
             torch.manual_seed((training.seed << 40) + (step << 12) + rank)  # each step has its own dropout: no state to resume
             lr = learning_rate(step, len(plan), training)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
             rows_of_step = plan.rows[plan.bins[plan.steps[step]] : plan.bins[plan.steps[step + 1]]]
             targets = int(supervised[rows_of_step].sum())  # of all ranks and micro-batches
             while True:
@@ -183,85 +324,130 @@ def main() -> int:
                 try:
                     losses = []
                     for number, rows in enumerate(batches):
-                        batch = move(collate(prepared.train, rows), backend, device)
+                        batch = move(collate(prepared.train, rows), run.backend, device)
                         last = number == len(batches) - 1
-                        with contextlib.nullcontext() if last else accelerator.no_sync(loss_model):
-                            loss = loss_model(**batch)
-                            # DDP averages over ranks; the gradient wanted is that of the sum over all supervised tokens
-                            accelerator.backward(loss * (ranks / targets))
+                        with trainer.accumulate(last):
+                            loss = trainer(**batch)
+                            # each strategy averages over ranks; the gradient wanted is that of the sum over all supervised tokens
+                            trainer.backward(loss * (ranks / targets), last)
                         losses.append(loss.detach())
                     break
                 except torch.OutOfMemoryError:
                     if ranks > 1:
                         raise TrainingError(f"out of memory on rank {rank}; lower training.max_tokens_per_batch below {budget}") from None
-                    optimizer.zero_grad()
+                    trainer.drop_gradients()
                     torch.cuda.empty_cache()
                     budget //= 2
                     progress.console.print(f"[yellow]out of memory: micro-batches of {budget} tokens from here on, same global batch")
-            step_loss = accelerator.reduce(torch.stack(losses).sum(), "sum").item() / targets
+            # one message: the loss, and whether any rank was told to stop
+            total = torch.stack([torch.stack(losses).sum().float(), torch.tensor(float(stop_signals[0] if stop_signals else 0), device=device)])
+            if ranks > 1:
+                torch.distributed.all_reduce(total)
+            step_loss, stopped = total[0].item() / targets, bool(total[1].item())
             if not math.isfinite(step_loss):
-                raise TrainingError(describe_non_finite(loss_model, prepared.train, batches, losses, backend, device, step + 1))
-            grad_norm = accelerator.clip_grad_norm_(weights, training.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
+                with together():
+                    raise TrainingError(describe_non_finite(run, batches, losses, step + 1))
+            grad_norm = trainer.step(lr)
 
             done, tokens = step + 1, int(lengths[rows_of_step].sum())
             row = {
-                "step": done, "epoch": round(float(plan.epochs[step]), 6), "loss": step_loss, "lr": lr, "grad_norm": float(grad_norm),
+                "step": done, "epoch": round(float(plan.epochs[step]), 6), "loss": step_loss, "lr": lr, "grad_norm": grad_norm,
                 "tokens": tokens, "supervised_tokens": targets, "padding_fraction": 0.0,
-                "tokens_per_second": tokens / (time.perf_counter() - began), "peak_memory_bytes": memory.read_peak(),
+                "tokens_per_second": tokens / (time.perf_counter() - began), "peak_memory_bytes": run.memory.read_peak(),
             }  # fmt: skip
             if is_main:
                 runs.append_line(log, row)
-                accelerator.log(row, step=done)
+                run.accelerator.log(row, step=done)
                 facts = f"loss {step_loss:.3f}  lr {lr:.1e}  {row['tokens_per_second']:,.0f} tokens/s  {targets} supervised"
                 progress.update(task, completed=done, facts=f"{facts}  {row['peak_memory_bytes'] / 2**30:.2f} GiB")
                 if not console.is_terminal and (done % max(1, len(plan) // 10) == 0 or done == len(plan)):
                     console.print(f"step {done}/{len(plan)}  {facts}  {row['peak_memory_bytes'] / 2**30:.2f} GiB")
             final = done == len(plan)
+            state["step"] = done
             if prepared.eval is not None and (final or (training.eval_steps and done % training.eval_steps == 0)):
-                eval_loss = evaluate(accelerator, loss_model, prepared.eval, budget, backend)
-                better = eval_loss < best_loss
-                best_loss, best_step, patience = (eval_loss, done, 0) if better else (best_loss, best_step, patience + 1)
+                eval_loss = evaluate(run, budget)
+                better = state["best_loss"] is None or eval_loss < state["best_loss"]
+                state |= {"best_loss": eval_loss, "best_step": done, "patience": 0} if better else {"patience": state["patience"] + 1}
                 if is_main:
                     facts = {"step": done, "eval_loss": eval_loss, "perplexity": math.exp(min(eval_loss, 700))}
                     runs.append_line(log, facts)
-                    accelerator.log(facts, step=done)
-                    if better:
-                        save_adapter(output_dir / "adapter", model, card | {"step": done, "eval_loss": eval_loss})
-            stopping = training.early_stopping_patience is not None and patience >= training.early_stopping_patience
-            if is_main and (final or stopping or stop_signals or (training.save_steps and done % training.save_steps == 0)):
-                state = {"best_loss": best_loss if math.isfinite(best_loss) else None, "best_step": best_step, "patience": patience}
-                path = save_checkpoint(checkpoints, done, adapter_weights(model), optimizer.state_dict(), state, training.keep_checkpoints)
-                if stop_signals and not final:
-                    progress.console.print(f"signal {stop_signals[0]}: checkpoint {path} written; continue with --resume")
-            if stop_signals and not final:
-                return 128 + stop_signals[0]
+                    run.accelerator.log(facts, step=done)
+                if better:
+                    write_adapter(run, {"step": done, "eval_loss": eval_loss})
+            stopping = training.early_stopping_patience is not None and state["patience"] >= training.early_stopping_patience
+            if final or stopping or stopped or (training.save_steps and done % training.save_steps == 0):
+                path = write_checkpoint(run, state)
+                if stopped and not final and is_main:
+                    progress.console.print(f"signal {name_signal(stop_signals)}: checkpoint {path} written; continue with --resume")
+            if stopped and not final:
+                return 128 + (stop_signals[0] if stop_signals else signal.SIGTERM)
             if stopping:
-                progress.console.print(f"stopping early: no lower evaluation loss in {patience} evaluations")
+                if is_main:
+                    progress.console.print(f"stopping early: no lower evaluation loss in {state['patience']} evaluations")
                 break
-    if is_main and prepared.eval is None:
-        save_adapter(output_dir / "adapter", model, card | {"step": len(plan)})
-    accelerator.wait_for_everyone()
-
-    # ---- score after and report ----------------------------------------------------------------------------------------
-    if is_main:
-        report = {"steps": runs.read_lines(log)[-1]["step"] if log.is_file() else 0, "best_step": best_step or len(plan)}
-        report["memory_bytes"] = {
-            "before": memory_before, "loaded": memory_loaded, "peak": memory.read_peak(), "after": memory.now()
-        }  # fmt: skip
-        if prepared.test:
-            restore_adapter(model, read_saved_adapter(output_dir / "adapter"))
-            tuned = answer(HfEngine(model, backend, training.max_tokens_per_batch), encoder, prepared.test, "tuned")
-            runs.write_json_lines(predictions / "tuned.jsonl", tuned)
-            report |= show_scores(runs.read_lines(predictions / "base.jsonl"), tuned)
-        runs.write_json(output_dir / "metrics.json", report)
-        show_memory(report["memory_bytes"], device)
-        console.print(f"adapter of step {report['best_step']}: {output_dir / 'adapter'}")
-    accelerator.end_training()
-    if ranks > 1:  # gloo's thread needs the interpreter to free its last work; torch 2.13 waits for that thread without letting go of it
-        time.sleep(0.5)
+    if prepared.eval is None:
+        write_adapter(run, {"step": len(plan)})
+    run.facts["best_step"] = state["best_step"] or len(plan)
     return 0
+
+
+def write_checkpoint(run: Run, state: dict[str, Any]) -> Path:
+    """Adapter, optimizer and state, whole and by name: any number of processes can continue from it."""
+    weights = gather_weights(run.trainer, run.trainer.shapes)
+    states = run.trainer.read_states()
+    folder = run.output_dir / "checkpoints"
+    with together():
+        if run.rank == 0:
+            states = {name: {key: value.cpu() for key, value in some.items()} for name, some in states.items()}
+            save_checkpoint(folder, state["step"], adapter_weights(run.model, weights), states, state, run.config.training.keep_checkpoints)
+    return folder / f"step-{state['step']}"
+
+
+def write_adapter(run: Run, facts: dict[str, Any]) -> None:
+    weights = gather_weights(run.trainer, run.trainer.shapes)
+    with together():
+        if run.rank == 0:
+            save_adapter(run.output_dir / "adapter", run.model, run.card | facts, adapter_weights(run.model, weights))
+
+
+# ---- score and report ----------------------------------------------------------------------------------------------------
+
+
+def score(run: Run, name: str) -> None:
+    """Answer the test questions with the "base" or the "tuned" model, each rank a part of them. A divided model answers all of
+    them on every rank, in step, because its layers are gathered from all ranks."""
+    path = run.output_dir / "predictions" / f"{name}.jsonl"
+    if not run.prepared.test or (name == "base" and gather(path.is_file())[0]):
+        return
+    whole = name == "base" or not run.strategy.sharded
+    part = (run.rank, run.strategy.ranks) if whole else (0, 1)
+    with run.model.disable_adapter() if name == "base" else contextlib.nullcontext():
+        engine = HfEngine(run.model, run.backend, run.config.training.max_tokens_per_batch)
+        rows = answer(engine, run.encoder, run.prepared.test, name, part=part)
+    found = {row["id"]: row for rows in gather(rows) for row in rows}
+    with together():
+        if run.rank == 0:
+            path.parent.mkdir(exist_ok=True)
+            runs.write_json_lines(path, [found[example.id] for example in run.prepared.test])
+
+
+def finish(run: Run) -> None:
+    """Score the best adapter and write metrics.json."""
+    if run.prepared.test:
+        run.trainer.write_weights(name_parameters(run.model, load_file(run.output_dir / "adapter" / "adapter_model.safetensors")))
+        score(run, "tuned")
+    run.memory_bytes |= {"peak": run.memory.read_peak(), "after": run.memory.now()}
+    peaks = gather(run.memory_bytes["peak"])
+    with together():
+        if run.rank == 0:
+            lines = runs.read_lines(run.output_dir / runs.LOG)
+            report = {"steps": lines[-1]["step"] if lines else 0, "best_step": run.facts["best_step"], "memory_bytes": run.memory_bytes}
+            report["peak_memory_bytes_per_rank"] = peaks
+            if run.prepared.test:
+                report |= show_scores(*(runs.read_lines(run.output_dir / "predictions" / f"{name}.jsonl") for name in ("base", "tuned")))
+            runs.write_json(run.output_dir / "metrics.json", report)
+            show_memory(run.memory_bytes, run.device)
+            console.print(f"adapter of step {report['best_step']}: {run.output_dir / 'adapter'}")
 
 
 class TrainingError(UserError):
@@ -277,44 +463,57 @@ def move(batch: dict, backend: str, device: torch.device) -> dict:
 
 
 @torch.no_grad()
-def evaluate(accelerator: Accelerator, loss_model: torch.nn.Module, table: TokenTable, budget: int, backend: str) -> float:
+def evaluate(run: Run, budget: int) -> float:
     """Mean loss per supervised token over the whole evaluation set."""
-    module = accelerator.unwrap_model(loss_model)
-    module.eval()
-    total = torch.zeros((), device=accelerator.device)
+    table, rank, ranks = run.prepared.eval, run.rank, run.strategy.ranks
+    run.trainer.module.eval()
+    total = torch.zeros((), device=run.device)
     bins = fit_bins(table.lengths, max(budget, int(table.lengths.max())))
-    for rows in bins[accelerator.process_index :: accelerator.num_processes]:
-        total += module(**move(collate(table, rows), backend, accelerator.device))
-    return accelerator.reduce(total, "sum").item() / int((table.lengths - table.prompt_lengths).sum())
+    for first in range(0, len(bins), ranks):  # a divided model needs every rank each time: those left over repeat the last batch
+        index = first + rank
+        loss = run.trainer(**move(collate(table, bins[min(index, len(bins) - 1)]), run.backend, run.device))
+        total += loss if index < len(bins) else 0
+    if ranks > 1:
+        torch.distributed.all_reduce(total)
+    return total.item() / int((table.lengths - table.prompt_lengths).sum())
 
 
 @torch.no_grad()
-def describe_non_finite(loss_model, table, batches, losses, backend, device, step) -> str:
-    """Name the examples of the micro-batches whose loss is not finite, each tried alone."""
+def describe_non_finite(run: Run, batches: list, losses: list, step: int) -> str:
+    """Name the examples of the micro-batches whose loss is not finite, each tried alone (a divided model cannot be tried by
+    one rank)."""
+    table = run.prepared.train
     suspects = [row for rows, loss in zip(batches, losses, strict=True) if not torch.isfinite(loss) for row in rows]
-    guilty = [r for r in suspects if not torch.isfinite(loss_model(**move(collate(table, [r]), backend, device)))]
-    names = ", ".join(table.names[row] for row in (guilty or suspects)[:10])
-    what = "examples" if guilty else "finite alone but not together: examples"
+    guilty = []
+    if not run.strategy.sharded:
+        guilty = [r for r in suspects if not torch.isfinite(run.loss_model(**move(collate(table, [r]), run.backend, run.device)))]
+    everyone = [(kind, names) for kind, names in gather((bool(guilty), [table.names[row] for row in guilty or suspects])) if names]
+    sure = [(kind, names) for kind, names in everyone if kind] or everyone
+    names = ", ".join([name for _, names in sure for name in names][:10])
+    what = "examples" if sure and sure[0][0] else "among examples" if run.strategy.sharded else "finite alone but not together: examples"
     return f"step {step}: loss is not finite; {what} {names}; look at these rows, or lower training.lr"
 
 
 def catch_signals() -> list[int]:
-    """SIGTERM and SIGINT end training after the running step, with a checkpoint; a second one ends it at once."""
+    """SIGTERM, SIGUSR1 (a scheduler's warnings) and SIGINT end training after the running step, with a checkpoint. Launcher
+    and scheduler may both send one, so only a Ctrl-C some seconds after the first ends it at once."""
     caught: list[int] = []
+    times: list[float] = []
 
     def remember(number, frame):
+        if number == signal.SIGINT and times and time.monotonic() - times[0] > 3:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
         caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        times.append(time.monotonic())
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, remember)
     return caught
 
 
-def read_saved_adapter(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(folder / "adapter_model.safetensors")
+def name_signal(caught: list[int]) -> str:
+    return str(caught[0]) if caught else "of another rank"
 
 
 # ---- what the user sees --------------------------------------------------------------------------------------------
@@ -372,7 +571,9 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except UserError as error:
-        print(error, file=sys.stderr)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher ends the other ranks; each is ending with this code already
+        if not isinstance(error, AgreedError) or os.environ.get("RANK", "0") == "0":
+            print(error, file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:  # before the first step; later ones end with a checkpoint
         sys.exit(130)

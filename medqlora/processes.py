@@ -1,0 +1,171 @@
+"""The processes of one training: what the launcher started, errors that all of them share, and waiting for a file.
+
+Nothing here waits without an end: a rank that dies ends the launcher, and what one rank finds wrong all ranks raise.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from medqlora.config import UserError
+from medqlora.runs import read_versions, write_atomic
+
+TIMEOUT = timedelta(minutes=30)  # of one collective operation; loading a base from a slow disk is the longest wait
+SHARED_FILE_DELAY = 60.0  # seconds that a network filesystem may take to show a file to the other nodes
+
+
+class ProcessError(UserError):
+    """Processes that cannot work together."""
+
+
+class AgreedError(UserError):
+    """An error that every rank raises; rank 0 shows it."""
+
+
+def start_processes(environ: Mapping[str, str], cuda: bool, **options: Any) -> Accelerator:
+    """Join the group that the launcher started (none: one process). Without a GPU, ranks talk over gloo.
+
+    Raises:
+        ProcessError: more local processes than GPUs, or a master that cannot be reached.
+    """
+    local = int(environ.get("LOCAL_WORLD_SIZE", "1"))
+    if cuda and local > torch.cuda.device_count():
+        raise ProcessError(
+            f"{local} processes on {socket.gethostname()}, which has {torch.cuda.device_count()} GPU(s); set num_processes of the accelerate "
+            "config to the number of GPUs of all machines"
+        )
+    zero = environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+    # Accelerate takes gloo for DeepSpeed only if told, and two ranks on CPUs for two trainings unless cpu=True.
+    group = [InitProcessGroupKwargs(backend=None if cuda else "gloo", timeout=TIMEOUT)] if "LOCAL_RANK" in environ else []
+    try:
+        return Accelerator(cpu=not cuda and not zero, kwargs_handlers=group, **options)
+    except ImportError as error:
+        raise ProcessError(f"the accelerate config asks for DeepSpeed: {' '.join(str(error).split())}") from None
+    except (dist.DistError, OSError, TimeoutError) as error:
+        place = f"{environ.get('MASTER_ADDR')}:{environ.get('MASTER_PORT')}"
+        reason = str(error).splitlines()[0][:200]
+        raise ProcessError(
+            f"rank {environ.get('RANK')} of {environ.get('WORLD_SIZE')} on {socket.gethostname()} found no group at {place}: {reason}; check that "
+            "all machines were started and that main_process_ip and main_process_port can be reached (launch/preflight.py does)"
+        ) from None
+
+
+def gather(value: Any) -> list[Any]:
+    """The value of each rank, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Raise on all ranks what a user did wrong on any; the block itself must not wait for other ranks.
+
+    Raises:
+        AgreedError: with the message of the lowest rank that failed.
+    """
+    problem = None
+    try:
+        yield
+    except UserError as error:
+        problem = str(error)
+    problems = gather(problem)
+    if found := next((text for text in problems if text is not None), None):
+        raise AgreedError(found)
+
+
+def check_versions(config_hash: str) -> None:
+    """Every rank runs the same packages on the same configuration.
+
+    Raises:
+        ProcessError: naming the rank, its host and what differs.
+    """
+    mine = {"host": socket.gethostname(), "config": config_hash, **read_versions()}
+    everyone = gather(mine)
+    for rank, facts in enumerate(everyone):
+        for key in sorted(facts.keys() | everyone[0].keys()):
+            if key != "host" and facts.get(key) != everyone[0].get(key):
+                hosts = f"rank {rank} on {facts['host']} has {key} {facts.get(key)}, rank 0 on {everyone[0]['host']} has {everyone[0].get(key)}"
+                raise ProcessError(f"{hosts}; use the same environment and files on all machines")
+
+
+def share_once(folder: Path, work: Callable[[Callable[[str], None]], dict], show: Callable[[str], None]) -> dict:
+    """Rank 0 does `work(report)` and writes what it returns to a file; the others wait for the file, in no collective
+    operation, so that hours of work run into no timeout. Node-local rank 0 passes rank 0's reports to `show`.
+
+    Raises:
+        AgreedError: the work failed, or a rank does not see rank 0's file.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    token = gather(f"{time.time_ns():x}")[0]
+    path = folder / f"shared-{token}.json"
+    with together():
+        if rank == 0:
+            begin(path)
+    with together():
+        await_file(path)
+    with together():
+        result = lead(path, work) if rank == 0 else follow(path, show)
+    if rank == 0:
+        path.unlink(missing_ok=True)
+    return result
+
+
+def begin(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ProcessError(f"data.cache_dir {path.parent} cannot be made: {error.strerror}; name another folder") from None
+    write_atomic(path, json.dumps({"stage": "starting"}))
+
+
+def await_file(path: Path) -> None:
+    begun = time.monotonic()
+    while not path.exists():
+        if time.monotonic() - begun > SHARED_FILE_DELAY:
+            raise ProcessError(
+                f"{socket.gethostname()} does not see {path.parent}, which rank 0 writes to; data.cache_dir must be on a filesystem that all "
+                "machines share"
+            )
+        time.sleep(0.2)
+
+
+def lead(path: Path, work: Callable[[Callable[[str], None]], dict]) -> dict:
+    def report(stage: str) -> None:
+        write_atomic(path, json.dumps({"stage": stage}))
+
+    try:
+        result = work(report)
+    except BaseException as error:
+        write_atomic(path, json.dumps({"error": str(error)}))
+        raise
+    write_atomic(path, json.dumps({"result": result}))
+    return result
+
+
+def follow(path: Path, show: Callable[[str], None]) -> dict:
+    stage = ""
+    while True:
+        note = json.loads(path.read_text(encoding="utf-8"))
+        if "error" in note:
+            raise ProcessError(note["error"])
+        if "result" in note:
+            return note["result"]
+        if note.get("stage", stage) != stage:
+            stage = note["stage"]
+            show(f"waiting for rank 0: {stage}")
+        time.sleep(0.2)
