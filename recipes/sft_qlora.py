@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from safetensors.torch import load_file
+from torch.distributed.elastic.multiprocessing.errors import record
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from medqlora import runs
@@ -315,7 +316,6 @@ def train(run: Run) -> int:
         for step in range(state["step"], len(plan)):
             began = time.perf_counter()
             trainer.module.train()
-            torch.manual_seed((training.seed << 40) + (step << 12) + rank)  # each step has its own dropout: no state to resume
             lr = learning_rate(step, len(plan), training)
             rows_of_step = plan.rows[plan.bins[plan.steps[step]] : plan.bins[plan.steps[step + 1]]]
             targets = int(supervised[rows_of_step].sum())  # of all ranks and micro-batches
@@ -325,6 +325,8 @@ def train(run: Run) -> int:
                     losses = []
                     for number, rows in enumerate(batches):
                         batch = move(collate(prepared.train, rows), run.backend, device)
+                        # each micro-batch of the plan has its own dropout, whoever computes it: no state to resume
+                        torch.manual_seed((training.seed << 40) + (step << 16) + number * ranks + rank)
                         last = number == len(batches) - 1
                         with trainer.accumulate(last):
                             loss = trainer(**batch)
@@ -569,7 +571,7 @@ def show_memory(memory: dict[str, int], device: torch.device) -> None:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        sys.exit(record(main)())  # torch elastic shows a failing rank's error in its summary
     except UserError as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher ends the other ranks; each is ending with this code already
         if not isinstance(error, AgreedError) or os.environ.get("RANK", "0") == "0":
