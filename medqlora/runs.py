@@ -21,6 +21,7 @@ import yaml
 from medqlora.config import Config, UserError, dump_config
 
 LOG = "train_log.jsonl"
+LAUNCH = "launch"  # written by launch/slurm_train.sbatch before the run exists
 
 
 class RunError(UserError):
@@ -77,7 +78,7 @@ def check_run(folder: Path, config: Config, resume: bool) -> None:
         for key, old, new in list_differences(before, yaml.safe_load(dump_config(config))):
             if key not in FREE_TO_CHANGE:
                 raise RunError(f"--resume: {key} was {old!r} in {saved}, now {new!r}; give the same value or another --output_dir")
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(path.name != LAUNCH for path in folder.iterdir()):
         raise RunError(f"--output_dir {folder} is not empty and holds no run; choose another folder")
 
 

@@ -8,6 +8,7 @@ reduced is float32 under each; the frozen base keeps its own storage. Every meth
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -69,6 +70,27 @@ def read_strategy(environ: Mapping[str, str], ranks: int) -> Strategy:
         }
         return Strategy("fsdp2", ranks, settings)
     return Strategy("ddp" if ranks > 1 else "one", ranks)
+
+
+def launch_environ(accelerate_config: dict[str, Any]) -> dict[str, str]:
+    """The variables that `accelerate launch` would set for a configuration file, as far as read_strategy looks at them."""
+    kind = str(accelerate_config.get("distributed_type", "NO")).upper()
+    environ = {"ACCELERATE_MIXED_PRECISION": str(accelerate_config.get("mixed_precision") or "no").lower().replace("false", "no")}
+    if kind == "DEEPSPEED":
+        given = accelerate_config.get("deepspeed_config") or {}
+        names = {"zero_stage": "ZERO_STAGE", "deepspeed_config_file": "CONFIG_FILE", "offload_optimizer_device": "OFFLOAD_OPTIMIZER_DEVICE",
+                 "offload_param_device": "OFFLOAD_PARAM_DEVICE"}  # fmt: skip
+        environ |= {"ACCELERATE_USE_DEEPSPEED": "true"}
+        environ |= {f"ACCELERATE_DEEPSPEED_{name}": str(given[key]) for key, name in names.items() if given.get(key) is not None}
+    elif kind == "FSDP":
+        given = accelerate_config.get("fsdp_config") or {}
+        environ |= {"ACCELERATE_USE_FSDP": "true"}
+        environ |= {key.upper(): str(value).lower() for key, value in given.items()}
+    elif kind == "MEGATRON_LM":
+        environ |= {"ACCELERATE_USE_MEGATRON_LM": "true"}
+    if accelerate_config.get("parallelism_config"):
+        environ |= {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
+    return environ
 
 
 def read_zero(environ: Mapping[str, str], ranks: int) -> Strategy:
@@ -153,8 +175,12 @@ class Replicated:
         self.scaler = torch.amp.GradScaler(device.type, enabled=scale)
         self.wrapped = loss_model
         if strategy.ranks > 1:
-            ids = [device.index] if device.type == "cuda" else None
-            self.wrapped = torch.nn.parallel.DistributedDataParallel(loss_model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+            ddp = torch.nn.parallel.DistributedDataParallel
+            renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # torch 2.13
+            self.wrapped = ddp(
+                loss_model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True,
+                **{"forward_sync_buffers" if renamed else "broadcast_buffers": False},
+            )  # fmt: skip
 
     def __call__(self, **batch: Any) -> torch.Tensor:
         return self.wrapped(**batch)
