@@ -22,6 +22,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from medqlora.config import UserError
 from medqlora.runs import read_versions, write_atomic
 
+JOIN = timedelta(minutes=5)  # for all processes to be there
 TIMEOUT = timedelta(minutes=30)  # of one collective operation; loading a base from a slow disk is the longest wait
 SHARED_FILE_DELAY = 60.0  # seconds that a network filesystem may take to show a file to the other nodes
 
@@ -34,7 +35,7 @@ class AgreedError(UserError):
     """An error that every rank raises; rank 0 shows it."""
 
 
-def start_processes(environ: Mapping[str, str], cuda: bool, **options: Any) -> Accelerator:
+def start_processes(environ: Mapping[str, str], cuda: bool, join: timedelta = JOIN, **options: Any) -> Accelerator:
     """Join the group that the launcher started (none: one process). Without a GPU, ranks talk over gloo.
 
     Raises:
@@ -48,9 +49,9 @@ def start_processes(environ: Mapping[str, str], cuda: bool, **options: Any) -> A
         )
     zero = environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
     # Accelerate takes gloo for DeepSpeed only if told, and two ranks on CPUs for two trainings unless cpu=True.
-    group = [InitProcessGroupKwargs(backend=None if cuda else "gloo", timeout=TIMEOUT)] if "LOCAL_RANK" in environ else []
+    group = [InitProcessGroupKwargs(backend=None if cuda else "gloo", timeout=join)] if "LOCAL_RANK" in environ else []
     try:
-        return Accelerator(cpu=not cuda and not zero, kwargs_handlers=group, **options)
+        accelerator = Accelerator(cpu=not cuda and not zero, kwargs_handlers=group, **options)
     except ImportError as error:
         raise ProcessError(f"the accelerate config asks for DeepSpeed: {' '.join(str(error).split())}") from None
     except (dist.DistError, OSError, TimeoutError) as error:
@@ -60,6 +61,9 @@ def start_processes(environ: Mapping[str, str], cuda: bool, **options: Any) -> A
             f"rank {environ.get('RANK')} of {environ.get('WORLD_SIZE')} on {socket.gethostname()} found no group at {place}: {reason}; check that "
             "all machines were started and that main_process_ip and main_process_port can be reached (launch/preflight.py does)"
         ) from None
+    if dist.is_initialized():
+        dist.distributed_c10d._set_pg_timeout(TIMEOUT, dist.group.WORLD)  # joining and working share one setting in torch
+    return accelerator
 
 
 def gather(value: Any) -> list[Any]:

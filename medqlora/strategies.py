@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -477,10 +478,12 @@ def compare_gradients(reference: dict[str, torch.Tensor], found: dict[str, torch
     worst, where = 0.0, ""
     for name, expected in reference.items():
         got = found[name].to(expected.device)
-        error = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-12)) if got.shape == expected.shape else float("inf")
-        if not error <= worst:  # also true for NaN
+        error = math.inf
+        if got.shape == expected.shape and bool(torch.isfinite(got).all()):
+            error = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+        if error > worst:
             worst, where = error, name
-    if not worst <= GRADIENT_TOLERANCE[dtype]:
+    if worst > GRADIENT_TOLERANCE[dtype]:
         raise StrategyError(
             f"{strategy.name}: on a short batch the gradient of {where} differs from the unsharded model's by {worst:.1e} (relative); this "
             "combination of model, engine and versions trains wrongly; use ddp, or training.gradient_checkpointing full"
