@@ -89,7 +89,7 @@ def together() -> Iterator[None]:
         problem = str(error)
     problems = gather(problem)
     if found := next((text for text in problems if text is not None), None):
-        raise AgreedError(found)
+        raise AgreedError(found) from None
 
 
 def check_versions(config_hash: str) -> None:

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from safetensors.torch import load_file
-from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from medqlora import runs
@@ -155,7 +155,9 @@ def start(config: Config, output_dir: Path, resume: bool) -> Run:
     kind = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     log_with = None if config.training.log_with == "none" else config.training.log_with
     accelerator = start_processes(os.environ, kind.type == "cuda", log_with=log_with, project_dir=output_dir)
-    unset_hf_deepspeed_config()  # transformers would divide the base while it loads; here it is whole until it has been scored
+    # transformers would divide the base while it loads, or load it on one rank only; here it is whole until it has been scored
+    unset_hf_deepspeed_config()
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     with together():
         dtype = choose_dtype(config.model.dtype, kind)
         check_hardware(config.model, kind, dtype)
@@ -571,7 +573,7 @@ def show_memory(memory: dict[str, int], device: torch.device) -> None:
 
 if __name__ == "__main__":
     try:
-        sys.exit(record(main)())  # torch elastic shows a failing rank's error in its summary
+        sys.exit(main())
     except UserError as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher ends the other ranks; each is ending with this code already
         if not isinstance(error, AgreedError) or os.environ.get("RANK", "0") == "0":
@@ -579,3 +581,6 @@ if __name__ == "__main__":
         sys.exit(2)
     except KeyboardInterrupt:  # before the first step; later ones end with a checkpoint
         sys.exit(130)
+    except Exception as error:
+        get_error_handler().record_exception(error)  # the launcher shows it with the rank
+        raise
