@@ -252,10 +252,13 @@ def take_two_steps(config: Config, facts: dict) -> str:
     from medqlora.tokens import TokenTable
 
     transformers.utils.logging.disable_progress_bar()
-    small = shrink(facts["model_config"])
-    vocabulary = small.get_text_config().vocab_size
     with tempfile.TemporaryDirectory() as folder:
-        AutoModelForCausalLM.from_config(small, dtype=torch.float32).save_pretrained(folder)
+        try:
+            small = shrink(facts["model_config"])
+            AutoModelForCausalLM.from_config(small, dtype=torch.float32).save_pretrained(folder)
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:  # an architecture with rules of its own
+            return f"not two fake layers of it cannot be made: {' '.join(str(error).split())[:120]}"
+        vocabulary = small.get_text_config().vocab_size
         fake = Model(**(config.model.model_dump() | {"base": folder, "revision": None}))
         base, backend = load_base(fake, facts["device"], facts["storage"])
     isolation = verify_isolation(backbone_of(base), backend, vocabulary, 5e-2)
@@ -292,8 +295,8 @@ def shrink(config):
             setattr(text, key, value)
     if isinstance(getattr(text, "layer_types", None), list):
         text.layer_types = text.layer_types[:2]
-    if isinstance(rope := getattr(text, "rope_parameters", None), dict) and "rope_type" in rope:
-        text.rope_parameters = {"rope_type": "default", "rope_theta": rope.get("rope_theta", 10_000.0)}
+    if isinstance(rope := getattr(text, "rope_parameters", None), dict) and "rope_type" in rope:  # long-context factors fit one width only
+        text.rope_parameters = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope} | {"rope_type": "default"}
     small.quantization_config = None
     del small.quantization_config
     return small
