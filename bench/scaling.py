@@ -86,7 +86,7 @@ def count_traffic(shape: Shape, strategy: str, gpus: int, per_machine: int) -> t
     A ring moves (n - 1) / n of a buffer per GPU for a gather or a reduce-scatter, twice that for an all-reduce (Patarasuk and
     Yuan, 2009). Gradients and updated adapters are float32. A sharded base is gathered twice: for the forward pass, and for
     the backward pass with its recomputation. hsdp shards within a machine and averages gradients between machines. A ring
-    over several machines passes the network once per machine, so every byte of it is counted at the network's rate.
+    over several machines crosses each machine's network once, at the whole machine's rate; hsdp has a ring per GPU, each with its share.
     """
     if gpus == 1:
         return 0.0, 0.0, 0
@@ -111,7 +111,8 @@ def predict_seconds(shape: Shape, cluster: Cluster, strategy: str, gpus: int, to
     overlap with the backward pass (two thirds of the computation) but for the last bucket, ZeRO-1/2's gather with nothing."""
     compute = 6 * shape.linear_weights * tokens / cluster.flops
     inside, between, calls = count_traffic(shape, strategy, gpus, cluster.per_machine)
-    moving = inside / cluster.inside + between / cluster.between + calls * cluster.latency
+    network = cluster.between * (1 if strategy == "hsdp" else cluster.per_machine)  # a ring crosses once, hsdp's eight side by side
+    moving = inside / cluster.inside + between / network + calls * cluster.latency
     if strategy == "ddp":
         last = min(1.0, 25 * 2**20 / max(1.0, inside + between)) * moving
         return compute + max(last, moving - compute * 2 / 3)
@@ -135,7 +136,8 @@ def predict_memory(shape: Shape, strategy: str, gpus: int, tokens: int, per_mach
     activations = tokens * 2 * (shape.hidden * shape.layers + 42 * shape.hidden)
     gathered = 2 * NF4_BYTES * shape.linear_weights / shape.layers if shards > 1 else 0
     workspace = 2 * shape.hidden * shape.intermediate + 1e9
-    return shape.base_bytes / shards + trained + activations + gathered + workspace, shape.base_bytes + 1e9
+    constants = (NF4_BYTES - 0.5) * shape.linear_weights  # of the quantization; they stay on every GPU
+    return constants + (shape.base_bytes - constants) / shards + trained + activations + gathered + workspace, shape.base_bytes + 1e9
 
 
 def render(tokens: int) -> Iterator[str]:

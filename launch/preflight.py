@@ -35,7 +35,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--accelerate_config", type=Path, help="accelerate YAML")
     parser.add_argument("--output_dir", type=Path, help="run folder (default: runs/NAME of the config)")
     parser.add_argument("--rendezvous", metavar="HOST:PORT", help="meet the other machines there instead of checking a recipe")
-    parser.add_argument("--num_machines", type=int, help="default: of the accelerate config")
+    parser.add_argument("--num_machines", type=int, help="with --rendezvous: how many are to meet")
     parser.add_argument("--machine_rank", type=int, default=int(os.environ.get("SLURM_NODEID", "0")), help="default: Slurm's, else 0")
     parser.add_argument("--shared_folder", type=Path, help="with --rendezvous: every machine must see this folder of machine 0")
     parser.add_argument("--seconds", type=float, default=60, help="with --rendezvous: how long machines wait for each other; default %(default)s")
@@ -45,7 +45,9 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
 def main() -> None:
     arguments, overrides = parse_arguments()
     if arguments.rendezvous:
-        print(meet(arguments.rendezvous, arguments.machine_rank, arguments.num_machines or 1, arguments.shared_folder, arguments.seconds))
+        if arguments.num_machines is None:
+            raise ConfigError("--rendezvous needs --num_machines, the number of machines that are to meet")
+        print(meet(arguments.rendezvous, arguments.machine_rank, arguments.num_machines, arguments.shared_folder, arguments.seconds))
         return
     if arguments.config is None or arguments.accelerate_config is None:
         raise ConfigError("expected --config FILE and --accelerate_config FILE, or --rendezvous HOST:PORT")

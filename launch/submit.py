@@ -31,6 +31,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--nodes", type=int, default=1, help="default %(default)s")
     parser.add_argument("--gpus_per_node", type=int, default=1, help="processes per node, one per GPU; default %(default)s")
     parser.add_argument("--cpu", action="store_true", help="no GPUs: --gpus_per_node counts processes only")
+    parser.add_argument("--cpus_per_gpu", type=int, default=8, help="cores per process, not with --cpu; default %(default)s")
     parser.add_argument("--time", default="24:00:00", help="limit, [DAYS-]HH:MM:SS; two minutes before it the job requeues itself; default %(default)s")
     parser.add_argument("--job_name", help="default: the recipe YAML's name")
     parser.add_argument("--partition", help="Slurm partition")
@@ -77,6 +78,7 @@ def fill(arguments: argparse.Namespace) -> str:
     wanted = {
         "job-name": arguments.job_name or arguments.config.stem, "nodes": str(arguments.nodes), "time": arguments.time,
         "partition": arguments.partition, "account": arguments.account,
+        "cpus-per-task": None if arguments.cpu else str(arguments.gpus_per_node * arguments.cpus_per_gpu),
         "gpus-per-node": None if arguments.cpu else str(arguments.gpus_per_node),
     }  # fmt: skip
     lines = TEMPLATE.read_text(encoding="utf-8").splitlines()

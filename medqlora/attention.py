@@ -320,6 +320,11 @@ def packing_arguments(backend: str, batch: dict[str, Any], device: torch.device)
     return {}
 
 
+def find_device(model: torch.nn.Module) -> torch.device:
+    """Where a model computes: where its rotary tables are (offloaded weights rest elsewhere), else its weights."""
+    return next(itertools.chain(model.buffers(), model.parameters())).device
+
+
 @torch.no_grad()
 def verify_isolation(backbone: torch.nn.Module, backend: str, vocabulary: int, tolerance: float) -> float:
     """Prove on the loaded model that packed documents do not see each other.
@@ -332,7 +337,7 @@ def verify_isolation(backbone: torch.nn.Module, backend: str, vocabulary: int, t
     Raises:
         AttentionError: the difference is over `tolerance`, or a document changed with its neighbour.
     """
-    device = next(backbone.parameters()).device
+    device = find_device(backbone)
     generator = torch.Generator().manual_seed(0)
     documents = [torch.randint(vocabulary, (length,), generator=generator) for length in (7, 12, 9)]
 

@@ -22,22 +22,33 @@ class AnswerLoss(torch.nn.Module):
         self.model, self.chunk = model, chunk
 
     def forward(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, predict_at: torch.Tensor, targets: torch.Tensor, **packing: Any
-    ) -> torch.Tensor:
-        """input_ids, position_ids int64 [1, tokens]; predict_at, targets int64 [labelled] (packing.collate) -> float32 []"""
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, predict_at: torch.Tensor, targets: torch.Tensor,
+        chunks: int | None = None, **packing: Any,
+    ) -> torch.Tensor:  # fmt: skip
+        """input_ids, position_ids int64 [1, tokens]; predict_at, targets int64 [labelled] (packing.collate) -> float32 []
+
+        chunks: calls of the head; default as few as `chunk` allows. Where the head is divided over ranks, each call gathers it
+        from all of them, so they must make the same number of calls: see count_chunks.
+        """
         causal = unwrap(self.model)
         hidden = backbone_of(causal)(
             input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False, **packing
         ).last_hidden_state
         labelled = hidden[0].index_select(0, predict_at)  # [labelled, hidden]
         total = labelled.new_zeros((), dtype=torch.float32)
-        pieces = list(zip(labelled.split(self.chunk), targets.split(self.chunk), strict=True))
+        chunks = chunks or count_chunks(len(targets), self.chunk)
+        pieces = list(zip(labelled.tensor_split(chunks), targets.tensor_split(chunks), strict=True))
         for piece, target in pieces:
             if len(pieces) > 1 and torch.is_grad_enabled():  # else all chunks' logits would wait for the backward pass
                 total = total + checkpoint(sum_cross_entropy, causal, piece, target, use_reentrant=False)
             else:
                 total = total + sum_cross_entropy(causal, piece, target)
         return total
+
+
+def count_chunks(labelled: int, chunk: int) -> int:
+    """Calls of the head for so many labelled positions."""
+    return max(1, -(-labelled // chunk))
 
 
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:

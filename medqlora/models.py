@@ -167,7 +167,7 @@ class GatheredMatMul(torch.autograd.Function):
         import bitsandbytes
 
         ctx.layer = layer
-        return bitsandbytes.matmul_4bit(x, layer.weight, quant_state=layer.weight.quant_state)
+        return bitsandbytes.matmul_4bit(x, layer.weight.t(), quant_state=layer.weight.quant_state)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):

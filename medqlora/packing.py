@@ -42,6 +42,11 @@ class Plan:
         """Row numbers of each micro-batch of this rank in step `step` (from 0)."""
         return [self.rows[self.bins[b] : self.bins[b + 1]] for b in range(self.steps[step] + rank, self.steps[step + 1], ranks)]
 
+    def round(self, step: int, number: int, ranks: int) -> list[np.ndarray]:
+        """Row numbers of the micro-batches that the ranks compute side by side, as their `number`-th of step `step`."""
+        first = self.steps[step] + number * ranks
+        return [self.rows[self.bins[b] : self.bins[b + 1]] for b in range(first, min(first + ranks, self.steps[step + 1]))]
+
 
 def fit_bins(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     """Best-fit decreasing: indices of `lengths` (each at most `capacity`) in bins of at most `capacity` tokens."""
@@ -155,6 +160,8 @@ def make_plan(
         PlanError: a row longer than `capacity`, or batch arithmetic that does not work out.
     """
     accumulation = derive_accumulation(global_tokens, capacity, ranks)
+    if ranks > 1 and not packing:
+        raise PlanError(f"data.packing false with {ranks} processes: steps would depend on their number; use data.packing true, or one process")
     if len(lengths) and lengths.max() > capacity:
         raise PlanError(f"row of {lengths.max()} tokens is over max_tokens_per_batch {capacity}; lower data.max_length")
     lengths = np.asarray(lengths, np.int64)

@@ -49,12 +49,14 @@ def start_processes(environ: Mapping[str, str], cuda: bool, join: timedelta = JO
         )
     zero = environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
     # Accelerate takes gloo for DeepSpeed only if told, and two ranks on CPUs for two trainings unless cpu=True.
-    group = [InitProcessGroupKwargs(backend=None if cuda else "gloo", timeout=join)] if "LOCAL_RANK" in environ else []
+    group = [InitProcessGroupKwargs(backend=None if cuda else "gloo")] if "LOCAL_RANK" in environ else []
     try:
+        if "LOCAL_RANK" in environ:
+            join_group(environ, cuda, join)
         accelerator = Accelerator(cpu=not cuda and not zero, kwargs_handlers=group, **options)
     except ImportError as error:
         raise ProcessError(f"the accelerate config asks for DeepSpeed: {' '.join(str(error).split())}") from None
-    except (dist.DistError, OSError, TimeoutError) as error:
+    except (dist.DistError, OSError, RuntimeError) as error:
         place = f"{environ.get('MASTER_ADDR')}:{environ.get('MASTER_PORT')}"
         reason = str(error).splitlines()[0][:200]
         raise ProcessError(
@@ -64,6 +66,25 @@ def start_processes(environ: Mapping[str, str], cuda: bool, join: timedelta = JO
     if dist.is_initialized():
         dist.distributed_c10d._set_pg_timeout(TIMEOUT, dist.group.WORLD)  # joining and working share one setting in torch
     return accelerator
+
+
+def join_group(environ: Mapping[str, str], cuda: bool, join: timedelta) -> None:
+    """The process group, as torch would make it, but with a store of this start alone: after a restart on one machine torch's
+    static rendezvous hands out the old store, in which ranks find each other's dead addresses (torch 2.13). Several machines
+    meet anew, in a new store."""
+    rank, ranks = int(environ["RANK"]), int(environ["WORLD_SIZE"])
+    agent = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # the launcher keeps the store
+    store = dist.TCPStore(
+        environ["MASTER_ADDR"], int(environ["MASTER_PORT"]), ranks, is_master=rank == 0 and not agent, timeout=join,
+        wait_for_workers=not agent, multi_tenant=True,
+    )  # fmt: skip
+    if environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        store = dist.PrefixStore(f"start-{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    if cuda:
+        torch.cuda.set_device(int(environ["LOCAL_RANK"]))
+    offloads = environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true"  # then norms are reduced on the host
+    backend = ("cuda:nccl,cpu:gloo" if offloads else "nccl") if cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=join)
 
 
 def gather(value: Any) -> list[Any]:
@@ -162,9 +183,15 @@ def lead(path: Path, work: Callable[[Callable[[str], None]], dict]) -> dict:
 
 
 def follow(path: Path, show: Callable[[str], None]) -> dict:
-    stage = ""
+    stage, seen = "", time.monotonic()
     while True:
-        note = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            note = json.loads(path.read_text(encoding="utf-8"))
+            seen = time.monotonic()
+        except (OSError, ValueError):  # a network filesystem between two versions of the file
+            if time.monotonic() - seen > SHARED_FILE_DELAY:
+                raise ProcessError(f"{socket.gethostname()} lost sight of {path.parent}; data.cache_dir must stay mounted") from None
+            note = {}
         if "error" in note:
             raise ProcessError(note["error"])
         if "result" in note:

@@ -101,10 +101,12 @@ def read_zero(environ: Mapping[str, str], ranks: int) -> Strategy:
             given = json.loads(Path(file).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise StrategyError(f"deepspeed_config_file {file} cannot be read: {error}") from None
-        for key in RECIPE_OWNS:
-            value = given.get(key)
-            if value is not None and value != "auto" and not (isinstance(value, dict) and value.get("enabled") in (False, "auto")):
+        for key, value in given.items():
+            unset = value == "auto" or (isinstance(value, dict) and value.get("enabled") in (False, "auto"))
+            if key in RECIPE_OWNS and not unset:
                 raise StrategyError(f"deepspeed_config_file {file}: {key} is the recipe's to say; remove it (see training.* and model.dtype)")
+            if key not in (*RECIPE_OWNS, "zero_optimization", "steps_per_print", "wall_clock_breakdown"):
+                raise StrategyError(f"deepspeed_config_file {file}: {key} is not used; zero_optimization is all that is read, remove the rest")
         zero = dict(given.get("zero_optimization", {}))
     else:
         zero = {"stage": int(environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))}
@@ -112,6 +114,8 @@ def read_zero(environ: Mapping[str, str], ranks: int) -> Strategy:
             place = environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what.upper()}_DEVICE", "none")
             if place != "none":
                 zero[f"offload_{what}"] = {"device": place}
+    if "nvme" in json.dumps(zero):
+        raise StrategyError("accelerate config: offloading to nvme is not supported; use cpu")
     if zero.get("stage") not in (1, 2, 3):
         raise StrategyError(f"accelerate config: zero_stage {zero.get('stage')}; expected 1, 2 or 3")
     return Strategy(f"zero{zero['stage']}", ranks, zero)
@@ -247,7 +251,9 @@ class Zero:
             causal.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_(torch.is_grad_enabled()))
         settings = {
             "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": max_grad_norm,
-            "zero_optimization": strategy.settings, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": {"reduce_bucket_size": sum(map(torch.numel, self.weights.values()))} | strategy.settings,
+            # ^ DeepSpeed's default bucket is 2 GB, more than an adapter needs altogether
+            "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**9,
         }  # fmt: skip
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
@@ -275,6 +281,7 @@ class Zero:
 
     def drop_gradients(self) -> None:
         """A step that changes nothing: DeepSpeed has no other way to forget gradients it has reduced."""
+        self.engine.set_gradient_accumulation_boundary(True)
         before = self.read_states()
         decay = [group["weight_decay"] for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:
@@ -296,13 +303,24 @@ class Zero:
 
     def write_weights(self, values: dict[str, torch.Tensor]) -> None:
         import deepspeed
-        from deepspeed.utils import safe_set_full_fp32_param
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
         with torch.no_grad(), deepspeed.zero.GatheredParameters(list(self.weights.values()), modifier_rank=0, enabled=self.engine.zero_optimization_stage() == 3):  # fmt: skip
             for name, weight in self.weights.items():
                 weight.copy_(values[name])
         for name, weight in self.weights.items():
-            safe_set_full_fp32_param(weight, values[name].to(self.engine.device, torch.float32))
+            value = values[name].to(self.engine.device, torch.float32)
+            if hasattr(weight, "ds_id"):
+                safe_set_local_fp32_param(weight, self.cut(value, weight))
+            else:
+                safe_set_full_fp32_param(weight, value)
+
+    def cut(self, value: torch.Tensor, weight: torch.nn.Parameter) -> torch.Tensor:
+        """This rank's part of a whole tensor under ZeRO-3, which pads what does not divide by the ranks. (DeepSpeed's own
+        safe_set_full_* reads past the end there, 0.19.8.)"""
+        size, ranks = weight.ds_tensor.numel(), dist.get_world_size()
+        padded = torch.nn.functional.pad(value.flatten(), (0, size * ranks - value.numel()))
+        return padded.narrow(0, size * dist.get_rank(), size)
 
     def inner_states(self) -> Iterator[dict[str, Any]]:
         return iter(self.optimizer.optimizer.state.values())
@@ -320,7 +338,7 @@ class Zero:
         }
 
     def write_states(self, states: dict[str, dict[str, Any]]) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         if not states:  # back to before the first step
             for state in self.inner_states():
@@ -329,7 +347,11 @@ class Zero:
             return
         for name, weight in self.weights.items():
             for key in ("exp_avg", "exp_avg_sq"):
-                safe_set_full_optimizer_state(weight, states[name][key].to(self.engine.device), key)
+                value = states[name][key].to(self.engine.device)
+                if hasattr(weight, "ds_id"):
+                    safe_set_local_optimizer_state(weight, self.cut(value, weight), key)
+                else:
+                    safe_set_full_optimizer_state(weight, value, key)
         (step,) = {float(state["step"]) for state in states.values()}
         for state in self.inner_states():
             state["step"].fill_(step)
@@ -463,6 +485,7 @@ def compute_reference(loss_model: AnswerLoss, batch: dict[str, Any], targets: in
     loss_model.train()
     weights = trainable(loss_model.model)
     gradients = torch.autograd.grad(loss_model(**batch) / targets, list(weights.values()))
+    gradients = [gradient.contiguous() for gradient in gradients]
     for gradient in gradients:
         if dist.is_initialized():
             dist.all_reduce(gradient)

@@ -36,7 +36,7 @@ from medqlora.attention import packing_arguments, verify_isolation
 from medqlora.checkpoints import Checkpoint, load_newest, save_checkpoint
 from medqlora.config import Config, UserError, help_text, load_config
 from medqlora.engines.hf import HfEngine
-from medqlora.losses import AnswerLoss, backbone_of
+from medqlora.losses import AnswerLoss, backbone_of, count_chunks
 from medqlora.metrics import compare_paired, score_predictions
 from medqlora.models import (
     adapter_weights,
@@ -75,7 +75,7 @@ from medqlora.strategies import (
     trainable,
     wrap,
 )  # fmt: skip
-from medqlora.tokens import Encoder, make_encoder
+from medqlora.tokens import Encoder, TokenTable, make_encoder
 
 ISOLATION_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 console = Console(highlight=False, soft_wrap=True)
@@ -157,6 +157,7 @@ def start(config: Config, output_dir: Path, resume: bool) -> Run:
     accelerator = start_processes(os.environ, kind.type == "cuda", log_with=log_with, project_dir=output_dir)
     # transformers would divide the base while it loads, or load it on one rank only; here it is whole until it has been scored
     unset_hf_deepspeed_config()
+    resume = any(gather(resume))  # of several machines, only the one whose process died counts a restart
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     with together():
         dtype = choose_dtype(config.model.dtype, kind)
@@ -224,7 +225,10 @@ def load(run: Run) -> None:
     with together():
         base_dir = resolve_base(config.model.base, config.model.revision)
         storage = choose_storage(run.strategy, config.model.quantization, run.dtype)
-        base, run.backend = load_base(config.model, run.device, storage)
+        try:
+            base, run.backend = load_base(config.model, run.device, storage)
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(f"{config.model.base} does not fit this GPU while it loads: {str(error).splitlines()[0][:200]}; every GPU holds the whole base once (docs/scaling.md)") from None
         vocabulary = base.config.get_text_config().vocab_size
         isolation = verify_isolation(backbone_of(base), run.backend, vocabulary, ISOLATION_TOLERANCE[run.dtype])
         run.model = attach_adapter(base, config.lora, training.seed)
@@ -258,7 +262,9 @@ def wrap_model(run: Run) -> None:
     shapes = {name: weight.shape for name, weight in trainable(run.model).items()}
     batch, targets = choose_probe(run)
     began = time.perf_counter()
-    reference = compute_reference(run.loss_model, batch, targets, training.seed) if run.strategy.ranks > 1 else None
+    # also for ZeRO on one process: its optimizer has no states to restore before a first step
+    checked = run.strategy.name != "one" and run.dtype is not torch.float16  # whose scaled loss rounds otherwise; it trains with ddp only
+    reference = compute_reference(run.loss_model, batch, targets, training.seed) if checked else None
     run.trainer = wrap(run.strategy, run.loss_model, lambda weights: make_optimizer(training, weights), training.max_grad_norm, run.dtype)
     run.trainer.shapes = shapes
     if reference is not None:
@@ -293,7 +299,15 @@ def choose_probe(run: Run) -> tuple[dict[str, Any], int]:
     mine = rows[run.rank % len(rows)]
     shown = [rows[rank % len(rows)] for rank in range(run.strategy.ranks)]
     targets = int((table.lengths - table.prompt_lengths)[shown].sum())
-    return move(collate(table, np.array([mine])), run.backend, run.device), targets
+    return move(collate(table, np.array([mine])), run.backend, run.device) | share_chunks(run, table, [[row] for row in shown]), targets
+
+
+def share_chunks(run: Run, table: TokenTable, batches: list) -> dict[str, int]:
+    """For a divided head, the number of its calls that fits all ranks' batches of one round (see AnswerLoss.forward)."""
+    if not run.strategy.sharded:
+        return {}
+    labelled = [int((table.lengths[rows] - table.prompt_lengths[rows]).sum()) for rows in batches]
+    return {"chunks": count_chunks(max(labelled), run.config.training.loss_chunk_tokens)}
 
 
 # ---- train ---------------------------------------------------------------------------------------------------------------
@@ -327,6 +341,8 @@ def train(run: Run) -> int:
                     losses = []
                     for number, rows in enumerate(batches):
                         batch = move(collate(prepared.train, rows), run.backend, device)
+                        if run.strategy.sharded:
+                            batch |= share_chunks(run, prepared.train, plan.round(step, number, ranks))
                         # each micro-batch of the plan has its own dropout, whoever computes it: no state to resume
                         torch.manual_seed((training.seed << 40) + (step << 16) + number * ranks + rank)
                         last = number == len(batches) - 1
@@ -397,18 +413,20 @@ def train(run: Run) -> int:
 
 def write_checkpoint(run: Run, state: dict[str, Any]) -> Path:
     """Adapter, optimizer and state, whole and by name: any number of processes can continue from it."""
-    weights = gather_weights(run.trainer, run.trainer.shapes)
+    with together():
+        weights = gather_weights(run.trainer, run.trainer.shapes)
     states = run.trainer.read_states()
     folder = run.output_dir / "checkpoints"
     with together():
         if run.rank == 0:
-            states = {name: {key: value.cpu() for key, value in some.items()} for name, some in states.items()}
+            states = {name: {key: v.cpu() if torch.is_tensor(v) else v for key, v in some.items()} for name, some in states.items()}
             save_checkpoint(folder, state["step"], adapter_weights(run.model, weights), states, state, run.config.training.keep_checkpoints)
     return folder / f"step-{state['step']}"
 
 
 def write_adapter(run: Run, facts: dict[str, Any]) -> None:
-    weights = gather_weights(run.trainer, run.trainer.shapes)
+    with together():
+        weights = gather_weights(run.trainer, run.trainer.shapes)
     with together():
         if run.rank == 0:
             save_adapter(run.output_dir / "adapter", run.model, run.card | facts, adapter_weights(run.model, weights))
@@ -475,7 +493,8 @@ def evaluate(run: Run, budget: int) -> float:
     bins = fit_bins(table.lengths, max(budget, int(table.lengths.max())))
     for first in range(0, len(bins), ranks):  # a divided model needs every rank each time: those left over repeat the last batch
         index = first + rank
-        loss = run.trainer(**move(collate(table, bins[min(index, len(bins) - 1)]), run.backend, run.device))
+        batch = move(collate(table, bins[min(index, len(bins) - 1)]), run.backend, run.device)
+        loss = run.trainer(**batch, **share_chunks(run, table, bins[first : first + ranks]))
         total += loss if index < len(bins) else 0
     if ranks > 1:
         torch.distributed.all_reduce(total)

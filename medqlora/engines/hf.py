@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from medqlora.attention import AttentionError, locate_branches, packing_arguments, verify_isolation
+from medqlora.attention import AttentionError, find_device, locate_branches, packing_arguments, verify_isolation
 from medqlora.engines.interface import EngineError, Request, Sampling, decode_answer
 from medqlora.losses import backbone_of, compute_logits, unwrap
 from medqlora.packing import fit_bins
@@ -32,7 +32,7 @@ class HfEngine:
         """backend: of models.load_base; max_tokens: tokens per forward pass (None: by the device's free memory)."""
         self.model, self.causal, self.backend = model, unwrap(model), backend
         config = self.causal.config.get_text_config()
-        self.device = next(self.causal.parameters()).device
+        self.device = find_device(self.causal)
         self.max_length = getattr(config, "max_position_embeddings", None)
         self.max_tokens = max_tokens or choose_budget(config, self.device)
         self.shared_ids: list[int] = []
@@ -191,13 +191,13 @@ def run_packed(causal: torch.nn.Module, backend: str, documents: list[list[int]]
     """Hidden states [tokens, hidden] of several documents in one packed forward."""
     lengths = [len(document) for document in documents]
     batch = {"cu_seqlens": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), "max_seqlen": max(lengths)}
-    packing = packing_arguments(backend, batch, next(causal.parameters()).device)
+    packing = packing_arguments(backend, batch, find_device(causal))
     return run_backbone(causal, documents, [0] * len(documents), packing)
 
 
 def run_backbone(causal: torch.nn.Module, segments: list[list[int]], starts: list[int], packing: dict[str, Any]) -> torch.Tensor:
     """Segments whose first tokens stand at positions `starts`, side by side -> hidden states [tokens, hidden]."""
-    device = next(causal.parameters()).device
+    device = find_device(causal)
     ids = torch.tensor([i for segment in segments for i in segment], device=device)
     position_ids = torch.cat([torch.arange(start, start + len(s)) for start, s in zip(starts, segments, strict=True)]).to(device)
     return backbone_of(causal)(
