@@ -97,3 +97,12 @@ def run_inside(script: Path, arguments: list[str], monkeypatch) -> tuple[int, st
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return code, err.getvalue()
+
+
+# Files that take minutes, or wait for other programs, begin first when the tests run on several cores.
+LONGEST = ("test_readme", "test_slurm", "test_strategies", "test_processes", "test_vllm", "test_end_to_end", "test_predict")
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    ranks = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.module.__name__, len(ranks)))
