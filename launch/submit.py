@@ -16,8 +16,10 @@ from pathlib import Path
 import yaml
 
 from medqlora.config import Config, ConfigError, UserError, load_config
+from medqlora.models import DTYPES
 from medqlora.packing import derive_accumulation
 from medqlora.runs import check_run
+from medqlora.strategies import check_strategy, launch_environ, read_strategy
 
 TEMPLATE = Path(__file__).parent / "slurm_train.sbatch"
 
@@ -52,9 +54,12 @@ def main() -> None:
     for path in (arguments.accelerate_config, arguments.recipe):
         if not path.is_file():
             raise ConfigError(f"{path}: no such file; give its path from the root of the checkout")
-    strategy = yaml.safe_load(arguments.accelerate_config.read_text(encoding="utf-8"))
-    if not isinstance(strategy, dict) or (strategy.get("distributed_type") == "NO" and ranks > 1):
+    tree = yaml.safe_load(arguments.accelerate_config.read_text(encoding="utf-8"))
+    if not isinstance(tree, dict) or (tree.get("distributed_type") == "NO" and ranks > 1):
         raise ConfigError(f"--accelerate_config {arguments.accelerate_config} is for one process, {ranks} are asked for; use ddp, zero or fsdp2")
+    environ = launch_environ(tree)
+    dtype = DTYPES.get(config.model.dtype, DTYPES["bfloat16"])  # auto: of the GPUs, which this machine may not have
+    check_strategy(read_strategy(environ, ranks), config, dtype, environ)
     accumulation = derive_accumulation(config.training.global_batch_tokens, config.training.max_tokens_per_batch, ranks)
     check_run(arguments.output_dir, config, resume=True)
     note = describe(arguments, config, ranks, accumulation, overrides)

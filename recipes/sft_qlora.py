@@ -157,8 +157,8 @@ def start(config: Config, output_dir: Path, resume: bool) -> Run:
     accelerator = start_processes(os.environ, kind.type == "cuda", log_with=log_with, project_dir=output_dir)
     # transformers would divide the base while it loads, or load it on one rank only; here it is whole until it has been scored
     unset_hf_deepspeed_config()
-    resume = any(gather(resume))  # of several machines, only the one whose process died counts a restart
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    resume = any(gather(resume))  # of several machines, only the one whose process died counts a restart
     with together():
         dtype = choose_dtype(config.model.dtype, kind)
         check_hardware(config.model, kind, dtype)

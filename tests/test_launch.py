@@ -170,6 +170,7 @@ def test_dry_run_for_64_gpus(tmp_path):
         (["--recipe", "recipes/none.py"], "no such file"),
         (["--training.lrr", "1"], "did you mean training.lr"),
         (["--accelerate_config", str(CONFIGS / "one_gpu.yaml")], "is for one process"),
+        (["--accelerate_config", str(CONFIGS / "zero3.yaml"), "--training.optimizer", "adamw_8bit"], "8-bit states"),
     ],
 )
 def test_submission_that_could_not_run_is_refused(more, message):
