@@ -16,6 +16,7 @@ import socket
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -54,6 +55,7 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
+    warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
     began = time.perf_counter()
     table = Table(title=f"preflight of {arguments.config.name} under {arguments.accelerate_config.name}", title_justify="left")
     for column in ("check", "", "found"):

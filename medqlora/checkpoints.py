@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 
 from medqlora.config import UserError
 
@@ -59,8 +61,11 @@ def save_checkpoint(
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        save_file(adapter, aside / "adapter.safetensors")
-        torch.save(optimizer, aside / "optimizer.pt")
+        # through memory: the libraries' own writers report a full disk as errors of their format
+        (aside / "adapter.safetensors").write_bytes(serialize(adapter))
+        states = io.BytesIO()
+        torch.save(optimizer, states)
+        (aside / "optimizer.pt").write_bytes(states.getbuffer())
         (aside / "state.json").write_text(json.dumps({**state, "step": step}), encoding="utf-8")
         files = {path.name: {"bytes": path.stat().st_size, "sha256": hash_file(path)} for path in sorted(aside.iterdir())}
         (aside / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=2), encoding="utf-8")
@@ -70,11 +75,10 @@ def save_checkpoint(
             shutil.rmtree(target)
         aside.rename(target)
         sync(folder)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+    except OSError as error:
         with contextlib.suppress(OSError):
             shutil.rmtree(aside)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise CheckpointError(f"checkpoint {target} cannot be written: {reason}; free space and continue with --resume") from None
+        raise CheckpointError(f"checkpoint {target} cannot be written: {error.strerror or error}; free space and continue with --resume") from None
     for old in list_checkpoints(folder)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return target

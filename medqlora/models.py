@@ -18,7 +18,8 @@ from accelerate import init_empty_weights
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
 
 from medqlora.attention import IMPLEMENTATIONS, choose_backend
@@ -349,13 +350,25 @@ def architecture_hash(config: PretrainedConfig) -> str:
 
 def save_adapter(folder: Path, model: PeftModel, card: dict[str, Any], weights: dict[str, torch.Tensor] | None = None) -> None:
     """Write a PEFT adapter (weights: of adapter_weights, default the model's own) with its card (see read_adapter_card). Each file is replaced whole; the card holds the weights'
-    hash, so that a kill between two files is seen when the adapter is read."""
+    hash, so that a kill between two files is seen when the adapter is read.
+
+    Raises:
+        ModelError: the disk refused.
+    """
+    try:
+        write_adapter_files(folder, model, card, adapter_weights(model) if weights is None else weights)
+    except OSError as error:
+        raise ModelError(f"adapter {folder} cannot be written: {error.strerror or error}; free space and continue with --resume") from None
+
+
+def write_adapter_files(folder: Path, model: PeftModel, card: dict[str, Any], weights: dict[str, torch.Tensor]) -> None:
     aside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    save_file(adapter_weights(model) if weights is None else weights, aside / "adapter_model.safetensors", metadata={"format": "pt"})
+    content = serialize(weights, metadata={"format": "pt"})  # its own writer reports a full disk as an error of the format
+    (aside / "adapter_model.safetensors").write_bytes(content)
     model.active_peft_config.save_pretrained(aside)
-    digest = hashlib.sha256((aside / "adapter_model.safetensors").read_bytes()).hexdigest()
+    digest = hashlib.sha256(content).hexdigest()
     (aside / "medqlora.json").write_text(json.dumps({**card, "weights_sha256": digest}, indent=2) + "\n", encoding="utf-8")
     folder.mkdir(exist_ok=True)
     for name in ("adapter_config.json", "adapter_model.safetensors", "medqlora.json"):

@@ -299,7 +299,7 @@ class Zero:
     def read_weights(self) -> dict[str, torch.Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return {name: safe_get_full_fp32_param(weight) for name, weight in self.weights.items()}
+        return {name: safe_get_full_fp32_param(weight).cpu() for name, weight in self.weights.items()}
 
     def write_weights(self, values: dict[str, torch.Tensor]) -> None:
         import deepspeed
@@ -333,7 +333,7 @@ class Zero:
             return {}
         return {
             name: {"step": torch.tensor(steps[0])}
-            | {key: safe_get_full_optimizer_state(weight, key) for key in ("exp_avg", "exp_avg_sq")}
+            | {key: safe_get_full_optimizer_state(weight, key).cpu() for key in ("exp_avg", "exp_avg_sq")}
             for name, weight in self.weights.items()
         }
 
@@ -408,8 +408,9 @@ class FullyShard:
         return {name: self.gather(weight.grad) for name, weight in self.weights.items()}
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Whole, on the host: one tensor at a time is whole on the GPU."""
         tensor = tensor.detach()
-        return tensor.to(self.device).full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        return (tensor.to(self.device).full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu()
 
     def divide(self, value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         from torch.distributed.tensor import distribute_tensor

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -96,6 +97,7 @@ def main() -> int:
     arguments, overrides = parse_arguments()
     config = load_config(arguments.config, overrides)
     output_dir = arguments.output_dir or Path("runs") / arguments.config.stem
+    warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
@@ -205,13 +207,13 @@ def prepare_once(run: Run) -> None:
             run.prepared, run.plan = load_prepared(data, shared["prepared"]), load_plan(data, shared["plan"])
     run.facts |= {"plan": shared["plan"], "prepared": shared["prepared"]}
     with together():
-        run.checkpoint, warnings = load_newest(run.output_dir / "checkpoints") if run.resume else (None, [])
+        run.checkpoint, damaged = load_newest(run.output_dir / "checkpoints") if run.resume else (None, [])
     with together():
         found = gather(run.checkpoint and run.checkpoint.state["step"])
         if len(set(found)) > 1:
             raise ProcessError(f"ranks see different newest checkpoints (steps {found}); --output_dir must be on a filesystem that all machines share")
     if run.rank == 0:
-        for warning in warnings:
+        for warning in damaged:
             console.print(f"[yellow]warning: {warning}")
         show_data(run.prepared, run.plan, run.accumulation, run.output_dir)
 

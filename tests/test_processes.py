@@ -64,9 +64,7 @@ FAILING = {
     "batch arithmetic": (["--training.global_batch_tokens", "1536"], {}, "not a multiple of max_tokens_per_batch 512 x 2"),
     "missing data, found by rank 0 alone": (["--data.train.0.path", "/nowhere.jsonl"], {}, "no file or folder"),
     "fp16 engine": ([], {"ACCELERATE_MIXED_PRECISION": "fp16"}, "the recipe owns the dtype"),
-    "fsdp1": ([], {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "set fsdp_version: 2"),
     "a run of another recipe": (["--resume", "--training.lr", "1e-9"], {}, "training.lr was"),
-    "a run without --resume": ([], {"OLD": "1"}, "continue it with --resume"),
 }
 
 

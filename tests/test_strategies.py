@@ -31,14 +31,15 @@ HAS_DEEPSPEED = shutil.which("deepspeed") is not None or any(Path(p, "deepspeed"
 
 
 def train(strategy: str, output: Path, cache: Path, *more: str, script: Path = ROOT / "recipes" / "sft_qlora.py", launch: tuple = ()):
-    """30 steps of the demonstration in float32 under one of accelerate_configs/, or alone."""
+    """30 steps of the demonstration in float32 under one of accelerate_configs/, or alone. Dropout belongs to the plan's
+    micro-batches: within an epoch's full steps it is the same for any number of processes."""
     if strategy.startswith("zero") and not HAS_DEEPSPEED:
         pytest.skip("deepspeed is not installed")
     test = json.dumps([{"format": "medmcqa", "path": str(DEMO / "data" / "test.jsonl"), "limit": 40}])
     launcher = ["-m", "accelerate.commands.launch", "--config_file", CONFIGS / f"{strategy}.yaml", "--main_process_port", "0", *launch]
     return run_script(
         *(launcher if strategy != "one" else []), script, "--output_dir", output, "--data.cache_dir", cache, "--data.test", test,
-        "--data.train.0.limit", "600", "--data.eval.0.limit", "60", "--training.epochs", "9", "--training.max_steps", STEPS,
+        "--data.train.0.limit", "1500", "--data.eval.0.limit", "60", "--lora.dropout", "0.1", "--training.max_steps", STEPS,
         "--training.max_tokens_per_batch", "512", "--training.global_batch_tokens", "2048", "--training.eval_steps", "15",
         "--training.save_steps", "20", "--model.dtype", "float32", *more,
     )  # fmt: skip
@@ -149,17 +150,6 @@ def test_zero3_on_one_process_resumes(runs, tmp_path):
     done = train("zero3_offload", tmp_path / "run", tmp_path / "cache", *short, "--resume", launch=alone)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [row["loss"] for row in read_log(tmp_path / "run")[0]] == pytest.approx([row["loss"] for row in before], rel=1e-6)
-
-
-@pytest.mark.slow
-def test_dropout_does_not_depend_on_the_number_of_processes(tmp_path):
-    """Masks belong to the plan's micro-batches; the first epoch's full steps have the same ones for any number of ranks."""
-    short = ["--lora.dropout", "0.2", "--training.max_steps", "8"]
-    for strategy in ("one", "ddp"):
-        done = train(strategy, tmp_path / strategy, tmp_path / "cache", *short)
-        assert done.returncode == 0, done.stderr[-3000:]
-    for row, other in zip(read_log(tmp_path / "ddp")[0], read_log(tmp_path / "one")[0], strict=True):
-        assert row["loss"] == pytest.approx(other["loss"], rel=1e-3)
 
 
 WRONG = """
