@@ -154,7 +154,7 @@ def make_plan(
         capacity: tokens per micro-batch.
         global_tokens: tokens per step over all ranks; a multiple of capacity x ranks.
         repeats: times each row is seen per epoch, float [rows]; default 1.
-        packing: False puts one row in each micro-batch.
+        packing: False puts one row in each micro-batch; on one rank only, for a step of whole rounds would depend on their number.
 
     Raises:
         PlanError: a row longer than `capacity`, or batch arithmetic that does not work out.
@@ -173,7 +173,7 @@ def make_plan(
         if packing:
             chosen = plan_packed_epoch(lengths, rows, capacity, accumulation * ranks, ranks, window, generator)
         else:
-            chosen = plan_single_rows(lengths, rows, global_tokens, ranks)
+            chosen = plan_single_rows(lengths, rows, global_tokens)
         chosen = chosen[: max(1, round(len(chosen) * min(1.0, epochs - epoch)))]
         ends += [epoch + min(1.0, epochs - epoch) * (i + 1) / len(chosen) for i in range(len(chosen))]
         steps += chosen
@@ -205,15 +205,14 @@ def plan_packed_epoch(lengths, rows, capacity, bins_per_step, ranks, window, gen
     return [step for step in steps if step]
 
 
-def plan_single_rows(lengths, rows, global_tokens, ranks) -> list[list[np.ndarray]]:
+def plan_single_rows(lengths, rows, global_tokens) -> list[list[np.ndarray]]:
     steps, step, tokens = [], [], 0
     for row in rows:
-        if step and tokens + lengths[row] > global_tokens and len(step) % ranks == 0:
+        if step and tokens + lengths[row] > global_tokens:
             steps.append(step)
             step, tokens = [], 0
         step.append(np.asarray([row]))
         tokens += lengths[row]
-    step = step[: len(step) // ranks * ranks]
     return [*steps, step] if step else steps
 
 

@@ -33,6 +33,7 @@ def test_best_fit_is_within_its_known_bound(lengths, capacity):
 @settings(deadline=None)
 @given(lengths_strategy, st.integers(1, 3), st.integers(1, 3), st.integers(0, 5), st.booleans())
 def test_plan_shows_every_row_once_per_epoch(lengths, ranks, accumulation, seed, packing):
+    ranks = ranks if packing else 1
     if len(lengths) < ranks:
         return
     settings = {"capacity": 64, "global_tokens": 64 * ranks * accumulation, "ranks": ranks, "seed": seed, "packing": packing, "window": 50}
@@ -88,6 +89,11 @@ def test_epochs_weights_and_steps():
     assert counts[50:].sum() == 25
     assert len(make_plan(lengths, capacity=100, global_tokens=100, max_steps=3)) == 3
     assert len(make_plan(lengths, capacity=100, global_tokens=100, epochs=1.5)) == 15
+
+
+def test_rows_one_by_one_are_for_one_process():
+    with pytest.raises(PlanError, match="steps would depend on their number"):
+        make_plan(np.array([8] * 20), capacity=64, global_tokens=128, ranks=2, packing=False)
 
 
 def test_batch_arithmetic():
