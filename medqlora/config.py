@@ -113,7 +113,7 @@ class Data(Section):
     lowercase: bool = False
     """Lower-case all text."""
     packing: bool = True
-    """Pack many rows into one batch; false: one row per micro-batch."""
+    """Pack many rows into one batch; false: one row per micro-batch, on one process only."""
     packing_window: int = Field(32_768, ge=1)
     """Rows shuffled and packed together: larger fills better, smaller mixes lengths less."""
     cache_dir: str = "runs/cache"
