@@ -30,6 +30,10 @@ from medqlora.runs import check_disk, check_run, hash_json, read_versions, write
 ROWS = 500  # of each data entry that are read, cleaned and tokenized here
 
 
+class Unchecked(Exception):
+    """What cannot be checked on this machine, and why."""
+
+
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="recipe YAML")
@@ -74,12 +78,14 @@ def run_checks(arguments: argparse.Namespace, overrides: list[str]) -> Iterator[
     """(name, passed or None where it could not be checked, what was found); a check whose ground is missing is left out."""
     facts: dict = {}
 
-    def check(name: str, function: Callable[[], str | None]) -> tuple[str, bool | None, str]:
+    def check(name: str, function: Callable[[], str]) -> tuple[str, bool | None, str]:
         try:
             found = function()
         except UserError as error:
             return name, False, str(error)
-        return (name, None, found[4:]) if found and found.startswith("not ") else (name, True, found or "")
+        except Unchecked as reason:
+            return name, None, str(reason)
+        return name, True, found
 
     def recipe() -> str:
         facts["config"] = load_config(arguments.config, overrides)
@@ -135,7 +141,7 @@ def check_processes(facts: dict) -> str:
         except ImportError:
             raise ProcessError("deepspeed is not installed; pip install 'medqlora[deepspeed]', or use ddp or fsdp2") from None
     if not gpus:
-        return f"not {local} per machine; no GPU here to count"
+        raise Unchecked(f"{local} per machine; no GPU here to count")
     if local > gpus:
         raise ProcessError(f"{local} processes per machine, {gpus} GPU(s) here; set num_processes to the GPUs of all machines")
     return f"{local} of {gpus} GPU(s)" + ("" if local == gpus else "; the others stay idle")
@@ -193,7 +199,7 @@ def check_data(config: Config, facts: dict) -> str:
             raise PlanError("data.train: no row is left")
         facts["prepared"] = prepared
         dropped = ", ".join(f"{count} {reason}" for reason, count in count_reasons(prepared.removals).items())
-        supervised = int((table.lengths - table.prompt_lengths).sum())
+        supervised = int(table.supervised.sum())
         facts["rows"] = [table.ids[table.offsets[i] : table.offsets[i] + table.lengths[i]].tolist() for i in range(min(8, len(table.lengths)))]
         facts["prompt_lengths"] = table.prompt_lengths[:8].tolist()
         return (
@@ -217,7 +223,7 @@ def check_places(config: Config, output_dir: Path, facts: dict) -> str:
 
 
 def forecast(arguments: argparse.Namespace, overrides: list[str]) -> str:
-    return "not forecast: this version has no bench/memory.py"
+    raise Unchecked("this version has no forecast")
 
 
 def check_rendezvous(facts: dict, arguments: argparse.Namespace) -> str:
@@ -226,7 +232,7 @@ def check_rendezvous(facts: dict, arguments: argparse.Namespace) -> str:
     tree = facts["accelerate"]
     host, port = tree.get("main_process_ip"), tree.get("main_process_port")
     if not host or not port:
-        return "not the accelerate config names no main_process_ip and main_process_port; launch/slurm_train.sbatch derives them"
+        raise Unchecked("the accelerate config names no main_process_ip and main_process_port; launch/slurm_train.sbatch derives them")
     rank = int(arguments.machine_rank or tree.get("machine_rank") or 0)
     try:
         address = socket.gethostbyname(str(host))
@@ -261,7 +267,7 @@ def take_two_steps(config: Config, facts: dict) -> str:
             small = shrink(facts["model_config"])
             AutoModelForCausalLM.from_config(small, dtype=torch.float32).save_pretrained(folder)
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:  # an architecture with rules of its own
-            return f"not two fake layers of it cannot be made: {' '.join(str(error).split())[:120]}"
+            raise Unchecked(f"two fake layers of it cannot be made: {' '.join(str(error).split())[:120]}") from None
         vocabulary = small.get_text_config().vocab_size
         fake = Model(**(config.model.model_dump() | {"base": folder, "revision": None}))
         base, backend = load_base(fake, facts["device"], facts["storage"])
@@ -278,7 +284,7 @@ def take_two_steps(config: Config, facts: dict) -> str:
     for _ in range(2):
         trainer.module.train()
         loss = trainer(**tensors, **packing_arguments(backend, batch, facts["device"]))
-        trainer.backward(loss / len(batch["targets"]), last=True)
+        trainer.backward(loss / len(batch["targets"]))
         norm = trainer.step(config.training.lr)
         losses.append(loss.item() / len(batch["targets"]))
     if not np.isfinite([*losses, norm]).all():
@@ -335,7 +341,7 @@ def meet(place: str, rank: int, machines: int, shared: Path | None, seconds: flo
     store.set(f"machine-{rank}", json.dumps({"host": socket.gethostname(), "versions": read_versions(), "problem": problem}))
     facts = []
     for other in range(machines):
-        if not wait_for(lambda key=f"machine-{other}": store.check([key]), seconds):
+        if not wait_for(lambda key=f"machine-{other}": has_come(store, key, place), seconds):
             raise ProcessError(f"machine {other} of {machines} did not come to {place} within {seconds:.0f} s; was it started, with --machine_rank {other}?")
         facts.append(json.loads(store.get(f"machine-{other}")))
     store.add("left", 1)
@@ -363,6 +369,15 @@ def look_for(path: Path, token: str, mine: str, seconds: float) -> str:
     if wait_for(is_there, seconds / 2):  # a network filesystem may take its time
         return ""
     return f"{mine} does not see {path.parent} of machine 0; --output_dir and data.cache_dir must be on a filesystem that all machines share"
+
+
+def has_come(store, key: str, place: str) -> bool:
+    from torch.distributed import DistError
+
+    try:
+        return store.check([key])
+    except DistError:
+        raise ProcessError(f"machine 0 has left {place}; look at what it said") from None
 
 
 def can_connect(host: str, port: int) -> bool:

@@ -98,7 +98,7 @@ def gather(value: Any) -> list[Any]:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Raise on all ranks what a user did wrong on any; the block itself must not wait for other ranks.
+    """Raise on all ranks what a user did wrong on any; the block waits for other ranks only where all of them do.
 
     Raises:
         AgreedError: with the message of the lowest rank that failed.
@@ -175,7 +175,7 @@ def lead(path: Path, work: Callable[[Callable[[str], None]], dict]) -> dict:
 
     try:
         result = work(report)
-    except BaseException as error:
+    except BaseException as error:  # whatever it is, the others must not wait for a result that never comes
         write_atomic(path, json.dumps({"error": str(error)}))
         raise
     write_atomic(path, json.dumps({"result": result}))

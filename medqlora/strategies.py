@@ -27,7 +27,7 @@ GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}  # relative err
 # What a DeepSpeed file may not say, because the recipe does.
 RECIPE_OWNS = ("fp16", "bf16", "optimizer", "scheduler", "gradient_clipping", "train_batch_size",
                "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "data_types")  # fmt: skip
-PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": None}
+PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class StrategyError(UserError):
@@ -67,7 +67,7 @@ def read_strategy(environ: Mapping[str, str], ranks: int) -> Strategy:
             raise StrategyError("accelerate config: fsdp_version is 1; set fsdp_version: 2 (FSDP1 cannot hold adapter and base in two dtypes)")
         settings = {
             "offload": is_true(environ, "FSDP_OFFLOAD_PARAMS"),
-            "reshard_after_forward": is_true({"FSDP_RESHARD_AFTER_FORWARD": "true"} | dict(environ), "FSDP_RESHARD_AFTER_FORWARD"),
+            "reshard_after_forward": environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false",
         }
         return Strategy("fsdp2", ranks, settings)
     return Strategy("ddp" if ranks > 1 else "one", ranks)
@@ -190,12 +190,11 @@ class Replicated:
     def __call__(self, **batch: Any) -> torch.Tensor:
         return self.wrapped(**batch)
 
-    def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Accumulate; reduce over ranks (mean) with the step's last micro-batch. The forward of the others runs in `accumulate`."""
+    def backward(self, loss: torch.Tensor) -> None:
         self.scaler.scale(loss).backward()
 
     def accumulate(self, last: bool):
-        """Context of a micro-batch's forward and backward."""
+        """Context of a micro-batch's forward and backward; gradients are averaged over ranks with the step's last one."""
         return self.wrapped.no_sync() if self.wrapped is not self.module and not last else contextlib.nullcontext()
 
     def step(self, lr: float) -> float:
@@ -259,7 +258,6 @@ class Zero:
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=loss_model, optimizer=optimizer_of(self.weights.values()), config=settings, dist_init_required=False
         )
-        self.wrapped = self.engine
 
     def __call__(self, **batch: Any) -> torch.Tensor:
         return self.engine(**batch)
@@ -268,9 +266,9 @@ class Zero:
         self.engine.set_gradient_accumulation_boundary(last)
         return contextlib.nullcontext()
 
-    def backward(self, loss: torch.Tensor, last: bool) -> None:
+    def backward(self, loss: torch.Tensor) -> None:
         self.engine.backward(loss)
-        if not last:
+        if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()  # counts the micro-batch; nothing is updated before the boundary
 
     def step(self, lr: float) -> float:
@@ -390,7 +388,7 @@ class FullyShard:
         self.wrapped.set_requires_gradient_sync(last)
         return contextlib.nullcontext()
 
-    def backward(self, loss: torch.Tensor, last: bool) -> None:
+    def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
 
     def step(self, lr: float) -> float:
@@ -469,12 +467,25 @@ def load_states(trainer, states: dict[str, dict[str, Any]]) -> None:
     trainer.write_states(states)
 
 
+def wake_adapter(model: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:
+    """Fill the adapter's zero tensors with noise, the same on every rank, so that no gradient of the check is zero only because
+    a fresh adapter's second factor is; -> the values as they were."""
+    weights = trainable(model)
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for weight in weights.values():
+            if not weight.any():
+                weight.normal_(std=0.02)
+    return before
+
+
 def measure_gradients(trainer, batch: dict[str, Any], targets: int, ranks: int, seed: int) -> dict[str, torch.Tensor]:
     """The adapter's gradients of one batch per rank, without a step; targets: supervised tokens of all ranks."""
     torch.manual_seed(seed)
     trainer.module.train()
     with trainer.accumulate(last=True):
-        trainer.backward(trainer(**batch) * (ranks / targets), last=True)
+        trainer.backward(trainer(**batch) * (ranks / targets))
     gradients = {name: value.clone() for name, value in trainer.read_gradients().items()}
     trainer.drop_gradients()
     return gradients

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -55,9 +56,15 @@ class TokenTable:
     prompt_lengths: np.ndarray
     names: Sequence[str]
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
+        """Tokens of each row, int64 [rows]."""
         return np.diff(self.offsets)
+
+    @cached_property
+    def supervised(self) -> np.ndarray:
+        """Supervised tokens of each row, int64 [rows]."""
+        return self.lengths - self.prompt_lengths
 
 
 def make_encoder(tokenizer: PreTrainedTokenizerBase, style: str = "auto", completion: str = "letter") -> Encoder:

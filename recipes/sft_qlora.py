@@ -74,6 +74,7 @@ from medqlora.strategies import (
     measure_gradients,
     read_strategy,
     trainable,
+    wake_adapter,
     wrap,
 )  # fmt: skip
 from medqlora.tokens import Encoder, TokenTable, make_encoder
@@ -136,6 +137,8 @@ class Run:
     model: PeftModel | None = None
     loss_model: AnswerLoss | None = None
     trainer: Any = None  # of strategies.wrap
+    shapes: dict[str, torch.Size] = field(default_factory=dict)  # of the adapter's tensors by name, before they are divided
+    best_step: int = 0
     backend: str = ""
     card: dict[str, Any] = field(default_factory=dict)  # travels with the adapter
     facts: dict[str, Any] = field(default_factory=dict)  # of environment.json
@@ -205,7 +208,7 @@ def prepare_once(run: Run) -> None:
             runs.open_run(run.output_dir, config)
         else:
             run.prepared, run.plan = load_prepared(data, shared["prepared"]), load_plan(data, shared["plan"])
-    run.facts |= {"plan": shared["plan"], "prepared": shared["prepared"]}
+    run.facts["plan_sha256"] = shared["plan"].removeprefix("plan-")
     with together():
         run.checkpoint, damaged = load_newest(run.output_dir / "checkpoints") if run.resume else (None, [])
     with together():
@@ -230,7 +233,8 @@ def load(run: Run) -> None:
         try:
             base, run.backend = load_base(config.model, run.device, storage)
         except torch.OutOfMemoryError as error:
-            raise TrainingError(f"{config.model.base} does not fit this GPU while it loads: {str(error).splitlines()[0][:200]}; every GPU holds the whole base once (docs/scaling.md)") from None
+            reason = str(error).splitlines()[0][:200]
+            raise TrainingError(f"{config.model.base} does not fit: {reason}; every GPU holds the whole base once (docs/scaling.md)") from None
         vocabulary = base.config.get_text_config().vocab_size
         isolation = verify_isolation(backbone_of(base), run.backend, vocabulary, ISOLATION_TOLERANCE[run.dtype])
         run.model = attach_adapter(base, config.lora, training.seed)
@@ -246,8 +250,7 @@ def load(run: Run) -> None:
         "quantization": config.model.quantization, "double_quantization": config.model.double_quantization,
         "dtype": str(run.dtype).removeprefix("torch."),
     }  # fmt: skip
-    plan = run.facts.pop("plan")
-    run.facts = runs.describe_environment() | {"seed": training.seed, **run.prepared.hashes, "plan_sha256": plan.removeprefix("plan-")}
+    run.facts |= runs.describe_environment() | {"seed": training.seed, **run.prepared.hashes}
     run.facts |= {"base": run.card, "processes": run.strategy.ranks, "strategy": run.strategy.name, "attention": run.backend}
     run.facts |= {"gradient_checkpointing": recomputed, "isolation_error": isolation, "trainable_parameters": run.sizes[1]}
     run.facts |= {"mixture": run.prepared.mixture, "storage": str(storage).removeprefix("torch.")}
@@ -261,18 +264,20 @@ def load(run: Run) -> None:
 def wrap_model(run: Run) -> None:
     """Hand the model to the strategy, and prove on a short batch that its gradients are the whole model's."""
     training = run.config.training
-    shapes = {name: weight.shape for name, weight in trainable(run.model).items()}
+    run.shapes = {name: weight.shape for name, weight in trainable(run.model).items()}
     batch, targets = choose_probe(run)
     began = time.perf_counter()
     # also for ZeRO on one process: its optimizer has no states to restore before a first step
     checked = run.strategy.name != "one" and run.dtype is not torch.float16  # whose scaled loss rounds otherwise; it trains with ddp only
-    reference = compute_reference(run.loss_model, batch, targets, training.seed) if checked else None
+    if checked:
+        before = wake_adapter(run.model, training.seed)
+        reference = compute_reference(run.loss_model, batch, targets, training.seed)
     run.trainer = wrap(run.strategy, run.loss_model, lambda weights: make_optimizer(training, weights), training.max_grad_norm, run.dtype)
-    run.trainer.shapes = shapes
-    if reference is not None:
+    if checked:
         found = measure_gradients(run.trainer, batch, targets, run.strategy.ranks, training.seed)
         with together():
             error = compare_gradients(reference, found, run.dtype, run.strategy)
+        run.trainer.write_weights(before)
         seconds = time.perf_counter() - began
         run.facts["gradient_check"] = {"relative_error": error, "seconds": round(seconds, 3)}
         if run.rank == 0:
@@ -300,7 +305,7 @@ def choose_probe(run: Run) -> tuple[dict[str, Any], int]:
     rows = np.argsort(table.lengths, kind="stable")[: run.strategy.ranks]
     mine = rows[run.rank % len(rows)]
     shown = [rows[rank % len(rows)] for rank in range(run.strategy.ranks)]
-    targets = int((table.lengths - table.prompt_lengths)[shown].sum())
+    targets = int(table.supervised[shown].sum())
     return move(collate(table, np.array([mine])), run.backend, run.device) | share_chunks(run, table, [[row] for row in shown]), targets
 
 
@@ -308,7 +313,7 @@ def share_chunks(run: Run, table: TokenTable, batches: list) -> dict[str, int]:
     """For a divided head, the number of its calls that fits all ranks' batches of one round (see AnswerLoss.forward)."""
     if not run.strategy.sharded:
         return {}
-    labelled = [int((table.lengths[rows] - table.prompt_lengths[rows]).sum()) for rows in batches]
+    labelled = [int(table.supervised[rows].sum()) for rows in batches]
     return {"chunks": count_chunks(max(labelled), run.config.training.loss_chunk_tokens)}
 
 
@@ -326,7 +331,7 @@ def train(run: Run) -> int:
             console.print(f"resuming after step {state['step']} of {len(plan)} ({run.checkpoint.path})")
     log = run.output_dir / runs.LOG
     stop_signals = catch_signals()
-    lengths, supervised = prepared.train.lengths, prepared.train.lengths - prepared.train.prompt_lengths
+    lengths, supervised = prepared.train.lengths, prepared.train.supervised
     budget = training.max_tokens_per_batch
     progress = make_progress(disable=not is_main)
     task = progress.add_task("training", total=len(plan), completed=state["step"], facts="")
@@ -351,7 +356,7 @@ def train(run: Run) -> int:
                         with trainer.accumulate(last):
                             loss = trainer(**batch)
                             # each strategy averages over ranks; the gradient wanted is that of the sum over all supervised tokens
-                            trainer.backward(loss * (ranks / targets), last)
+                            trainer.backward(loss * (ranks / targets))
                         losses.append(loss.detach())
                     break
                 except torch.OutOfMemoryError:
@@ -409,14 +414,14 @@ def train(run: Run) -> int:
                 break
     if prepared.eval is None:
         write_adapter(run, {"step": len(plan)})
-    run.facts["best_step"] = state["best_step"] or len(plan)
+    run.best_step = state["best_step"] or len(plan)
     return 0
 
 
 def write_checkpoint(run: Run, state: dict[str, Any]) -> Path:
     """Adapter, optimizer and state, whole and by name: any number of processes can continue from it."""
     with together():
-        weights = gather_weights(run.trainer, run.trainer.shapes)
+        weights = gather_weights(run.trainer, run.shapes)
     states = run.trainer.read_states()
     folder = run.output_dir / "checkpoints"
     with together():
@@ -428,7 +433,7 @@ def write_checkpoint(run: Run, state: dict[str, Any]) -> Path:
 
 def write_adapter(run: Run, facts: dict[str, Any]) -> None:
     with together():
-        weights = gather_weights(run.trainer, run.trainer.shapes)
+        weights = gather_weights(run.trainer, run.shapes)
     with together():
         if run.rank == 0:
             save_adapter(run.output_dir / "adapter", run.model, run.card | facts, adapter_weights(run.model, weights))
@@ -465,7 +470,7 @@ def finish(run: Run) -> None:
     with together():
         if run.rank == 0:
             lines = runs.read_lines(run.output_dir / runs.LOG)
-            report = {"steps": lines[-1]["step"] if lines else 0, "best_step": run.facts["best_step"], "memory_bytes": run.memory_bytes}
+            report = {"steps": lines[-1]["step"] if lines else 0, "best_step": run.best_step, "memory_bytes": run.memory_bytes}
             report["peak_memory_bytes_per_rank"] = peaks
             if run.prepared.test:
                 report |= show_scores(*(runs.read_lines(run.output_dir / "predictions" / f"{name}.jsonl") for name in ("base", "tuned")))
@@ -500,7 +505,7 @@ def evaluate(run: Run, budget: int) -> float:
         total += loss if index < len(bins) else 0
     if ranks > 1:
         torch.distributed.all_reduce(total)
-    return total.item() / int((table.lengths - table.prompt_lengths).sum())
+    return total.item() / int(table.supervised.sum())
 
 
 @torch.no_grad()

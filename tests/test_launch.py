@@ -171,8 +171,8 @@ def test_submission_that_could_not_run_is_refused(more, message):
     assert message in done.stderr
 
 
-@pytest.mark.skipif(shutil.which("sbatch") is not None, reason="sbatch is here")
-def test_submission_without_slurm_says_so():
+def test_submission_without_slurm_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
     done = submit("--training.global_batch_tokens", "524288")
     assert (done.returncode, "sbatch was not found" in done.stderr) == (2, True)
 
