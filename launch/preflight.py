@@ -23,7 +23,7 @@ from pathlib import Path
 
 import yaml
 
-from medqlora.config import Config, ConfigError, UserError, load_config
+from medqlora.config import Config, ConfigError, UserError, change, load_config
 from medqlora.processes import ProcessError
 from medqlora.runs import check_disk, check_run, hash_json, read_versions, write_atomic
 
@@ -103,7 +103,8 @@ def run_checks(arguments: argparse.Namespace, overrides: list[str]) -> Iterator[
     if "encoder" in facts:
         yield check("data", lambda: check_data(config, facts))
     yield check("disk", lambda: check_places(config, output_dir, facts))
-    yield check("memory", lambda: forecast(arguments, overrides))
+    if "prepared" in facts and "dtype" in facts:
+        yield check("memory", lambda: forecast(config, facts))
     yield check("rendezvous", lambda: check_rendezvous(facts, arguments))
     if "prepared" in facts and "dtype" in facts:
         yield check("two steps", lambda: take_two_steps(config, facts))
@@ -163,11 +164,9 @@ def check_dtypes(config: Config, facts: dict) -> str:
 
 
 def check_batch(config: Config, facts: dict) -> str:
-    from medqlora.packing import derive_accumulation
+    from medqlora.packing import describe_batch
 
-    training, ranks = config.training, facts["strategy"].ranks
-    accumulation = derive_accumulation(training.global_batch_tokens, training.max_tokens_per_batch, ranks)
-    return f"{training.global_batch_tokens:,} tokens = {ranks} x {accumulation} x {training.max_tokens_per_batch:,}"
+    return describe_batch(config.training, config.data.max_length, facts["strategy"].ranks)
 
 
 def check_model(config: Config, facts: dict) -> str:
@@ -222,8 +221,26 @@ def check_places(config: Config, output_dir: Path, facts: dict) -> str:
     return f"{output_dir}: {12 * size * (config.training.keep_checkpoints + 2) / 2**20:,.0f} MiB needed, and free"
 
 
-def forecast(arguments: argparse.Namespace, overrides: list[str]) -> str:
-    raise Unchecked("this version has no forecast")
+def forecast(config: Config, facts: dict) -> str:
+    """What the recipe will decide and need on each GPU; on a machine without one, its least."""
+    import torch
+
+    from medqlora.memory import GIB, MARGIN, Setting, plan_step
+    from medqlora.packing import most_supervised
+
+    gpu = torch.cuda.is_available()
+    on_cpu = bool(facts["accelerate"].get("use_cpu"))
+    memory = int(torch.cuda.mem_get_info()[0] * (1 - MARGIN)) if gpu else sys.maxsize
+    setting = Setting(torch.device("cpu" if on_cpu else "cuda"), facts["dtype"], facts["storage"], facts["strategy"], memory)
+    if not gpu and config.training.gradient_checkpointing == "auto":
+        config = change(config, "training", gradient_checkpointing="full")
+    plan = plan_step(config, facts["model_config"], setting, lambda tokens: most_supervised(facts["prepared"].train, tokens))
+    found = f"{plan.forecast.peak / GIB:.2f} GiB predicted per process at {plan.tokens:,} tokens, {plan.forecast.recomputed} of {plan.forecast.layers} layers recomputed"
+    if not gpu:
+        return f"{found}; no GPU here to compare with"
+    if plan.forecast.peak > memory:
+        raise ProcessError(f"{found}, {memory / GIB:.2f} GiB may be used here; lower training.max_tokens_per_batch, or set both to auto")
+    return f"{found}, of {memory / GIB:.2f} GiB that may be used here"
 
 
 def check_rendezvous(facts: dict, arguments: argparse.Namespace) -> str:
@@ -252,7 +269,7 @@ def take_two_steps(config: Config, facts: dict) -> str:
     import transformers
     from transformers import AutoModelForCausalLM
 
-    from medqlora.attention import packing_arguments, verify_isolation
+    from medqlora.attention import move_batch, verify_isolation
     from medqlora.config import Model
     from medqlora.losses import AnswerLoss, backbone_of
     from medqlora.models import attach_adapter, load_base, set_checkpointing
@@ -273,23 +290,24 @@ def take_two_steps(config: Config, facts: dict) -> str:
         base, backend = load_base(fake, facts["device"], facts["storage"])
     isolation = verify_isolation(backbone_of(base), backend, vocabulary, 5e-2)
     model = attach_adapter(base, config.lora, config.training.seed)
-    recomputed = set_checkpointing(base, config.training.gradient_checkpointing, facts["device"])
+    mode = config.training.gradient_checkpointing
+    recomputed = set_checkpointing(base, "full" if mode == "auto" else mode)
     trainer = wrap(Strategy("one"), AnswerLoss(model, 64), lambda weights: make_optimizer(config.training, weights), 1.0, facts["dtype"])
     lengths = np.array([len(row) for row in facts["rows"]])
     ids = np.concatenate([np.asarray(row) % vocabulary for row in facts["rows"]])
     table = TokenTable(ids, np.concatenate([[0], lengths.cumsum()]), np.array(facts["prompt_lengths"]), [""] * len(lengths))
     batch = collate(table, np.arange(len(lengths)))
-    tensors = {key: torch.from_numpy(batch[key]).to(facts["device"]) for key in ("input_ids", "position_ids", "predict_at", "targets")}
+    tensors = move_batch(batch, backend, facts["device"])
     losses = []
     for _ in range(2):
         trainer.module.train()
-        loss = trainer(**tensors, **packing_arguments(backend, batch, facts["device"]))
+        loss = trainer(**tensors)
         trainer.backward(loss / len(batch["targets"]))
         norm = trainer.step(config.training.lr)
         losses.append(loss.item() / len(batch["targets"]))
     if not np.isfinite([*losses, norm]).all():
         raise ProcessError(f"two fake layers of this architecture: losses {losses}, gradient norm {norm}; report this with the recipe")
-    return f"losses {losses[0]:.3f}, {losses[1]:.3f}; attention {backend} isolates rows (error {isolation:.0e}); recomputation {recomputed}"
+    return f"losses {losses[0]:.3f}, {losses[1]:.3f}; attention {backend} isolates rows (error {isolation:.0e}); {recomputed} of 2 recomputed"
 
 
 def shrink(config):

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import yaml
 
-from medqlora.config import Config, ConfigError, UserError, load_config
+from medqlora.config import ConfigError, UserError, load_config
 from medqlora.models import DTYPES
-from medqlora.packing import derive_accumulation
+from medqlora.packing import describe_batch
 from medqlora.runs import check_run
 from medqlora.strategies import check_strategy, launch_environ, read_strategy
 
@@ -60,9 +60,9 @@ def main() -> None:
     environ = launch_environ(tree)
     dtype = DTYPES.get(config.model.dtype, DTYPES["bfloat16"])  # auto: of the GPUs, which this machine may not have
     check_strategy(read_strategy(environ, ranks), config, dtype, environ)
-    accumulation = derive_accumulation(config.training.global_batch_tokens, config.training.max_tokens_per_batch, ranks)
+    batch = describe_batch(config.training, config.data.max_length, ranks)
     check_run(arguments.output_dir, config, resume=True)
-    note = describe(arguments, config, ranks, accumulation, overrides)
+    note = describe(arguments, ranks, batch, overrides)
     script = fill(arguments).replace("set -euo pipefail\n", f"set -euo pipefail\n{note}", 1)
     if arguments.dry_run:
         print(script, end="")
@@ -96,13 +96,11 @@ def fill(arguments: argparse.Namespace) -> str:
     return "\n".join(lines) + "\n"
 
 
-def describe(arguments: argparse.Namespace, config: Config, ranks: int, accumulation: int, overrides: list[str]) -> str:
+def describe(arguments: argparse.Namespace, ranks: int, batch: str, overrides: list[str]) -> str:
     """What the numbers come to, and the arguments that the template would get on its command line."""
-    training = config.training
     recipe = [str(arguments.accelerate_config), str(arguments.recipe), "--config", str(arguments.config), "--output_dir", str(arguments.output_dir)]
     return (
-        f"# {ranks} processes = {arguments.nodes} node(s) x {arguments.gpus_per_node}; {training.global_batch_tokens:,} tokens per step = "
-        f"{ranks} x {accumulation} micro-batch(es) of {training.max_tokens_per_batch:,}\n"
+        f"# {ranks} processes = {arguments.nodes} node(s) x {arguments.gpus_per_node}; {batch}\n"
         f"export MEDQLORA_PROCESSES_PER_NODE={arguments.gpus_per_node}\n"
         f"set -- {shlex.join(recipe + overrides)}\n"
     )

@@ -46,7 +46,7 @@ class Documents:
 
 def locate_documents(cu_seqlens: torch.Tensor, max_seqlen: int, device: torch.device) -> Documents:
     """Prepare once per batch what every layer needs."""
-    if device.type == "cuda":
+    if device.type in ("cuda", "meta"):
         return Documents(cu_seqlens.to(device, non_blocking=True), max_seqlen)
     starts, lengths = cu_seqlens[:-1].tolist(), cu_seqlens.diff().tolist()
     groups: list[list[int]] = []
@@ -108,7 +108,7 @@ def attend_documents(
         return attend_branches(module, query, key, value, scaling, sliding_window, softcap, documents), None
     if documents is None:
         return attend_rows(query, key, value, attention_mask, scaling, dropout, sliding_window, softcap), None
-    if query.is_cuda:
+    if documents.gather is None:
         from torch.nn.attention.varlen import varlen_attn
 
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [tokens, heads, width]
@@ -250,7 +250,7 @@ def gather_rows(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 def computes_explicitly(query: torch.Tensor, keys: int, softcap: float | None) -> bool:
     """Whether attention is plain matrix products here instead of torch's fused kernel."""
-    return softcap is not None or (query.device.type == "cpu" and query.dtype is not torch.float32 and keys <= SHORT)
+    return softcap is not None or (not query.is_cuda and query.dtype is not torch.float32 and keys <= SHORT)
 
 
 def attend_rows(query, key, value, mask, scaling, dropout, sliding_window, softcap) -> torch.Tensor:
@@ -266,19 +266,26 @@ def attend_rows(query, key, value, mask, scaling, dropout, sliding_window, softc
     windowed = sliding_window is not None and sliding_window < keys
     explicit = computes_explicitly(query, keys, softcap)
     if mask is None and not windowed and not explicit and queries == keys:
-        out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scaling)
-        return out.transpose(1, 2)
+        return attend_fused(query, key, value, None, dropout, scaling).transpose(1, 2)
     if mask is None:
         at = torch.arange(keys, device=query.device)
         distance = at[keys - queries :, None] - at[None]  # [queries, keys]
         mask = (distance >= 0) & (distance < sliding_window) if windowed else distance >= 0
     if not explicit:
-        return F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scaling).transpose(1, 2)
+        return attend_fused(query, key, value, mask, dropout, scaling).transpose(1, 2)
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     weights = F.dropout(scores.masked_fill(~mask, float("-inf")).softmax(-1), dropout)
     return (weights @ value).transpose(1, 2)
+
+
+def attend_fused(query, key, value, mask, dropout, scaling) -> torch.Tensor:
+    """torch's fused attention, causal where there is no mask; shapes as attend_rows, but [rows, heads, queries, width] out."""
+    if query.is_meta:  # a forecast for a CPU: without content torch would take its unfused formula
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return fused(query, key, value, dropout, mask is None, attn_mask=mask, scale=scaling)[0]
+    return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=mask is None, scale=scaling)
 
 
 AttentionInterface.register(DOCUMENTS, attend_documents)
@@ -318,6 +325,14 @@ def packing_arguments(backend: str, batch: dict[str, Any], device: torch.device)
             "cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": longest, "max_length_k": longest,
         }  # fmt: skip
     return {}
+
+
+def move_batch(batch: dict[str, Any], backend: str, device: torch.device) -> dict[str, Any]:
+    """Batch of packing.collate -> arguments of losses.AnswerLoss on the device; to a GPU from pinned memory, without waiting."""
+    tensors = {key: torch.from_numpy(batch[key]) for key in ("input_ids", "position_ids", "predict_at", "targets")}
+    if device.type == "cuda":
+        tensors = {key: tensor.pin_memory().to(device, non_blocking=True) for key, tensor in tensors.items()}
+    return tensors | packing_arguments(backend, batch, device)
 
 
 def find_device(model: torch.nn.Module) -> torch.device:

@@ -121,9 +121,9 @@ class Data(Section):
 
 
 def check_checkpointing(value: str) -> str:
-    if value in ("auto", "none", "full") or re.fullmatch(r"every_[1-9]\d*", value):
+    if value in ("auto", "none", "full") or re.fullmatch(r"(every|first)_[1-9]\d*", value):
         return value
-    raise ValueError("expected auto, none, full or every_K (every K-th layer recomputed, e.g. every_2)")
+    raise ValueError("expected auto, none, full, every_K (every K-th layer recomputed, e.g. every_2) or first_K (the first K layers)")
 
 
 class Training(Section):
@@ -133,8 +133,8 @@ class Training(Section):
     """Stop after this many optimizer steps, whatever epochs says."""
     global_batch_tokens: int = Field(16_384, ge=1)
     """Tokens per optimizer step over all processes; a multiple of max_tokens_per_batch x processes."""
-    max_tokens_per_batch: int = Field(4_096, ge=1)
-    """Tokens per micro-batch on one process; accumulation is derived from the two."""
+    max_tokens_per_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = 4_096
+    """Tokens per micro-batch on one process; accumulation is derived from the two. auto: by forecast, the fastest that fits."""
     lr: float = Field(2e-4, gt=0)
     """Peak learning rate."""
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"
@@ -148,7 +148,7 @@ class Training(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are clipped to this global norm."""
     gradient_checkpointing: Annotated[str, Field()] = "auto"
-    """auto (none on CPU, full on GPU), none, full, or every_K: every K-th layer recomputed in the backward pass."""
+    """Decoder layers recomputed in the backward pass: none, full, every_K (every K-th), first_K; auto: by forecast, the fewest that fit."""
     loss_chunk_tokens: int = Field(1_024, ge=1)
     """Labelled positions whose logits exist at one time."""
     eval_steps: int | None = Field(None, ge=1)
@@ -176,7 +176,7 @@ class Config(Section):
     @model_validator(mode="after")
     def check_budgets(self) -> Config:
         data, training = self.data, self.training
-        if data.max_length > training.max_tokens_per_batch:
+        if training.max_tokens_per_batch != "auto" and data.max_length > training.max_tokens_per_batch:
             raise ValueError(
                 f"data.max_length {data.max_length} is over training.max_tokens_per_batch "
                 f"{training.max_tokens_per_batch}: a row must fit a micro-batch; lower the first or raise the second"
@@ -190,6 +190,11 @@ class Config(Section):
         ):
             raise ValueError("data.train: shares must sum to less than 1, with at least one entry without a share")
         return self
+
+
+def change(config: Config, section: str, **values: Any) -> Config:
+    """The same configuration with some keys of a section replaced; not validated again."""
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
@@ -300,7 +305,7 @@ def find_line(node: yaml.Node, loc: tuple) -> int:
 def describe(error: ValidationError, locate: typing.Callable[[tuple], str]) -> str:
     """First problem of a pydantic error as one line."""
     problem = error.errors()[0]
-    loc = tuple(part for part in problem["loc"] if isinstance(part, int) or not re.search(r"[\[\s]|^literal|^list|^str$", part))
+    loc = tuple(part for part in problem["loc"] if isinstance(part, int) or not re.search(r"[\[\s]|^literal|^list|^str$|^constrained-", part))
     name = ".".join(map(str, loc))
     if problem["type"] == "extra_forbidden":
         valid = list(section_fields(loc[:-1]))

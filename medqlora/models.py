@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import types
@@ -126,12 +127,69 @@ def load_base(model: Model, device: torch.device, storage: torch.dtype = torch.u
         if str(error).strip("'") not in IMPLEMENTATIONS.values():
             raise
         raise ModelError(f"model {model.base}: its attention cannot be replaced by {backend}; use attention sdpa") from None
-    loaded.requires_grad_(False)
-    if model.upcast_embeddings:
-        for embedding in (loaded.get_input_embeddings(), loaded.get_output_embeddings()):
-            embedding.to(torch.float32)
-    keep_quantized_layout(loaded)
+    freeze(loaded, model)
     return loaded, backend
+
+
+def freeze(base: torch.nn.Module, model: Model) -> None:
+    base.requires_grad_(False)
+    if model.upcast_embeddings:
+        for embedding in (base.get_input_embeddings(), base.get_output_embeddings()):
+            embedding.to(torch.float32)
+    keep_quantized_layout(base)
+    if model.quantization == "int8":  # it would say of every product that the input is cast to float16
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+
+def make_base(architecture: PretrainedConfig, model: Model, device: torch.device, dtype: torch.dtype, storage: torch.dtype = torch.uint8) -> torch.nn.Module:
+    """A base as load_base gives it, with random weights: memory and speed depend on shapes alone. Tensors are made one at a time
+    on `device`; on torch.device("meta") they have no content.
+
+    Raises:
+        ModelError: an architecture that transformers has no causal language model for.
+    """
+    try:
+        with init_empty_weights(include_buffers=False):
+            base = AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation=IMPLEMENTATIONS["varlen"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"architecture {architecture.model_type}: cannot be built: {' '.join(str(error).split())[:200]}") from None
+    head = base.get_output_embeddings()
+    for module in list(base.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is torch.nn.Linear and child is not head and model.quantization != "none":
+                setattr(module, name, quantize_linear(child, model, device, dtype, storage))
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta and device.type != "meta":
+                value = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                setattr(module, name, torch.nn.Parameter(value.normal_(std=0.02) if value.dim() > 1 else value.fill_(1)))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module.register_buffer(name, buffer.to(device), persistent=name not in module._non_persistent_buffers_set)
+    base.tie_weights()
+    base.is_loaded_in_4bit, base.is_loaded_in_8bit = model.quantization in ("nf4", "fp4"), model.quantization == "int8"
+    freeze(base, model)
+    return base.eval()
+
+
+def quantize_linear(linear: torch.nn.Linear, model: Model, device: torch.device, dtype: torch.dtype, storage: torch.dtype) -> torch.nn.Module:
+    """The bitsandbytes layer that transformers would put in this layer's place, with random weights."""
+    import bitsandbytes
+
+    # kept for all later layers, real ones too: on the meta device, where the first might lie, it would have no content
+    bitsandbytes.functional.name2qmap.setdefault("dynamic", bitsandbytes.functional.create_dynamic_map())
+    weight = torch.empty(linear.weight.shape, dtype=dtype, device=device)
+    if device.type != "meta":
+        weight.normal_(std=0.02)
+    sizes = {"input_features": linear.in_features, "output_features": linear.out_features, "bias": linear.bias is not None, "device": device}
+    if model.quantization == "int8":
+        made = bitsandbytes.nn.Linear8bitLt(**sizes, has_fp16_weights=False)
+        made.weight = bitsandbytes.nn.Int8Params(weight, requires_grad=False)._quantize(device)
+    else:
+        given = {"compress_statistics": model.double_quantization, "quant_type": model.quantization, "quant_storage": storage}
+        made = bitsandbytes.nn.Linear4bit(**sizes, compute_dtype=dtype, **given)
+        made.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, module=made, **given)._quantize(device)
+    if linear.bias is not None:
+        made.bias = torch.nn.Parameter(torch.zeros(linear.out_features, dtype=dtype, device=device), requires_grad=False)
+    return made
 
 
 def quantization_config(model: Model, dtype: torch.dtype, storage: torch.dtype) -> BitsAndBytesConfig | None:
@@ -236,18 +294,17 @@ def forward_lean(layer: LoraLayer, x: torch.Tensor, *args: Any, **kwargs: Any) -
     return torch.addmm(flat, narrow, up.t(), alpha=layer.scaling[name]).view(result.shape)
 
 
-def set_checkpointing(model: torch.nn.Module, mode: str, device: torch.device) -> str:
-    """Recompute no, all, or every k-th decoder layer in the backward pass; -> the mode, "auto" resolved."""
-    if mode == "auto":
-        mode = "full" if device.type == "cuda" else "none"
+def set_checkpointing(model: torch.nn.Module, mode: str) -> int:
+    """Recompute no, all, every k-th or the first k decoder layers in the backward pass (mode: training.gradient_checkpointing,
+    not auto, which memory.plan_step decides); -> how many."""
     if mode == "none":
-        return mode
+        return 0
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    every = 1 if mode == "full" else int(mode.removeprefix("every_"))
+    kind, _, count = mode.partition("_")
     layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing") and hasattr(module, "_gradient_checkpointing_func") and not hasattr(module, "layers")]  # fmt: skip
     for number, layer in enumerate(layers):
-        layer.gradient_checkpointing = number % every == 0
-    return mode
+        layer.gradient_checkpointing = {"full": True, "every": number % int(count or 1) == 0, "first": number < int(count or 0)}[kind]
+    return sum(layer.gradient_checkpointing for layer in layers)
 
 
 def adapter_weights(model: PeftModel, values: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
@@ -349,8 +406,10 @@ def architecture_hash(config: PretrainedConfig) -> str:
 
 
 def save_adapter(folder: Path, model: PeftModel, card: dict[str, Any], weights: dict[str, torch.Tensor] | None = None) -> None:
-    """Write a PEFT adapter (weights: of adapter_weights, default the model's own) with its card (see read_adapter_card). Each file is replaced whole; the card holds the weights'
-    hash, so that a kill between two files is seen when the adapter is read.
+    """Write a PEFT adapter with its card (see read_adapter_card). Each file is replaced whole; the card holds the weights' hash,
+    so that a kill between two files is seen when the adapter is read.
+
+    weights: of adapter_weights; default the model's own.
 
     Raises:
         ModelError: the disk refused.

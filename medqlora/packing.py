@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from medqlora.config import UserError
+from medqlora.config import Training, UserError
 from medqlora.tokens import TokenTable
 
 WELL_FILLED = 0.98  # bins below this are reopened with the next window, so that only an epoch's last bins stay underfull
@@ -143,6 +143,34 @@ def derive_accumulation(global_batch_tokens: int, max_tokens_per_batch: int, ran
     return global_batch_tokens // per_round
 
 
+def list_budgets(training: Training, longest: int, ranks: int) -> list[int]:
+    """What training.max_tokens_per_batch can be, largest first: the given value, or for auto all that divide the global batch and
+    hold a row of `longest` tokens.
+
+    Raises:
+        PlanError: the global batch cannot be divided.
+    """
+    if training.max_tokens_per_batch != "auto":
+        derive_accumulation(training.global_batch_tokens, training.max_tokens_per_batch, ranks)
+        return [training.max_tokens_per_batch]
+    share, rest = divmod(training.global_batch_tokens, ranks)
+    sizes = [share // count for count in range(1, share // longest + 1) if share % count == 0]
+    if rest or not sizes:
+        raise PlanError(
+            f"training.global_batch_tokens {training.global_batch_tokens} on {ranks} process(es) has no micro-batch of data.max_length "
+            f"{longest} tokens or more; give a multiple of {longest * ranks}"
+        )
+    return sizes
+
+
+def describe_batch(training: Training, longest: int, ranks: int) -> str:
+    """The batch arithmetic in words; raises as list_budgets."""
+    sizes = list_budgets(training, longest, ranks)
+    if training.max_tokens_per_batch == "auto":
+        return f"{training.global_batch_tokens:,} tokens per step = {ranks} processes x micro-batches of {sizes[-1]:,} to {sizes[0]:,}, by forecast"
+    return f"{training.global_batch_tokens:,} tokens per step = {ranks} x {training.global_batch_tokens // (ranks * sizes[0])} micro-batch(es) of {sizes[0]:,}"
+
+
 def make_plan(
     lengths: np.ndarray, *, capacity: int, global_tokens: int, ranks: int = 1, epochs: float = 1.0,
     max_steps: int | None = None, repeats: np.ndarray | None = None, window: int = 32_768, seed: int = 0, packing: bool = True,
@@ -232,6 +260,13 @@ def cap_batches(lengths: np.ndarray, batches: list[np.ndarray], budget: int) -> 
             )
         capped += [rows] if tokens <= budget else level(lengths, rows, -(-tokens // budget), budget)
     return capped
+
+
+def most_supervised(table: TokenTable, tokens: int) -> int:
+    """No micro-batch of so many tokens has more supervised ones: those of the densest rows that fill it."""
+    order = np.argsort(-table.supervised / table.lengths, kind="stable")
+    filled = np.cumsum(table.lengths[order])
+    return int(table.supervised[order[: int(np.searchsorted(filled, tokens)) + 1]].sum())
 
 
 def collate(table: TokenTable, rows: np.ndarray) -> dict[str, np.ndarray | int]:

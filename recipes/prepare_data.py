@@ -10,8 +10,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from medqlora.config import UserError, help_text, load_config
+from medqlora.config import UserError, change, help_text, load_config
 from medqlora.models import load_tokenizer
+from medqlora.packing import list_budgets
 from medqlora.preparation import count_reasons, prepare, prepare_plan
 from medqlora.runs import write_json_lines
 from medqlora.tokens import make_encoder
@@ -31,6 +32,8 @@ def main() -> None:
     config = load_config(arguments.config, overrides)
     tokenizer = load_tokenizer(config.model.base, config.model.revision, config.model.trust_remote_code)
     prepared = prepare(config, make_encoder(tokenizer, config.data.prompt_style, config.data.completion))
+    budget = list_budgets(config.training, config.data.max_length, arguments.processes)[0]  # for auto the largest
+    config = change(config, "training", max_tokens_per_batch=budget)
     plan, _ = prepare_plan(config, prepared, arguments.processes)
     for source in prepared.mixture:
         console.print(
@@ -46,7 +49,7 @@ def main() -> None:
     supervised = int((table.lengths - table.prompt_lengths).sum())
     console.print(
         f"{len(table.lengths):,} rows of {table.lengths.mean():.0f} tokens (longest {table.lengths.max()}), {supervised:,} supervised; "
-        f"{len(plan):,} steps, {bins:,} micro-batches, {placed / (bins * config.training.max_tokens_per_batch):.2%} filled"
+        f"{len(plan):,} steps, {bins:,} micro-batches, {placed / (bins * budget):.2%} filled"
     )
     for row in range(min(arguments.show, len(table.lengths))):
         ids = table.ids[table.offsets[row] : table.offsets[row + 1]].tolist()

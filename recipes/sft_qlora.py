@@ -9,6 +9,7 @@ Reads top to bottom: check everything, prepare rows, load, score, train, score a
 
 import argparse
 import contextlib
+import json
 import math
 import os
 import signal
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import transformers
 from accelerate import Accelerator
@@ -33,11 +35,12 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from medqlora import runs
-from medqlora.attention import packing_arguments, verify_isolation
+from medqlora.attention import move_batch, verify_isolation
 from medqlora.checkpoints import Checkpoint, load_newest, save_checkpoint
-from medqlora.config import Config, UserError, help_text, load_config
+from medqlora.config import Config, UserError, change, help_text, load_config
 from medqlora.engines.hf import HfEngine
 from medqlora.losses import AnswerLoss, backbone_of, count_chunks
+from medqlora.memory import MARGIN, Setting, plan_step, usable
 from medqlora.metrics import compare_paired, score_predictions
 from medqlora.models import (
     adapter_weights,
@@ -58,7 +61,7 @@ from medqlora.models import (
     set_checkpointing,
 )  # fmt: skip
 from medqlora.optimizers import learning_rate, make_optimizer
-from medqlora.packing import Plan, cap_batches, collate, derive_accumulation, fit_bins
+from medqlora.packing import Plan, cap_batches, collate, derive_accumulation, fit_bins, list_budgets, most_supervised
 from medqlora.predictions import collect_rows
 from medqlora.preparation import Prepared, count_reasons, load_plan, load_prepared, prepare, prepare_plan, save_prepared
 from medqlora.processes import AgreedError, ProcessError, check_versions, gather, share_once, start_processes, together
@@ -130,7 +133,7 @@ class Run:
     memory_bytes: dict[str, int]
     encoder: Encoder
     sizes: tuple[int, int]  # parameters of the base, of the adapter
-    accumulation: int
+    architecture: transformers.PretrainedConfig
     prepared: Prepared | None = None
     plan: Plan | None = None
     checkpoint: Checkpoint | None = None
@@ -171,7 +174,7 @@ def start(config: Config, output_dir: Path, resume: bool) -> Run:
         check_strategy(strategy, config, dtype, os.environ)
         model_config = read_model_config(config.model.base, config.model.revision, config.model.trust_remote_code)
         check_length(model_config, config.data.max_length)
-        accumulation = derive_accumulation(config.training.global_batch_tokens, config.training.max_tokens_per_batch, strategy.ranks)
+        list_budgets(config.training, config.data.max_length, strategy.ranks)  # raises where the global batch cannot be divided
         sizes = count_parameters(model_config, config.lora)
         tokenizer = load_tokenizer(config.model.base, config.model.revision, config.model.trust_remote_code)
         encoder = make_encoder(tokenizer, config.data.prompt_style, config.data.completion)
@@ -183,7 +186,7 @@ def start(config: Config, output_dir: Path, resume: bool) -> Run:
             # 4 bytes for the weight and 8 for AdamW's moments, for the kept checkpoints and the one being written
             runs.check_disk(output_dir, 12 * sizes[1] * (config.training.keep_checkpoints + 2), "adapter and checkpoints")
     memory = runs.MemoryMeter(cuda=kind.type == "cuda")
-    return Run(config, output_dir, resume, accelerator, strategy, dtype, memory, {"before": memory.now()}, encoder, sizes, accumulation)
+    return Run(config, output_dir, resume, accelerator, strategy, dtype, memory, {"before": memory.now()}, encoder, sizes, model_config)
 
 
 def was_restarted(environ: Mapping[str, str]) -> bool:
@@ -192,17 +195,22 @@ def was_restarted(environ: Mapping[str, str]) -> bool:
 
 
 def prepare_once(run: Run) -> None:
-    """Rank 0 reads, cleans, tokenizes and plans; the others map what it wrote. Then the run folder is opened."""
+    """Rank 0 reads, cleans, tokenizes, decides what the configuration leaves to a forecast, and plans; the others map what it
+    wrote. Then the run folder is opened."""
     config, data = run.config, run.config.data
+    memory = min(gather(available_memory(run.device)))  # of the fullest GPU
 
-    def work(report: Callable[[str], None]) -> dict[str, str]:
+    def work(report: Callable[[str], None]) -> dict[str, Any]:
         run.prepared = prepare(config, run.encoder, report)
+        report("forecasting")
+        decided = decide_step(run, memory)
         report("planning")
-        run.plan, name = prepare_plan(config, run.prepared, run.strategy.ranks)
-        return {"prepared": save_prepared(data, run.prepared) if run.strategy.ranks > 1 else "", "plan": name}
+        run.plan, name = prepare_plan(apply_step(config, decided), run.prepared, run.strategy.ranks)
+        return {"prepared": save_prepared(data, run.prepared) if run.strategy.ranks > 1 else "", "plan": name, "step": decided}
 
     show = console.print if run.accelerator.is_local_main_process else lambda text: None
     shared = share_once(Path(data.cache_dir).expanduser(), work, show)
+    run.config, run.facts["step_plan"] = apply_step(config, shared["step"]), shared["step"]
     with together():
         if run.rank == 0:
             runs.open_run(run.output_dir, config)
@@ -218,7 +226,36 @@ def prepare_once(run: Run) -> None:
     if run.rank == 0:
         for warning in damaged:
             console.print(f"[yellow]warning: {warning}")
-        show_data(run.prepared, run.plan, run.accumulation, run.output_dir)
+        show_data(run)
+        if "predicted_peak_bytes" in shared["step"]:
+            show_step(shared["step"])
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that this process may use for training: what is free on its GPU, or its share of the machine's free memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * (1 - MARGIN))
+    return usable(psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE") or 1), device)
+
+
+def decide_step(run: Run, memory: int) -> dict[str, Any]:
+    """Micro-batch and recomputation by forecast, where the configuration says auto; a resumed run keeps what it began with."""
+    training, saved = run.config.training, run.output_dir / "environment.json"
+    if run.resume and saved.is_file():
+        return json.loads(saved.read_text(encoding="utf-8"))["step_plan"]
+    if "auto" not in (training.max_tokens_per_batch, training.gradient_checkpointing):
+        return {"max_tokens_per_batch": training.max_tokens_per_batch, "gradient_checkpointing": training.gradient_checkpointing}
+    storage = choose_storage(run.strategy, run.config.model.quantization, run.dtype)
+    setting = Setting(run.device, run.dtype, storage, run.strategy, memory)
+    found = plan_step(run.config, run.architecture, setting, lambda tokens: most_supervised(run.prepared.train, tokens))
+    return {
+        "max_tokens_per_batch": found.tokens, "gradient_checkpointing": found.checkpointing, "predicted_peak_bytes": found.forecast.peak,
+        "memory_bytes": memory, "layers": found.forecast.layers, "recomputed_layers": found.forecast.recomputed,
+    }  # fmt: skip
+
+
+def apply_step(config: Config, decided: dict[str, Any]) -> Config:
+    return change(config, "training", max_tokens_per_batch=decided["max_tokens_per_batch"], gradient_checkpointing=decided["gradient_checkpointing"])
 
 
 # ---- load ----------------------------------------------------------------------------------------------------------------
@@ -238,7 +275,7 @@ def load(run: Run) -> None:
         vocabulary = base.config.get_text_config().vocab_size
         isolation = verify_isolation(backbone_of(base), run.backend, vocabulary, ISOLATION_TOLERANCE[run.dtype])
         run.model = attach_adapter(base, config.lora, training.seed)
-        recomputed = set_checkpointing(base, training.gradient_checkpointing, run.device)
+        recomputed = set_checkpointing(base, training.gradient_checkpointing)
         run.loss_model = AnswerLoss(run.model, training.loss_chunk_tokens)
         if run.checkpoint is not None:
             restore_adapter(run.model, run.checkpoint.adapter)
@@ -252,12 +289,12 @@ def load(run: Run) -> None:
     }  # fmt: skip
     run.facts |= runs.describe_environment() | {"seed": training.seed, **run.prepared.hashes}
     run.facts |= {"base": run.card, "processes": run.strategy.ranks, "strategy": run.strategy.name, "attention": run.backend}
-    run.facts |= {"gradient_checkpointing": recomputed, "isolation_error": isolation, "trainable_parameters": run.sizes[1]}
+    run.facts |= {"recomputed_layers": recomputed, "isolation_error": isolation, "trainable_parameters": run.sizes[1]}
     run.facts |= {"mixture": run.prepared.mixture, "storage": str(storage).removeprefix("torch.")}
     if run.rank == 0:
         console.print(
             f"{config.model.base}: {config.model.quantization}, {run.card['dtype']}, {run.sizes[1]:,} trainable beside {run.sizes[0]:,} frozen "
-            f"parameters; attention {run.backend} isolates packed rows (error {isolation:.0e}); recomputation {recomputed}; {run.device}"
+            f"parameters; attention {run.backend} isolates packed rows (error {isolation:.0e}); {recomputed} layers recomputed; {run.device}"
         )
 
 
@@ -306,7 +343,7 @@ def choose_probe(run: Run) -> tuple[dict[str, Any], int]:
     mine = rows[run.rank % len(rows)]
     shown = [rows[rank % len(rows)] for rank in range(run.strategy.ranks)]
     targets = int(table.supervised[shown].sum())
-    return move(collate(table, np.array([mine])), run.backend, run.device) | share_chunks(run, table, [[row] for row in shown]), targets
+    return move_batch(collate(table, np.array([mine])), run.backend, run.device) | share_chunks(run, table, [[row] for row in shown]), targets
 
 
 def share_chunks(run: Run, table: TokenTable, batches: list) -> dict[str, int]:
@@ -347,7 +384,7 @@ def train(run: Run) -> int:
                 try:
                     losses = []
                     for number, rows in enumerate(batches):
-                        batch = move(collate(prepared.train, rows), run.backend, device)
+                        batch = move_batch(collate(prepared.train, rows), run.backend, device)
                         if run.strategy.sharded:
                             batch |= share_chunks(run, prepared.train, plan.round(step, number, ranks))
                         # each micro-batch of the plan has its own dropout, whoever computes it: no state to resume
@@ -483,14 +520,6 @@ class TrainingError(UserError):
     """Training cannot go on."""
 
 
-def move(batch: dict, backend: str, device: torch.device) -> dict:
-    """Numpy batch of packing.collate -> arguments of AnswerLoss on the device."""
-    tensors = {key: torch.from_numpy(batch[key]) for key in ("input_ids", "position_ids", "predict_at", "targets")}
-    if device.type == "cuda":
-        tensors = {key: tensor.pin_memory().to(device, non_blocking=True) for key, tensor in tensors.items()}
-    return tensors | packing_arguments(backend, batch, device)
-
-
 @torch.no_grad()
 def evaluate(run: Run, budget: int) -> float:
     """Mean loss per supervised token over the whole evaluation set."""
@@ -500,7 +529,7 @@ def evaluate(run: Run, budget: int) -> float:
     bins = fit_bins(table.lengths, max(budget, int(table.lengths.max())))
     for first in range(0, len(bins), ranks):  # a divided model needs every rank each time: those left over repeat the last batch
         index = first + rank
-        batch = move(collate(table, bins[min(index, len(bins) - 1)]), run.backend, run.device)
+        batch = move_batch(collate(table, bins[min(index, len(bins) - 1)]), run.backend, run.device)
         loss = run.trainer(**batch, **share_chunks(run, table, bins[first : first + ranks]))
         total += loss if index < len(bins) else 0
     if ranks > 1:
@@ -516,7 +545,7 @@ def describe_non_finite(run: Run, batches: list, losses: list, step: int) -> str
     suspects = [row for rows, loss in zip(batches, losses, strict=True) if not torch.isfinite(loss) for row in rows]
     guilty = []
     if not run.strategy.sharded:
-        guilty = [r for r in suspects if not torch.isfinite(run.loss_model(**move(collate(table, [r]), run.backend, run.device)))]
+        guilty = [r for r in suspects if not torch.isfinite(run.loss_model(**move_batch(collate(table, [r]), run.backend, run.device)))]
     everyone = [(kind, names) for kind, names in gather((bool(guilty), [table.names[row] for row in guilty or suspects])) if names]
     sure = [(kind, names) for kind, names in everyone if kind] or everyone
     names = ", ".join([name for _, names in sure for name in names][:10])
@@ -554,7 +583,9 @@ def make_progress(disable: bool) -> Progress:
     return Progress(*columns, console=console, disable=disable or not console.is_terminal)
 
 
-def show_data(prepared, plan, accumulation: int, output_dir: Path) -> None:
+def show_data(run: Run) -> None:
+    prepared, training = run.prepared, run.config.training
+    accumulation = derive_accumulation(training.global_batch_tokens, training.max_tokens_per_batch, run.strategy.ranks)
     table = Table(title="training data", title_justify="left")
     for column in ("entry", "rows", "rows per epoch", "share of rows", "share of tokens"):
         table.add_column(column, justify="left" if column == "entry" else "right")
@@ -563,10 +594,17 @@ def show_data(prepared, plan, accumulation: int, output_dir: Path) -> None:
         table.add_row(name, f"{source['rows']:,}", f"{source['rows_per_epoch']:,}", f"{source['row_share']:.1%}", f"{source['token_share']:.1%}")
     console.print(table)
     for reason, count in count_reasons(prepared.removals).items():
-        console.print(f"removed {count:,}: {reason} (listed in {output_dir / 'removed.jsonl'})")
+        console.print(f"removed {count:,}: {reason} (listed in {run.output_dir / 'removed.jsonl'})")
     console.print(
-        f"{len(plan):,} steps of {accumulation} micro-batch(es) per process; "
+        f"{len(run.plan):,} steps of {accumulation} micro-batch(es) per process; "
         f"{len(prepared.eval.lengths) if prepared.eval else 0:,} rows for the evaluation loss, {len(prepared.test):,} test questions"
+    )
+
+
+def show_step(decided: dict[str, Any]) -> None:
+    console.print(
+        f"micro-batches of {decided['max_tokens_per_batch']:,} tokens, {decided['recomputed_layers']} of {decided['layers']} layers recomputed: predicted peak "
+        f"{decided['predicted_peak_bytes'] / 2**30:.2f} GiB of {decided['memory_bytes'] / 2**30:.2f} GiB that may be used"
     )
 
 

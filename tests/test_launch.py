@@ -66,7 +66,7 @@ def test_preflight_of_published_architectures_without_their_weights(tmp_path, na
                      "--training.max_tokens_per_batch", "8192", config=config, accelerate=tmp_path / "fsdp2.yaml")  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert time.perf_counter() - began < 20
-    assert "65,536 tokens = 8 x 1 x 8,192" in done.stdout
+    assert "65,536 tokens per step = 8 x 1 micro-batch(es) of 8,192" in done.stdout
     assert "isolates rows" in done.stdout
 
 

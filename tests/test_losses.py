@@ -62,7 +62,7 @@ def test_packed_equals_separate(architecture, recompute):
     expected = sum(plain_loss(reference, table, row) for row in range(9))
     expected.backward()
     packed = adapted(architecture, DOCUMENTS).train()
-    set_checkpointing(packed.get_base_model(), recompute, CPU)
+    set_checkpointing(packed.get_base_model(), recompute)
     loss = AnswerLoss(packed, chunk=16)(**make_batch(table, range(9), "varlen"))
     loss.backward()
     assert abs(loss.item() / expected.item() - 1) < 1e-5

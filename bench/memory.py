@@ -1,0 +1,347 @@
+"""Does it fit? Memory of a training step, predicted without weights, GPU or network, and measured beside it.
+
+    python bench/memory.py --config recipes/configs/llama3-8b_medmcqa.yaml                       # what a step needs, and for what
+    python bench/memory.py --config recipes/configs/llama3-8b_medmcqa.yaml --fit 8GiB            # what fits, and the YAML for it
+    python bench/memory.py --config recipes/configs/llama3-8b_medmcqa.yaml --gpus 8 --strategy fsdp
+    python bench/memory.py --config recipes/configs/qwen2.5-3b_8gb.yaml --serve 4096             # weights and keys/values for serving
+    python bench/memory.py --config recipes/configs/demo.yaml --measure --plot memory.png        # real steps beside the prediction
+
+Any key of a recipe can be given as --section.key VALUE. A shape that is not shipped in bench/architectures: --model.base FILE, a
+config.json of transformers. What the forecast follows and what it assumes stands in medqlora/memory.py.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import psutil
+import torch
+import transformers
+import yaml
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig
+
+from medqlora.config import Config, ConfigError, UserError, change, load_config
+from medqlora.memory import (
+    CONTEXT,
+    GIB,
+    MARGIN,
+    ForecastError,
+    Setting,
+    StepPlan,
+    assume_labelled,
+    forecast_plan,
+    forecast_serving,
+    longest_sequence,
+    make_batch,
+    parse_size,
+    plan_step,
+    read_architecture,
+    usable,
+)  # fmt: skip
+from medqlora.models import DTYPES, choose_dtype
+from medqlora.packing import list_budgets, make_plan
+from medqlora.runs import check_new, describe_environment, write_json
+from medqlora.strategies import Strategy, choose_storage
+from medqlora.trials import Trial, make_table
+
+ARCHITECTURES = Path(__file__).parent / "architectures"
+STRATEGIES = {"ddp": "ddp", "zero1": "zero1", "zero2": "zero2", "zero3": "zero3", "fsdp": "fsdp2"}
+SEQUENCES = 32  # answered side by side, in the forecast for serving
+console = Console(highlight=False, soft_wrap=True)
+
+
+def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="recipe YAML")
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="what the step runs on; it need not be here (default: cuda; with --measure, what is here)")
+    parser.add_argument("--gpus", type=int, default=1, help="processes that train together (default 1)")
+    parser.add_argument("--strategy", choices=list(STRATEGIES), default="ddp", help="with --gpus: how they share (default ddp)")
+    parser.add_argument("--supervised", type=int, help="supervised tokens of a micro-batch (default: assumed from data.completion, and said)")
+    parser.add_argument("--fit", metavar="SIZE", help="memory of the card, e.g. 8GiB: search what fits and print the YAML to use")
+    parser.add_argument("--serve", type=int, metavar="TOKENS", help="forecast of serving: weights, and keys and values of sequences this long")
+    parser.add_argument("--measure", action="store_true", help="train real steps (random weights where the base's are not in a folder) and compare")
+    parser.add_argument("--steps", type=int, default=3, help="with --measure: optimizer steps (default 3)")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--plot", type=Path, help="with --measure: picture of memory over time (.png or .svg; needs matplotlib)")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_known_args()
+
+
+def main() -> None:
+    arguments, overrides = parse_arguments()
+    warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()
+    config = load_config(arguments.config, overrides)
+    if arguments.worker:
+        measure_here(config, arguments)
+        return
+    check_arguments(arguments)
+    began = time.perf_counter()
+    architecture = read_architecture(config.model.base, ARCHITECTURES, config.model.revision)
+    setting = read_setting(config, arguments)
+    if arguments.serve:
+        found = serve(config, architecture, setting, arguments)
+    elif arguments.fit:
+        found = fit(config, architecture, setting, arguments)
+    else:
+        found = predict(config, architecture, setting, arguments)
+    found["seconds"] = time.perf_counter() - began
+    console.print(f"{found['seconds']:.1f} s")
+    if arguments.measure:
+        found |= measure(found, arguments, overrides)
+    if arguments.json:
+        write_json(arguments.json, found | {"command": ["bench/memory.py", *sys.argv[1:]], "environment": describe_environment()})
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    for flag in ("json", "plot"):
+        check_new(getattr(arguments, flag), f"--{flag}")
+    if arguments.gpus < 1 or arguments.steps < 1:
+        raise ConfigError(f"--gpus {arguments.gpus}, --steps {arguments.steps}: expected 1 or more")
+    if arguments.measure and (arguments.gpus > 1 or arguments.fit or arguments.serve):
+        raise ConfigError("--measure is of one process and a given step; leave out --gpus, --fit and --serve")
+    if arguments.plot and not arguments.measure:
+        raise ConfigError("--plot shows measured memory; give --measure")
+    if arguments.plot:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            raise ConfigError("--plot needs matplotlib; pip install 'medqlora[bench]', or leave it out") from None
+
+
+def read_setting(config: Config, arguments: argparse.Namespace) -> Setting:
+    """Where the step is to run. Memory: of --fit, else without bound."""
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(arguments.device or (here if arguments.measure else "cuda"))
+    if arguments.measure and device.type != here:
+        raise ConfigError(f"--measure --device {device}: this machine trains on {here}; leave out --device, or --measure")
+    live = device.type == here and (arguments.measure or device.type == "cpu")
+    dtype = choose_dtype(config.model.dtype, device) if live else DTYPES.get(config.model.dtype, torch.bfloat16)
+    strategy = Strategy(STRATEGIES[arguments.strategy] if arguments.gpus > 1 else "one", arguments.gpus)
+    memory = usable(parse_size(arguments.fit), device) if arguments.fit else sys.maxsize
+    return Setting(device, dtype, choose_storage(strategy, config.model.quantization, dtype), strategy, memory)
+
+
+def labelled_of(config: Config, arguments: argparse.Namespace):
+    return lambda tokens: arguments.supervised or assume_labelled(config, tokens)
+
+
+# ---- prediction --------------------------------------------------------------------------------------------------------
+
+
+def predict(config: Config, architecture, setting: Setting, arguments: argparse.Namespace) -> dict:
+    """The step that the recipe describes; where it says auto and no card is named, the smallest: every layer recomputed."""
+    training = config.training
+    mode = "full" if training.gradient_checkpointing == "auto" else training.gradient_checkpointing
+    tokens = list_budgets(training, config.data.max_length, setting.strategy.ranks)[-1]
+    plan = forecast_plan(config, architecture, setting, tokens, mode, labelled_of(config, arguments)(tokens))
+    console.print(f"[bold]{config.model.base}[/]: {describe(config, setting, plan, arguments)}")
+    if "auto" in (training.gradient_checkpointing, training.max_tokens_per_batch):
+        console.print("the recipe says auto: this is the least that it needs; --fit SIZE shows what it would choose on a card")
+    show(plan, setting)
+    return collect(plan, setting)
+
+
+def describe(config: Config, setting: Setting, plan: StepPlan, arguments: argparse.Namespace) -> str:
+    labelled = labelled_of(config, arguments)(plan.tokens)
+    assumed = "" if arguments.supervised else " (assumed)"
+    share = f", {setting.strategy.name} on {setting.strategy.ranks} GPUs" if setting.strategy.ranks > 1 else ""
+    return (
+        f"{config.model.quantization}, {setting.dtype}, LoRA r={config.lora.r} ({plan.forecast.trainable:,} trainable), {config.training.optimizer}; "
+        f"{plan.tokens:,} tokens per micro-batch in rows of {config.data.max_length:,}, {labelled:,} supervised{assumed}, {plan.forecast.recomputed} of "
+        f"{plan.forecast.layers} layers recomputed{share}, on {setting.device.type}"
+    )
+
+
+def show(plan: StepPlan, setting: Setting) -> None:
+    forecast = plan.forecast
+    table = Table(title="predicted memory of one process at its peak", title_justify="left")
+    for column, justify in (("", "left"), ("GiB", "right"), ("share", "right")):
+        table.add_column(column, justify=justify)
+    for name, value in sorted(forecast.by_category.items(), key=lambda item: -item[1]):
+        if value >= 2**20:
+            table.add_row(name, f"{value / GIB:.2f}", f"{value / forecast.peak:.0%}")
+    table.add_row("[bold]peak", f"[bold]{forecast.peak / GIB:.2f}", "")
+    if setting.device.type == "cuda":
+        table.add_row("reserved by the allocator", f"{forecast.reserved / GIB:.2f}", "")
+        table.add_row("CUDA context (assumed)", f"{CONTEXT / GIB:.2f}", "")
+        table.add_row(f"card that leaves {MARGIN:.0%} free", f"{(forecast.peak + CONTEXT) / (1 - MARGIN) / GIB:.2f}", "")
+    console.print(table)
+    console.print("peak by phase: " + ", ".join(f"{phase} {value / GIB:.2f}" for phase, value in forecast.by_phase.items()) + " GiB")
+
+
+def collect(plan: StepPlan, setting: Setting) -> dict:
+    forecast = plan.forecast
+    return {
+        "predicted_peak_bytes": forecast.peak, "predicted_reserved_bytes": forecast.reserved, "context_bytes": CONTEXT if setting.device.type == "cuda" else 0,
+        "by_category": forecast.by_category, "by_phase": forecast.by_phase, "loaded_bytes": forecast.loaded, "trainable_parameters": forecast.trainable,
+        "max_tokens_per_batch": plan.tokens, "gradient_checkpointing": plan.checkpointing, "recomputed_layers": forecast.recomputed,
+        "layers": forecast.layers, "device": setting.device.type, "dtype": str(setting.dtype).removeprefix("torch."), "gpus": setting.strategy.ranks,
+        "strategy": setting.strategy.name, "measured_peak_bytes": None, "relative_error": None,
+    }  # fmt: skip
+
+
+def fit(config: Config, architecture, setting: Setting, arguments: argparse.Namespace) -> dict:
+    """What a card of --fit can train: the longest row at all, and the fastest way for the recipe's own rows."""
+    config = change(config, "training", max_tokens_per_batch="auto", gradient_checkpointing="auto")
+    plan = plan_step(config, architecture, setting, labelled_of(config, arguments))
+    console.print(f"[bold]{config.model.base} on a card of {arguments.fit}[/]: {describe(config, setting, plan, arguments)}")
+    show(plan, setting)
+    longest = longest_sequence(config, architecture, setting, labelled_of(config, arguments))
+    console.print(f"longest row that fits, alone with every layer recomputed: {longest:,} tokens")
+    chosen = {"data": {"max_length": config.data.max_length}, "training": {
+        "global_batch_tokens": config.training.global_batch_tokens, "max_tokens_per_batch": plan.tokens, "gradient_checkpointing": plan.checkpointing}}  # fmt: skip
+    console.print("\n# for rows as long as the recipe's\n" + yaml.safe_dump(chosen, sort_keys=False), end="")
+    alone = {"data": {"max_length": longest}, "training": {"global_batch_tokens": longest, "max_tokens_per_batch": longest, "gradient_checkpointing": "full"}}  # fmt: skip
+    console.print("\n# for the longest rows\n" + yaml.safe_dump(alone, sort_keys=False), end="")
+    return collect(plan, setting) | {"longest_row": longest, "usable_bytes": setting.memory}
+
+
+def serve(config: Config, architecture, setting: Setting, arguments: argparse.Namespace) -> dict:
+    """Weights as stored and merged, and the keys and values of sequences of --serve tokens."""
+    merged = change(config, "model", quantization="none")
+    table = Table(title=f"serving {config.model.base}, sequences of {arguments.serve:,} tokens", title_justify="left")
+    for column, justify in (("", "left"), ("weights GiB", "right"), ("one sequence MiB", "right"), (f"{SEQUENCES} sequences GiB", "right"), ("fit", "right")):
+        table.add_column(column, justify=justify)
+    found = {}
+    for name, served in ((config.model.quantization, config), ("merged, 16 bits", merged)):
+        facts = forecast_serving(served, architecture, setting.dtype, arguments.serve)
+        total = facts["weights"] + SEQUENCES * facts["keys_and_values"]
+        fits = (setting.memory - facts["weights"]) // facts["keys_and_values"] if arguments.fit else None
+        table.add_row(name, f"{facts['weights'] / GIB:.2f}", f"{facts['keys_and_values'] / 2**20:.0f}", f"{total / GIB:.2f}", "" if fits is None else f"{max(0, fits):,}")  # fmt: skip
+        found[name] = facts | {"sequences_that_fit": fits}
+    console.print(table)
+    return {"serving": found, "tokens": arguments.serve}
+
+
+# ---- measurement -------------------------------------------------------------------------------------------------------
+
+
+def measure(found: dict, arguments: argparse.Namespace, overrides: list[str]) -> dict:
+    """The same step for real, in a process of its own; -> figures that join the prediction's."""
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder) / "measured.json"
+        given = ["--training.max_tokens_per_batch", str(found["max_tokens_per_batch"]), "--training.gradient_checkpointing", found["gradient_checkpointing"]]
+        flags = ["--config", str(arguments.config), "--steps", str(arguments.steps), "--worker", str(work), *overrides, *given]
+        if arguments.supervised:
+            flags += ["--supervised", str(arguments.supervised)]
+        # glibc would keep freed tensors for itself; like this each goes back to the system, and resident memory is what lives
+        environ = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072"}
+        done = subprocess.run([sys.executable, __file__, *flags], env=environ, stderr=subprocess.PIPE, text=True)
+        if done.returncode or not work.is_file():
+            last = (done.stderr.strip().splitlines() or ["killed, out of memory?"])[-1]
+            raise ForecastError(f"measurement ended with code {done.returncode}: {last}; take fewer tokens, or leave out --measure")
+        measured = json.loads(work.read_text(encoding="utf-8"))
+    error = (found["predicted_peak_bytes"] - measured["peak"]) / measured["peak"]
+    what = "allocated on the GPU" if measured["device"] == "cuda" else "resident, above what the process held before"
+    console.print(f"measured peak {measured['peak'] / GIB:.3f} GiB ({what}), predicted {found['predicted_peak_bytes'] / GIB:.3f} GiB: {error:+.1%}")
+    if arguments.plot:
+        draw(measured["timeline"], found["predicted_peak_bytes"], arguments.plot)
+    return {"measured_peak_bytes": measured["peak"], "relative_error": error} | {key: measured[key] for key in ("timeline", "phases", "random_weights")}
+
+
+def measure_here(config: Config, arguments: argparse.Namespace) -> None:
+    """The worker: load, train --steps steps, and write what memory did."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    architecture = read_architecture(config.model.base, ARCHITECTURES, config.model.revision)
+    weights = any(Path(config.model.base).expanduser().glob("*.safetensors")) if Path(config.model.base).expanduser().is_dir() else False
+    small = AutoConfig.for_model("llama", hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, vocab_size=512)
+    take_steps(Trial(config, small, device), config, 64, 2, 1)  # libraries load and make their buffers
+    meter = Timeline(device)
+    meter.mark("loading")
+    trial = Trial(config, None if weights else architecture, device)
+    meter.mark("training")
+    tokens = config.training.max_tokens_per_batch
+    take_steps(trial, config, tokens, arguments.supervised or assume_labelled(config, tokens), arguments.steps)
+    del trial
+    meter.mark("after")
+    found = meter.finish() | {"device": device.type, "random_weights": not weights}
+    write_json(arguments.worker, found)
+
+
+def take_steps(trial, config: Config, tokens: int, labelled: int, steps: int) -> None:
+    """Optimizer steps on rows as long as they may be, each of as many micro-batches as the recipe's."""
+    training = config.training
+    micro = training.global_batch_tokens // training.max_tokens_per_batch
+    lengths = np.array(make_batch(config, tokens, 1, True).lengths)
+    table = make_table(np.tile(lengths, micro), max(1, -(-labelled // len(lengths))), trial.vocabulary, training.seed)
+    plan = make_plan(table.lengths, capacity=tokens, global_tokens=tokens * micro, epochs=steps, seed=training.seed)
+    for step in range(steps):
+        trial.step(table, plan, step)
+
+
+class Timeline:
+    """Memory of this process over time, sampled by a thread: allocated on a GPU, else resident above the beginning's."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.process, self.began = device, psutil.Process(), time.perf_counter()
+        self.start = self.read()
+        self.points: list[tuple[float, int]] = []
+        self.marks: list[tuple[float, str]] = []
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+        self.thread.start()
+
+    def read(self) -> int:
+        return torch.cuda.memory_allocated() if self.device.type == "cuda" else self.process.memory_info().rss
+
+    def watch(self) -> None:
+        while not self.ended.wait(0.002):
+            self.points.append((time.perf_counter() - self.began, self.read() - self.start))
+
+    def mark(self, phase: str) -> None:
+        self.marks.append((time.perf_counter() - self.began, phase))
+
+    def finish(self) -> dict:
+        time.sleep(0.05)
+        self.ended.set()
+        self.thread.join()
+        training = next(at for at, phase in self.marks if phase == "training")
+        peak = max(value for at, value in self.points if at >= training)
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()  # between two samples too
+        phases = {}
+        for (at, phase), (until, _) in zip(self.marks, [*self.marks[1:], (float("inf"), "")], strict=True):
+            phases[phase] = max((value for when, value in self.points if at <= when < until), default=0)
+        step = max(1, len(self.points) // 2000)
+        return {"peak": peak, "phases": phases, "timeline": {"points": self.points[::step], "marks": self.marks}}
+
+
+def draw(timeline: dict, predicted: int, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 3.5), layout="constrained")
+    axes.fill_between([at for at, _ in timeline["points"]], [value / GIB for _, value in timeline["points"]], alpha=0.3, linewidth=0)
+    axes.plot([at for at, _ in timeline["points"]], [value / GIB for _, value in timeline["points"]], linewidth=1)
+    axes.axhline(predicted / GIB, color="black", linestyle="--", linewidth=1, label="predicted peak")
+    top = axes.get_ylim()[1] * 1.12
+    for at, phase in timeline["marks"]:
+        axes.axvline(at, color="grey", linewidth=0.8)
+        axes.annotate(f" {phase}", (at, top * 0.94), fontsize=9)
+    axes.set(xlabel="seconds", ylabel="memory in GiB", ylim=(0, top), xlim=(0, timeline["points"][-1][0]))
+    axes.legend(loc="center right", frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,562 @@
+"""Config + architecture -> the memory of a training step, without weights and without the hardware.
+
+The recipe's own modules (transformers, PEFT, bitsandbytes, our loss) run on torch's meta device, where tensors have shapes but no
+content, under a dispatch mode that follows every storage from its making to its end. What a kernel allocates inside itself
+is invisible there and is added: the weight that a 4-bit product dequantizes, flash attention's backward buffers, cuBLAS's workspace.
+"""
+
+from __future__ import annotations
+
+import bisect
+import copy
+import json
+import re
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, PretrainedConfig
+
+from medqlora.attention import locate_documents
+from medqlora.config import Config, UserError, change
+from medqlora.losses import AnswerLoss
+from medqlora.models import ModelError, attach_adapter, find_layers, make_base, read_model_config, set_checkpointing
+from medqlora.packing import list_budgets
+from medqlora.strategies import Strategy
+
+MIB, GIB = 2**20, 2**30
+BLOCK = 512  # bytes: CUDA's allocator rounds every tensor up to a multiple (c10/cuda/CUDACachingAllocator.h, kMinBlockSize)
+CUBLAS_WORKSPACE = 32 * MIB  # on Hopper and later; 8.1 MiB before (aten/src/ATen/cuda/CublasHandlePool.cpp)
+CONTEXT = 512 * MIB  # CUDA context, libraries and kernels of one process; an assumption, outside the allocator
+MARGIN = 0.05  # of a card's memory that a plan leaves free, for fragmentation
+META = torch.device("meta")
+CATEGORIES = (
+    "quantized weights", "quantization state", "other base weights", "embeddings and head", "adapters", "gradients", "optimizer",
+    "inputs", "activations", "recomputation", "activation gradients", "logits and loss", "dequantization", "workspace",
+)  # fmt: skip
+OVERHEAD_TOKENS = 250  # see time_per_token
+
+
+class ForecastError(UserError):
+    """A forecast that cannot be made, or a budget that nothing fits."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The micro-batch that a forecast is for.
+
+    lengths: tokens of each packed row; labelled: supervised tokens; accumulated: gradients of earlier micro-batches are there.
+    """
+
+    lengths: tuple[int, ...]
+    labelled: int
+    accumulated: bool = True
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes of one training process. peak: highest sum of live tensors, by_category: at that moment; by_phase: highest of each
+    phase; reserved: what CUDA's caching allocator would hold, replayed; loaded: base and adapter before the first step."""
+
+    peak: int
+    by_category: dict[str, int]
+    by_phase: dict[str, int]
+    reserved: int
+    loaded: int
+    trainable: int
+    layers: int
+    recomputed: int  # layers
+    largest: int = 0  # bytes of the largest part that a sharded base gathers at once
+
+
+class Tracker(TorchDispatchMode):
+    """Follows storages: bytes alive by category, and their highest sum by phase."""
+
+    def __init__(self, vocabulary: int, place: torch.device = META):
+        super().__init__()
+        self.vocabulary, self.place, self.phase = vocabulary, place, "loading"
+        self.alive: dict[int, tuple[weakref.ref, str, int]] = {}  # storage -> (itself, category, bytes)
+        self.now: Counter[str] = Counter()
+        self.total = 0
+        self.peaks: dict[str, tuple[int, dict[str, int]]] = {}
+        self.events: list[tuple[int, int]] = []  # (serial number, bytes or 0 for freed), for the allocator's replay
+        self.serial: dict[int, int] = {}
+
+    def follow(self, tensor: torch.Tensor, category: str) -> None:
+        """Count a tensor's storage under a category, or move it there."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        size = -(-storage.nbytes() // BLOCK) * BLOCK
+        if not size:
+            return
+        known = self.alive.get(key)
+        if known is not None:
+            self.now[known[1]] -= known[2]
+            self.now[category] += known[2]
+            self.alive[key] = (known[0], category, known[2])
+            return
+        self.serial[key] = number = len(self.events)
+        self.alive[key] = (weakref.ref(storage, lambda _: self.forget(key, number)), category, size)
+        self.events.append((number, size))
+        self.now[category] += size
+        self.total += size
+        if self.total > self.peaks.get(self.phase, (0, {}))[0]:
+            self.peaks[self.phase] = (self.total, dict(self.now))
+
+    def forget(self, key: int, number: int) -> None:
+        if self.serial.get(key) == number:
+            _, category, size = self.alive.pop(key)
+            del self.serial[key]
+            self.now[category] -= size
+            self.total -= size
+            self.events.append((number, 0))
+
+    def classify(self, tensor: torch.Tensor) -> str:
+        if tensor.dim() and tensor.shape[-1] == self.vocabulary and tensor.numel() > self.vocabulary:
+            return "logits and loss"
+        if self.phase != "backward":
+            return "activations"
+        return "recomputation" if torch.is_grad_enabled() else "activation gradients"
+
+    def see(self, tree: Any, category: str | None = None) -> None:
+        for tensor in tree if isinstance(tree, (tuple, list)) else [tree]:
+            if isinstance(tensor, torch.Tensor) and tensor.device == self.place and tensor.untyped_storage()._cdata not in self.alive:
+                self.follow(tensor, category or self.classify(tensor))
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        name = function.name()
+        inside = [self.make(shape, dtype, category) for shape, dtype, category in list_inside(name, arguments, keywords or {})]
+        result = function(*arguments, **(keywords or {}))
+        self.see(result, "dequantization" if name.startswith("bitsandbytes::dequantize") else None)
+        del inside
+        return result
+
+    def make(self, shape: tuple[int, ...], dtype: torch.dtype, category: str) -> torch.Tensor:
+        tensor = torch.empty(shape, dtype=dtype, device=META)
+        self.follow(tensor, category)
+        return tensor
+
+
+def list_inside(name: str, arguments: tuple, keywords: dict[str, Any]) -> Iterator[tuple[tuple[int, ...], torch.dtype, str]]:
+    """What kernels allocate while they run, as (shape, dtype, category)."""
+    if name == "bitsandbytes::gemm_4bit":  # bitsandbytes 0.50, backends/cuda/ops.py, _dequant_linear_fallback
+        constants = keywords.get("absmax_8bit")
+        if constants is not None:
+            yield constants.shape, torch.float32, "dequantization"
+            yield constants.shape, torch.float32, "dequantization"
+        yield tuple(arguments[2]), arguments[0].dtype, "dequantization"
+    elif name == "torch_attn::_varlen_attn_backward":  # flash attention 2, csrc/flash_attn/flash_api.cpp, mha_varlen_bwd
+        query, key, documents = arguments[1], arguments[2], arguments[6].numel() - 1
+        tokens, heads, width = query.shape
+        padded, rounded = tokens + 128 * documents, -(-width // 32) * 32
+        yield (padded, heads, rounded), torch.float32, "workspace"  # the query's gradient, accumulated
+        yield (heads, padded), torch.float32, "workspace"
+        if key.shape[1] != heads:  # gradients of key and value of every query head, summed into groups afterwards
+            yield (2, tokens, heads, width), query.dtype, "workspace"
+
+
+# ---- one training step ---------------------------------------------------------------------------------------------------
+
+
+def forecast_step(
+    config: Config, architecture: PretrainedConfig, device: torch.device, dtype: torch.dtype, storage: torch.dtype, batch: Batch, place: torch.device = META
+) -> Forecast:
+    """Memory of one process that trains on batches like `batch`, on one GPU ("cuda") or on a CPU; neither need be there.
+
+    config: with training.gradient_checkpointing decided (not auto); dtype: of computing; storage: of packed 4-bit weights;
+    place: the CPU instead of the meta device takes the step for real, with random weights, and follows its tensors in the same way.
+
+    Raises:
+        ForecastError: an attention backend or an architecture that cannot be followed.
+    """
+    text = architecture.get_text_config()
+    if device.type == "cuda" and config.model.attention == "sdpa":
+        raise ForecastError("model.attention sdpa: its masks depend on the data and cannot be forecast; use auto, or measure")
+    tracker = Tracker(text.vocab_size, place)
+    base = make_base(architecture, config.model, place, dtype, storage)
+    with place:
+        model = attach_adapter(base, config.lora, config.training.seed)
+    recomputed = set_checkpointing(base, config.training.gradient_checkpointing)
+    loss_model = AnswerLoss(model, config.training.loss_chunk_tokens).train()
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    sort_resident(tracker, base, model)
+    loaded = tracker.total
+    states = make_states(config.training.optimizer, device, weights)
+    for state in states:
+        tracker.follow(state, "optimizer")
+    if device.type == "cuda":
+        workspace = tracker.make((CUBLAS_WORKSPACE,), torch.uint8, "workspace")
+    for weight in weights:
+        if batch.accumulated:
+            weight.grad = torch.zeros_like(weight)
+            tracker.follow(weight.grad, "gradients")
+        weight.register_post_accumulate_grad_hook(lambda parameter: tracker.follow(parameter.grad, "gradients"))
+    inputs = make_inputs(batch, device, place)
+    for tensor in inputs.values():
+        tracker.see(tensor if torch.is_tensor(tensor) else [v for v in vars(tensor).values() if torch.is_tensor(v)], "inputs")
+    try:
+        with tracker:
+            tracker.phase = "forward"
+            loss = loss_model(**inputs)
+            tracker.phase = "backward"
+            loss.backward()
+    except (RuntimeError, NotImplementedError, TypeError) as error:  # code that looks into tensors, or an operator without shapes
+        raise ForecastError(
+            f"{architecture.model_type} with {config.model.quantization} cannot be forecast ({' '.join(str(error).split())[:160]}); "
+            "set training.gradient_checkpointing and training.max_tokens_per_batch to values, or measure"
+        ) from None
+    tracker.phase = "optimizer step"
+    tracker.make((0,), torch.uint8, "workspace")
+    tracker.peaks[tracker.phase] = (tracker.total, {})  # in place: AdamW's kernels and the clipping make nothing of size
+    peak, by_category = max(tracker.peaks.values(), key=lambda found: found[0])
+    if device.type == "cuda":
+        del workspace
+    return Forecast(
+        peak, {name: by_category.get(name, 0) for name in CATEGORIES}, {phase: total for phase, (total, _) in tracker.peaks.items()},
+        replay_allocator(tracker.events), loaded, sum(weight.numel() for weight in weights), text.num_hidden_layers, recomputed, measure_units(base),
+    )  # fmt: skip
+
+
+def measure_units(base: torch.nn.Module) -> int:
+    """Bytes of the largest part that is gathered at once where the base is sharded: a decoder layer, the embedding or the head."""
+    parts = [*find_layers(base), base.get_input_embeddings(), base.get_output_embeddings()]
+    return max(sum(parameter.untyped_storage().nbytes() for parameter in part.parameters()) for part in parts)
+
+
+def divide(forecast: Forecast, strategy: Strategy) -> Forecast:
+    """The same step on each GPU of a strategy. Exact for what is divided; buffers by this model: ddp and zero1/2 hold the
+    gradients once more while they travel, zero its float32 part of the adapter; zero3 and fsdp2 hold two gathered units, the
+    next one being fetched while one computes. Quantization constants stay whole on each GPU; so does everything while loading."""
+    ranks, parts = strategy.ranks, dict(forecast.by_category)
+    before = sum(parts.values())
+    if ranks == 1:
+        return forecast
+    travelling = parts["gradients"] or 4 * forecast.trainable
+    divided = {"ddp": (), "zero1": ("optimizer",), "zero2": ("optimizer", "gradients")}.get(
+        strategy.name, ("optimizer", "gradients", "adapters", "quantized weights", "embeddings and head", "other base weights")
+    )
+    buffers = travelling + (parts["adapters"] // ranks if strategy.name.startswith("zero") else 0)
+    if strategy.sharded:
+        buffers += 2 * forecast.largest
+    for name in divided:
+        parts[name] = -(-parts[name] // ranks)
+    parts["workspace"] += buffers
+    change = sum(parts.values()) - before
+    phases = {phase: max(0, total + change) if phase != "loading" else total for phase, total in forecast.by_phase.items()}
+    return replace(forecast, peak=max(forecast.peak + change, forecast.loaded), reserved=max(forecast.reserved + change, forecast.loaded), by_category=parts, by_phase=phases)  # fmt: skip
+
+
+def sort_resident(tracker: Tracker, base: torch.nn.Module, model: torch.nn.Module) -> None:
+    """Count what lies there before a step."""
+    ends = {id(part.weight) for part in (base.get_input_embeddings(), base.get_output_embeddings())}
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            for tensor in (state.absmax, state.code, state.offset, *([state.state2.absmax, state.state2.code] if state.nested else [])):
+                if torch.is_tensor(tensor):
+                    tracker.follow(tensor, "quantization state")
+        scales = getattr(parameter, "SCB", None)
+        if torch.is_tensor(scales):
+            tracker.follow(scales, "quantization state")
+        quantized = state is not None or scales is not None
+        kind = "adapters" if parameter.requires_grad else "embeddings and head" if id(parameter) in ends else "other base weights"
+        tracker.follow(parameter.data, "quantized weights" if quantized else kind)
+    for buffer in model.buffers():
+        tracker.follow(buffer, "other base weights")
+
+
+def make_states(optimizer: str, device: torch.device, weights: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What the optimizer keeps on the device: two float32 moments, or two of 8 bits with a float32 scale per 256 entries for
+    tensors of 4,096 entries and more (bitsandbytes, optim/optimizer.py). Paged states lie outside a GPU's allocator and move to
+    the host when memory is short, so they do not count on a GPU."""
+    made = []
+    for weight in weights:
+        size = weight.numel()
+        if optimizer == "adamw" or size < 4_096:
+            made += [torch.empty(size, device=META) for _ in range(2)]
+        elif optimizer == "adamw_8bit" or device.type != "cuda" or size < 100_000:  # smaller ones are not paged
+            made += [torch.empty(size, dtype=torch.uint8, device=META) for _ in range(2)]
+            made += [torch.empty(-(-size // 256), device=META) for _ in range(2)]
+        else:
+            made += [torch.empty(-(-size // 256), device=META) for _ in range(2)]
+    return made
+
+
+def make_inputs(batch: Batch, device: torch.device, place: torch.device) -> dict[str, Any]:
+    """Arguments of AnswerLoss at `place`; where documents lie, as attention on `device` wants it."""
+    tokens = batch.tokens
+    cu_seqlens = torch.tensor([0, *torch.tensor(batch.lengths).cumsum(0).tolist()], dtype=torch.int32)
+    documents = locate_documents(cu_seqlens, max(batch.lengths), device if device.type == "cpu" else META)
+    documents = replace(documents, **{name: value.to(place) for name, value in vars(documents).items() if torch.is_tensor(value)})
+    names = {"input_ids": (1, tokens), "position_ids": (1, tokens), "predict_at": (batch.labelled,), "targets": (batch.labelled,)}
+    return {name: torch.zeros(shape, dtype=torch.int64, device=place) for name, shape in names.items()} | {"documents": documents}
+
+
+def replay_allocator(events: list[tuple[int, int]]) -> int:
+    """Bytes that CUDA's caching allocator would reserve for this sequence of (number, bytes; 0 frees): best fit in two pools,
+    blocks split and joined within their segment (c10/cuda/CUDACachingAllocator.cpp; no expandable segments)."""
+    free: tuple[list, list] = ([], [])  # of each pool: (size, segment, offset), sorted
+    held: dict[int, tuple[int, int, int, int]] = {}  # number -> pool, size, segment, offset
+    reserved = segments = 0
+    for number, wanted in events:
+        if not wanted:
+            pool, size, segment, offset = held.pop(number)
+            for block in [b for b in free[pool] if b[1] == segment and (b[2] + b[0] == offset or offset + size == b[2])]:
+                free[pool].remove(block)
+                size, offset = size + block[0], min(offset, block[2])
+            bisect.insort(free[pool], (size, segment, offset))
+            continue
+        pool = int(wanted > MIB)
+        at = bisect.bisect_left(free[pool], (wanted,))
+        if at < len(free[pool]):
+            size, segment, offset = free[pool].pop(at)
+        else:
+            size = 2 * MIB if not pool else 20 * MIB if wanted < 10 * MIB else -(-wanted // (2 * MIB)) * 2 * MIB
+            segment, offset, segments = segments, 0, segments + 1
+            reserved += size
+        rest = size - wanted
+        if rest >= (MIB if pool else BLOCK):
+            bisect.insort(free[pool], (rest, segment, offset + wanted))
+            size = wanted
+        held[number] = (pool, size, segment, offset)
+    return reserved
+
+
+# ---- what fits ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a step runs. memory: bytes that one process may use, its margin taken off already."""
+
+    device: torch.device
+    dtype: torch.dtype
+    storage: torch.dtype
+    strategy: Strategy
+    memory: int
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """training.max_tokens_per_batch and training.gradient_checkpointing decided, and the forecast that they rest on."""
+
+    tokens: int
+    checkpointing: str
+    forecast: Forecast
+
+
+def usable(total: int, device: torch.device) -> int:
+    """Bytes for tensors on a card of `total` bytes: less MARGIN, and on a GPU less CONTEXT."""
+    return int(total * (1 - MARGIN)) - (CONTEXT if device.type == "cuda" else 0)
+
+
+def parse_size(text: str) -> int:
+    """"8GiB", "24 GB" or a number of bytes -> bytes.
+
+    Raises:
+        ForecastError: something else.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if not found or not float(found[1]):
+        raise ForecastError(f"size {text!r}: expected a number and a unit, e.g. 8GiB or 24GB")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " "))
+
+
+def assume_labelled(config: Config, tokens: int) -> int:
+    """Supervised tokens in a micro-batch where the data is not at hand: rows of 64 tokens with a letter and its end token, or
+    a quarter of the tokens for a letter with its text, or all."""
+    part = {"letter": 2 / 64, "letter_text": 1 / 4}.get(config.data.completion, 1.0)
+    if any(entry.format in ("medquad", "qa", "text") for entry in config.data.train):
+        part = 1.0
+    return max(1, int(part * tokens))
+
+
+def make_batch(config: Config, tokens: int, labelled: int, accumulated: bool) -> Batch:
+    """A full micro-batch of rows as long as they may be."""
+    longest = min(config.data.max_length, tokens)
+    lengths = [longest] * (tokens // longest)
+    return Batch((*lengths, *([tokens % longest] if tokens % longest else [])), min(labelled, tokens), accumulated)
+
+
+def time_per_token(tokens: int, recomputed: float) -> float:
+    """Relative training time per token, of micro-batches of `tokens` with this part of the layers recomputed; 1: all recomputed,
+    endless batches. Six operations per weight and token with full recomputation, four without (frozen weights need no gradient).
+    Each pass over a micro-batch also dequantizes the base: about 2.5 bytes per weight, which takes an H100 as long as
+    computing OVERHEAD_TOKENS tokens in three passes (22 % of the time at 1,024 tokens, 5.5 % at 4,096; computed, not measured)."""
+    return (4 + 2 * recomputed) / 6 + (2 + recomputed) / 3 * OVERHEAD_TOKENS / tokens
+
+
+def forecast_plan(config: Config, architecture: PretrainedConfig, setting: Setting, tokens: int, checkpointing: str, labelled: int) -> StepPlan:
+    """The forecast per process of one way to train."""
+    accumulated = config.training.global_batch_tokens > tokens * setting.strategy.ranks
+    batch = make_batch(config, tokens, labelled, accumulated)
+    chosen = change(config, "training", max_tokens_per_batch=tokens, gradient_checkpointing=checkpointing)
+    forecast = forecast_step(chosen, architecture, setting.device, setting.dtype, setting.storage, batch)
+    return StepPlan(tokens, checkpointing, divide(forecast, setting.strategy))
+
+
+def with_layers(architecture: PretrainedConfig, count: int) -> PretrainedConfig:
+    """The same architecture with fewer layers."""
+    small = copy.deepcopy(architecture)
+    text = small.get_text_config()
+    text.num_hidden_layers = count
+    if isinstance(getattr(text, "layer_types", None), list):
+        text.layer_types = text.layer_types[:count]
+    return small
+
+
+class Estimate:
+    """Peak bytes for any micro-batch and number of recomputed layers, from forecasts of 2 and 4 layers at two sizes: layers are
+    alike (or alternate), and all that a batch needs grows linearly with its tokens."""
+
+    def __init__(self, config: Config, architecture: PretrainedConfig, setting: Setting, sizes: tuple[int, int], labelled_of: Callable[[int], int]):
+        self.sizes, self.layers = sizes, architecture.get_text_config().num_hidden_layers
+        self.lines = []  # at each size: (ends, per layer) without and with recomputation
+        for tokens in sizes:
+            found = []
+            for mode in ("none", "full"):
+                two, four = (
+                    forecast_plan(config, with_layers(architecture, count), setting, tokens, mode, labelled_of(tokens)).forecast.peak
+                    for count in (2, 4)
+                )
+                found.append((two - (four - two), (four - two) / 2))
+            self.lines.append(found)
+
+    def peak(self, tokens: int, recomputed: int) -> float:
+        low, high = (self.peak_at(lines, recomputed) for lines in self.lines)
+        return low + (high - low) * (tokens - self.sizes[0]) / max(1, self.sizes[1] - self.sizes[0])
+
+    def peak_at(self, lines: list[tuple[float, float]], recomputed: int) -> float:
+        (ends, kept), (ends_full, recomputing) = lines
+        stored = ends + (self.layers - recomputed) * kept + recomputed * recomputing
+        return max(stored, ends_full + self.layers * recomputing) if recomputed else stored
+
+
+def plan_step(config: Config, architecture: PretrainedConfig, setting: Setting, labelled_of: Callable[[int], int]) -> StepPlan:
+    """Decide what of max_tokens_per_batch and gradient_checkpointing is auto: of what fits, the fastest by time_per_token, which
+    is few recomputed layers first, then large micro-batches. labelled_of: tokens of a micro-batch -> most that are supervised.
+
+    Raises:
+        ForecastError: nothing fits (says what would), or the architecture cannot be followed.
+        PlanError: the global batch cannot be divided.
+    """
+    training, longest = config.training, config.data.max_length
+    sizes = list_budgets(training, longest, setting.strategy.ranks)
+    if training.gradient_checkpointing != "auto" and training.max_tokens_per_batch != "auto":
+        return forecast_plan(config, architecture, setting, sizes[0], training.gradient_checkpointing, labelled_of(sizes[0]))
+    layers = architecture.get_text_config().num_hidden_layers
+    free = training.gradient_checkpointing == "auto"
+    easiest = forecast_plan(config, architecture, setting, sizes[0], "none" if free else training.gradient_checkpointing, labelled_of(sizes[0]))
+    if easiest.forecast.peak <= setting.memory:  # the largest micro-batch, nothing recomputed that need not be
+        return easiest
+    estimate = Estimate(config, architecture, setting, (min(sizes[-1], max(1, sizes[0] // 2)), sizes[0]), labelled_of)
+    counts = range(layers + 1) if free else [None]
+    options = [(time_per_token(size, (count or 0) / layers), size, count) for size in sizes for count in counts]
+    for _, size, count in sorted(options, key=lambda option: option[0]):
+        if count is not None and estimate.peak(size, count) > setting.memory:
+            continue
+        mode = training.gradient_checkpointing if count is None else name_checkpointing(count, layers)
+        plan = forecast_plan(config, architecture, setting, size, mode, labelled_of(size))
+        if plan.forecast.peak <= setting.memory:
+            return plan
+    smallest = forecast_plan(config, architecture, setting, sizes[-1], "full" if free else training.gradient_checkpointing, labelled_of(sizes[-1]))
+    raise ForecastError(
+        f"memory: {sizes[-1]:,} tokens per micro-batch with gradient_checkpointing {smallest.checkpointing} need {smallest.forecast.peak / GIB:.2f} GiB, "
+        f"{setting.memory / GIB:.2f} GiB may be used; {suggest(config, architecture, setting, smallest, longest, labelled_of)}"
+    )
+
+
+def name_checkpointing(count: int, layers: int) -> str:
+    """training.gradient_checkpointing for so many recomputed layers. The first ones: their turn in the backward pass comes when the
+    others' activations are gone."""
+    return "none" if not count else "full" if count == layers else f"first_{count}"
+
+
+def suggest(config, architecture, setting: Setting, smallest: StepPlan, longest: int, labelled_of) -> str:
+    """What would fit, for an error."""
+    if smallest.forecast.loaded > setting.memory:
+        return f"the base alone needs {smallest.forecast.loaded / GIB:.2f} GiB; use a smaller model"
+    length = longest_sequence(config, architecture, setting, labelled_of, smallest.tokens)
+    if length is None:
+        return "no length fits; use a smaller model, lora.r or training.optimizer paged_adamw_8bit"
+    return f"with gradient_checkpointing full, {length:,} tokens would fit: set data.max_length and training.max_tokens_per_batch to {length} or less"
+
+
+def longest_sequence(config: Config, architecture: PretrainedConfig, setting: Setting, labelled_of: Callable[[int], int], high: int | None = None) -> int | None:
+    """Tokens of the longest row that fits, alone in its micro-batch, every layer recomputed; a multiple of 16; None: none does."""
+
+    def fits(tokens: int) -> bool:
+        alone = change(config, "data", max_length=tokens)
+        return forecast_plan(alone, architecture, setting, tokens, "full", labelled_of(tokens)).forecast.peak <= setting.memory
+
+    estimate = Estimate(config, architecture, setting, (1024, 2048), labelled_of)
+    layers = estimate.layers
+    per_token = (estimate.peak(2048, layers) - estimate.peak(1024, layers)) / 1024
+    guess = int(1024 + (setting.memory - estimate.peak(1024, layers)) / max(1.0, per_token)) // 16 * 16
+    most = getattr(architecture.get_text_config(), "max_position_embeddings", None) or guess
+    guess = min(guess, most // 16 * 16, high or guess)
+    while guess >= 16 and not fits(guess):
+        guess = min(guess - 16, int(guess * 0.98) // 16 * 16)
+    return guess if guess >= 16 else None
+
+
+# ---- serving ---------------------------------------------------------------------------------------------------------------
+
+
+def forecast_serving(config: Config, architecture: PretrainedConfig, dtype: torch.dtype, tokens: int) -> dict[str, int]:
+    """Bytes to serve: weights (of the base as config.model stores it), and the keys and values of one sequence of `tokens`. Layers
+    with a sliding window keep at most that many."""
+    text = architecture.get_text_config()
+    base = make_base(architecture, config.model, META, dtype)
+    tracker = Tracker(text.vocab_size)
+    sort_resident(tracker, base, base)
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    window = getattr(text, "sliding_window", None)
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    kept = sum(min(tokens, window) if window and kind == "sliding_attention" else tokens for kind in kinds)
+    return {"weights": tracker.total, "keys_and_values": kept * 2 * heads * width * dtype.itemsize}
+
+
+# ---- architectures ---------------------------------------------------------------------------------------------------------
+
+
+def read_architecture(base: str, shipped: Path, revision: str | None = None) -> PretrainedConfig:
+    """A model's shape, without weights: of a folder with config.json, a JSON file, a file in `shipped` that names this hub id or
+    is called so, or the hub.
+
+    Raises:
+        ForecastError, ModelError: nothing there, or no file that transformers understands.
+    """
+    place = Path(base).expanduser()
+    files = {path.stem: path for path in sorted(shipped.glob("*.json"))}
+    if (place / "config.json").is_file():
+        return parse_architecture(place / "config.json")
+    if place.suffix == ".json":
+        return parse_architecture(place)
+    for name, path in files.items():
+        if base == name or base in json.loads(path.read_text(encoding="utf-8"))["hub_ids"]:
+            return parse_architecture(path)
+    try:
+        return read_model_config(base, revision)
+    except ModelError as error:
+        raise ForecastError(f"{error}; shapes that need no download: {', '.join(files)}, or a folder or file of a config.json") from None
+
+
+def parse_architecture(path: Path) -> PretrainedConfig:
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        return AutoConfig.for_model(**{key: value for key, value in facts.items() if key not in ("hub_ids", "quantization_config")})
+    except OSError as error:
+        raise ForecastError(f"architecture {path}: {error.strerror}; give a config.json of transformers") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ForecastError(f"architecture {path}: not a config.json of transformers: {' '.join(str(error).split())[:200]}") from None

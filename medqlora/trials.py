@@ -1,0 +1,90 @@
+"""Optimizer steps on made-up rows, with the recipe's own modules: what benchmarks time and measure."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PretrainedConfig
+
+from medqlora.attention import IMPLEMENTATIONS, choose_backend, move_batch
+from medqlora.config import Config
+from medqlora.losses import AnswerLoss
+from medqlora.models import attach_adapter, choose_dtype, load_base, make_base, set_checkpointing
+from medqlora.optimizers import make_optimizer
+from medqlora.packing import Plan, collate
+from medqlora.strategies import Strategy, wrap
+from medqlora.tokens import TokenTable
+
+
+def draw_lengths(rows: int, longest: int, seed: int) -> np.ndarray:
+    """Row lengths like MedMCQA's with a chat prompt and Llama-3's tokenizer: log-normal, mean about 97 tokens (its first 3,006
+    rows), int64 [rows]."""
+    return np.random.default_rng(seed).lognormal(4.45, 0.5, rows).clip(32, longest).astype(np.int64)
+
+
+def make_table(lengths: np.ndarray, labelled: int, vocabulary: int, seed: int) -> TokenTable:
+    """Rows of random tokens, the last `labelled` of each supervised."""
+    ids = np.random.default_rng(seed).integers(vocabulary, size=int(lengths.sum()), dtype=np.int32)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return TokenTable(ids, offsets, np.maximum(1, lengths - labelled).astype(np.int32), [f"row-{i}" for i in range(len(lengths))])
+
+
+@dataclass
+class StepTimes:
+    """Seconds of one optimizer step: all of it, and what went into making batches; its tokens."""
+
+    seconds: float
+    data_seconds: float
+    tokens: int
+    supervised: int
+    rows: int
+    loss: float
+
+
+class Trial:
+    """A loaded model with its adapter, wrapped and ready to step."""
+
+    def __init__(self, config: Config, architecture: PretrainedConfig | None, device: torch.device):
+        """architecture: random weights of this shape; None: the weights of config.model.base."""
+        self.config, self.device = config, device
+        self.dtype = choose_dtype(config.model.dtype, device)
+        if architecture is None:
+            base, self.backend = load_base(config.model, device)
+        else:
+            base = make_base(architecture, config.model, device, self.dtype)
+            self.backend = choose_backend(config.model.attention, device, self.dtype, getattr(base.config, "attn_logit_softcapping", None))
+            base.set_attn_implementation(IMPLEMENTATIONS[self.backend])
+        self.model = attach_adapter(base, config.lora, config.training.seed)
+        self.layers = base.config.get_text_config().num_hidden_layers
+        self.recomputed = set_checkpointing(base, config.training.gradient_checkpointing)
+        loss_model = AnswerLoss(self.model, config.training.loss_chunk_tokens)
+        self.trainer = wrap(Strategy("one"), loss_model, lambda weights: make_optimizer(config.training, weights), config.training.max_grad_norm, self.dtype)  # fmt: skip
+        self.vocabulary = base.config.get_text_config().vocab_size
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def step(self, table: TokenTable, plan: Plan, number: int) -> StepTimes:
+        """One step of the plan, as the recipe takes it."""
+        self.synchronize()
+        began, waited, losses = time.perf_counter(), 0.0, []
+        batches = plan.micro_batches(number)
+        rows = np.concatenate(batches)
+        targets = int(table.supervised[rows].sum())
+        self.trainer.module.train()
+        for place, chosen in enumerate(batches):
+            asked = time.perf_counter()
+            batch = move_batch(collate(table, chosen), self.backend, self.device)
+            waited += time.perf_counter() - asked
+            with self.trainer.accumulate(place == len(batches) - 1):
+                loss = self.trainer(**batch)
+                self.trainer.backward(loss / targets)
+            losses.append(loss.detach())
+        loss = torch.stack(losses).sum().item() / targets
+        self.trainer.step(self.config.training.lr)
+        self.synchronize()
+        return StepTimes(time.perf_counter() - began, waited, int(table.lengths[rows].sum()), targets, len(rows), loss)

@@ -1,0 +1,324 @@
+"""Memory forecasts: against the same step taken for real, against published sizes, and what a planner does with them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_inside, run_script
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig
+
+from medqlora.config import load_config
+from medqlora.memory import (
+    GIB,
+    META,
+    Batch,
+    Estimate,
+    ForecastError,
+    Setting,
+    assume_labelled,
+    divide,
+    forecast_plan,
+    forecast_serving,
+    forecast_step,
+    longest_sequence,
+    make_states,
+    parse_size,
+    plan_step,
+    read_architecture,
+    replay_allocator,
+    time_per_token,
+    usable,
+    with_layers,
+)
+from medqlora.models import count_parameters
+from medqlora.optimizers import make_optimizer
+from medqlora.packing import fit_bins, most_supervised
+from medqlora.strategies import Strategy
+from medqlora.trials import draw_lengths, make_table
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+SHIPPED = ROOT / "bench" / "architectures"
+SCRIPT = ROOT / "bench" / "memory.py"
+# Parameters as the makers' own checkpoints hold them (total size of their safetensors, in weights).
+PUBLISHED = {
+    "llama3-8b": 8_030_261_248, "llama3-70b": 70_553_706_496, "qwen2.5-3b": 3_085_938_688, "qwen2.5-7b": 7_615_616_512,
+    "phi3-mini": 3_821_079_552, "gemma-2b": 2_506_172_416, "gemma2-2b": 2_614_341_888, "mistral-7b": 7_248_023_552,
+}  # fmt: skip
+SMALL = {
+    "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 500,
+    "max_position_embeddings": 512,
+}  # fmt: skip
+
+
+def make_config(*flags: str):
+    return load_config(ROOT / "recipes" / "configs" / "llama3-8b_medmcqa.yaml", list(flags))
+
+
+def small(kind: str = "llama", **more):
+    return AutoConfig.for_model(kind, **SMALL | more)
+
+
+def setting(memory: int, strategy: Strategy | None = None) -> Setting:
+    return Setting(CUDA, torch.bfloat16, torch.uint8, strategy or Strategy("one"), memory)
+
+
+# ---- the forecast ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["none", "full", "first_2"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "phi3", "qwen2"])
+def test_forecast_is_the_real_step(kind, mode):
+    """Without content and with it, the same operations make and free the same tensors: equal to a few scalars."""
+    more = {"head_dim": 16, "sliding_window": 32} if kind == "gemma2" else {"pad_token_id": 0} if kind == "phi3" else {}
+    config = make_config("--training.gradient_checkpointing", mode)
+    batch = Batch((60, 57, 30, 29, 24), 40)
+    found = [forecast_step(config, small(kind, **more), CPU, torch.float32, torch.uint8, batch, place) for place in (META, CPU)]
+    assert found[0].recomputed == {"none": 0, "full": 4, "first_2": 2}[mode]
+    assert found[0].peak == pytest.approx(found[1].peak, rel=2e-3)
+    assert found[0].loaded == pytest.approx(found[1].loaded, rel=1e-3)
+    for name, value in found[0].by_category.items():
+        assert value == pytest.approx(found[1].by_category[name], rel=0.02, abs=8192), name
+
+
+@pytest.mark.parametrize("flags", [(), ("--lora.variant", "dora"), ("--lora.dropout", "0.1"), ("--model.quantization", "none"),
+                                   ("--model.quantization", "fp4", "--model.double_quantization", "false"), ("--model.quantization", "int8")])  # fmt: skip
+def test_every_way_to_train_can_be_forecast(flags):
+    config = make_config("--training.gradient_checkpointing", "full", *flags)
+    forecast = forecast_step(config, small(), CUDA, torch.bfloat16, torch.uint8, Batch((64, 64), 10))
+    assert sum(forecast.by_category.values()) == forecast.peak == max(forecast.by_phase.values())
+    assert forecast.reserved >= forecast.peak
+
+
+def test_more_work_needs_more_memory():
+    config = make_config("--training.gradient_checkpointing", "none")
+    first = forecast_step(config, small(), CUDA, torch.bfloat16, torch.uint8, Batch((64, 64), 10))
+    longer = forecast_step(config, small(), CUDA, torch.bfloat16, torch.uint8, Batch((64, 64, 64), 10))
+    labelled = forecast_step(config, small(), CUDA, torch.bfloat16, torch.uint8, Batch((64, 64), 128))
+    assert first.peak < longer.peak
+    assert first.by_category["logits and loss"] <= labelled.by_category["logits and loss"]
+    assert first.peak < labelled.peak
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_shipped_architectures_have_the_published_sizes(name):
+    assert count_parameters(read_architecture(name, SHIPPED), make_config().lora)[0] == PUBLISHED[name]
+
+
+def test_llama_8b_at_256_tokens():
+    """Small projects report 6.2 to 6.5 GB for it on a card, context included."""
+    config = make_config("--training.gradient_checkpointing", "full", "--training.optimizer", "paged_adamw_8bit", "--lora.r", "8")
+    forecast = forecast_step(config, read_architecture("llama3-8b", SHIPPED), CUDA, torch.bfloat16, torch.uint8, Batch((256,), 16, accumulated=False))
+    assert 5.6e9 < forecast.peak < 6.5e9
+    assert forecast.by_category["quantized weights"] == 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14_336) // 2
+    assert forecast.by_category["embeddings and head"] == 2 * 2 * 128_256 * 4096
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_optimizer_states_are_the_real_ones(optimizer):
+    weights = [torch.nn.Parameter(torch.randn(shape)) for shape in ((64, 64), (8, 1000), (16, 32), (300, 400))]
+    forecast = sum(state.untyped_storage().nbytes() for state in make_states(optimizer, CPU, weights))
+    real = make_optimizer(make_config("--training.optimizer", optimizer).training, weights)
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    real.step()
+    held = {tensor.data_ptr(): tensor for states in real.state.values() for name, tensor in states.items()
+            if torch.is_tensor(tensor) and tensor.numel() > 1 and "qmap" not in name}  # fmt: skip
+    assert forecast == sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+
+
+@pytest.mark.slow
+def test_measured_peak_is_near_the_predicted_one(tmp_path):
+    """Real resident memory of a process that trains, above what it held before."""
+    shape = SMALL | {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "vocab_size": 8192}
+    (tmp_path / "shape.json").write_text(json.dumps(shape))
+    flags = ["--model.base", tmp_path / "shape.json", "--training.max_tokens_per_batch", "2048", "--training.global_batch_tokens", "4096",
+             "--training.gradient_checkpointing", "none", "--model.dtype", "float32", "--steps", "2"]  # fmt: skip
+    done = run_script(SCRIPT, "--config", ROOT / "recipes" / "configs" / "llama3-8b_medmcqa.yaml", "--measure", "--json", tmp_path / "found.json", *flags)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert {"predicted_peak_bytes", "predicted_reserved_bytes", "by_category", "measured_peak_bytes", "relative_error", "seconds"} <= found.keys()
+    assert abs(found["relative_error"]) < 0.08
+    assert found["phases"]["after"] < found["phases"]["training"]
+
+
+# ---- the allocator, many GPUs, serving -----------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.integers(1, 60_000_000), st.integers(0, 20)), max_size=60))
+@settings(deadline=None, max_examples=60)
+def test_allocator_reserves_what_lives_and_uses_it_again(requests):
+    events, living, now, peak = [], [], 0, 0
+    for size, age in requests:
+        size = -(-size // 512) * 512
+        living.append((len(events), size))
+        events.append((len(events), size))
+        now += size
+        peak = max(peak, now)
+        if age < len(living):
+            number, size = living.pop(age)
+            events.append((number, 0))
+            now -= size
+    reserved = replay_allocator(events)
+    assert peak <= reserved
+    again = [(number + 10_000, size) for number, size in events]
+    freed = [(number, 0) for number, _ in living]
+    assert replay_allocator([*events, *freed, *again]) <= reserved + peak  # nothing is lost by freeing
+
+
+def test_allocator_known_cases():
+    assert replay_allocator([(0, 512)]) == 2 * 2**20  # small tensors share a segment of 2 MiB
+    assert replay_allocator([(0, 512), (1, 1024)]) == 2 * 2**20
+    assert replay_allocator([(0, 5 * 2**20), (1, 5 * 2**20)]) == 20 * 2**20
+    assert replay_allocator([(0, 30 * 2**20), (0, 0), (2, 30 * 2**20)]) == 30 * 2**20
+
+
+@pytest.mark.parametrize(("name", "divided"), [
+    ("ddp", []), ("zero1", ["optimizer"]), ("zero2", ["optimizer", "gradients"]),
+    ("zero3", ["optimizer", "gradients", "adapters", "quantized weights", "embeddings and head"]),
+    ("fsdp2", ["optimizer", "gradients", "adapters", "quantized weights", "embeddings and head"]),
+])  # fmt: skip
+def test_what_a_strategy_divides_is_divided_exactly(name, divided):
+    config = make_config("--training.gradient_checkpointing", "full")
+    one = forecast_step(config, small(num_hidden_layers=2), CUDA, torch.bfloat16, torch.uint8, Batch((64,), 8))
+    eight = divide(one, Strategy(name, 8))
+    for category, value in one.by_category.items():
+        if category in divided:
+            assert eight.by_category[category] == -(-value // 8)
+        elif category not in ("workspace", "other base weights"):
+            assert eight.by_category[category] == value
+    assert divide(one, Strategy(name, 1)) == one
+
+
+def test_keys_and_values_of_llama():
+    """2 x 32 layers x 8 heads x 128 x 2 bytes are 128 KiB per token: 1 GiB for 8,192."""
+    facts = forecast_serving(make_config(), read_architecture("llama3-8b", SHIPPED), torch.bfloat16, 8192)
+    assert facts["keys_and_values"] == GIB
+    full = forecast_serving(make_config("--model.quantization", "none"), read_architecture("llama3-8b", SHIPPED), torch.bfloat16, 8192)
+    assert full["weights"] == pytest.approx(2 * PUBLISHED["llama3-8b"], rel=1e-5)
+    gemma = forecast_serving(make_config(), read_architecture("gemma2-2b", SHIPPED), torch.bfloat16, 8192)
+    assert gemma["keys_and_values"] == 13 * (4096 + 8192) * 2 * 4 * 256 * 2  # every second layer keeps its window only
+
+
+# ---- the planner -------------------------------------------------------------------------------------------------------
+
+
+def test_estimate_from_few_layers_is_the_forecast():
+    config, architecture = make_config(), with_layers(read_architecture("qwen2.5-3b", SHIPPED), 12)
+    labelled = lambda tokens: assume_labelled(config, tokens)  # noqa: E731
+    estimate = Estimate(config, architecture, setting(10**12), (1024, 4096), labelled)
+    for tokens, mode, count in ((2048, "none", 0), (2048, "full", 12), (4096, "first_7", 7)):
+        exact = forecast_plan(config, architecture, setting(10**12), tokens, mode, labelled(tokens)).forecast.peak
+        assert estimate.peak(tokens, count) == pytest.approx(exact, rel=0.01)
+
+
+def test_plan_uses_the_card_it_is_given():
+    config = make_config("--training.max_tokens_per_batch", "auto")
+    architecture = with_layers(read_architecture("qwen2.5-3b", SHIPPED), 12)
+    labelled = lambda tokens: assume_labelled(config, tokens)  # noqa: E731
+    costs = []
+    for card in ("2.7GiB", "4GiB", "8GiB", "80GiB"):
+        memory = usable(parse_size(card), CUDA)
+        plan = plan_step(config, architecture, setting(memory), labelled)
+        assert plan.forecast.peak <= memory
+        assert config.training.global_batch_tokens % plan.tokens == 0
+        assert plan.tokens >= config.data.max_length
+        costs.append(time_per_token(plan.tokens, plan.forecast.recomputed / plan.forecast.layers))
+    assert costs == sorted(costs, reverse=True)
+    assert costs[0] > costs[-1]
+    assert plan.checkpointing == "none"
+
+
+def test_plan_keeps_what_the_recipe_decides():
+    architecture = with_layers(read_architecture("qwen2.5-3b", SHIPPED), 12)
+    memory = usable(parse_size("3.5GiB"), CUDA)
+    plan = plan_step(make_config("--training.max_tokens_per_batch", "2048"), architecture, setting(memory), lambda tokens: 64)
+    assert plan.tokens == 2048
+    assert plan.checkpointing.startswith("first_")
+    fewer = forecast_plan(make_config(), architecture, setting(memory), 2048, f"first_{plan.forecast.recomputed - 1}", 64)
+    assert fewer.forecast.peak > memory  # no layer is recomputed in vain
+    plan = plan_step(make_config("--training.max_tokens_per_batch", "auto", "--training.gradient_checkpointing", "full"), architecture, setting(memory), lambda tokens: 64)  # fmt: skip
+    assert plan.checkpointing == "full"
+    assert plan.tokens >= 2048
+
+
+def test_impossible_budget_says_what_would_fit():
+    architecture = with_layers(read_architecture("qwen2.5-3b", SHIPPED), 12)
+    with pytest.raises(ForecastError, match="the base alone needs"):
+        plan_step(make_config(), architecture, setting(GIB // 2), lambda tokens: 64)
+    config = make_config("--data.max_length", "8192")
+    with pytest.raises(ForecastError, match="tokens would fit") as caught:
+        plan_step(config, architecture, setting(int(1.9 * GIB)), lambda tokens: 64)
+    length = int(str(caught.value).split(", ")[-1].split(" tokens")[0].replace(",", ""))
+    assert longest_sequence(config, architecture, setting(int(1.9 * GIB)), lambda tokens: 64, 8192) == length
+
+
+@given(st.integers(0, 2**16), st.integers(64, 4096))
+@settings(deadline=None, max_examples=30)
+def test_no_micro_batch_has_more_labels_than_the_bound(seed, tokens):
+    lengths = np.random.default_rng(seed).integers(2, 65, 200)
+    table = make_table(lengths, 3, 100, seed)
+    bound = most_supervised(table, tokens)
+    assert all(table.supervised[chosen].sum() <= bound for chosen in fit_bins(table.lengths, tokens))
+
+
+def test_drawn_lengths_are_like_medmcqa():
+    lengths = draw_lengths(20_000, 512, 0)
+    assert 92 < lengths.mean() < 102
+    assert lengths.min() >= 32
+    assert lengths.max() <= 512
+
+
+# ---- the command -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--fit", "lots"], "expected a number and a unit"),
+    (["--fit", "2GiB"], "the base alone needs"),
+    (["--model.base", "missing.json"], "missing.json"),
+    (["--gpus", "0"], "expected 1 or more"),
+    (["--measure", "--gpus", "2"], "--measure"),
+    (["--plot", "x.png"], "--plot shows measured memory"),
+    (["--training.max_tokens_per_batch", "5000"], "not a multiple"),
+    (["--model.attention", "sdpa"], "cannot be forecast"),
+])  # fmt: skip
+def test_bad_input_is_one_line(flags, message, monkeypatch):
+    config = ROOT / "recipes" / "configs" / "qwen2.5-3b_8gb.yaml"
+    code, complaint = run_inside(SCRIPT, ["--config", config, *flags], monkeypatch)
+    assert (code, complaint.count("\n")) == (2, 1), complaint
+    assert message in complaint
+
+
+def test_json_has_the_contracts_keys(monkeypatch, tmp_path):
+    config = ROOT / "recipes" / "configs" / "qwen2.5-3b_8gb.yaml"
+    code, complaint = run_inside(SCRIPT, ["--config", config, "--gpus", "4", "--strategy", "fsdp", "--training.global_batch_tokens", "16384",
+                                          "--training.optimizer", "adamw", "--json", tmp_path / "a.json"], monkeypatch)  # fmt: skip
+    assert code == 0, complaint
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["strategy"] == "fsdp2"
+    assert found["measured_peak_bytes"] is None
+    assert found["seconds"] < 15
+    assert sum(found["by_category"].values()) == found["predicted_peak_bytes"] < found["predicted_reserved_bytes"]
+    assert run_inside(SCRIPT, ["--config", config, "--json", tmp_path / "a.json"], monkeypatch)[0] == 2
+
+
+@pytest.mark.slow
+def test_recipe_decides_by_forecast_and_a_resumed_run_keeps_it(tmp_path):
+    recipe = [ROOT / "recipes" / "sft_qlora.py", "--output_dir", tmp_path / "run", "--data.test", "[]", "--data.cache_dir", tmp_path / "cache",
+              "--training.max_steps", "2", "--training.global_batch_tokens", "2048", "--training.max_tokens_per_batch", "auto"]  # fmt: skip
+    done = run_script(*recipe)
+    assert done.returncode == 0, done.stderr
+    manifest = tmp_path / "run" / "environment.json"
+    facts = json.loads(manifest.read_text())
+    assert facts["step_plan"]["max_tokens_per_batch"] == 2048
+    assert facts["step_plan"]["gradient_checkpointing"] == "none"
+    assert facts["recomputed_layers"] == facts["step_plan"]["recomputed_layers"] == 0
+    assert 0 < facts["step_plan"]["predicted_peak_bytes"] < facts["step_plan"]["memory_bytes"]
+    assert "max_tokens_per_batch: auto" in (tmp_path / "run" / "config.yaml").read_text()
+    facts["step_plan"] |= {"max_tokens_per_batch": 1024, "gradient_checkpointing": "first_2"}  # as another machine might have decided
+    manifest.write_text(json.dumps(facts))
+    done = run_script(*recipe, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(manifest.read_text())["recomputed_layers"] == 2
