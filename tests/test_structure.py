@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     "config", "runs", "processes", "examples", "cleaning", "prompts", "tokens", "packing", "preparation", "attention", "models", "optimizers",
     "losses", "strategies", "memory", "trials", "checkpoints", "merging", "engines.interface", "engines.hf", "engines.vllm", "engines.openai", "predictions", "scoring",
-    "metrics", "page", "reports",
+    "metrics", "latency", "page", "reports",
 ]  # fmt: skip
 SCRIPTS = [p for folder in ("recipes", "eval", "bench", "launch") for p in sorted((ROOT / folder).rglob("*.py"))]
 
