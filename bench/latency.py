@@ -36,7 +36,7 @@ from medqlora.engines.hf import HfEngine, plain_generation
 from medqlora.engines.interface import Request
 from medqlora.examples import read_examples
 from medqlora.latency import LatencyError, Served, describe, draw_arrivals, parse_objectives, summarize
-from medqlora.models import load_base, load_tokenizer
+from medqlora.models import list_constants, load_base, load_tokenizer
 from medqlora.runs import check_new, describe_environment, write_json
 from medqlora.scoring import Method, ask
 from medqlora.tokens import make_encoder
@@ -95,11 +95,7 @@ def main() -> None:
             return
         loops = [("concurrency", n) for n in arguments.concurrency] + [("rate", n) for n in arguments.rate]
         found["loops"] = []
-        asyncio.run(warm_up(ask_engine, requests[0].prefix))
-        for kind, level in loops:
-            served, seconds = asyncio.run(run_loop(ask_engine, [r.prefix for r in requests], kind, level, arguments))
-            found["loops"].append({kind: level} | summarize(served, seconds, objectives))
-            keep(arguments, found)
+        asyncio.run(run_loops(ask_engine, [r.prefix for r in requests], loops, arguments, objectives, found))
     show(found["loops"])
 
 
@@ -225,32 +221,34 @@ def ask_server(address: str, model: str, key: str | None, output_tokens: int) ->
     """Streams completions of an OpenAI-compatible server. vLLM is told to go on after an end token, so that answers are equally
     long; a server that refuses that may end earlier."""
     try:
+        import httpx
         import openai
     except ImportError:
         raise LatencyError("the openai package is not installed here; pip install 'medqlora[openai]'") from None
-    extra = {"ignore_eos": True}
+    extra, clients = {"ignore_eos": True}, []
 
     async def answer(prompt: list[int]) -> Served:
-        sent, arrivals, tokens = time.perf_counter(), [], 0
+        if not clients:  # made once, in the loop that uses it: it takes a while
+            clients.append(openai.AsyncOpenAI(base_url=address, api_key=key or "none", max_retries=0, timeout=600))
+        create = clients[0].completions.create
         body = {"model": model, "prompt": prompt, "max_tokens": output_tokens, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
+        sent, arrivals, tokens = time.perf_counter(), [], 0
         try:
-            # a client of its own for each request: no request waits for another's connection
-            async with openai.AsyncOpenAI(base_url=address, api_key=key or "none", max_retries=0, timeout=600) as client:
-                try:
-                    stream = await client.completions.create(**body, extra_body=extra)
-                except openai.BadRequestError:
-                    if not extra:
-                        raise
-                    extra.clear()
-                    stream = await client.completions.create(**body)
-                async for piece in stream:
-                    if (piece.choices and piece.choices[0].text is not None and piece.choices[0].finish_reason is None) or (piece.choices and piece.choices[0].text):
-                        arrivals.append(time.perf_counter())
-                    tokens = piece.usage.completion_tokens if piece.usage else tokens
+            try:
+                stream = await create(**body, extra_body=extra)
+            except openai.BadRequestError:
+                if not extra:
+                    raise
+                extra.clear()
+                stream = await create(**body)
+            async for piece in stream:
+                if piece.choices and (piece.choices[0].text or piece.choices[0].finish_reason is None):  # a token may be no text
+                    arrivals.append(time.perf_counter())
+                tokens = piece.usage.completion_tokens if piece.usage else tokens
         except openai.OpenAIError as error:
             raise LatencyError(f"server {address}: {' '.join(str(error).split())[:200]}; is it running, and does it serve {model}?") from None
-        except (OSError, RuntimeError) as error:  # a connection that breaks while it streams
-            raise LatencyError(f"server {address} broke off an answer: {type(error).__name__} {error}") from None
+        except (OSError, RuntimeError, httpx.HTTPError) as error:  # a connection that breaks while it streams
+            raise LatencyError(f"server {address} broke off an answer: {type(error).__name__} {error}; look at its log") from None
         if not arrivals:
             raise LatencyError(f"server {address} gave an empty answer")
         return Served(sent, tuple(arrivals), tokens or len(arrivals))
@@ -261,9 +259,14 @@ def ask_server(address: str, model: str, key: str | None, output_tokens: int) ->
 # ---- loops -------------------------------------------------------------------------------------------------------------
 
 
-async def warm_up(answer: Ask, prompt: list[int]) -> None:
+async def run_loops(answer: Ask, prompts: list[list[int]], loops: list[tuple[str, float]], arguments, objectives: dict[str, float], found: dict) -> None:
+    """Every load in turn, after two answers that do not count; each is kept as soon as it is there."""
     for _ in range(2):
-        await answer(prompt)
+        await answer(prompts[0])
+    for kind, level in loops:
+        served, seconds = await run_loop(answer, prompts, kind, level, arguments)
+        found["loops"].append({kind: level} | summarize(served, seconds, objectives))
+        keep(arguments, found)
 
 
 async def run_loop(answer: Ask, prompts: list[list[int]], kind: str, level: float, arguments: argparse.Namespace) -> tuple[list[Served], float]:
@@ -337,10 +340,7 @@ def measure_sizes(models: list[str]) -> list[dict]:
 
 def count_bytes(base: torch.nn.Module) -> int:
     """Of all weights, buffers and quantization constants."""
-    tensors = [*base.parameters(), *base.buffers()]
-    states = [parameter.quant_state for parameter in base.parameters() if getattr(parameter, "quant_state", None) is not None]
-    for state in states:
-        tensors += [state.absmax, state.code, *([state.offset, state.state2.absmax, state.state2.code] if state.nested else [])]
+    tensors = [*base.parameters(), *base.buffers(), *(tensor for parameter in base.parameters() for tensor in list_constants(parameter))]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 

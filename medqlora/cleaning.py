@@ -28,13 +28,13 @@ def clean(example: Example, lowercase: bool = False) -> Example:
     """Whitespace normalised (NFC text), optionally lower-cased."""
 
     def line(text: str) -> str:
-        text = normalise_line(unicodedata.normalize("NFC", text))
+        text = normalise_line(text if text.isascii() else unicodedata.normalize("NFC", text))
         return text.lower() if lowercase else text
 
     def paragraphs(text: str | None) -> str | None:
         if text is None:
             return None
-        text = normalise_paragraphs(unicodedata.normalize("NFC", text))
+        text = normalise_paragraphs(text if text.isascii() else unicodedata.normalize("NFC", text))
         return text.lower() if lowercase else text
 
     if isinstance(example, Passage):
@@ -44,7 +44,7 @@ def clean(example: Example, lowercase: bool = False) -> Example:
         changes |= {"options": tuple(map(line, example.options)), "explanation": paragraphs(example.explanation)}
     else:
         changes |= {"answer": paragraphs(example.answer)}
-    return replace(example, **changes)
+    return example if all(getattr(example, name) == value for name, value in changes.items()) else replace(example, **changes)
 
 
 def squash(text: str) -> str:
@@ -102,6 +102,8 @@ def decontaminate(train: Iterable[Example], evaluation: Iterable[Example]) -> tu
     SELF_TELLING_STEM characters does; an open question if its normalised question does.
     """
     held_out = {key: example for example in evaluation for key in contamination_keys(example)}
+    if not held_out:
+        return list(train), []
     kept, removals = [], []
     for example in train:
         hit = next((held_out[key] for key in contamination_keys(example) if key in held_out), None)

@@ -25,7 +25,15 @@ from transformers import AutoConfig, PretrainedConfig
 from medqlora.attention import locate_documents
 from medqlora.config import Config, UserError, change
 from medqlora.losses import AnswerLoss
-from medqlora.models import ModelError, attach_adapter, find_layers, make_base, read_model_config, set_checkpointing
+from medqlora.models import (
+    ModelError,
+    attach_adapter,
+    find_layers,
+    list_constants,
+    make_base,
+    read_model_config,
+    set_checkpointing,
+)
 from medqlora.packing import list_budgets
 from medqlora.strategies import Strategy
 
@@ -259,17 +267,11 @@ def sort_resident(tracker: Tracker, base: torch.nn.Module, model: torch.nn.Modul
     """Count what lies there before a step."""
     ends = {id(part.weight) for part in (base.get_input_embeddings(), base.get_output_embeddings())}
     for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            for tensor in (state.absmax, state.code, state.offset, *([state.state2.absmax, state.state2.code] if state.nested else [])):
-                if torch.is_tensor(tensor):
-                    tracker.follow(tensor, "quantization state")
-        scales = getattr(parameter, "SCB", None)
-        if torch.is_tensor(scales):
-            tracker.follow(scales, "quantization state")
-        quantized = state is not None or scales is not None
+        constants = list_constants(parameter)
+        for tensor in constants:
+            tracker.follow(tensor, "quantization state")
         kind = "adapters" if parameter.requires_grad else "embeddings and head" if id(parameter) in ends else "other base weights"
-        tracker.follow(parameter.data, "quantized weights" if quantized else kind)
+        tracker.follow(parameter.data, "quantized weights" if constants else kind)
     for buffer in model.buffers():
         tracker.follow(buffer, "other base weights")
 

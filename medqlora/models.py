@@ -192,6 +192,14 @@ def quantize_linear(linear: torch.nn.Linear, model: Model, device: torch.device,
     return made
 
 
+def list_constants(parameter: torch.nn.Parameter) -> list[torch.Tensor]:
+    """What a quantized weight needs beside itself: scales and code tables; nothing for another weight."""
+    state, found = getattr(parameter, "quant_state", None), [getattr(parameter, "SCB", None)]
+    if state is not None:
+        found += [state.absmax, state.code, *([state.offset, state.state2.absmax, state.state2.code] if state.nested else [])]
+    return [tensor for tensor in found if torch.is_tensor(tensor)]
+
+
 def quantization_config(model: Model, dtype: torch.dtype, storage: torch.dtype) -> BitsAndBytesConfig | None:
     if model.quantization == "none":
         return None

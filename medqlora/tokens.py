@@ -8,6 +8,7 @@ by construction, for any tokenizer.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,6 +100,7 @@ class TextTokenizer:
         return "".join(map(chr, ids))
 
 
+BATCH = 4_096  # rows that are tokenized at a time
 TURN = "\x1e"  # ASCII record separator: stands between the turns of a chat that a server will render
 
 
@@ -147,8 +149,10 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[l
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    backend.no_truncation()
-    backend.no_padding()
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
@@ -219,16 +223,34 @@ def encode_examples(
     Raises:
         DataError: a row without a known answer, or one that does not fit even without context (unless `drop`).
     """
+    names, lengths, prompt_lengths, parts, removals = [], [], [], [], []
+    for first in range(0, len(examples), BATCH):  # token ids as Python integers take eight times the room of an array
+        rows, prompts, dropped = encode_batch(encoder, examples[first : first + BATCH], max_length, drop)
+        sizes = [len(ids) for _, ids in rows]
+        parts.append(np.fromiter(itertools.chain.from_iterable(ids for _, ids in rows), np.int32, sum(sizes)))
+        names += [name for name, _ in rows]
+        lengths += sizes
+        prompt_lengths += prompts
+        removals += dropped
+    if not lengths:
+        raise DataError("no row is left to tokenize; look at the removals above or give more data")
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    return TokenTable(np.concatenate(parts), offsets, np.asarray(prompt_lengths, np.int32), names), removals
+
+
+def encode_batch(
+    encoder: Encoder, examples: list[Example], max_length: int, drop: bool
+) -> tuple[list[tuple[str, list[int]]], list[int], list[Removal]]:
+    """(id, tokens) and prompt length of each row, and removals; see encode_examples."""
     prompts = [render(example, encoder.style, encoder.completion) for example in examples]
     prefixes = encode_prefixes(encoder, prompts)
     completions = encode_completions(encoder, prompts, [prompt.completion or "" for prompt in prompts])
-    rows, prompt_lengths, names, removals = [], [], [], []
+    rows, prompt_lengths, removals = [], [], []
     for example, prompt, prefix, completion in zip(examples, prompts, prefixes, completions, strict=True):
         if isinstance(example, Passage):
-            for piece in split_passage(encoder, completion, max_length):
-                rows.append(piece)
-                prompt_lengths.append(1)
-                names.append(example.id)
+            pieces = split_passage(encoder, completion, max_length)
+            rows += [(example.id, piece) for piece in pieces]
+            prompt_lengths += [1] * len(pieces)
             continue
         problem = None
         if not completion or prompt.completion is None or not prompt.completion.strip():
@@ -246,14 +268,9 @@ def encode_examples(
                 )
             removals.append(Removal(example.source, example.id, problem))
             continue
-        rows.append([*prefix, *completion, encoder.end_id])
+        rows.append((example.id, [*prefix, *completion, encoder.end_id]))
         prompt_lengths.append(len(prefix))
-        names.append(example.id)
-    if not rows:
-        raise DataError("no row is left to tokenize; look at the removals above or give more data")
-    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)])
-    ids = np.fromiter((i for row in rows for i in row), np.int32, offsets[-1])
-    return TokenTable(ids, offsets, np.asarray(prompt_lengths, np.int32), names), removals
+    return rows, prompt_lengths, removals
 
 
 def split_passage(encoder: Encoder, ids: list[int], max_length: int) -> list[list[int]]:
