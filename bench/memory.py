@@ -49,7 +49,7 @@ from medqlora.memory import (
     read_architecture,
     usable,
 )  # fmt: skip
-from medqlora.models import DTYPES, choose_dtype
+from medqlora.models import DTYPES, choose_dtype, count_parameters
 from medqlora.packing import list_budgets, make_plan
 from medqlora.runs import check_new, describe_environment, write_json
 from medqlora.strategies import Strategy, choose_storage
@@ -98,7 +98,7 @@ def main() -> None:
         found = fit(config, architecture, setting, arguments)
     else:
         found = predict(config, architecture, setting, arguments)
-    found["seconds"] = time.perf_counter() - began
+    found |= {"model": config.model.base, "seconds": time.perf_counter() - began, "base_parameters": count_parameters(architecture, config.lora)[0]}
     console.print(f"{found['seconds']:.1f} s")
     if arguments.measure:
         found |= measure(found, arguments, overrides)
@@ -207,7 +207,7 @@ def fit(config: Config, architecture, setting: Setting, arguments: argparse.Name
     console.print("\n# for rows as long as the recipe's\n" + yaml.safe_dump(chosen, sort_keys=False), end="")
     alone = {"data": {"max_length": longest}, "training": {"global_batch_tokens": longest, "max_tokens_per_batch": longest, "gradient_checkpointing": "full"}}  # fmt: skip
     console.print("\n# for the longest rows\n" + yaml.safe_dump(alone, sort_keys=False), end="")
-    return collect(plan, setting) | {"longest_row": longest, "usable_bytes": setting.memory}
+    return collect(plan, setting) | {"longest_row": longest, "usable_bytes": setting.memory, "card": arguments.fit}
 
 
 def serve(config: Config, architecture, setting: Setting, arguments: argparse.Namespace) -> dict:

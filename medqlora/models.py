@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from medqlora.attention import IMPLEMENTATIONS, choose_backend
 from medqlora.config import Lora, Model, UserError
+from medqlora.layers import lean_layers
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -133,6 +134,7 @@ def load_base(model: Model, device: torch.device, storage: torch.dtype = torch.u
 
 def freeze(base: torch.nn.Module, model: Model) -> None:
     base.requires_grad_(False)
+    lean_layers(base)
     if model.upcast_embeddings:
         for embedding in (base.get_input_embeddings(), base.get_output_embeddings()):
             embedding.to(torch.float32)

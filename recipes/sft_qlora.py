@@ -241,8 +241,9 @@ def available_memory(device: torch.device) -> int:
 def decide_step(run: Run, memory: int) -> dict[str, Any]:
     """Micro-batch and recomputation by forecast, where the configuration says auto; a resumed run keeps what it began with."""
     training, saved = run.config.training, run.output_dir / "environment.json"
-    if run.resume and saved.is_file():
-        return json.loads(saved.read_text(encoding="utf-8"))["step_plan"]
+    before = json.loads(saved.read_text(encoding="utf-8")).get("step_plan") if run.resume and saved.is_file() else None
+    if before:
+        return before
     if "auto" not in (training.max_tokens_per_batch, training.gradient_checkpointing):
         return {"max_tokens_per_batch": training.max_tokens_per_batch, "gradient_checkpointing": training.gradient_checkpointing}
     storage = choose_storage(run.strategy, run.config.model.quantization, run.dtype)

@@ -44,7 +44,7 @@ SHIPPED = ROOT / "bench" / "architectures"
 SCRIPT = ROOT / "bench" / "memory.py"
 # Parameters as the makers' own checkpoints hold them (total size of their safetensors, in weights).
 PUBLISHED = {
-    "llama3-8b": 8_030_261_248, "llama3-70b": 70_553_706_496, "qwen2.5-3b": 3_085_938_688, "qwen2.5-7b": 7_615_616_512,
+    "llama3-8b": 8_030_261_248, "llama3.1-8b": 8_030_261_248, "llama3-70b": 70_553_706_496, "qwen2.5-3b": 3_085_938_688, "qwen2.5-7b": 7_615_616_512,
     "phi3-mini": 3_821_079_552, "gemma-2b": 2_506_172_416, "gemma2-2b": 2_614_341_888, "mistral-7b": 7_248_023_552,
 }  # fmt: skip
 SMALL = {

@@ -11,7 +11,7 @@ from conftest import run_script
 ROOT = Path(__file__).parent.parent
 # The order of ARCHITECTURE.md: a module imports only from those before it.
 ORDER = [
-    "config", "runs", "processes", "examples", "cleaning", "prompts", "tokens", "packing", "preparation", "attention", "models", "optimizers",
+    "config", "runs", "processes", "examples", "cleaning", "prompts", "tokens", "packing", "preparation", "attention", "layers", "models", "optimizers",
     "losses", "strategies", "memory", "trials", "checkpoints", "merging", "engines.interface", "engines.hf", "engines.vllm", "engines.openai", "predictions", "scoring",
     "metrics", "latency", "page", "reports",
 ]  # fmt: skip

@@ -1,0 +1,181 @@
+"""The measured and predicted tables of the documentation, made from the recorded figures in bench/results.
+
+    python bench/tables.py --write README.md docs/memory.md     # between their markers: <!-- table NAME --> … <!-- end of NAME -->
+    python bench/tables.py --check README.md docs/memory.md     # exit code 2 if a page holds other tables
+
+No figure is typed into a page: record it with the command in its file, then write the pages.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from medqlora.config import ConfigError, UserError
+from medqlora.runs import write_atomic
+
+RESULTS = Path(__file__).parent / "results"
+MACHINE = RESULTS / "cpu-2-cores"
+GIB = 2**30
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> Iterator[str]:
+    yield "| " + " | ".join(head) + " |"
+    yield "|---" * len(head) + "|"
+    for row in rows:
+        yield "| " + " | ".join(row) + " |"
+
+
+# ---- measured ------------------------------------------------------------------------------------------------------------
+
+
+def table_strategies() -> Iterator[str]:
+    rows = []
+    for name, found in read(MACHINE / "strategies_demo.json")["rows"].items():
+        if name != "one":
+            check = found["gradient_check"]["seconds"]
+            rows.append([name, f"{found['loss_difference']:.0e}", f"{found['grad_norm_difference']:.0e}", f"{check:.1f} s", f"{found['speed']:.2f} x"])
+    return markdown(["", "largest difference of a loss", "of a gradient norm", "start-up check", "tokens/s"], rows)
+
+
+def table_trl() -> Iterator[str]:
+    rows = []
+    for path in sorted(MACHINE.glob("trl_sft_*.json")):
+        recorded = read(path)
+        for name, found in recorded["results"].items():
+            rows.append([recorded["settings"]["dtype"], name.replace("trl", "TRL 1.16"), f"{found['tokens_per_second_ratio']:.2f} x",
+                         f"{found['peak_memory_ratio']:.2f} x", f"{found['final_loss']:.4f}"])  # fmt: skip
+    return markdown(["", "", "real tokens/s", "peak memory", "loss of the trained adapter"], rows)
+
+
+def table_data() -> Iterator[str]:
+    found = read(MACHINE / "data_smollm2.json")["results"]
+    whole = found["whole"]
+    rows = [["ours", f"{found['trl']['seconds'] / whole['seconds']:.1f} x", f"{found['trl2']['seconds'] / whole['seconds']:.1f} x",
+             f"{whole['peak_memory_bytes'] / 2**20:,.0f} MiB", f"{whole['tokens']:,}", f"{whole['packs']:,}"]]  # fmt: skip
+    trl = found["trl"]
+    rows.append(["TRL 1.16", "1.0 x", "", f"{trl['peak_memory_bytes'] / 2**20:,.0f} MiB", f"{trl['tokens']:,}", f"{trl['packs']:,}"])
+    return markdown(["", "rows/s against its default", "against two worker processes", "peak memory", "tokens", "packs"], rows)
+
+
+def table_measured() -> Iterator[str]:
+    rows = []
+    for path in sorted(MACHINE.glob("memory_*.json")):
+        found = read(path)
+        name = path.stem.removeprefix("memory_").replace("_", ", ")
+        rows.append([name, found["dtype"], f"{found['recomputed_layers']} of {found['layers']}", f"{found['predicted_peak_bytes'] / GIB:.3f}",
+                     f"{found['measured_peak_bytes'] / GIB:.3f}", f"{found['relative_error']:+.1%}"])  # fmt: skip
+    return markdown(["case", "dtype", "layers recomputed", "predicted GiB", "measured GiB", "error"], rows)
+
+
+def table_throughput() -> Iterator[str]:
+    cases = read(MACHINE / "throughput_demo.json")["cases"]
+    first = cases[0]["real_tokens_per_second"]
+    rows = []
+    for found in cases:
+        case = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in found["case"].items())
+        rows.append([case, f"{found['real_tokens_per_second'] / first:.2f} x", f"{found['model_flops_utilisation']:.0%}", f"{found['peak_memory_bytes'] / 2**20:,.0f} MiB"])
+    return markdown(["", "real tokens/s", "utilisation", "memory above the start"], rows)
+
+
+# ---- predicted -----------------------------------------------------------------------------------------------------------
+
+
+def table_fit() -> Iterator[str]:
+    """What bench/memory.py --fit says for each shape and card."""
+    files = [read(path) for path in sorted((RESULTS / "predicted").glob("fit_*.json"))]
+    cards = sorted({found["card"] for found in files}, key=lambda card: float(card.removesuffix("GiB")))
+    names = sorted({found["model"] for found in files})
+    cells = {(found["model"], found["card"]): describe_fit(found) for found in files}
+    return markdown(["", *cards], [[name, *(cells.get((name, card), "") for card in cards)] for name in names])
+
+
+def describe_fit(found: dict) -> str:
+    if "error" in found:
+        return "–"
+    layers = f"{found['recomputed_layers']} of {found['layers']}"
+    return f"{found['max_tokens_per_batch']:,} tokens, {layers}; rows to {found['longest_row']:,}"
+
+
+# What others' pages say, and the forecast that is nearest to it.
+MEMORY_CLAIMS = (
+    ("Llama-3-8B, QLoRA, 256 tokens", "6.2 to 6.5 GB", "claim_llama3-8b_256"),
+    ("an 8B model trained at 1,024 tokens", "on 8 GB", "claim_llama3-8b_1024"),
+    ("Phi-3-mini, 1,024 tokens", "12 to 13 GB", "claim_phi3-mini_1024"),
+    ("Gemma-2B, QLoRA instead of full fine-tuning", "10 GB instead of 40", "claim_gemma-2b_1024"),
+)
+LENGTH_CLAIMS = (("8GiB", 2_972), ("12GiB", 21_848), ("16GiB", 40_724), ("24GiB", 78_475))  # Unsloth's table for Llama-3.1-8B, r=32
+SHARE_CLAIM = ("trainable parameters of Llama-3-8B", "0.17 %", "claim_llama3-8b_share")
+
+
+def table_published() -> Iterator[str]:
+    rows = []
+    for claim, published, name in MEMORY_CLAIMS:
+        found = read(RESULTS / "predicted" / f"{name}.json")
+        rows.append([claim, published, f"{(found['predicted_peak_bytes'] + found['context_bytes']) / 1e9:.1f} GB with the CUDA context"])
+    for card, published in LENGTH_CLAIMS:
+        found = read(RESULTS / "predicted" / f"claim_llama3.1-8b_{card}.json")
+        rows.append([f"Llama-3.1-8B, r=32, longest row on {card.replace('GiB', ' GB')}", f"{published:,} (Unsloth)", f"{found['longest_row']:,}"])
+    claim, published, name = SHARE_CLAIM
+    found = read(RESULTS / "predicted" / f"{name}.json")
+    rows.append([f"{claim}, r=32 on queries and values", published, f"{found['trainable_parameters'] / found['base_parameters']:.2%}".replace("%", " %")])
+    return markdown(["", "published", "predicted here"], rows)
+
+
+TABLES = {
+    "strategies": table_strategies, "trl": table_trl, "data": table_data, "measured": table_measured, "throughput": table_throughput,
+    "fit": table_fit, "published": table_published,
+}  # fmt: skip
+
+
+def fill(page: Path) -> tuple[str, str]:
+    """(text as it is, text with the tables of the results).
+
+    Raises:
+        ConfigError: no such page, an unknown table, or figures that are not recorded.
+    """
+    try:
+        text = page.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{page}: {error.strerror}; give a page of the documentation") from None
+
+    def replace(found: re.Match) -> str:
+        name = found[1]
+        if name not in TABLES:
+            raise ConfigError(f"{page}: unknown table {name}; there are {', '.join(TABLES)}")
+        try:
+            lines = "\n".join(TABLES[name]())
+        except (OSError, KeyError, IndexError, ValueError) as error:
+            raise ConfigError(f"table {name}: its figures are not recorded under {RESULTS} ({error}); run the benchmark with --json") from None
+        return f"<!-- table {name} -->\n{lines}\n<!-- end of {name} -->"
+
+    return text, re.sub(r"<!-- table (\w+) -->\n.*?<!-- end of \1 -->", replace, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", type=Path, nargs="+", default=[], help="pages whose tables are replaced")
+    parser.add_argument("--check", type=Path, nargs="+", default=[], help="pages whose tables must be these")
+    arguments = parser.parse_args()
+    if not arguments.write and not arguments.check:
+        raise ConfigError("expected --write PAGE or --check PAGE")
+    for page in arguments.check:
+        before, after = fill(page)
+        if before != after:
+            raise ConfigError(f"{page}: its tables are not those of bench/results; run python bench/tables.py --write {page}")
+    for page in arguments.write:
+        write_atomic(page, fill(page)[1])
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,212 @@
+"""bench/throughput.py, latency.py and data.py: their figures by definition, and their commands run for real on small input."""
+
+import json
+import math
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from conftest import DEMO, ROOT, run_inside, run_script
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medqlora.latency import LatencyError, Served, draw_arrivals, parse_objectives, summarize
+
+CONFIG = ROOT / "recipes" / "configs" / "demo.yaml"
+THROUGHPUT, LATENCY, DATA = (ROOT / "bench" / f"{name}.py" for name in ("throughput", "latency", "data"))
+
+
+# ---- definitions -------------------------------------------------------------------------------------------------------
+
+
+def test_latencies_of_a_known_answer():
+    served = Served(sent=10.0, arrivals=(10.5, 10.6, 10.8), tokens=3)
+    assert (served.ttft, served.e2el) == pytest.approx((0.5, 0.8))
+    assert served.tpot == pytest.approx(0.15)
+    assert served.itl == pytest.approx([0.1, 0.2])
+    one = Served(10.0, (10.5,), 1)
+    assert (one.tpot, one.itl) == (None, [])
+    found = summarize([served, one], 2.0, {"ttft": 600, "tpot": 140})
+    assert found["requests_per_second"] == 1.0
+    assert found["output_tokens_per_second"] == 2.0
+    assert found["goodput_requests_per_second"] == 0.5  # the first is too slow per token; a single token has no TPOT to miss
+    assert found["tpot_ms"]["p50"] == pytest.approx(150)
+    assert summarize([one], 1.0)["tpot_ms"] is None
+    assert summarize([one], 1.0)["goodput_requests_per_second"] is None
+
+
+@given(st.floats(0, 1e3), st.lists(st.floats(1e-4, 10), min_size=2, max_size=20))
+def test_parts_of_a_latency_sum_to_it(sent, gaps):
+    served = Served(sent, tuple(np.cumsum([sent + gaps[0], *gaps[1:]])), len(gaps))
+    assert math.isclose(served.ttft + sum(served.itl), served.e2el, rel_tol=1e-6, abs_tol=1e-9)
+    assert math.isclose(served.ttft + served.tpot * (served.tokens - 1), served.e2el, rel_tol=1e-6, abs_tol=1e-9)
+
+
+def test_arrivals_have_the_rate_they_are_asked_for():
+    times = draw_arrivals(20_000, 8.0, 0)
+    assert times[0] == 0
+    assert np.all(np.diff(times) >= 0)
+    assert len(times) / times[-1] == pytest.approx(8.0, rel=0.03)
+    assert np.std(np.diff(times)) == pytest.approx(1 / 8, rel=0.05)  # exponential: deviation equals mean
+
+
+@pytest.mark.parametrize("text", ["ttft", "itl=5", "ttft=fast", "e2el=-1"])
+def test_objectives_that_mean_nothing_are_refused(text):
+    with pytest.raises(LatencyError):
+        parse_objectives([text])
+
+
+# ---- throughput ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_throughput_of_a_sweep(tmp_path):
+    """Two cases that run, and one that cannot: it is kept with its reason."""
+    done = run_script(THROUGHPUT, "--config", CONFIG, "--steps", "2", "--warm_up", "1", "--json", tmp_path / "a.json", "--plot", tmp_path / "a.png",
+                      "--sweep", "model.attention=varlen,sdpa,flash", "--data.max_length", "128")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    cases = json.loads((tmp_path / "a.json").read_text())["cases"]
+    assert [case["case"]["model.attention"] for case in cases] == ["varlen", "sdpa", "flash"]
+    assert "flash needs" in cases[2]["error"]
+    for case in cases[:2]:
+        assert case["tokens_per_second"] == case["real_tokens_per_second"] > case["supervised_tokens_per_second"] > 0
+        times = case["step_seconds"]
+        assert len(times["all"]) == 2 and times["p50"] <= times["p90"] <= times["p99"]  # noqa: PT018
+        assert 0 <= case["data_wait_fraction"] < 1
+        # (4 + 2 x recomputed / layers) x weights: the demonstration's 4 layers of 196,608 weights, and its adapters
+        per_token = case["model_flops_per_second"] / case["tokens_per_second"]
+        assert per_token == pytest.approx(4 * (4 * 196_608 + 327_680), rel=1e-6)
+        assert case["loss"] == pytest.approx(cases[0]["loss"], rel=0.02)  # the same work
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--sweep", "data.max_length"], "expected section.key=value"),
+    (["--sweep", "data.max_lenght=1,2"], "did you mean"),
+    (["--steps", "0"], "expected 1 or more"),
+    (["--model.base", "nothing.json"], "nothing.json"),
+    (["--training.max_tokens_per_batch", "700"], "not a multiple"),
+])  # fmt: skip
+def test_throughput_refuses_before_any_work(flags, message, monkeypatch):
+    code, complaint = run_inside(THROUGHPUT, ["--config", CONFIG, *flags], monkeypatch)
+    assert (code, complaint.count("\n")) == (2, 1)
+    assert message in complaint
+
+
+# ---- latency -------------------------------------------------------------------------------------------------------------
+
+
+def test_latency_of_transformers(monkeypatch, tmp_path):
+    flags = ["--model", DEMO / "base", "--requests", "4", "--output_tokens", "5", "--concurrency", "1,4", "--rate", "50", "--goodput", "e2el=60000"]
+    code, complaint = run_inside(LATENCY, [*flags, "--json", tmp_path / "a.json"], monkeypatch)
+    assert code == 0, complaint
+    loops = json.loads((tmp_path / "a.json").read_text())["loops"]
+    assert [next(iter(loop)) for loop in loops] == ["concurrency", "concurrency", "rate"]
+    for loop in loops:
+        assert loop["requests"] == 4
+        assert loop["output_tokens_per_second"] == pytest.approx(5 * loop["requests_per_second"])
+        assert loop["goodput_requests_per_second"] == loop["requests_per_second"]
+        assert loop["ttft_ms"]["p50"] < loop["e2el_ms"]["p50"]
+    assert loops[1]["ttft_ms"]["p99"] > loops[0]["ttft_ms"]["p99"]  # four at once wait for each other
+
+
+def test_letters_and_sizes(monkeypatch, tmp_path):
+    assert run_inside(LATENCY, ["--model", DEMO / "base", "--scoring", "--requests", "6", "--json", tmp_path / "a.json"], monkeypatch)[0] == 0
+    found = json.loads((tmp_path / "a.json").read_text())["scoring"]
+    assert found["questions"] == 6
+    assert found["questions_per_second"] > 0
+    assert not any("tpot" in key for key in found)
+    assert run_inside(LATENCY, ["--model", DEMO / "base", "--sizes", "--json", tmp_path / "b.json"], monkeypatch)[0] == 0
+    (sizes,) = json.loads((tmp_path / "b.json").read_text())["sizes"]
+    assert sizes["loaded_nf4_bytes"] < sizes["loaded_16_bit_bytes"]
+    assert sizes["loaded_16_bit_bytes"] == pytest.approx(2 * 1_015_936, rel=0.01)
+
+
+class Server(ThreadingHTTPServer):
+    """Streams three tokens for each completion, 20 ms apart; breaks off in the middle once `left` requests are served."""
+
+    left = 10**6
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.left -= 1
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        for _ in range(3):
+            time.sleep(0.02)
+            piece = {"id": "1", "object": "text_completion", "created": 0, "model": "m", "choices": [{"index": 0, "text": "a", "finish_reason": None, "logprobs": None}]}
+            self.wfile.write(f"data: {json.dumps(piece)}\n\n".encode())
+            self.wfile.flush()
+            if self.server.left < 0:
+                self.wfile.write(b'data: {"error": {"message": "engine died"}}\n\n')
+                return
+        usage = {"id": "1", "object": "text_completion", "created": 0, "model": "m", "choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4}}
+        self.wfile.write(f"data: {json.dumps(usage)}\n\ndata: [DONE]\n\n".encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    with Server(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+
+
+def ask_flags(server) -> list:
+    return ["--engine", "openai", "--server", f"http://127.0.0.1:{server.server_port}/v1", "--model", "m", "--tokenizer", DEMO / "base", "--requests", "4"]
+
+
+def test_latency_of_a_server(server, monkeypatch, tmp_path):
+    code, complaint = run_inside(LATENCY, [*ask_flags(server), "--concurrency", "4", "--json", tmp_path / "a.json"], monkeypatch)
+    assert code == 0, complaint
+    (loop,) = json.loads((tmp_path / "a.json").read_text())["loops"]
+    assert 19 < loop["itl_ms"]["p50"] < 60
+    assert loop["tpot_ms"]["p50"] == pytest.approx(loop["itl_ms"]["mean"], rel=0.5)
+    assert loop["e2el_ms"]["p50"] >= 59
+    assert loop["output_tokens_per_second"] == pytest.approx(3 * loop["requests_per_second"])
+
+
+def test_server_that_dies_leaves_what_was_measured(server, monkeypatch, tmp_path):
+    server.left = 2 + 4 + 1  # warm-up, the first loop, one of the second
+    code, complaint = run_inside(LATENCY, [*ask_flags(server), "--concurrency", "1,2", "--json", tmp_path / "a.json"], monkeypatch)
+    assert (code, complaint.count("\n")) == (2, 1), complaint
+    assert "server http://127.0.0.1" in complaint
+    assert len(json.loads((tmp_path / "a.json").read_text())["loops"]) == 1
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--model", "m", "--engine", "openai"], "needs --server"),
+    (["--model", str(DEMO / "base"), "--goodput", "itl=3"], "expected ttft="),
+    (["--model", str(DEMO / "base"), "--requests", "0"], "expected 1 or more"),
+    (["--model", str(DEMO / "base"), "--engine", "vllm", "--dtype", "nf4"], "merge first"),
+    (["--model", str(DEMO / "base"), "--sizes", "nowhere"], "no such folder"),
+    (["--model", "m", "--engine", "openai", "--server", "http://127.0.0.1:9/v1", "--tokenizer", str(DEMO / "base")], "is it running"),
+])  # fmt: skip
+def test_latency_refuses(flags, message, monkeypatch):
+    code, complaint = run_inside(LATENCY, flags, monkeypatch)
+    assert (code, complaint.count("\n")) == (2, 1), complaint
+    assert message in complaint
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_data_stages(tmp_path):
+    done = run_script(DATA, "--rows", "2000", "--json", tmp_path / "a.json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "a.json").read_text())["results"]
+    assert set(found["ours"]["stages"]) == {"read", "clean", "render", "tokenize", "plan", "write"}
+    assert found["ours"]["rows"] == found["whole"]["rows"] >= 1990  # equal rows are dropped
+    assert found["ours"]["tokens"] == found["whole"]["tokens"]
+    done = run_script(DATA, "--tokenizer", tmp_path)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
