@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from medqlora.config import UserError, load_config
-from medqlora.runs import RunError, check_new, describe_environment, read_peak_resident, write_json
+from medqlora.runs import RunError, check_new, describe_environment, name_command, read_peak_resident, write_json
 
 ROWS = 182_822  # MedMCQA's training split
 ROOT = Path(__file__).parents[1]
@@ -63,7 +63,7 @@ def main() -> None:
     show(found, arguments.rows)
     if arguments.json:
         settings = {"rows": arguments.rows, "tokenizer": arguments.tokenizer.name, "max_tokens_per_batch": arguments.max_tokens_per_batch}
-        write_json(arguments.json, {"command": ["bench/data.py", *sys.argv[1:]], "settings": settings, "environment": describe_environment(), "results": found})
+        write_json(arguments.json, {"command": name_command("bench/data.py", sys.argv[1:]), "settings": settings, "environment": describe_environment(), "results": found})
 
 
 def run(name: str, work: Path) -> dict:

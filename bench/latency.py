@@ -37,7 +37,7 @@ from medqlora.engines.interface import Request
 from medqlora.examples import read_examples
 from medqlora.latency import LatencyError, Served, describe, draw_arrivals, parse_objectives, summarize
 from medqlora.models import list_constants, load_base, load_tokenizer
-from medqlora.runs import check_new, describe_environment, write_json
+from medqlora.runs import check_new, describe_environment, name_command, write_json
 from medqlora.scoring import Method, ask
 from medqlora.tokens import make_encoder
 
@@ -83,7 +83,7 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     objectives = check(arguments)
-    found = {"command": ["bench/latency.py", *sys.argv[1:]], "environment": describe_environment(), "engine": arguments.engine, "model": arguments.model}
+    found = {"command": name_command("bench/latency.py", sys.argv[1:]), "environment": describe_environment(), "engine": arguments.engine, "model": arguments.model}
     if arguments.sizes is not None:
         keep(arguments, found | {"sizes": measure_sizes([arguments.model, *arguments.sizes])})
         return
@@ -221,7 +221,6 @@ def ask_server(address: str, model: str, key: str | None, output_tokens: int) ->
     """Streams completions of an OpenAI-compatible server. vLLM is told to go on after an end token, so that answers are equally
     long; a server that refuses that may end earlier."""
     try:
-        import httpx
         import openai
     except ImportError:
         raise LatencyError("the openai package is not installed here; pip install 'medqlora[openai]'") from None
@@ -247,7 +246,7 @@ def ask_server(address: str, model: str, key: str | None, output_tokens: int) ->
                 tokens = piece.usage.completion_tokens if piece.usage else tokens
         except openai.OpenAIError as error:
             raise LatencyError(f"server {address}: {' '.join(str(error).split())[:200]}; is it running, and does it serve {model}?") from None
-        except (OSError, RuntimeError, httpx.HTTPError) as error:  # a connection that breaks while it streams
+        except Exception as error:  # noqa: BLE001  a connection that breaks while it streams: of whatever HTTP library the openai package uses
             raise LatencyError(f"server {address} broke off an answer: {type(error).__name__} {error}; look at its log") from None
         if not arrivals:
             raise LatencyError(f"server {address} gave an empty answer")

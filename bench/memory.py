@@ -51,7 +51,7 @@ from medqlora.memory import (
 )  # fmt: skip
 from medqlora.models import DTYPES, choose_dtype, count_parameters
 from medqlora.packing import list_budgets, make_plan
-from medqlora.runs import check_new, describe_environment, write_json
+from medqlora.runs import check_new, describe_environment, name_command, write_json
 from medqlora.strategies import Strategy, choose_storage
 from medqlora.trials import Trial, make_table
 
@@ -103,7 +103,7 @@ def main() -> None:
     if arguments.measure:
         found |= measure(found, arguments, overrides)
     if arguments.json:
-        write_json(arguments.json, found | {"command": ["bench/memory.py", *sys.argv[1:]], "environment": describe_environment()})
+        write_json(arguments.json, found | {"command": name_command("bench/memory.py", sys.argv[1:]), "environment": describe_environment()})
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
@@ -306,7 +306,7 @@ class Timeline:
         self.marks.append((time.perf_counter() - self.began, phase))
 
     def finish(self) -> dict:
-        time.sleep(0.05)
+        time.sleep(max(0.05, 0.1 * (time.perf_counter() - self.began)))  # what stays is seen as well
         self.ended.set()
         self.thread.join()
         training = next(at for at, phase in self.marks if phase == "training")
@@ -316,8 +316,10 @@ class Timeline:
         phases = {}
         for (at, phase), (until, _) in zip(self.marks, [*self.marks[1:], (float("inf"), "")], strict=True):
             phases[phase] = max((value for when, value in self.points if at <= when < until), default=0)
-        step = max(1, len(self.points) // 2000)
-        return {"peak": peak, "phases": phases, "timeline": {"points": self.points[::step], "marks": self.marks}}
+        size = max(1, len(self.points) // 400)
+        blocks = [self.points[i : i + size] for i in range(0, len(self.points), size)]
+        points = [(block[0][0], max(value for _, value in block)) for block in blocks]
+        return {"peak": peak, "phases": phases, "timeline": {"points": points, "marks": self.marks}}
 
 
 def draw(timeline: dict, predicted: int, path: Path) -> None:
@@ -329,13 +331,14 @@ def draw(timeline: dict, predicted: int, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 3.5), layout="constrained")
     axes.fill_between([at for at, _ in timeline["points"]], [value / GIB for _, value in timeline["points"]], alpha=0.3, linewidth=0)
     axes.plot([at for at, _ in timeline["points"]], [value / GIB for _, value in timeline["points"]], linewidth=1)
-    axes.axhline(predicted / GIB, color="black", linestyle="--", linewidth=1, label="predicted peak")
-    top = axes.get_ylim()[1] * 1.12
+    axes.axhline(predicted / GIB, color="black", linestyle="--", linewidth=1)
+    top = max(predicted / GIB, *(value / GIB for _, value in timeline["points"])) * 1.25
+    axes.annotate("predicted peak", (timeline["points"][-1][0] / 2, predicted / GIB * 1.02), ha="center", va="bottom", fontsize=9)
     for at, phase in timeline["marks"]:
         axes.axvline(at, color="grey", linewidth=0.8)
         axes.annotate(f" {phase}", (at, top * 0.94), fontsize=9)
     axes.set(xlabel="seconds", ylabel="memory in GiB", ylim=(0, top), xlim=(0, timeline["points"][-1][0]))
-    axes.legend(loc="center right", frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
 

@@ -38,7 +38,7 @@ from medqlora.losses import unwrap
 from medqlora.memory import read_architecture
 from medqlora.models import find_layers
 from medqlora.packing import list_budgets, make_plan
-from medqlora.runs import MemoryMeter, check_new, describe_environment, write_json
+from medqlora.runs import MemoryMeter, check_new, describe_environment, name_command, write_json
 from medqlora.trials import Trial, draw_lengths, make_table
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
@@ -80,7 +80,7 @@ def main() -> None:
         results.append(start_case(arguments, overrides, flags))
         say(results[-1])
         if arguments.json:
-            write_json(arguments.json, {"command": ["bench/throughput.py", *sys.argv[1:]], "environment": describe_environment(), "cases": results})
+            write_json(arguments.json, {"command": name_command("bench/throughput.py", sys.argv[1:]), "environment": describe_environment(), "cases": results})
     show(results)
     if arguments.plot and any("error" not in found for found in results):
         draw(results, arguments.plot)
@@ -256,9 +256,9 @@ def draw(results: list[dict], path: Path) -> None:
     bars = left.barh(places, [found["real_tokens_per_second"] for found in good], height=0.6)
     left.bar_label(bars, fmt="{:,.0f}", padding=3)
     left.margins(x=0.18)
+    right.boxplot([found["step_seconds"]["all"] for found in good], positions=places, orientation="horizontal", widths=0.5, manage_ticks=False)
     left.set(xlabel="tokens per second", yticks=places, yticklabels=[name_case(found) for found in good])
     left.invert_yaxis()
-    right.boxplot([found["step_seconds"]["all"] for found in good], positions=places, orientation="horizontal", widths=0.5)
     right.set(xlabel="seconds of a step (median, quartiles, range)", xlim=(0, None))
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)

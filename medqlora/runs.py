@@ -153,6 +153,11 @@ def read_versions() -> dict[str, str]:
     return versions
 
 
+def name_command(script: str, arguments: list[str]) -> list[str]:
+    """A command as it is recorded: of absolute paths, which are one machine's, the last part."""
+    return [script, *(Path(argument).name if Path(argument).is_absolute() else argument for argument in arguments)]
+
+
 def describe_environment() -> dict[str, Any]:
     """Versions, commit and hardware."""
     import torch

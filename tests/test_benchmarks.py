@@ -75,9 +75,9 @@ def test_throughput_of_a_sweep(tmp_path):
         times = case["step_seconds"]
         assert len(times["all"]) == 2 and times["p50"] <= times["p90"] <= times["p99"]  # noqa: PT018
         assert 0 <= case["data_wait_fraction"] < 1
-        # (4 + 2 x recomputed / layers) x weights: the demonstration's 4 layers of 196,608 weights, and its adapters
+        # (4 + 2 x recomputed / layers) x weights: of 4 layers of 4 x 128 x 128 + 3 x 128 x 384, and their adapters
         per_token = case["model_flops_per_second"] / case["tokens_per_second"]
-        assert per_token == pytest.approx(4 * (4 * 196_608 + 327_680), rel=1e-6)
+        assert per_token == pytest.approx(4 * (4 * (4 * 128 * 128 + 3 * 128 * 384) + 327_680), rel=1e-6)
         assert case["loss"] == pytest.approx(cases[0]["loss"], rel=0.02)  # the same work
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
@@ -210,3 +210,31 @@ def test_data_stages(tmp_path):
     assert found["ours"]["tokens"] == found["whole"]["tokens"]
     done = run_script(DATA, "--tokenizer", tmp_path)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+
+
+# ---- recorded figures ------------------------------------------------------------------------------------------------------
+
+
+def test_pages_hold_the_recorded_figures(monkeypatch, tmp_path):
+    tables = ROOT / "bench" / "tables.py"
+    assert run_inside(tables, ["--check", ROOT / "README.md", ROOT / "docs" / "memory.md"], monkeypatch) == (0, "")
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table trl -->\n| 100 x |\n<!-- end of trl -->\n")
+    assert run_inside(tables, ["--check", page], monkeypatch)[0] == 2
+    assert run_inside(tables, ["--write", page], monkeypatch) == (0, "")
+    assert run_inside(tables, ["--check", page], monkeypatch) == (0, "")
+    page.write_text("<!-- table guesses -->\n<!-- end of guesses -->\n")
+    code, complaint = run_inside(tables, ["--check", page], monkeypatch)
+    assert (code, complaint.count("\n")) == (2, 1)
+
+
+def test_recorded_figures_name_command_and_versions_and_no_ones_folders():
+    for path in (ROOT / "bench" / "results").rglob("*.json"):
+        text = path.read_text()
+        assert "shapes" in path.parts or "versions" in text or "command" in text, path
+        assert not any(place in text for place in ('"/home', '"/tmp', '"/work', '"/root')), path
+
+
+def test_measured_memory_is_near_the_forecast():
+    for path in (ROOT / "bench" / "results" / "cpu-2-cores").glob("memory_*.json"):
+        assert abs(json.loads(path.read_text())["relative_error"]) < 0.05, path

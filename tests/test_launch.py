@@ -31,6 +31,7 @@ def test_preflight_of_the_demonstration(tmp_path):
     for part in ("recipe keys", "accelerate keys", "dtype, storage", "batch", "model", "data", "disk", "memory", "rendezvous", "two steps"):
         assert part in done.stdout
     assert "isolates rows" in done.stdout
+    assert "GiB predicted per process at" in done.stdout
     assert "FAILED" not in done.stdout
     assert list(tmp_path.iterdir()) == []  # nothing was written
 
@@ -68,6 +69,7 @@ def test_preflight_of_published_architectures_without_their_weights(tmp_path, na
     assert time.perf_counter() - began < 20
     assert "65,536 tokens per step = 8 x 1 micro-batch(es) of 8,192" in done.stdout
     assert "isolates rows" in done.stdout
+    assert "GiB predicted per process at" in done.stdout
 
 
 MISTAKES = {
