@@ -157,7 +157,7 @@ class Tracker(TorchDispatchMode):
 def list_inside(name: str, arguments: tuple, keywords: dict[str, Any]) -> Iterator[tuple[tuple[int, ...], torch.dtype, str]]:
     """What kernels allocate while they run, as (shape, dtype, category)."""
     if name == "bitsandbytes::gemm_4bit":  # bitsandbytes 0.50, backends/cuda/ops.py, _dequant_linear_fallback
-        constants = keywords.get("absmax_8bit")
+        constants = keywords.get("absmax_8bit", arguments[7] if len(arguments) > 7 else None)
         if constants is not None:
             yield constants.shape, torch.float32, "dequantization"
             yield constants.shape, torch.float32, "dequantization"
@@ -198,11 +198,11 @@ def forecast_step(
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     sort_resident(tracker, base, model)
     loaded = tracker.total
-    states = make_states(config.training.optimizer, device, weights)
-    for state in states:
+    kept = make_states(config.training.optimizer, device, weights)
+    for state in kept:
         tracker.follow(state, "optimizer")
     if device.type == "cuda":
-        workspace = tracker.make((CUBLAS_WORKSPACE,), torch.uint8, "workspace")
+        kept.append(tracker.make((CUBLAS_WORKSPACE,), torch.uint8, "workspace"))
     for weight in weights:
         if batch.accumulated:
             weight.grad = torch.zeros_like(weight)
@@ -222,12 +222,9 @@ def forecast_step(
             f"{architecture.model_type} with {config.model.quantization} cannot be forecast ({' '.join(str(error).split())[:160]}); "
             "set training.gradient_checkpointing and training.max_tokens_per_batch to values, or measure"
         ) from None
-    tracker.phase = "optimizer step"
-    tracker.make((0,), torch.uint8, "workspace")
-    tracker.peaks[tracker.phase] = (tracker.total, {})  # in place: AdamW's kernels and the clipping make nothing of size
+    tracker.peaks["optimizer step"] = (tracker.total, dict(tracker.now))  # in place: AdamW and clipping make nothing of size
     peak, by_category = max(tracker.peaks.values(), key=lambda found: found[0])
-    if device.type == "cuda":
-        del workspace
+    del kept
     return Forecast(
         peak, {name: by_category.get(name, 0) for name in CATEGORIES}, {phase: total for phase, (total, _) in tracker.peaks.items()},
         replay_allocator(tracker.events), loaded, sum(weight.numel() for weight in weights), text.num_hidden_layers, recomputed, measure_units(base),

@@ -22,7 +22,7 @@ def flags(output: Path, cache: Path, *more: str) -> list[str]:
     test = json.dumps([{"format": "medmcqa", "path": str(DEMO / "data" / "test.jsonl"), "limit": 60}])
     return [
         str(RECIPE), "--output_dir", str(output), "--data.cache_dir", str(cache), "--data.test", test,
-        "--data.train.0.limit", "600", "--data.eval.0.limit", "60", "--training.max_steps", str(STEPS),
+        "--data.train.0.limit", "600", "--data.eval.0.limit", "60", "--training.max_steps", str(STEPS), "--training.gradient_checkpointing", "none",
         "--training.max_tokens_per_batch", "512", "--training.global_batch_tokens", "1024", "--training.eval_steps", "6",
         "--training.save_steps", "4", "--lora.dropout", "0.1", *more,
     ]  # fmt: skip

@@ -135,7 +135,7 @@ def test_measured_peak_is_near_the_predicted_one(tmp_path):
     shape = SMALL | {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "vocab_size": 8192}
     (tmp_path / "shape.json").write_text(json.dumps(shape))
     flags = ["--model.base", tmp_path / "shape.json", "--training.max_tokens_per_batch", "2048", "--training.global_batch_tokens", "4096",
-             "--training.gradient_checkpointing", "none", "--model.dtype", "float32", "--steps", "2"]  # fmt: skip
+             "--training.gradient_checkpointing", "none", "--model.dtype", "float32", "--steps", "1"]  # fmt: skip
     done = run_script(SCRIPT, "--config", ROOT / "recipes" / "configs" / "llama3-8b_medmcqa.yaml", "--measure", "--json", tmp_path / "found.json", *flags)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())

@@ -23,7 +23,7 @@ STEPS = 24
 def flags(output: Path, cache: Path, *more: str) -> list[str]:
     return [
         "--output_dir", str(output), "--data.cache_dir", str(cache), "--data.test", "[]", "--data.eval", "[]",
-        "--data.train.0.limit", "600", "--training.epochs", "9", "--training.max_steps", str(STEPS), "--training.max_tokens_per_batch", "512",
+        "--data.train.0.limit", "600", "--training.epochs", "9", "--training.gradient_checkpointing", "none", "--training.max_steps", str(STEPS), "--training.max_tokens_per_batch", "512",
         "--training.global_batch_tokens", "2048", "--training.save_steps", "4", "--model.dtype", "float32", *more,
     ]  # fmt: skip
 

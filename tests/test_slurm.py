@@ -116,7 +116,7 @@ def read_steps(run: Path) -> list[dict]:
 def flags(output: Path, cache: Path) -> list[str]:
     return [
         "--data.cache_dir", str(cache), "--data.test", "[]", "--data.train.0.limit", "600", "--training.epochs", "12",
-        "--data.eval", "[]", "--training.max_steps", str(STEPS), "--training.max_tokens_per_batch", "512",
+        "--data.eval", "[]", "--training.gradient_checkpointing", "none", "--training.max_steps", str(STEPS), "--training.max_tokens_per_batch", "512",
         "--training.global_batch_tokens", "2048", "--training.save_steps", "1000", "--model.dtype", "float32",
     ]  # fmt: skip
 

@@ -39,7 +39,7 @@ def train(strategy: str, output: Path, cache: Path, *more: str, script: Path = R
     launcher = ["-m", "accelerate.commands.launch", "--config_file", CONFIGS / f"{strategy}.yaml", "--main_process_port", "0", *launch]
     return run_script(
         *(launcher if strategy != "one" else []), script, "--output_dir", output, "--data.cache_dir", cache, "--data.test", test,
-        "--data.train.0.limit", "1500", "--data.eval.0.limit", "60", "--lora.dropout", "0.1", "--training.max_steps", STEPS,
+        "--data.train.0.limit", "1500", "--data.eval.0.limit", "60", "--training.gradient_checkpointing", "none", "--lora.dropout", "0.1", "--training.max_steps", STEPS,
         "--training.max_tokens_per_batch", "512", "--training.global_batch_tokens", "2048", "--training.eval_steps", "15",
         "--training.save_steps", "20", "--model.dtype", "float32", *more,
     )  # fmt: skip
