@@ -42,6 +42,7 @@ from medqlora.memory import (
     assume_labelled,
     forecast_plan,
     forecast_serving,
+    least_memory,
     longest_sequence,
     make_batch,
     parse_size,
@@ -143,14 +144,14 @@ def labelled_of(config: Config, arguments: argparse.Namespace):
 
 
 def predict(config: Config, architecture, setting: Setting, arguments: argparse.Namespace) -> dict:
-    """The step that the recipe describes; where it says auto and no card is named, the smallest: every layer recomputed."""
+    """The step that the recipe describes; where it says auto and no card is named, with every layer recomputed."""
     training = config.training
     mode = "full" if training.gradient_checkpointing == "auto" else training.gradient_checkpointing
     tokens = list_budgets(training, config.data.max_length, setting.strategy.ranks)[-1]
     plan = forecast_plan(config, architecture, setting, tokens, mode, labelled_of(config, arguments)(tokens))
     console.print(f"[bold]{config.model.base}[/]: {describe(config, setting, plan, arguments)}")
     if "auto" in (training.gradient_checkpointing, training.max_tokens_per_batch):
-        console.print("the recipe says auto: this is the least that it needs; --fit SIZE shows what it would choose on a card")
+        console.print("the recipe says auto: here every layer is recomputed; --fit SIZE shows what it would choose on a card")
     show(plan, setting)
     return collect(plan, setting)
 
@@ -201,11 +202,12 @@ def fit(config: Config, architecture, setting: Setting, arguments: argparse.Name
     console.print(f"[bold]{config.model.base} on a card of {arguments.fit}[/]: {describe(config, setting, plan, arguments)}")
     show(plan, setting)
     longest = longest_sequence(config, architecture, setting, labelled_of(config, arguments))
-    console.print(f"longest row that fits, alone with every layer recomputed: {longest:,} tokens")
+    mode = least_memory(setting.device)
+    console.print(f"longest row that fits, alone with gradient_checkpointing {mode}: {longest:,} tokens")
     chosen = {"data": {"max_length": config.data.max_length}, "training": {
         "global_batch_tokens": config.training.global_batch_tokens, "max_tokens_per_batch": plan.tokens, "gradient_checkpointing": plan.checkpointing}}  # fmt: skip
     console.print("\n# for rows as long as the recipe's\n" + yaml.safe_dump(chosen, sort_keys=False), end="")
-    alone = {"data": {"max_length": longest}, "training": {"global_batch_tokens": longest, "max_tokens_per_batch": longest, "gradient_checkpointing": "full"}}  # fmt: skip
+    alone = {"data": {"max_length": longest}, "training": {"global_batch_tokens": longest, "max_tokens_per_batch": longest, "gradient_checkpointing": mode}}  # fmt: skip
     console.print("\n# for the longest rows\n" + yaml.safe_dump(alone, sort_keys=False), end="")
     return collect(plan, setting) | {"longest_row": longest, "usable_bytes": setting.memory, "card": arguments.fit}
 

@@ -99,7 +99,7 @@ def table_fit() -> Iterator[str]:
 def describe_fit(found: dict) -> str:
     if "error" in found:
         return "–"
-    layers = f"{found['recomputed_layers']} of {found['layers']}"
+    layers = "all, offloaded" if found["gradient_checkpointing"] == "offload" else f"{found['recomputed_layers']} of {found['layers']}"
     return f"{found['max_tokens_per_batch']:,} tokens, {layers}; rows to {found['longest_row']:,}"
 
 
@@ -110,7 +110,7 @@ MEMORY_CLAIMS = (
     ("Phi-3-mini, 1,024 tokens", "12 to 13 GB", "claim_phi3-mini_1024"),
     ("Gemma-2B, QLoRA instead of full fine-tuning", "10 GB instead of 40", "claim_gemma-2b_1024"),
 )
-LENGTH_CLAIMS = (("8GiB", 2_972), ("12GiB", 21_848), ("16GiB", 40_724), ("24GiB", 78_475))  # Unsloth's table for Llama-3.1-8B, r=32
+LENGTH_CLAIMS = (("8GiB", 2_972), ("12GiB", 21_848), ("16GiB", 40_724), ("24GiB", 78_475), ("80GiB", 342_733))  # Unsloth's table for Llama-3.1-8B, r=32
 SHARE_CLAIM = ("trainable parameters of Llama-3-8B", "0.17 %", "claim_llama3-8b_share")
 
 

@@ -121,9 +121,9 @@ class Data(Section):
 
 
 def check_checkpointing(value: str) -> str:
-    if value in ("auto", "none", "full") or re.fullmatch(r"(every|first)_[1-9]\d*", value):
+    if value in ("auto", "none", "full", "offload") or re.fullmatch(r"(every|first)_[1-9]\d*", value):
         return value
-    raise ValueError("expected auto, none, full, every_K (every K-th layer recomputed, e.g. every_2) or first_K (the first K layers)")
+    raise ValueError("expected auto, none, full, offload, every_K (every K-th layer recomputed, e.g. every_2) or first_K (the first K layers)")
 
 
 class Training(Section):
@@ -148,7 +148,8 @@ class Training(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are clipped to this global norm."""
     gradient_checkpointing: Annotated[str, Field()] = "auto"
-    """Decoder layers recomputed in the backward pass: none, full, every_K (every K-th), first_K; auto: by forecast, the fewest that fit."""
+    """Decoder layers recomputed in the backward pass: none, full, every_K (every K-th), first_K; offload: full, what layers
+    begin from waits in the host's memory (for long rows on a GPU); auto: by forecast, the fastest that fits."""
     loss_chunk_tokens: int = Field(1_024, ge=1)
     """Labelled positions whose logits exist at one time."""
     eval_steps: int | None = Field(None, ge=1)

@@ -47,7 +47,7 @@ CATEGORIES = (
     "quantized weights", "quantization state", "other base weights", "embeddings and head", "adapters", "gradients", "optimizer",
     "inputs", "activations", "recomputation", "activation gradients", "logits and loss", "dequantization", "workspace",
 )  # fmt: skip
-OVERHEAD_TOKENS = 250  # see time_per_token
+OVERHEAD_TOKENS, OFFLOAD_TIME = 250, 0.2  # see time_per_token
 
 
 class ForecastError(UserError):
@@ -193,7 +193,8 @@ def forecast_step(
     base = make_base(architecture, config.model, place, dtype, storage)
     with place:
         model = attach_adapter(base, config.lora, config.training.seed)
-    recomputed = set_checkpointing(base, config.training.gradient_checkpointing)
+    mode = config.training.gradient_checkpointing
+    recomputed = set_checkpointing(base, "full" if mode == "offload" and device.type == "cpu" else mode)
     loss_model = AnswerLoss(model, config.training.loss_chunk_tokens).train()
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     sort_resident(tracker, base, model)
@@ -386,12 +387,13 @@ def make_batch(config: Config, tokens: int, labelled: int, accumulated: bool) ->
     return Batch((*lengths, *([tokens % longest] if tokens % longest else [])), min(labelled, tokens), accumulated)
 
 
-def time_per_token(tokens: int, recomputed: float) -> float:
+def time_per_token(tokens: int, recomputed: float, offloaded: bool = False) -> float:
     """Relative training time per token, of micro-batches of `tokens` with this part of the layers recomputed; 1: all recomputed,
     endless batches. Six operations per weight and token with full recomputation, four without (frozen weights need no gradient).
     Each pass over a micro-batch also dequantizes the base: about 2.5 bytes per weight, which takes an H100 as long as
-    computing OVERHEAD_TOKENS tokens in three passes (22 % of the time at 1,024 tokens, 5.5 % at 4,096; computed, not measured)."""
-    return (4 + 2 * recomputed) / 6 + (2 + recomputed) / 3 * OVERHEAD_TOKENS / tokens
+    computing OVERHEAD_TOKENS tokens in three passes (22 % of the time at 1,024 tokens, 5.5 % at 4,096). Offloading moves 16 KiB per
+    token and layer of an 8B model over PCIe, at 25 GB/s OFFLOAD_TIME of an H100's time. Computed, not measured."""
+    return (4 + 2 * recomputed) / 6 + (2 + recomputed) / 3 * OVERHEAD_TOKENS / tokens + OFFLOAD_TIME * offloaded
 
 
 def forecast_plan(config: Config, architecture: PretrainedConfig, setting: Setting, tokens: int, checkpointing: str, labelled: int) -> StepPlan:
@@ -418,31 +420,38 @@ class Estimate:
     alike (or alternate), and all that a batch needs grows linearly with its tokens."""
 
     def __init__(self, config: Config, architecture: PretrainedConfig, setting: Setting, sizes: tuple[int, int], labelled_of: Callable[[int], int]):
-        self.sizes, self.layers = sizes, architecture.get_text_config().num_hidden_layers
-        self.lines = []  # at each size: (ends, per layer) without and with recomputation
-        for tokens in sizes:
-            found = []
-            for mode in ("none", "full"):
-                two, four = (
-                    forecast_plan(config, with_layers(architecture, count), setting, tokens, mode, labelled_of(tokens)).forecast.peak
-                    for count in (2, 4)
-                )
-                found.append((two - (four - two), (four - two) / 2))
-            self.lines.append(found)
+        self.config, self.architecture, self.setting, self.sizes, self.labelled_of = config, architecture, setting, sizes, labelled_of
+        self.layers = architecture.get_text_config().num_hidden_layers
+        self.lines: dict[tuple[int, str], tuple[float, float]] = {}
 
-    def peak(self, tokens: int, recomputed: int) -> float:
-        low, high = (self.peak_at(lines, recomputed) for lines in self.lines)
+    def line(self, tokens: int, mode: str) -> tuple[float, float]:
+        """Bytes of the ends, and of each layer."""
+        if (tokens, mode) not in self.lines:
+            two, four = (
+                forecast_plan(self.config, with_layers(self.architecture, count), self.setting, tokens, mode, self.labelled_of(tokens)).forecast.peak
+                for count in (2, 4)
+            )
+            self.lines[tokens, mode] = (two - (four - two), (four - two) / 2)
+        return self.lines[tokens, mode]
+
+    def peak(self, tokens: int, mode: str) -> float:
+        """mode: training.gradient_checkpointing."""
+        low, high = (self.peak_at(size, mode) for size in self.sizes)
         return low + (high - low) * (tokens - self.sizes[0]) / max(1, self.sizes[1] - self.sizes[0])
 
-    def peak_at(self, lines: list[tuple[float, float]], recomputed: int) -> float:
-        (ends, kept), (ends_full, recomputing) = lines
-        stored = ends + (self.layers - recomputed) * kept + recomputed * recomputing
-        return max(stored, ends_full + self.layers * recomputing) if recomputed else stored
+    def peak_at(self, size: int, mode: str) -> float:
+        if not mode.startswith("first_"):
+            ends, each = self.line(size, mode)
+            return ends + self.layers * each
+        recomputed = int(mode.removeprefix("first_"))
+        (ends, kept), (_, recomputing) = self.line(size, "none"), self.line(size, "full")
+        return max(ends + (self.layers - recomputed) * kept + recomputed * recomputing, self.peak_at(size, "full"))
 
 
 def plan_step(config: Config, architecture: PretrainedConfig, setting: Setting, labelled_of: Callable[[int], int]) -> StepPlan:
     """Decide what of max_tokens_per_batch and gradient_checkpointing is auto: of what fits, the fastest by time_per_token, which
-    is few recomputed layers first, then large micro-batches. labelled_of: tokens of a micro-batch -> most that are supervised.
+    is few recomputed layers first, then large micro-batches; on a GPU with offloaded layer inputs where that is faster than smaller
+    micro-batches, or alone fits. labelled_of: tokens of a micro-batch -> most that are supervised.
 
     Raises:
         ForecastError: nothing fits (says what would), or the architecture cannot be followed.
@@ -452,32 +461,31 @@ def plan_step(config: Config, architecture: PretrainedConfig, setting: Setting, 
     sizes = list_budgets(training, longest, setting.strategy.ranks)
     if training.gradient_checkpointing != "auto" and training.max_tokens_per_batch != "auto":
         return forecast_plan(config, architecture, setting, sizes[0], training.gradient_checkpointing, labelled_of(sizes[0]))
-    layers = architecture.get_text_config().num_hidden_layers
-    free = training.gradient_checkpointing == "auto"
-    easiest = forecast_plan(config, architecture, setting, sizes[0], "none" if free else training.gradient_checkpointing, labelled_of(sizes[0]))
+    modes = list_checkpointing(architecture, setting.device) if training.gradient_checkpointing == "auto" else {training.gradient_checkpointing: (0.0, False)}
+    easiest = forecast_plan(config, architecture, setting, sizes[0], next(iter(modes)), labelled_of(sizes[0]))
     if easiest.forecast.peak <= setting.memory:  # the largest micro-batch, nothing recomputed that need not be
         return easiest
     estimate = Estimate(config, architecture, setting, (min(sizes[-1], max(1, sizes[0] // 2)), sizes[0]), labelled_of)
-    counts = range(layers + 1) if free else [None]
-    options = [(time_per_token(size, (count or 0) / layers), size, count) for size in sizes for count in counts]
-    for _, size, count in sorted(options, key=lambda option: option[0]):
-        if count is not None and estimate.peak(size, count) > setting.memory:
+    options = [(time_per_token(size, *costs), size, mode) for size in sizes for mode, costs in modes.items()]
+    for _, size, mode in sorted(options, key=lambda option: option[0]):
+        if len(modes) > 1 and estimate.peak(size, mode) > setting.memory:
             continue
-        mode = training.gradient_checkpointing if count is None else name_checkpointing(count, layers)
         plan = forecast_plan(config, architecture, setting, size, mode, labelled_of(size))
         if plan.forecast.peak <= setting.memory:
             return plan
-    smallest = forecast_plan(config, architecture, setting, sizes[-1], "full" if free else training.gradient_checkpointing, labelled_of(sizes[-1]))
+    smallest = forecast_plan(config, architecture, setting, sizes[-1], list(modes)[-1], labelled_of(sizes[-1]))
     raise ForecastError(
         f"memory: {sizes[-1]:,} tokens per micro-batch with gradient_checkpointing {smallest.checkpointing} need {smallest.forecast.peak / GIB:.2f} GiB, "
         f"{setting.memory / GIB:.2f} GiB may be used; {suggest(config, architecture, setting, smallest, longest, labelled_of)}"
     )
 
 
-def name_checkpointing(count: int, layers: int) -> str:
-    """training.gradient_checkpointing for so many recomputed layers. The first ones: their turn in the backward pass comes when the
-    others' activations are gone."""
-    return "none" if not count else "full" if count == layers else f"first_{count}"
+def list_checkpointing(architecture: PretrainedConfig, device: torch.device) -> dict[str, tuple[float, bool]]:
+    """Values of training.gradient_checkpointing, most memory first -> part of the layers that is recomputed, whether inputs are
+    offloaded. The first layers are recomputed: their turn in the backward pass comes when the others' activations are gone."""
+    layers = architecture.get_text_config().num_hidden_layers
+    modes = {"none": (0.0, False)} | {f"first_{count}": (count / layers, False) for count in range(1, layers)} | {"full": (1.0, False)}
+    return modes | ({"offload": (1.0, True)} if least_memory(device) == "offload" else {})
 
 
 def suggest(config, architecture, setting: Setting, smallest: StepPlan, longest: int, labelled_of) -> str:
@@ -487,20 +495,25 @@ def suggest(config, architecture, setting: Setting, smallest: StepPlan, longest:
     length = longest_sequence(config, architecture, setting, labelled_of, smallest.tokens)
     if length is None:
         return "no length fits; use a smaller model, lora.r or training.optimizer paged_adamw_8bit"
-    return f"with gradient_checkpointing full, {length:,} tokens would fit: set data.max_length and training.max_tokens_per_batch to {length} or less"
+    return f"with gradient_checkpointing {least_memory(setting.device)}, {length:,} tokens would fit: set data.max_length and training.max_tokens_per_batch to {length} or less"
+
+
+def least_memory(device: torch.device) -> str:
+    """The value of training.gradient_checkpointing that needs the least memory."""
+    return "offload" if device.type == "cuda" else "full"
 
 
 def longest_sequence(config: Config, architecture: PretrainedConfig, setting: Setting, labelled_of: Callable[[int], int], high: int | None = None) -> int | None:
-    """Tokens of the longest row that fits, alone in its micro-batch, every layer recomputed; a multiple of 16; None: none does."""
+    """Tokens of the longest row that fits, alone in its micro-batch, with the least memory; a multiple of 16; None: none does."""
+    mode = least_memory(setting.device)
 
     def fits(tokens: int) -> bool:
         alone = change(config, "data", max_length=tokens)
-        return forecast_plan(alone, architecture, setting, tokens, "full", labelled_of(tokens)).forecast.peak <= setting.memory
+        return forecast_plan(alone, architecture, setting, tokens, mode, labelled_of(tokens)).forecast.peak <= setting.memory
 
     estimate = Estimate(config, architecture, setting, (1024, 2048), labelled_of)
-    layers = estimate.layers
-    per_token = (estimate.peak(2048, layers) - estimate.peak(1024, layers)) / 1024
-    guess = int(1024 + (setting.memory - estimate.peak(1024, layers)) / max(1.0, per_token)) // 16 * 16
+    per_token = (estimate.peak(2048, mode) - estimate.peak(1024, mode)) / 1024
+    guess = int(1024 + (setting.memory - estimate.peak(1024, mode)) / max(1.0, per_token)) // 16 * 16
     most = getattr(architecture.get_text_config(), "max_position_embeddings", None) or guess
     guess = min(guess, most // 16 * 16, high or guess)
     while guess >= 16 and not fits(guess):

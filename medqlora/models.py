@@ -10,6 +10,7 @@ import os
 import shutil
 import types
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
 
-from medqlora.attention import IMPLEMENTATIONS, choose_backend
+from medqlora.attention import IMPLEMENTATIONS, choose_backend, find_device
 from medqlora.config import Lora, Model, UserError
 from medqlora.layers import lean_layers
 
@@ -306,15 +308,36 @@ def forward_lean(layer: LoraLayer, x: torch.Tensor, *args: Any, **kwargs: Any) -
 
 def set_checkpointing(model: torch.nn.Module, mode: str) -> int:
     """Recompute no, all, every k-th or the first k decoder layers in the backward pass (mode: training.gradient_checkpointing,
-    not auto, which memory.plan_step decides); -> how many."""
+    not auto, which memory.plan_step decides); offload: all, and on a GPU their inputs wait in the host's memory; -> how many."""
     if mode == "none":
         return 0
     model.gradient_checkpointing_enable({"use_reentrant": False})
     kind, _, count = mode.partition("_")
     layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing") and hasattr(module, "_gradient_checkpointing_func") and not hasattr(module, "layers")]  # fmt: skip
     for number, layer in enumerate(layers):
-        layer.gradient_checkpointing = {"full": True, "every": number % int(count or 1) == 0, "first": number < int(count or 0)}[kind]
+        layer.gradient_checkpointing = {"full": True, "offload": True, "every": number % int(count or 1) == 0, "first": number < int(count or 0)}[kind]
+        if kind == "offload" and find_device(model).type != "cpu" and number < len(layers) - 1:  # the last layer's is needed at once
+            layer._gradient_checkpointing_func = checkpoint_offloaded
     return sum(layer.gradient_checkpointing for layer in layers)
+
+
+def checkpoint_offloaded(function: Callable, *inputs: torch.Tensor) -> torch.Tensor:
+    """As torch's checkpoint, but a layer's input waits for the backward pass in the host's memory. Copies run in the order of the
+    GPU's own work, so nothing has to be waited for."""
+    with torch.autograd.graph.saved_tensors_hooks(move_to_host, move_back):
+        return checkpoint(function, *inputs, use_reentrant=False)
+
+
+def move_to_host(tensor: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
+    if tensor.is_meta:  # a forecast: only the shape is kept
+        return tensor.device, torch.empty((), dtype=tensor.dtype, device="cpu").expand(tensor.shape)
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+    return tensor.device, host.copy_(tensor, non_blocking=True)
+
+
+def move_back(waiting: tuple[torch.device, torch.Tensor]) -> torch.Tensor:
+    device, host = waiting
+    return torch.empty(host.shape, dtype=host.dtype, device=device) if device.type == "meta" else host.to(device, non_blocking=True)
 
 
 def adapter_weights(model: PeftModel, values: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:

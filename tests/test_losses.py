@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ARCHITECTURES, build_model
 
+from medqlora import models
 from medqlora.attention import DOCUMENTS, AttentionError, packing_arguments, verify_isolation
 from medqlora.config import Lora
 from medqlora.losses import AnswerLoss, backbone_of
@@ -68,6 +69,21 @@ def test_packed_equals_separate(architecture, recompute):
     assert abs(loss.item() / expected.item() - 1) < 1e-5
     wanted, got = gradients(reference), gradients(packed)
     assert (torch.linalg.vector_norm(wanted - got) / torch.linalg.vector_norm(wanted)).item() < 1e-5
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_offloaded_inputs_give_the_same_gradients(architecture, monkeypatch):
+    moved, found = [], []
+    monkeypatch.setattr(models, "move_to_host", lambda tensor, move=models.move_to_host: moved.append(tensor.shape) or move(tensor))
+    for offload in (False, True):
+        model = adapted(architecture, DOCUMENTS).train()
+        set_checkpointing(model.get_base_model(), "full")
+        for layer in models.find_layers(model.get_base_model()) if offload else []:
+            layer._gradient_checkpointing_func = models.checkpoint_offloaded
+        AnswerLoss(model, chunk=16)(**make_batch(make_table(), range(9), "varlen")).backward()
+        found.append(gradients(model))
+    assert torch.equal(*found)
+    assert moved == [(1, int(make_table().lengths.sum()), model.config.hidden_size)] * model.config.num_hidden_layers
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])

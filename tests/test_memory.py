@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from medqlora.config import load_config
+from medqlora.config import change, load_config
 from medqlora.memory import (
     GIB,
     META,
@@ -23,6 +23,7 @@ from medqlora.memory import (
     forecast_plan,
     forecast_serving,
     forecast_step,
+    list_checkpointing,
     longest_sequence,
     make_states,
     parse_size,
@@ -90,6 +91,20 @@ def test_every_way_to_train_can_be_forecast(flags):
     forecast = forecast_step(config, small(), CUDA, torch.bfloat16, torch.uint8, Batch((64, 64), 10))
     assert sum(forecast.by_category.values()) == forecast.peak == max(forecast.by_phase.values())
     assert forecast.reserved >= forecast.peak
+
+
+def test_offloaded_inputs_are_not_on_the_gpu():
+    """All but the last layer's input, tokens x hidden in 16 bits; at the peak of the backward pass one is back."""
+    found = {}
+    for mode in ("full", "offload"):
+        config = make_config("--training.gradient_checkpointing", mode)
+        found[mode] = forecast_step(config, small(num_hidden_layers=20), CUDA, torch.bfloat16, torch.uint8, Batch((512,) * 4, 16))
+    assert found["offload"].recomputed == 20
+    assert 17 <= (found["full"].by_phase["forward"] - found["offload"].by_phase["forward"]) / (2048 * 64 * 2) <= 19
+    assert found["full"].peak - found["offload"].peak >= 17 * 2048 * 64 * 2
+    config = make_config("--training.gradient_checkpointing", "offload")  # where the host is the device, nothing moves
+    on_cpu = [forecast_step(change(config, "training", gradient_checkpointing=mode), small(), CPU, torch.float32, torch.uint8, Batch((64,), 8)) for mode in ("full", "offload")]  # fmt: skip
+    assert on_cpu[0].peak == on_cpu[1].peak
 
 
 def test_more_work_needs_more_memory():
@@ -209,9 +224,9 @@ def test_estimate_from_few_layers_is_the_forecast():
     config, architecture = make_config(), with_layers(read_architecture("qwen2.5-3b", SHIPPED), 12)
     labelled = lambda tokens: assume_labelled(config, tokens)  # noqa: E731
     estimate = Estimate(config, architecture, setting(10**12), (1024, 4096), labelled)
-    for tokens, mode, count in ((2048, "none", 0), (2048, "full", 12), (4096, "first_7", 7)):
+    for tokens, mode in ((2048, "none"), (2048, "full"), (2048, "offload"), (4096, "first_7")):
         exact = forecast_plan(config, architecture, setting(10**12), tokens, mode, labelled(tokens)).forecast.peak
-        assert estimate.peak(tokens, count) == pytest.approx(exact, rel=0.01)
+        assert estimate.peak(tokens, mode) == pytest.approx(exact, rel=0.01)
 
 
 def test_plan_uses_the_card_it_is_given():
@@ -219,13 +234,14 @@ def test_plan_uses_the_card_it_is_given():
     architecture = with_layers(read_architecture("qwen2.5-3b", SHIPPED), 12)
     labelled = lambda tokens: assume_labelled(config, tokens)  # noqa: E731
     costs = []
+    modes = list_checkpointing(architecture, CUDA)
     for card in ("2.7GiB", "4GiB", "8GiB", "80GiB"):
         memory = usable(parse_size(card), CUDA)
         plan = plan_step(config, architecture, setting(memory), labelled)
         assert plan.forecast.peak <= memory
         assert config.training.global_batch_tokens % plan.tokens == 0
         assert plan.tokens >= config.data.max_length
-        costs.append(time_per_token(plan.tokens, plan.forecast.recomputed / plan.forecast.layers))
+        costs.append(time_per_token(plan.tokens, *modes[plan.checkpointing]))
     assert costs == sorted(costs, reverse=True)
     assert costs[0] > costs[-1]
     assert plan.checkpointing == "none"
