@@ -9,6 +9,9 @@
 Prompts are questions of --format and --path (default: the demonstration's). Closed loop: --concurrency requests are under way at any
 time. Open loop: requests arrive as a Poisson process of --rate per second, whether or not the earlier ones are done. Times are the
 client's: TTFT to the first token, TPOT per output token after it, ITL between pieces, E2EL to the last (medqlora/latency.py).
+
+Every loop has questions of its own as far as the file goes, and vLLM is started without its prefix cache: a prompt that was seen before
+would be answered sooner.
 """
 
 import argparse
@@ -25,6 +28,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import get_args
 
 import torch
 import transformers
@@ -55,12 +59,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--server", help="openai: address up to /v1")
     parser.add_argument("--api_key_variable", default="OPENAI_API_KEY", help="openai: environment variable with the key (default %(default)s)")
     parser.add_argument("--tokenizer", help="openai: folder or hub id of the model's tokenizer")
-    parser.add_argument("--format", default="medmcqa", help="format of the questions (default medmcqa)")
+    parser.add_argument("--format", choices=get_args(DataEntry.model_fields["format"].annotation), default="medmcqa", help="format of the questions (default medmcqa)")
     parser.add_argument("--path", default=str(QUESTIONS), help="file of the questions (default: the demonstration's)")
     parser.add_argument("--prompt_style", choices=["auto", "chat", "plain", "lm_eval"], default="auto", help="default auto")
     parser.add_argument("--scoring", action="store_true", help="time letter scoring instead of texts")
-    parser.add_argument("--concurrency", type=parse_numbers, default=[1, 4], metavar="N,N", help="closed loops (default 1,4)")
-    parser.add_argument("--rate", type=parse_numbers, default=[], metavar="R,R", help="open loops, requests per second")
+    parser.add_argument("--concurrency", default="1,4", metavar="N,N", help="closed loops (default 1,4)")
+    parser.add_argument("--rate", default="", metavar="R,R", help="open loops, requests per second")
     parser.add_argument("--requests", type=int, default=32, help="requests of each loop (default 32)")
     parser.add_argument("--output_tokens", type=int, default=32, help="tokens of each answer at most (default 32)")
     parser.add_argument("--goodput", action="append", default=[], metavar="MEASURE=MS", help="objective: ttft=, tpot= or e2el= milliseconds")
@@ -70,36 +74,36 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def parse_numbers(text: str) -> list[float]:
-    numbers = [float(part) for part in text.split(",")]
-    if not all(number > 0 for number in numbers):
-        raise ValueError
-    return numbers
-
-
 def main() -> None:
     arguments = parse_arguments()
     warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    objectives = check(arguments)
+    loops, objectives = check(arguments)
     found = {"command": name_command("bench/latency.py", sys.argv[1:]), "environment": describe_environment(), "engine": arguments.engine, "model": arguments.model}
     if arguments.sizes is not None:
         keep(arguments, found | {"sizes": measure_sizes([arguments.model, *arguments.sizes])})
         return
-    requests = read_questions(arguments)
+    requests, distinct = read_questions(arguments, 2 if arguments.scoring else len(loops))
     console.print(f"{len(requests):,} prompts of {sum(len(r.prefix) for r in requests) / len(requests):.0f} tokens on average, engine {arguments.engine}")
+    if not distinct:
+        console.print("[yellow]the file has fewer questions: prompts repeat, which a server's prefix cache answers sooner")
+    found["prompts_repeat"] = not distinct
     with start_engine(arguments, requests) as ask_engine:
         if arguments.scoring:
             keep(arguments, found | {"scoring": time_scoring(ask_engine, requests)})
             return
-        loops = [("concurrency", n) for n in arguments.concurrency] + [("rate", n) for n in arguments.rate]
-        found["loops"] = []
-        asyncio.run(run_loops(ask_engine, [r.prefix for r in requests], loops, arguments, objectives, found))
-    show(found["loops"])
+        found |= {"loops": [], "complete": False}
+        try:
+            asyncio.run(run_loops(ask_engine, [r.prefix for r in requests], loops, arguments, objectives, found))
+            keep(arguments, found | {"complete": True})
+        finally:  # also of a server that died
+            if found["loops"]:
+                show(found["loops"])
 
 
-def check(arguments: argparse.Namespace) -> dict[str, float]:
+def check(arguments: argparse.Namespace) -> tuple[list[tuple[str, float]], dict[str, float]]:
+    """-> loads as (kind, level), and objectives."""
     check_new(arguments.json, "--json")
     if arguments.engine == "openai" and not (arguments.server and arguments.tokenizer):
         raise LatencyError("--engine openai needs --server ADDRESS and --tokenizer DIR")
@@ -107,7 +111,23 @@ def check(arguments: argparse.Namespace) -> dict[str, float]:
         raise LatencyError(f"--dtype nf4 --engine {arguments.engine}: 4-bit bases are run by hf; merge first (recipes/merge_adapter.py)")
     if arguments.requests < 1 or arguments.output_tokens < 1:
         raise LatencyError(f"--requests {arguments.requests}, --output_tokens {arguments.output_tokens}: expected 1 or more")
-    return parse_objectives(arguments.goodput)
+    if arguments.seed < 0:
+        raise LatencyError(f"--seed {arguments.seed}: expected 0 or more")
+    loops = [("concurrency", level) for level in parse_levels("--concurrency", arguments.concurrency)]
+    loops += [("rate", level) for level in parse_levels("--rate", arguments.rate)]
+    return loops, parse_objectives(arguments.goodput)
+
+
+def parse_levels(flag: str, text: str) -> list[float]:
+    """Loads: of --concurrency whole numbers, of --rate any above 0."""
+    try:
+        levels = [float(part) for part in text.split(",")] if text else []
+    except ValueError:
+        levels = [-1.0]
+    whole = flag == "--concurrency"
+    if not all(0 < level < float("inf") and (level.is_integer() or not whole) for level in levels):
+        raise LatencyError(f"{flag} {text}: expected {'whole ' if whole else ''}numbers above 0, e.g. 1,8")
+    return levels
 
 
 def keep(arguments: argparse.Namespace, found: dict) -> None:
@@ -115,16 +135,17 @@ def keep(arguments: argparse.Namespace, found: dict) -> None:
         write_json(arguments.json, found)
 
 
-def read_questions(arguments: argparse.Namespace) -> list[Request]:
-    """Prompts with the letters they can be answered by, as many as --requests, over again where the file has fewer."""
-    tokenizer = load_tokenizer(arguments.tokenizer or arguments.model)
+def read_questions(arguments: argparse.Namespace, loops: int) -> tuple[list[Request], bool]:
+    """Prompts with the letters they can be answered by, --requests for each loop; the file's over again where it has fewer (then
+    False)."""
+    tokenizer, wanted = load_tokenizer(arguments.tokenizer or arguments.model), arguments.requests * loops
     encoder = make_encoder(tokenizer, arguments.prompt_style)
-    examples, _ = read_examples(DataEntry(format=arguments.format, path=arguments.path, limit=arguments.requests), "test")
+    examples, _ = read_examples(DataEntry(format=arguments.format, path=arguments.path, limit=wanted), "test")
     asked, _ = ask(encoder, examples, Method())
     requests = [entry.requests[0] for entry in asked]
     if not requests:
         raise LatencyError(f"--path {arguments.path}: no question in it")
-    return [requests[i % len(requests)] for i in range(arguments.requests)]
+    return [requests[i % len(requests)] for i in range(wanted)], len(requests) >= wanted
 
 
 # ---- engines -----------------------------------------------------------------------------------------------------------
@@ -138,10 +159,10 @@ def start_engine(arguments: argparse.Namespace, requests: list[Request]):
     elif arguments.engine == "vllm" and arguments.scoring:
         from medqlora.engines.vllm import VllmEngine
 
-        yield VllmEngine(arguments.model, None, dtype=arguments.dtype, max_length=max(len(r.prefix) for r in requests) + 1)
+        yield VllmEngine(arguments.model, None, dtype=arguments.dtype, max_length=max(len(r.prefix) for r in requests) + 1, prefix_caching=False)
     elif arguments.engine == "vllm":
         with serve_vllm(arguments, max(len(r.prefix) for r in requests)) as server:
-            yield ask_server(server, arguments.model, None, arguments.output_tokens)
+            yield ask_server(server, arguments.model, None, arguments.output_tokens, load_tokenizer(arguments.model))
     else:
         key = os.environ.get(arguments.api_key_variable)
         if arguments.scoring:
@@ -149,7 +170,7 @@ def start_engine(arguments: argparse.Namespace, requests: list[Request]):
 
             yield OpenAIEngine(arguments.server, arguments.model, load_tokenizer(arguments.tokenizer).decode, key)
         else:
-            yield ask_server(arguments.server, arguments.model, key, arguments.output_tokens)
+            yield ask_server(arguments.server, arguments.model, key, arguments.output_tokens, load_tokenizer(arguments.tokenizer))
 
 
 def run_hf(arguments: argparse.Namespace):
@@ -186,7 +207,7 @@ def serve_vllm(arguments: argparse.Namespace, longest: int):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     flags = ["--model", arguments.model, "--served-model-name", arguments.model, "--host", "127.0.0.1", "--port", str(port), "--dtype", arguments.dtype,
-             "--max-model-len", str(longest + arguments.output_tokens + 1)]  # fmt: skip
+             "--max-model-len", str(longest + arguments.output_tokens + 1), "--no-enable-prefix-caching"]  # fmt: skip
     if not torch.cuda.is_available():
         flags += ["--enforce-eager"]
     with tempfile.TemporaryDirectory() as folder:
@@ -217,40 +238,43 @@ def wait_until_healthy(server: subprocess.Popen, port: int, log: Path) -> None:
     raise LatencyError(f"the vLLM server did not start: {lines[-1].strip()[:300]}; is vllm installed for {sys.executable}?")
 
 
-def ask_server(address: str, model: str, key: str | None, output_tokens: int) -> Ask:
+def ask_server(address: str, model: str, key: str | None, output_tokens: int, tokenizer) -> Ask:
     """Streams completions of an OpenAI-compatible server. vLLM is told to go on after an end token, so that answers are equally
-    long; a server that refuses that may end earlier."""
+    long, and to say how many tokens it gave; a server that refuses either is asked without."""
     try:
         import openai
     except ImportError:
         raise LatencyError("the openai package is not installed here; pip install 'medqlora[openai]'") from None
-    extra, clients = {"ignore_eos": True}, []
+    optional, clients = [{"extra_body": {"ignore_eos": True}}, {"stream_options": {"include_usage": True}}], []
+
+    async def open_stream(prompt: list[int]):
+        body = {"model": model, "prompt": prompt, "max_tokens": output_tokens, "temperature": 0, "stream": True}
+        while True:
+            try:
+                return await clients[0].completions.create(**body, **{key: value for part in optional for key, value in part.items()})
+            except openai.BadRequestError:
+                if not optional:
+                    raise
+                del optional[0]
 
     async def answer(prompt: list[int]) -> Served:
         if not clients:  # made once, in the loop that uses it: it takes a while
             clients.append(openai.AsyncOpenAI(base_url=address, api_key=key or "none", max_retries=0, timeout=600))
-        create = clients[0].completions.create
-        body = {"model": model, "prompt": prompt, "max_tokens": output_tokens, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
-        sent, arrivals, tokens = time.perf_counter(), [], 0
+        sent, arrivals, tokens, text, ended = time.perf_counter(), [], 0, "", False
         try:
-            try:
-                stream = await create(**body, extra_body=extra)
-            except openai.BadRequestError:
-                if not extra:
-                    raise
-                extra.clear()
-                stream = await create(**body)
-            async for piece in stream:
-                if piece.choices and (piece.choices[0].text or piece.choices[0].finish_reason is None):  # a token may be no text
+            async for piece in await open_stream(prompt):
+                if piece.choices:
                     arrivals.append(time.perf_counter())
+                    text += piece.choices[0].text or ""
+                    ended = ended or piece.choices[0].finish_reason is not None
                 tokens = piece.usage.completion_tokens if piece.usage else tokens
         except openai.OpenAIError as error:
             raise LatencyError(f"server {address}: {' '.join(str(error).split())[:200]}; is it running, and does it serve {model}?") from None
         except Exception as error:  # noqa: BLE001  a connection that breaks while it streams: of whatever HTTP library the openai package uses
             raise LatencyError(f"server {address} broke off an answer: {type(error).__name__} {error}; look at its log") from None
-        if not arrivals:
-            raise LatencyError(f"server {address} gave an empty answer")
-        return Served(sent, tuple(arrivals), tokens or len(arrivals))
+        if not ended:
+            raise LatencyError(f"server {address} broke off an answer after {len(arrivals)} pieces, without a reason for its end; look at its log")
+        return Served(sent, tuple(arrivals), tokens or max(1, len(tokenizer.encode(text, add_special_tokens=False))))
 
     return answer
 
@@ -259,12 +283,14 @@ def ask_server(address: str, model: str, key: str | None, output_tokens: int) ->
 
 
 async def run_loops(answer: Ask, prompts: list[list[int]], loops: list[tuple[str, float]], arguments, objectives: dict[str, float], found: dict) -> None:
-    """Every load in turn, after two answers that do not count; each is kept as soon as it is there."""
+    """Every load in turn on its own prompts, after two answers that do not count; each is kept as soon as it is there."""
     for _ in range(2):
-        await answer(prompts[0])
-    for kind, level in loops:
-        served, seconds = await run_loop(answer, prompts, kind, level, arguments)
-        found["loops"].append({kind: level} | summarize(served, seconds, objectives))
+        await answer(prompts[-1])
+    count = arguments.requests
+    for number, (kind, level) in enumerate(loops):
+        served, seconds = await run_loop(answer, prompts[number * count : (number + 1) * count], kind, level, arguments)
+        short = sum(s.tokens < arguments.output_tokens for s in served)
+        found["loops"].append({kind: level} | summarize(served, seconds, objectives) | {"short_answers": short})
         keep(arguments, found)
 
 
@@ -292,21 +318,22 @@ async def run_loop(answer: Ask, prompts: list[list[int]], kind: str, level: floa
 
 
 def time_scoring(engine, requests: list[Request]) -> dict:
-    """Letters: each question alone, then all together."""
-    engine.score(requests[:2])
+    """Letters: one half of the questions each alone, the other half together."""
+    alone, others = requests[: len(requests) // 2], requests[len(requests) // 2 :]
+    engine.score(alone[:2])
     seconds = []
-    for request in requests:
+    for request in alone:
         began = time.perf_counter()
         engine.score([request])
         seconds.append(time.perf_counter() - began)
     began = time.perf_counter()
-    engine.score(requests)
+    engine.score(others)
     together = time.perf_counter() - began
-    tokens = sum(len(request.prefix) for request in requests)
-    found = {"questions": len(requests), "e2el_ms": describe(seconds), "questions_per_second_alone": len(requests) / sum(seconds),
-             "questions_per_second": len(requests) / together, "prefill_tokens_per_second": tokens / together}  # fmt: skip
+    tokens = sum(len(request.prefix) for request in others)
+    found = {"questions": len(others), "e2el_ms": describe(seconds), "questions_per_second_alone": len(alone) / sum(seconds),
+             "questions_per_second": len(others) / together, "prefill_tokens_per_second": tokens / together}  # fmt: skip
     console.print(
-        f"letters, {len(requests)} questions: alone p50 {found['e2el_ms']['p50']:.1f} ms, p99 {found['e2el_ms']['p99']:.1f} ms; together "
+        f"letters, {len(others)} questions: alone p50 {found['e2el_ms']['p50']:.1f} ms, p99 {found['e2el_ms']['p99']:.1f} ms; together "
         f"{found['questions_per_second']:,.1f} questions/s, {found['prefill_tokens_per_second']:,.0f} prompt tokens/s"
     )
     return found

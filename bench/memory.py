@@ -40,6 +40,7 @@ from medqlora.memory import (
     Setting,
     StepPlan,
     assume_labelled,
+    check_attention,
     forecast_plan,
     forecast_serving,
     least_memory,
@@ -50,10 +51,10 @@ from medqlora.memory import (
     read_architecture,
     usable,
 )  # fmt: skip
-from medqlora.models import DTYPES, choose_dtype, count_parameters
+from medqlora.models import check_length, choose_dtype, count_parameters
 from medqlora.packing import list_budgets, make_plan
-from medqlora.runs import check_new, describe_environment, name_command, write_json
-from medqlora.strategies import Strategy, choose_storage
+from medqlora.runs import check_new, check_picture, describe_environment, name_command, write_json
+from medqlora.strategies import Strategy, check_strategy, choose_storage
 from medqlora.trials import Trial, make_table
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
@@ -67,7 +68,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--config", type=Path, required=True, help="recipe YAML")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="what the step runs on; it need not be here (default: cuda; with --measure, what is here)")
     parser.add_argument("--gpus", type=int, default=1, help="processes that train together (default 1)")
-    parser.add_argument("--strategy", choices=list(STRATEGIES), default="ddp", help="with --gpus: how they share (default ddp)")
+    parser.add_argument("--strategy", choices=list(STRATEGIES), help="with --gpus: how they share (default ddp)")
     parser.add_argument("--supervised", type=int, help="supervised tokens of a micro-batch (default: assumed from data.completion, and said)")
     parser.add_argument("--fit", metavar="SIZE", help="memory of the card, e.g. 8GiB: search what fits and print the YAML to use")
     parser.add_argument("--serve", type=int, metavar="TOKENS", help="forecast of serving: weights, and keys and values of sequences this long")
@@ -93,6 +94,7 @@ def main() -> None:
     began = time.perf_counter()
     architecture = read_architecture(config.model.base, ARCHITECTURES, config.model.revision)
     setting = read_setting(config, arguments)
+    check_length(architecture, config.data.max_length)
     if arguments.serve:
         found = serve(config, architecture, setting, arguments)
     elif arguments.fit:
@@ -105,22 +107,22 @@ def main() -> None:
         found |= measure(found, arguments, overrides)
     if arguments.json:
         write_json(arguments.json, found | {"command": name_command("bench/memory.py", sys.argv[1:]), "environment": describe_environment()})
+    if arguments.plot:
+        draw(found["timeline"], found["predicted_peak_bytes"], arguments.plot)
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    for flag in ("json", "plot"):
-        check_new(getattr(arguments, flag), f"--{flag}")
-    if arguments.gpus < 1 or arguments.steps < 1:
-        raise ConfigError(f"--gpus {arguments.gpus}, --steps {arguments.steps}: expected 1 or more")
+    check_new(arguments.json, "--json")
+    check_picture(arguments.plot)
+    for flag in ("gpus", "steps", "supervised", "serve"):
+        if getattr(arguments, flag) is not None and getattr(arguments, flag) < 1:
+            raise ConfigError(f"--{flag} {getattr(arguments, flag)}: expected 1 or more")
+    if arguments.strategy and arguments.gpus == 1:
+        raise ConfigError(f"--strategy {arguments.strategy} is for several processes; give --gpus")
     if arguments.measure and (arguments.gpus > 1 or arguments.fit or arguments.serve):
         raise ConfigError("--measure is of one process and a given step; leave out --gpus, --fit and --serve")
     if arguments.plot and not arguments.measure:
         raise ConfigError("--plot shows measured memory; give --measure")
-    if arguments.plot:
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError:
-            raise ConfigError("--plot needs matplotlib; pip install 'medqlora[bench]', or leave it out") from None
 
 
 def read_setting(config: Config, arguments: argparse.Namespace) -> Setting:
@@ -129,10 +131,12 @@ def read_setting(config: Config, arguments: argparse.Namespace) -> Setting:
     device = torch.device(arguments.device or (here if arguments.measure else "cuda"))
     if arguments.measure and device.type != here:
         raise ConfigError(f"--measure --device {device}: this machine trains on {here}; leave out --device, or --measure")
-    live = device.type == here and (arguments.measure or device.type == "cpu")
-    dtype = choose_dtype(config.model.dtype, device) if live else DTYPES.get(config.model.dtype, torch.bfloat16)
-    strategy = Strategy(STRATEGIES[arguments.strategy] if arguments.gpus > 1 else "one", arguments.gpus)
+    dtype = choose_dtype(config.model.dtype, device)
+    strategy = Strategy(STRATEGIES[arguments.strategy or "ddp"] if arguments.gpus > 1 else "one", arguments.gpus)
+    check_strategy(strategy, config, dtype, {})
     memory = usable(parse_size(arguments.fit), device) if arguments.fit else sys.maxsize
+    if memory <= 0:
+        raise ForecastError(f"--fit {arguments.fit}: {CONTEXT / GIB:.1f} GiB go to the CUDA context alone; give the memory of a card, e.g. 8GiB")
     return Setting(device, dtype, choose_storage(strategy, config.model.quantization, dtype), strategy, memory)
 
 
@@ -149,19 +153,20 @@ def predict(config: Config, architecture, setting: Setting, arguments: argparse.
     mode = "full" if training.gradient_checkpointing == "auto" else training.gradient_checkpointing
     tokens = list_budgets(training, config.data.max_length, setting.strategy.ranks)[-1]
     plan = forecast_plan(config, architecture, setting, tokens, mode, labelled_of(config, arguments)(tokens))
-    console.print(f"[bold]{config.model.base}[/]: {describe(config, setting, plan, arguments)}")
+    console.print(f"[bold]{config.model.base}[/]: {describe(config, architecture, setting, plan, arguments)}")
     if "auto" in (training.gradient_checkpointing, training.max_tokens_per_batch):
         console.print("the recipe says auto: here every layer is recomputed; --fit SIZE shows what it would choose on a card")
     show(plan, setting)
     return collect(plan, setting)
 
 
-def describe(config: Config, setting: Setting, plan: StepPlan, arguments: argparse.Namespace) -> str:
+def describe(config: Config, architecture, setting: Setting, plan: StepPlan, arguments: argparse.Namespace) -> str:
     labelled = labelled_of(config, arguments)(plan.tokens)
     assumed = "" if arguments.supervised else " (assumed)"
     share = f", {setting.strategy.name} on {setting.strategy.ranks} GPUs" if setting.strategy.ranks > 1 else ""
+    backend = check_attention(config.model.attention, setting.device, setting.dtype, architecture)
     return (
-        f"{config.model.quantization}, {setting.dtype}, LoRA r={config.lora.r} ({plan.forecast.trainable:,} trainable), {config.training.optimizer}; "
+        f"{config.model.quantization}, {setting.dtype}, attention {backend}, LoRA r={config.lora.r} ({plan.forecast.trainable:,} trainable), {config.training.optimizer}; "
         f"{plan.tokens:,} tokens per micro-batch in rows of {config.data.max_length:,}, {labelled:,} supervised{assumed}, {plan.forecast.recomputed} of "
         f"{plan.forecast.layers} layers recomputed{share}, on {setting.device.type}"
     )
@@ -199,16 +204,19 @@ def fit(config: Config, architecture, setting: Setting, arguments: argparse.Name
     """What a card of --fit can train: the longest row at all, and the fastest way for the recipe's own rows."""
     config = change(config, "training", max_tokens_per_batch="auto", gradient_checkpointing="auto")
     plan = plan_step(config, architecture, setting, labelled_of(config, arguments))
-    console.print(f"[bold]{config.model.base} on a card of {arguments.fit}[/]: {describe(config, setting, plan, arguments)}")
+    console.print(f"[bold]{config.model.base} on a card of {arguments.fit}[/]: {describe(config, architecture, setting, plan, arguments)}")
     show(plan, setting)
     longest = longest_sequence(config, architecture, setting, labelled_of(config, arguments))
     mode = least_memory(setting.device)
-    console.print(f"longest row that fits, alone with gradient_checkpointing {mode}: {longest:,} tokens")
+    if longest:
+        console.print(f"longest row that fits, alone in its step with gradient_checkpointing {mode}: {longest:,} tokens")
     chosen = {"data": {"max_length": config.data.max_length}, "training": {
         "global_batch_tokens": config.training.global_batch_tokens, "max_tokens_per_batch": plan.tokens, "gradient_checkpointing": plan.checkpointing}}  # fmt: skip
     console.print("\n# for rows as long as the recipe's\n" + yaml.safe_dump(chosen, sort_keys=False), end="")
-    alone = {"data": {"max_length": longest}, "training": {"global_batch_tokens": longest, "max_tokens_per_batch": longest, "gradient_checkpointing": mode}}  # fmt: skip
-    console.print("\n# for the longest rows\n" + yaml.safe_dump(alone, sort_keys=False), end="")
+    if longest:
+        step = longest * setting.strategy.ranks
+        alone = {"data": {"max_length": longest}, "training": {"global_batch_tokens": step, "max_tokens_per_batch": longest, "gradient_checkpointing": mode}}
+        console.print("\n# for the longest rows\n" + yaml.safe_dump(alone, sort_keys=False), end="")
     return collect(plan, setting) | {"longest_row": longest, "usable_bytes": setting.memory, "card": arguments.fit}
 
 
@@ -226,7 +234,11 @@ def serve(config: Config, architecture, setting: Setting, arguments: argparse.Na
         table.add_row(name, f"{facts['weights'] / GIB:.2f}", f"{facts['keys_and_values'] / 2**20:.0f}", f"{total / GIB:.2f}", "" if fits is None else f"{max(0, fits):,}")  # fmt: skip
         found[name] = facts | {"sequences_that_fit": fits}
     console.print(table)
-    return {"serving": found, "tokens": arguments.serve}
+    least = found[config.model.quantization]
+    return {
+        "serving": found, "tokens": arguments.serve, "predicted_peak_bytes": least["weights"] + least["keys_and_values"],
+        "predicted_reserved_bytes": None, "by_category": least, "measured_peak_bytes": None, "relative_error": None,
+    }  # fmt: skip
 
 
 # ---- measurement -------------------------------------------------------------------------------------------------------
@@ -250,8 +262,6 @@ def measure(found: dict, arguments: argparse.Namespace, overrides: list[str]) ->
     error = (found["predicted_peak_bytes"] - measured["peak"]) / measured["peak"]
     what = "allocated on the GPU" if measured["device"] == "cuda" else "resident, above what the process held before"
     console.print(f"measured peak {measured['peak'] / GIB:.3f} GiB ({what}), predicted {found['predicted_peak_bytes'] / GIB:.3f} GiB: {error:+.1%}")
-    if arguments.plot:
-        draw(measured["timeline"], found["predicted_peak_bytes"], arguments.plot)
     return {"measured_peak_bytes": measured["peak"], "relative_error": error} | {key: measured[key] for key in ("timeline", "phases", "random_weights")}
 
 
@@ -305,6 +315,8 @@ class Timeline:
             self.points.append((time.perf_counter() - self.began, self.read() - self.start))
 
     def mark(self, phase: str) -> None:
+        if self.device.type == "cuda" and phase == "training":
+            torch.cuda.reset_peak_memory_stats()
         self.marks.append((time.perf_counter() - self.began, phase))
 
     def finish(self) -> dict:
@@ -336,9 +348,9 @@ def draw(timeline: dict, predicted: int, path: Path) -> None:
     axes.axhline(predicted / GIB, color="black", linestyle="--", linewidth=1)
     top = max(predicted / GIB, *(value / GIB for _, value in timeline["points"])) * 1.25
     axes.annotate("predicted peak", (timeline["points"][-1][0] / 2, predicted / GIB * 1.02), ha="center", va="bottom", fontsize=9)
-    for at, phase in timeline["marks"]:
+    for place, (at, phase) in enumerate(timeline["marks"]):
         axes.axvline(at, color="grey", linewidth=0.8)
-        axes.annotate(f" {phase}", (at, top * 0.94), fontsize=9)
+        axes.annotate(f" {phase}", (at, top * (0.94 - 0.07 * (place % 2))), fontsize=9)  # one above the other where a phase is short
     axes.set(xlabel="seconds", ylabel="memory in GiB", ylim=(0, top), xlim=(0, timeline["points"][-1][0]))
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

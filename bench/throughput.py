@@ -19,6 +19,7 @@ A case that fails is kept with its reason, and the others go on.
 import argparse
 import itertools
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -35,17 +36,18 @@ from rich.table import Table
 
 from medqlora.config import Config, ConfigError, UserError, change, load_config
 from medqlora.losses import unwrap
-from medqlora.memory import read_architecture
-from medqlora.models import find_layers
+from medqlora.memory import Setting, assume_labelled, available_memory, plan_step, read_architecture
+from medqlora.models import choose_dtype, find_layers
 from medqlora.packing import list_budgets, make_plan
-from medqlora.runs import MemoryMeter, check_new, describe_environment, name_command, write_json
+from medqlora.runs import MemoryMeter, check_new, check_picture, describe_environment, name_command, write_json
+from medqlora.strategies import Strategy, choose_storage
 from medqlora.trials import Trial, draw_lengths, make_table
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
-# Dense 16-bit tensor rates of the makers' data sheets, in FLOP/s; the first name that the device's contains.
+# Dense 16-bit tensor rates of the makers' data sheets, in FLOP/s; the first of these words that the device's name holds.
 PEAK_FLOPS = {
-    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12,
-    "RTX 3090": 71e12, "T4": 65e12,
+    "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10": 125e12,
+    "RTX 4090": 165e12, "RTX 3090": 71e12, "T4": 65e12,
 }  # fmt: skip
 SUPERVISED_PER_ROW = 2  # a letter and the end token
 console = Console(highlight=False, soft_wrap=True)
@@ -76,12 +78,15 @@ def main() -> None:
         return
     cases = check(arguments, overrides)
     results = []
-    for flags in cases:
-        results.append(start_case(arguments, overrides, flags))
-        say(results[-1])
-        if arguments.json:
-            write_json(arguments.json, {"command": name_command("bench/throughput.py", sys.argv[1:]), "environment": describe_environment(), "cases": results})
-    show(results)
+    try:
+        for flags in cases:
+            results.append(start_case(arguments, overrides, flags))
+            say(results[-1])
+            if arguments.json:
+                write_json(arguments.json, {"command": name_command("bench/throughput.py", sys.argv[1:]), "environment": describe_environment(), "cases": results})
+    finally:  # also of a sweep that is interrupted
+        if results:
+            show(results)
     if arguments.plot and any("error" not in found for found in results):
         draw(results, arguments.plot)
     if all("error" in found for found in results):
@@ -90,15 +95,12 @@ def main() -> None:
 
 def check(arguments: argparse.Namespace, overrides: list[str]) -> list[dict[str, str]]:
     """The cases of the sweep, every one a valid configuration."""
-    for flag in ("json", "plot"):
-        check_new(getattr(arguments, flag), f"--{flag}")
+    check_new(arguments.json, "--json")
+    check_picture(arguments.plot)
     if arguments.steps < 1 or arguments.warm_up < 0:
         raise ConfigError(f"--steps {arguments.steps}, --warm_up {arguments.warm_up}: expected 1 or more, and 0 or more")
-    if arguments.plot:
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError:
-            raise ConfigError("--plot needs matplotlib; pip install 'medqlora[bench]', or leave it out") from None
+    if arguments.peak_tflops is not None and not arguments.peak_tflops > 0:
+        raise ConfigError(f"--peak_tflops {arguments.peak_tflops}: expected a number above 0")
     swept = []
     for text in arguments.sweep:
         key, equals, values = text.partition("=")
@@ -138,12 +140,11 @@ def run_case(config: Config, arguments: argparse.Namespace) -> dict:
     meter = MemoryMeter(cuda=device.type == "cuda")
     before = meter.now()
     began = time.perf_counter()
-    training = config.training
-    mode = "none" if training.gradient_checkpointing == "auto" else training.gradient_checkpointing
-    config = change(config, "training", max_tokens_per_batch=list_budgets(training, config.data.max_length, 1)[0], gradient_checkpointing=mode)
+    architecture = read_architecture(config.model.base, ARCHITECTURES, config.model.revision)
+    config = decide(config, architecture, device)
     folder = Path(config.model.base).expanduser()
     weights = folder.is_dir() and any(folder.glob("*.safetensors"))
-    trial = Trial(config, None if weights else read_architecture(config.model.base, ARCHITECTURES, config.model.revision), device)
+    trial = Trial(config, None if weights else architecture, device)
     loaded = time.perf_counter() - began
     table, plan = make_rows(config, arguments, trial.vocabulary)
     began = time.perf_counter()
@@ -159,7 +160,7 @@ def run_case(config: Config, arguments: argparse.Namespace) -> dict:
     computed = tokens  # rows are packed without padding, or run alone: every computed token is a real one
     return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "dtype": str(trial.dtype).removeprefix("torch."), "attention": trial.backend,
-        "max_tokens_per_batch": config.training.max_tokens_per_batch, "recomputed_layers": trial.recomputed, "layers": trial.layers,
+        "max_tokens_per_batch": config.training.max_tokens_per_batch, "gradient_checkpointing": config.training.gradient_checkpointing, "recomputed_layers": trial.recomputed, "layers": trial.layers,
         "packing": config.data.packing, "rows": arguments.lengths, "random_weights": not weights,
         "tokens_per_second": computed / total, "real_tokens_per_second": tokens / total,
         "supervised_tokens_per_second": sum(step.supervised for step in steps) / total, "samples_per_second": sum(step.rows for step in steps) / total,
@@ -170,11 +171,23 @@ def run_case(config: Config, arguments: argparse.Namespace) -> dict:
     }  # fmt: skip
 
 
+def decide(config: Config, architecture: transformers.PretrainedConfig, device: torch.device) -> Config:
+    """What is auto, decided as the recipe does: by forecast, for the memory that is free here."""
+    training, dtype = config.training, choose_dtype(config.model.dtype, device)
+    if "auto" not in (training.max_tokens_per_batch, training.gradient_checkpointing):
+        return config
+    one = Strategy("one")
+    setting = Setting(device, dtype, choose_storage(one, config.model.quantization, dtype), one, available_memory(device))
+    plan = plan_step(config, architecture, setting, lambda tokens: assume_labelled(config, tokens))
+    return change(config, "training", max_tokens_per_batch=plan.tokens, gradient_checkpointing=plan.checkpointing)
+
+
 def make_rows(config: Config, arguments: argparse.Namespace, vocabulary: int):
     """Rows for all steps, and their plan."""
     training, longest = config.training, config.data.max_length
     wanted = (arguments.steps + arguments.warm_up + 1) * training.global_batch_tokens
-    count = -(-wanted // (longest if arguments.lengths == "full" else 60))
+    mean = longest if arguments.lengths == "full" else draw_lengths(1_000, longest, training.seed).mean()
+    count = int(1.2 * wanted / mean) + 1
     lengths = np.full(count, longest) if arguments.lengths == "full" else draw_lengths(count, longest, training.seed)
     table = make_table(lengths, SUPERVISED_PER_ROW, vocabulary, training.seed)
     settings = {"capacity": training.max_tokens_per_batch, "global_tokens": training.global_batch_tokens, "seed": training.seed}
@@ -197,7 +210,7 @@ def find_peak(device: torch.device, dtype: torch.dtype, given: float | None) -> 
         return given * 1e12, "--peak_tflops"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        known = next((rate for key, rate in PEAK_FLOPS.items() if key in name), None)
+        known = next((rate for key, rate in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
         return (known, "data sheet, dense 16-bit") if known and dtype is not torch.float32 else (None, "unknown; give --peak_tflops")
     a = torch.randn(2048, 2048).to(dtype)
     times = []

@@ -225,16 +225,25 @@ def forecast(config: Config, facts: dict) -> str:
     """What the recipe will decide and need on each GPU; on a machine without one, its least."""
     import torch
 
-    from medqlora.memory import GIB, MARGIN, Setting, plan_step
+    from medqlora.memory import GIB, Setting, UnknownForecast, available_memory, plan_step
+    from medqlora.models import choose_dtype
     from medqlora.packing import most_supervised
+    from medqlora.strategies import choose_storage
 
     gpu = torch.cuda.is_available()
-    on_cpu = bool(facts["accelerate"].get("use_cpu"))
-    memory = int(torch.cuda.mem_get_info()[0] * (1 - MARGIN)) if gpu else sys.maxsize
-    setting = Setting(torch.device("cpu" if on_cpu else "cuda"), facts["dtype"], facts["storage"], facts["strategy"], memory)
+    device = torch.device("cpu" if facts["accelerate"].get("use_cpu") else "cuda")  # where it will train; this may be a login node
+    dtype = choose_dtype(config.model.dtype, device)
+    memory = available_memory(torch.device("cuda")) if gpu else sys.maxsize
+    setting = Setting(device, dtype, choose_storage(facts["strategy"], config.model.quantization, dtype), facts["strategy"], memory)
+    undecided = "auto" in (config.training.gradient_checkpointing, config.training.max_tokens_per_batch)
     if not gpu and config.training.gradient_checkpointing == "auto":
         config = change(config, "training", gradient_checkpointing="full")
-    plan = plan_step(config, facts["model_config"], setting, lambda tokens: most_supervised(facts["prepared"].train, tokens))
+    try:
+        plan = plan_step(config, facts["model_config"], setting, lambda tokens: most_supervised(facts["prepared"].train, tokens))
+    except UnknownForecast as error:
+        if undecided:
+            raise  # the recipe would need the forecast too
+        raise Unchecked(str(error)) from None
     found = f"{plan.forecast.peak / GIB:.2f} GiB predicted per process at {plan.tokens:,} tokens, {plan.forecast.recomputed} of {plan.forecast.layers} layers recomputed"
     if not gpu:
         return f"{found}; no GPU here to compare with"

@@ -1,4 +1,5 @@
-"""Times of served requests -> the figures that `vllm bench serve` reports, by its definitions (vllm/benchmarks/serve.py)."""
+"""Times of served requests -> the figures that `vllm bench serve` reports, by its definitions (vllm/benchmarks/serve.py): every piece
+of a stream is an arrival, also one without text."""
 
 from __future__ import annotations
 
@@ -83,13 +84,13 @@ def parse_objectives(texts: Sequence[str]) -> dict[str, float]:
             found[name] = float(value)
         except ValueError:
             found[name] = -1.0
-        if name not in ("ttft", "tpot", "e2el") or found[name] <= 0:
+        if name not in ("ttft", "tpot", "e2el") or not 0 < found[name] < float("inf"):
             raise LatencyError(f"--goodput {text}: expected ttft=, tpot= or e2el= and milliseconds, e.g. ttft=500")
     return found
 
 
 def draw_arrivals(count: int, rate: float, seed: int) -> np.ndarray:
-    """Seconds at which requests of a Poisson process of `rate` per second arrive, float64 [count], the first at 0."""
-    gaps = np.random.default_rng(seed).exponential(1 / rate, count)
-    gaps[0] = 0.0
-    return np.cumsum(gaps)
+    """Seconds at which requests of a Poisson process arrive, float64 [count], stretched so that the last is at count / rate: what is
+    offered is the rate that was asked for."""
+    places = np.cumsum(np.random.default_rng(seed).exponential(1 / rate, count))
+    return places * (count / rate / places[-1])

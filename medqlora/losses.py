@@ -1,7 +1,8 @@
-"""Answer-only cross entropy: the head runs at labelled positions alone, a chunk at a time."""
+"""Answer-only cross entropy: the head runs at labelled positions alone, a chunk at a time, and its gradient is made with the loss."""
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ class AnswerLoss(torch.nn.Module):
         """model: a transformers causal LM, or a PEFT model around one; chunk: labelled positions per head call."""
         super().__init__()
         self.model, self.chunk = model, chunk
+        head = unwrap(model).get_output_embeddings()
+        self.lean = type(head) is torch.nn.Linear and not head.weight.requires_grad
+        if self.lean:  # inside the head's own call, where a strategy that divides it has gathered it
+            head.forward = types.MethodType(forward_head, head)
 
     def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, predict_at: torch.Tensor, targets: torch.Tensor,
@@ -39,7 +44,10 @@ class AnswerLoss(torch.nn.Module):
         chunks = chunks or count_chunks(len(targets), self.chunk)
         pieces = list(zip(labelled.tensor_split(chunks), targets.tensor_split(chunks), strict=True))
         for piece, target in pieces:
-            if len(pieces) > 1 and torch.is_grad_enabled():  # else all chunks' logits would wait for the backward pass
+            if self.lean:
+                scale, cap = describe_logits(causal)
+                total = total + causal.get_output_embeddings()(piece, target, scale, cap)
+            elif len(pieces) > 1 and torch.is_grad_enabled():  # else all chunks' logits would wait for the backward pass
                 total = total + checkpoint(sum_cross_entropy, causal, piece, target, use_reentrant=False)
             else:
                 total = total + sum_cross_entropy(causal, piece, target)
@@ -61,19 +69,60 @@ def backbone_of(causal: torch.nn.Module) -> torch.nn.Module:
     return getattr(causal, causal.base_model_prefix)
 
 
-def compute_logits(causal: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """Hidden states [positions, hidden] -> logits float32 [positions, vocab], scaled and capped as the model itself does."""
+def describe_logits(causal: torch.nn.Module) -> tuple[float, float | None]:
+    """What the model does to its head's output: factor, and cap of a tanh afterwards."""
     config = causal.config.get_text_config()
     scale = getattr(config, "logit_scale", None)  # Cohere
     if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
         scale = 1 / divisor
+    return 1.0 if scale is None else scale, getattr(config, "final_logit_softcapping", None)  # Gemma-2
+
+
+def compute_logits(causal: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Hidden states [positions, hidden] -> logits float32 [positions, vocab], scaled and capped as the model itself does."""
+    scale, cap = describe_logits(causal)
     logits = causal.get_output_embeddings()(hidden)
-    logits = logits if scale is None else logits * scale
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma-2
-    if cap is not None:
-        logits = cap * torch.tanh(logits / cap)
-    return logits.float()
+    logits = logits if scale == 1 else logits * scale
+    return (logits if cap is None else cap * torch.tanh(logits / cap)).float()
 
 
 def sum_cross_entropy(causal: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(compute_logits(causal, hidden), targets, reduction="sum")
+
+
+def forward_head(head: torch.nn.Linear, hidden: torch.Tensor, targets: torch.Tensor | None = None, scale: float = 1.0, cap: float | None = None) -> torch.Tensor:
+    """A head's own forward; with targets the summed loss instead."""
+    if targets is None:
+        return F.linear(hidden, head.weight, head.bias)
+    return HeadLoss.apply(hidden, head, targets, scale, cap)
+
+
+class HeadLoss(torch.autograd.Function):
+    """Summed cross entropy of a frozen head. The gradient of its input is made at once from the same logits, in their memory, so
+    that neither they nor the head are needed again in the backward pass (as Liger-Kernel does, Hsu et al., 2024, arXiv 2410.10989)."""
+
+    @staticmethod
+    def forward(ctx, hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor, scale: float, cap: float | None) -> torch.Tensor:
+        """hidden [labelled, hidden], targets int64 [labelled] -> float32 []"""
+        scores, slope = F.linear(hidden, head.weight, head.bias).float(), scale  # [labelled, vocab]
+        if scale != 1:
+            scores *= scale
+        if cap is not None:
+            scores.div_(cap).tanh_()
+            slope = scale * (1 - scores * scores) if ctx.needs_input_grad[0] else None
+            scores *= cap
+        targets = targets[:, None]
+        picked, highest = scores.gather(1, targets), scores.amax(1, keepdim=True)
+        total = scores.sub_(highest).exp_().sum(1, keepdim=True)
+        if ctx.needs_input_grad[0]:
+            lift = 1024.0 if hidden.dtype is torch.float16 else 1.0  # small probabilities vanish in it
+            scores.div_(total).scatter_add_(1, targets, torch.full_like(picked, -1.0))
+            if torch.is_tensor(slope) or slope * lift != 1:
+                scores *= slope * lift
+            ctx.save_for_backward((scores.to(hidden.dtype) @ head.weight).div_(lift))
+        return (total.log() + highest - picked).sum()
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        (ready,) = ctx.saved_tensors
+        return (ready * gradient).to(ready.dtype), None, None, None, None

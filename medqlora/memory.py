@@ -18,11 +18,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, PretrainedConfig
 
-from medqlora.attention import locate_documents
+from medqlora.attention import choose_backend, locate_documents
 from medqlora.config import Config, UserError, change
 from medqlora.losses import AnswerLoss
 from medqlora.models import (
@@ -39,7 +41,8 @@ from medqlora.strategies import Strategy
 
 MIB, GIB = 2**20, 2**30
 BLOCK = 512  # bytes: CUDA's allocator rounds every tensor up to a multiple (c10/cuda/CUDACachingAllocator.h, kMinBlockSize)
-CUBLAS_WORKSPACE = 32 * MIB  # on Hopper and later; 8.1 MiB before (aten/src/ATen/cuda/CublasHandlePool.cpp)
+# On Hopper and later; 8.1 MiB each before (aten/src/ATen/cuda/CublasHandlePool.cpp). Forward and backward run in threads of their own.
+CUBLAS_WORKSPACES = 2 * 32 * MIB
 CONTEXT = 512 * MIB  # CUDA context, libraries and kernels of one process; an assumption, outside the allocator
 MARGIN = 0.05  # of a card's memory that a plan leaves free, for fragmentation
 META = torch.device("meta")
@@ -51,7 +54,11 @@ OVERHEAD_TOKENS, OFFLOAD_TIME = 250, 0.2  # see time_per_token
 
 
 class ForecastError(UserError):
-    """A forecast that cannot be made, or a budget that nothing fits."""
+    """A budget that nothing fits, or input that no forecast can be made of."""
+
+
+class UnknownForecast(ForecastError):
+    """A way to train that the forecast cannot follow; it may still train."""
 
 
 @dataclass(frozen=True)
@@ -73,17 +80,21 @@ class Batch:
 @dataclass(frozen=True)
 class Forecast:
     """Bytes of one training process. peak: highest sum of live tensors, by_category: at that moment; by_phase: highest of each
-    phase; reserved: what CUDA's caching allocator would hold, replayed; loaded: base and adapter before the first step."""
+    phase; reserved: what CUDA's caching allocator would hold, replayed; at_loading: base and adapter before the first step."""
 
     peak: int
     by_category: dict[str, int]
     by_phase: dict[str, int]
     reserved: int
-    loaded: int
+    at_loading: dict[str, int]
     trainable: int
     layers: int
     recomputed: int  # layers
     largest: int = 0  # bytes of the largest part that a sharded base gathers at once
+
+    @property
+    def loaded(self) -> int:
+        return sum(self.at_loading.values())
 
 
 class Tracker(TorchDispatchMode):
@@ -184,11 +195,11 @@ def forecast_step(
     place: the CPU instead of the meta device takes the step for real, with random weights, and follows its tensors in the same way.
 
     Raises:
-        ForecastError: an attention backend or an architecture that cannot be followed.
+        UnknownForecast: an attention backend or an architecture that cannot be followed.
+        AttentionError: an attention backend that the recipe refuses there.
     """
     text = architecture.get_text_config()
-    if device.type == "cuda" and config.model.attention == "sdpa":
-        raise ForecastError("model.attention sdpa: its masks depend on the data and cannot be forecast; use auto, or measure")
+    check_attention(config.model.attention, device, dtype, architecture)
     tracker = Tracker(text.vocab_size, place)
     base = make_base(architecture, config.model, place, dtype, storage)
     with place:
@@ -198,12 +209,12 @@ def forecast_step(
     loss_model = AnswerLoss(model, config.training.loss_chunk_tokens).train()
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     sort_resident(tracker, base, model)
-    loaded = tracker.total
+    at_loading, tracker.phase = dict(tracker.now), "before the step"
     kept = make_states(config.training.optimizer, device, weights)
     for state in kept:
         tracker.follow(state, "optimizer")
     if device.type == "cuda":
-        kept.append(tracker.make((CUBLAS_WORKSPACE,), torch.uint8, "workspace"))
+        kept.append(tracker.make((CUBLAS_WORKSPACES,), torch.uint8, "workspace"))
     for weight in weights:
         if batch.accumulated:
             weight.grad = torch.zeros_like(weight)
@@ -219,7 +230,7 @@ def forecast_step(
             tracker.phase = "backward"
             loss.backward()
     except (RuntimeError, NotImplementedError, TypeError) as error:  # code that looks into tensors, or an operator without shapes
-        raise ForecastError(
+        raise UnknownForecast(
             f"{architecture.model_type} with {config.model.quantization} cannot be forecast ({' '.join(str(error).split())[:160]}); "
             "set training.gradient_checkpointing and training.max_tokens_per_batch to values, or measure"
         ) from None
@@ -228,8 +239,23 @@ def forecast_step(
     del kept
     return Forecast(
         peak, {name: by_category.get(name, 0) for name in CATEGORIES}, {phase: total for phase, (total, _) in tracker.peaks.items()},
-        replay_allocator(tracker.events), loaded, sum(weight.numel() for weight in weights), text.num_hidden_layers, recomputed, measure_units(base),
+        replay_allocator(tracker.events), at_loading, sum(weight.numel() for weight in weights), text.num_hidden_layers, recomputed, measure_units(base),
     )  # fmt: skip
+
+
+def check_attention(requested: str, device: torch.device, dtype: torch.dtype, architecture: PretrainedConfig) -> str:
+    """The backend that a forecast is for. flash, varlen and flex keep the same tensors for the backward pass (queries, keys, values,
+    output, one number per row and head) and are forecast alike, with the largest buffers, varlen's.
+
+    Raises:
+        AttentionError: the recipe refuses it there.
+        UnknownForecast: sdpa on a GPU.
+    """
+    softcap = getattr(architecture.get_text_config(), "attn_logit_softcapping", None)
+    backend = requested if requested == "flash" else choose_backend(requested, device, dtype, softcap)  # the package may be there, not here
+    if device.type == "cuda" and backend == "sdpa":
+        raise UnknownForecast("model.attention sdpa: its masks depend on the data and cannot be forecast; use auto, or measure")
+    return backend
 
 
 def measure_units(base: torch.nn.Module) -> int:
@@ -239,26 +265,30 @@ def measure_units(base: torch.nn.Module) -> int:
 
 
 def divide(forecast: Forecast, strategy: Strategy) -> Forecast:
-    """The same step on each GPU of a strategy. Exact for what is divided; buffers by this model: ddp and zero1/2 hold the
-    gradients once more while they travel, zero its float32 part of the adapter; zero3 and fsdp2 hold two gathered units, the
-    next one being fetched while one computes. Quantization constants stay whole on each GPU; so does everything while loading."""
+    """The same step on each GPU of a strategy. Exact for what is divided; buffers by this model: ddp's buckets are the gradients, from the
+    first step on; zero holds gradients once more while they travel, and its float32 part of the adapter; zero3 and fsdp2 hold two
+    gathered units, the next one being fetched while one computes. Quantization constants stay whole on each GPU; so does everything
+    while loading."""
     ranks, parts = strategy.ranks, dict(forecast.by_category)
-    before = sum(parts.values())
     if ranks == 1:
         return forecast
-    travelling = parts["gradients"] or 4 * forecast.trainable
+    gradients = 4 * forecast.trainable
+    parts["gradients"] = gradients
     divided = {"ddp": (), "zero1": ("optimizer",), "zero2": ("optimizer", "gradients")}.get(
         strategy.name, ("optimizer", "gradients", "adapters", "quantized weights", "embeddings and head", "other base weights")
     )
-    buffers = travelling + (parts["adapters"] // ranks if strategy.name.startswith("zero") else 0)
+    if strategy.name != "ddp":
+        parts["workspace"] += gradients + (parts["adapters"] // ranks if strategy.name.startswith("zero") else 0)
     if strategy.sharded:
-        buffers += 2 * forecast.largest
+        parts["workspace"] += 2 * forecast.largest
     for name in divided:
         parts[name] = -(-parts[name] // ranks)
-    parts["workspace"] += buffers
-    change = sum(parts.values()) - before
+    peak = sum(parts.values())
+    change = peak - forecast.peak
     phases = {phase: max(0, total + change) if phase != "loading" else total for phase, total in forecast.by_phase.items()}
-    return replace(forecast, peak=max(forecast.peak + change, forecast.loaded), reserved=max(forecast.reserved + change, forecast.loaded), by_category=parts, by_phase=phases)  # fmt: skip
+    if forecast.loaded > peak:  # the whole base, before it is divided
+        peak, parts = forecast.loaded, {name: forecast.at_loading.get(name, 0) for name in CATEGORIES}
+    return replace(forecast, peak=peak, reserved=max(forecast.reserved + change, peak), by_category=parts, by_phase=phases)
 
 
 def sort_resident(tracker: Tracker, base: torch.nn.Module, model: torch.nn.Module) -> None:
@@ -359,6 +389,14 @@ def usable(total: int, device: torch.device) -> int:
     return int(total * (1 - MARGIN)) - (CONTEXT if device.type == "cuda" else 0)
 
 
+def available_memory(device: torch.device, processes: int = 1) -> int:
+    """Bytes that one of so many processes of this machine may use for training: what is free on its GPU, or its share of the
+    machine's free memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * (1 - MARGIN))
+    return usable(psutil.virtual_memory().available // processes, device)
+
+
 def parse_size(text: str) -> int:
     """"8GiB", "24 GB" or a number of bytes -> bytes.
 
@@ -366,7 +404,7 @@ def parse_size(text: str) -> int:
         ForecastError: something else.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
-    if not found or not float(found[1]):
+    if not found or not float(found[1]):  # also a bare 0
         raise ForecastError(f"size {text!r}: expected a number and a unit, e.g. 8GiB or 24GB")
     return int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " "))
 
@@ -411,7 +449,7 @@ def with_layers(architecture: PretrainedConfig, count: int) -> PretrainedConfig:
     text = small.get_text_config()
     text.num_hidden_layers = count
     if isinstance(getattr(text, "layer_types", None), list):
-        text.layer_types = text.layer_types[:count]
+        text.layer_types = (text.layer_types * count)[:count]
     return small
 
 
@@ -476,7 +514,7 @@ def plan_step(config: Config, architecture: PretrainedConfig, setting: Setting, 
     smallest = forecast_plan(config, architecture, setting, sizes[-1], list(modes)[-1], labelled_of(sizes[-1]))
     raise ForecastError(
         f"memory: {sizes[-1]:,} tokens per micro-batch with gradient_checkpointing {smallest.checkpointing} need {smallest.forecast.peak / GIB:.2f} GiB, "
-        f"{setting.memory / GIB:.2f} GiB may be used; {suggest(config, architecture, setting, smallest, longest, labelled_of)}"
+        f"{setting.memory / GIB:.2f} GiB may be used; {suggest(config, architecture, setting, smallest, labelled_of)}"
     )
 
 
@@ -488,14 +526,20 @@ def list_checkpointing(architecture: PretrainedConfig, device: torch.device) -> 
     return modes | ({"offload": (1.0, True)} if least_memory(device) == "offload" else {})
 
 
-def suggest(config, architecture, setting: Setting, smallest: StepPlan, longest: int, labelled_of) -> str:
-    """What would fit, for an error."""
+def suggest(config: Config, architecture: PretrainedConfig, setting: Setting, smallest: StepPlan, labelled_of: Callable[[int], int]) -> str:
+    """What would fit, for an error: other recomputation and micro-batches, else shorter rows."""
     if smallest.forecast.loaded > setting.memory:
         return f"the base alone needs {smallest.forecast.loaded / GIB:.2f} GiB; use a smaller model"
-    length = longest_sequence(config, architecture, setting, labelled_of, smallest.tokens)
-    if length is None:
-        return "no length fits; use a smaller model, lora.r or training.optimizer paged_adamw_8bit"
-    return f"with gradient_checkpointing {least_memory(setting.device)}, {length:,} tokens would fit: set data.max_length and training.max_tokens_per_batch to {length} or less"
+    free = change(config, "training", max_tokens_per_batch="auto", gradient_checkpointing="auto")
+    tokens, mode = list_budgets(free.training, 1, setting.strategy.ranks), least_memory(setting.device)
+    hold = [size for size in tokens if size >= config.data.max_length]
+    if hold and forecast_plan(config, architecture, setting, hold[-1], mode, labelled_of(hold[-1])).forecast.peak <= setting.memory:
+        return f"{hold[-1]:,} tokens with gradient_checkpointing {mode} would fit: set training.max_tokens_per_batch and training.gradient_checkpointing to auto"
+    length = longest_sequence(config, architecture, setting, labelled_of)
+    fitting = [size for size in tokens if size <= (length or 0)]
+    if not fitting:
+        return "no length fits; use a smaller model, a smaller lora.r or training.optimizer paged_adamw_8bit"
+    return f"rows of {fitting[0]:,} tokens would fit: set data.max_length to {fitting[0]} or less, training.max_tokens_per_batch and training.gradient_checkpointing to auto"
 
 
 def least_memory(device: torch.device) -> str:
@@ -503,22 +547,29 @@ def least_memory(device: torch.device) -> str:
     return "offload" if device.type == "cuda" else "full"
 
 
-def longest_sequence(config: Config, architecture: PretrainedConfig, setting: Setting, labelled_of: Callable[[int], int], high: int | None = None) -> int | None:
-    """Tokens of the longest row that fits, alone in its micro-batch, with the least memory; a multiple of 16; None: none does."""
-    mode = least_memory(setting.device)
+def longest_sequence(config: Config, architecture: PretrainedConfig, setting: Setting, labelled_of: Callable[[int], int]) -> int | None:
+    """Tokens of the longest row that fits, alone in its optimizer step on each process, with the least memory; a multiple of 16;
+    None: none does."""
+    mode, ranks = least_memory(setting.device), setting.strategy.ranks
+    most = getattr(architecture.get_text_config(), "max_position_embeddings", None)
 
-    def fits(tokens: int) -> bool:
-        alone = change(config, "data", max_length=tokens)
-        return forecast_plan(alone, architecture, setting, tokens, mode, labelled_of(tokens)).forecast.peak <= setting.memory
+    def spare(tokens: int) -> int:
+        alone = change(change(config, "data", max_length=tokens), "training", global_batch_tokens=tokens * ranks)
+        return setting.memory - forecast_plan(alone, architecture, setting, tokens, mode, labelled_of(tokens)).forecast.peak
 
     estimate = Estimate(config, architecture, setting, (1024, 2048), labelled_of)
-    per_token = (estimate.peak(2048, mode) - estimate.peak(1024, mode)) / 1024
-    guess = int(1024 + (setting.memory - estimate.peak(1024, mode)) / max(1.0, per_token)) // 16 * 16
-    most = getattr(architecture.get_text_config(), "max_position_embeddings", None) or guess
-    guess = min(guess, most // 16 * 16, high or guess)
-    while guess >= 16 and not fits(guess):
-        guess = min(guess - 16, int(guess * 0.98) // 16 * 16)
-    return guess if guess >= 16 else None
+    per_token = max(1.0, (estimate.peak(2048, mode) - estimate.peak(1024, mode)) / 1024)
+    guess, best = 1024 + (setting.memory - estimate.peak(1024, mode)) / per_token, None
+    for _ in range(8):  # all that a row needs grows linearly with it, so this is exact after one or two
+        length = int(min(guess, most or guess)) // 16 * 16
+        if length < 16 or length == best:
+            break
+        left = spare(length)
+        best = length if left >= 0 and length > (best or 0) else best
+        if left >= 0 and length == (most or 0) // 16 * 16:
+            break
+        guess = length + left / per_token - (0 if left >= 0 else 16)
+    return best
 
 
 # ---- serving ---------------------------------------------------------------------------------------------------------------
@@ -534,7 +585,7 @@ def forecast_serving(config: Config, architecture: PretrainedConfig, dtype: torc
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     window = getattr(text, "sliding_window", None)
-    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    kinds = getattr(text, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * text.num_hidden_layers
     kept = sum(min(tokens, window) if window and kind == "sliding_attention" else tokens for kind in kinds)
     return {"weights": tracker.total, "keys_and_values": kept * 2 * heads * width * dtype.itemsize}
 
@@ -570,5 +621,5 @@ def parse_architecture(path: Path) -> PretrainedConfig:
         return AutoConfig.for_model(**{key: value for key, value in facts.items() if key not in ("hub_ids", "quantization_config")})
     except OSError as error:
         raise ForecastError(f"architecture {path}: {error.strerror}; give a config.json of transformers") from None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise ForecastError(f"architecture {path}: not a config.json of transformers: {' '.join(str(error).split())[:200]}") from None

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from medqlora.attention import IMPLEMENTATIONS, choose_backend, find_device
 from medqlora.config import Lora, Model, UserError
@@ -37,9 +38,12 @@ class ModelError(UserError):
 
 
 def choose_dtype(requested: str, device: torch.device) -> torch.dtype:
-    """Compute dtype; "auto" is bfloat16 where the hardware multiplies it natively, else float16 (GPU) or float32 (CPU)."""
+    """Compute dtype; "auto" is bfloat16 where the hardware multiplies it natively, else float16 (GPU) or float32 (CPU). A GPU that
+    is not here is taken to be of 2020 or later."""
     if requested != "auto":
         return DTYPES[requested]
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return torch.bfloat16
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() and has_bf16_units() else torch.float32
@@ -160,7 +164,7 @@ def make_base(architecture: PretrainedConfig, model: Model, device: torch.device
     head = base.get_output_embeddings()
     for module in list(base.modules()):
         for name, child in list(module.named_children()):
-            if type(child) is torch.nn.Linear and child is not head and model.quantization != "none":
+            if type(child) in (torch.nn.Linear, Conv1D) and child is not head and model.quantization != "none":
                 setattr(module, name, quantize_linear(child, model, device, dtype, storage))
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta and device.type != "meta":
@@ -174,16 +178,17 @@ def make_base(architecture: PretrainedConfig, model: Model, device: torch.device
     return base.eval()
 
 
-def quantize_linear(linear: torch.nn.Linear, model: Model, device: torch.device, dtype: torch.dtype, storage: torch.dtype) -> torch.nn.Module:
+def quantize_linear(linear: torch.nn.Linear | Conv1D, model: Model, device: torch.device, dtype: torch.dtype, storage: torch.dtype) -> torch.nn.Module:
     """The bitsandbytes layer that transformers would put in this layer's place, with random weights."""
     import bitsandbytes
 
     # kept for all later layers, real ones too: on the meta device, where the first might lie, it would have no content
     bitsandbytes.functional.name2qmap.setdefault("dynamic", bitsandbytes.functional.create_dynamic_map())
-    weight = torch.empty(linear.weight.shape, dtype=dtype, device=device)
+    outputs, inputs = reversed(linear.weight.shape) if type(linear) is Conv1D else linear.weight.shape
+    weight = torch.empty(outputs, inputs, dtype=dtype, device=device)
     if device.type != "meta":
         weight.normal_(std=0.02)
-    sizes = {"input_features": linear.in_features, "output_features": linear.out_features, "bias": linear.bias is not None, "device": device}
+    sizes = {"input_features": inputs, "output_features": outputs, "bias": linear.bias is not None, "device": device}
     if model.quantization == "int8":
         made = bitsandbytes.nn.Linear8bitLt(**sizes, has_fp16_weights=False)
         made.weight = bitsandbytes.nn.Int8Params(weight, requires_grad=False)._quantize(device)
@@ -192,7 +197,7 @@ def quantize_linear(linear: torch.nn.Linear, model: Model, device: torch.device,
         made = bitsandbytes.nn.Linear4bit(**sizes, compute_dtype=dtype, **given)
         made.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, module=made, **given)._quantize(device)
     if linear.bias is not None:
-        made.bias = torch.nn.Parameter(torch.zeros(linear.out_features, dtype=dtype, device=device), requires_grad=False)
+        made.bias = torch.nn.Parameter(torch.zeros(outputs, dtype=dtype, device=device), requires_grad=False)
     return made
 
 
@@ -313,7 +318,7 @@ def set_checkpointing(model: torch.nn.Module, mode: str) -> int:
         return 0
     model.gradient_checkpointing_enable({"use_reentrant": False})
     kind, _, count = mode.partition("_")
-    layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing") and hasattr(module, "_gradient_checkpointing_func") and not hasattr(module, "layers")]  # fmt: skip
+    layers = [layer for layer in find_layers(model) if hasattr(layer, "_gradient_checkpointing_func")]
     for number, layer in enumerate(layers):
         layer.gradient_checkpointing = {"full": True, "offload": True, "every": number % int(count or 1) == 0, "first": number < int(count or 0)}[kind]
         if kind == "offload" and find_device(model).type != "cpu" and number < len(layers) - 1:  # the last layer's is needed at once

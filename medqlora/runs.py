@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -21,6 +22,7 @@ import yaml
 from medqlora.config import Config, UserError, dump_config
 
 LOG = "train_log.jsonl"
+PICTURES = (".png", ".svg", ".pdf")
 LAUNCH = "launch"  # written by launch/slurm_train.sbatch before the run exists
 
 
@@ -49,6 +51,19 @@ def check_new(path: Path | None, flag: str = "--output") -> None:
         raise RunError(f"{flag} {path} exists; give a new file name")
     if path is not None and not path.parent.is_dir():
         raise RunError(f"{flag} {path}: no folder {path.parent}; make it first")
+    if path is not None and not os.access(path.parent, os.W_OK):
+        raise RunError(f"{flag} {path}: folder {path.parent} cannot be written to; give another")
+
+
+def check_picture(path: Path | None) -> None:
+    """Raises RunError where --plot names a file that exists, a format that is not drawn, or matplotlib is missing."""
+    if path is None:
+        return
+    check_new(path, "--plot")
+    if path.suffix not in PICTURES:
+        raise RunError(f"--plot {path}: expected a name that ends in {', '.join(PICTURES)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise RunError("--plot needs matplotlib; pip install 'medqlora[bench]', or leave it out")
 
 
 def write_json(path: Path, tree: Any) -> None:

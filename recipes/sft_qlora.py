@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 import transformers
 from accelerate import Accelerator
@@ -40,7 +39,7 @@ from medqlora.checkpoints import Checkpoint, load_newest, save_checkpoint
 from medqlora.config import Config, UserError, change, help_text, load_config
 from medqlora.engines.hf import HfEngine
 from medqlora.losses import AnswerLoss, backbone_of, count_chunks
-from medqlora.memory import MARGIN, Setting, plan_step, usable
+from medqlora.memory import Setting, available_memory, plan_step
 from medqlora.metrics import compare_paired, score_predictions
 from medqlora.models import (
     adapter_weights,
@@ -134,6 +133,7 @@ class Run:
     encoder: Encoder
     sizes: tuple[int, int]  # parameters of the base, of the adapter
     architecture: transformers.PretrainedConfig
+    begun_with: int | None  # tokens per micro-batch of a resumed run
     prepared: Prepared | None = None
     plan: Plan | None = None
     checkpoint: Checkpoint | None = None
@@ -178,6 +178,7 @@ def start(config: Config, output_dir: Path, resume: bool) -> Run:
         sizes = count_parameters(model_config, config.lora)
         tokenizer = load_tokenizer(config.model.base, config.model.revision, config.model.trust_remote_code)
         encoder = make_encoder(tokenizer, config.data.prompt_style, config.data.completion)
+        begun_with = read_begun(output_dir, config, strategy.ranks) if resume else None
     with together():
         check_versions(runs.hash_json(config.model_dump(mode="json")))
     with together():
@@ -186,7 +187,7 @@ def start(config: Config, output_dir: Path, resume: bool) -> Run:
             # 4 bytes for the weight and 8 for AdamW's moments, for the kept checkpoints and the one being written
             runs.check_disk(output_dir, 12 * sizes[1] * (config.training.keep_checkpoints + 2), "adapter and checkpoints")
     memory = runs.MemoryMeter(cuda=kind.type == "cuda")
-    return Run(config, output_dir, resume, accelerator, strategy, dtype, memory, {"before": memory.now()}, encoder, sizes, model_config)
+    return Run(config, output_dir, resume, accelerator, strategy, dtype, memory, {"before": memory.now()}, encoder, sizes, model_config, begun_with)
 
 
 def was_restarted(environ: Mapping[str, str]) -> bool:
@@ -198,7 +199,7 @@ def prepare_once(run: Run) -> None:
     """Rank 0 reads, cleans, tokenizes, decides what the configuration leaves to a forecast, and plans; the others map what it
     wrote. Then the run folder is opened."""
     config, data = run.config, run.config.data
-    memory = min(gather(available_memory(run.device)))  # of the fullest GPU
+    memory = min(gather(available_memory(run.device, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))))  # of the fullest GPU
 
     def work(report: Callable[[str], None]) -> dict[str, Any]:
         run.prepared = prepare(config, run.encoder, report)
@@ -231,28 +232,42 @@ def prepare_once(run: Run) -> None:
             show_step(shared["step"])
 
 
-def available_memory(device: torch.device) -> int:
-    """Bytes that this process may use for training: what is free on its GPU, or its share of the machine's free memory."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * (1 - MARGIN))
-    return usable(psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE") or 1), device)
-
-
 def decide_step(run: Run, memory: int) -> dict[str, Any]:
-    """Micro-batch and recomputation by forecast, where the configuration says auto; a resumed run keeps what it began with."""
-    training, saved = run.config.training, run.output_dir / "environment.json"
-    before = json.loads(saved.read_text(encoding="utf-8")).get("step_plan") if run.resume and saved.is_file() else None
-    if before:
-        return before
+    """Micro-batch and recomputation by forecast, where the configuration says auto. A resumed run keeps the micro-batches that it
+    began with, which its plan is made of; recomputation changes no number and is decided for the machine at hand."""
+    config, training = run.config, run.config.training
     if "auto" not in (training.max_tokens_per_batch, training.gradient_checkpointing):
         return {"max_tokens_per_batch": training.max_tokens_per_batch, "gradient_checkpointing": training.gradient_checkpointing}
-    storage = choose_storage(run.strategy, run.config.model.quantization, run.dtype)
+    if run.begun_with and training.max_tokens_per_batch == "auto":
+        config = change(config, "training", max_tokens_per_batch=run.begun_with)
+    storage = choose_storage(run.strategy, config.model.quantization, run.dtype)
     setting = Setting(run.device, run.dtype, storage, run.strategy, memory)
-    found = plan_step(run.config, run.architecture, setting, lambda tokens: most_supervised(run.prepared.train, tokens))
+    found = plan_step(config, run.architecture, setting, lambda tokens: most_supervised(run.prepared.train, tokens))
     return {
         "max_tokens_per_batch": found.tokens, "gradient_checkpointing": found.checkpointing, "predicted_peak_bytes": found.forecast.peak,
         "memory_bytes": memory, "layers": found.forecast.layers, "recomputed_layers": found.forecast.recomputed,
     }  # fmt: skip
+
+
+def read_begun(output_dir: Path, config: Config, ranks: int) -> int | None:
+    """The micro-batch, in tokens, that the run in this folder was planned with where the configuration says auto.
+
+    Raises:
+        ProcessError: so many processes cannot share its global batch in such micro-batches.
+    """
+    saved, training = output_dir / "environment.json", config.training
+    facts = json.loads(saved.read_text(encoding="utf-8")) if saved.is_file() else {}
+    tokens = facts.get("step_plan", {}).get("max_tokens_per_batch")
+    if tokens is None or training.max_tokens_per_batch != "auto":
+        return None
+    if training.global_batch_tokens % (tokens * ranks):
+        micro = training.global_batch_tokens // tokens
+        able = ", ".join(str(count) for count in range(1, micro + 1) if micro % count == 0)
+        raise ProcessError(
+            f"{output_dir} was planned in micro-batches of {tokens} tokens, {micro} in a step, which {ranks} processes cannot share; "
+            f"resume on {able} process(es)"
+        )
+    return tokens
 
 
 def apply_step(config: Config, decided: dict[str, Any]) -> Config:

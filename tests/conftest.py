@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Llam
 
 torch.set_num_threads(1)  # the models here are so small that threads only wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"  # the same for the scripts that tests start
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # bitsandbytes imports torch's compiler at every start otherwise, for functions that nothing calls
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "recipes" / "demo"

@@ -2,6 +2,8 @@
 
 import json
 import math
+import runpy
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -45,10 +47,10 @@ def test_parts_of_a_latency_sum_to_it(sent, gaps):
 
 
 def test_arrivals_have_the_rate_they_are_asked_for():
+    for seed in range(5):
+        assert len(few := draw_arrivals(32, 4.0, seed)) / few[-1] == pytest.approx(4.0)
     times = draw_arrivals(20_000, 8.0, 0)
-    assert times[0] == 0
     assert np.all(np.diff(times) >= 0)
-    assert len(times) / times[-1] == pytest.approx(8.0, rel=0.03)
     assert np.std(np.diff(times)) == pytest.approx(1 / 8, rel=0.05)  # exponential: deviation equals mean
 
 
@@ -86,6 +88,8 @@ def test_throughput_of_a_sweep(tmp_path):
     (["--sweep", "data.max_length"], "expected section.key=value"),
     (["--sweep", "data.max_lenght=1,2"], "did you mean"),
     (["--steps", "0"], "expected 1 or more"),
+    (["--peak_tflops", "-1"], "above 0"),
+    (["--plot", "a.xyz"], "ends in .png"),
     (["--model.base", "nothing.json"], "nothing.json"),
     (["--training.max_tokens_per_batch", "700"], "not a multiple"),
 ])  # fmt: skip
@@ -115,7 +119,7 @@ def test_latency_of_transformers(monkeypatch, tmp_path):
 def test_letters_and_sizes(monkeypatch, tmp_path):
     assert run_inside(LATENCY, ["--model", DEMO / "base", "--scoring", "--requests", "6", "--json", tmp_path / "a.json"], monkeypatch)[0] == 0
     found = json.loads((tmp_path / "a.json").read_text())["scoring"]
-    assert found["questions"] == 6
+    assert found["questions"] == 6  # and as many alone
     assert found["questions_per_second"] > 0
     assert not any("tpot" in key for key in found)
     assert run_inside(LATENCY, ["--model", DEMO / "base", "--sizes", "--json", tmp_path / "b.json"], monkeypatch)[0] == 0
@@ -125,28 +129,38 @@ def test_letters_and_sizes(monkeypatch, tmp_path):
 
 
 class Server(ThreadingHTTPServer):
-    """Streams three tokens for each completion, 20 ms apart; breaks off in the middle once `left` requests are served."""
+    """Streams three tokens for each completion, 20 ms apart, then a piece without text; once `left` requests are served, an answer
+    breaks off in the middle: with an error, or without a word (`silent`). `plain`: it knows neither ignore_eos nor usage."""
 
-    left = 10**6
+    left, silent, plain = 10**6, False, False
 
 
 class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
-        self.rfile.read(int(self.headers["Content-Length"]))
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.server.plain and ("ignore_eos" in body or "stream_options" in body):
+            self.send_response(400)
+            self.end_headers()
+            return
         self.server.left -= 1
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
-        for _ in range(3):
+        for number in range(4):
             time.sleep(0.02)
-            piece = {"id": "1", "object": "text_completion", "created": 0, "model": "m", "choices": [{"index": 0, "text": "a", "finish_reason": None, "logprobs": None}]}
-            self.wfile.write(f"data: {json.dumps(piece)}\n\n".encode())
-            self.wfile.flush()
+            choice = {"index": 0, "text": " a" if number < 3 else "", "finish_reason": None if number < 3 else "length", "logprobs": None}
+            self.send({"choices": [choice]})
             if self.server.left < 0:
-                self.wfile.write(b'data: {"error": {"message": "engine died"}}\n\n')
+                if not self.server.silent:
+                    self.wfile.write(b'data: {"error": {"message": "engine died"}}\n\n')
                 return
-        usage = {"id": "1", "object": "text_completion", "created": 0, "model": "m", "choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4}}
-        self.wfile.write(f"data: {json.dumps(usage)}\n\ndata: [DONE]\n\n".encode())
+        if not self.server.plain:
+            self.send({"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4}})
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def send(self, piece: dict) -> None:
+        self.wfile.write(f"data: {json.dumps(piece | {'id': '1', 'object': 'text_completion', 'created': 0, 'model': 'm'})}\n\n".encode())
+        self.wfile.flush()
 
     def log_message(self, *_):
         pass
@@ -165,28 +179,53 @@ def ask_flags(server) -> list:
     return ["--engine", "openai", "--server", f"http://127.0.0.1:{server.server_port}/v1", "--model", "m", "--tokenizer", DEMO / "base", "--requests", "4"]
 
 
-def test_latency_of_a_server(server, monkeypatch, tmp_path):
-    code, complaint = run_inside(LATENCY, [*ask_flags(server), "--concurrency", "4", "--json", tmp_path / "a.json"], monkeypatch)
+@pytest.mark.parametrize("plain", [False, True])
+def test_latency_of_a_server(server, plain, monkeypatch, tmp_path):
+    """As vLLM's benchmark counts: the piece without text is an arrival, tokens are the server's own count or the tokenizer's."""
+    server.plain = plain
+    code, complaint = run_inside(LATENCY, [*ask_flags(server), "--concurrency", "4", "--output_tokens", "3", "--json", tmp_path / "a.json"], monkeypatch)
     assert code == 0, complaint
-    (loop,) = json.loads((tmp_path / "a.json").read_text())["loops"]
+    found = json.loads((tmp_path / "a.json").read_text())
+    (loop,) = found["loops"]
+    assert found["complete"] and loop["short_answers"] == 0  # noqa: PT018
     assert 19 < loop["itl_ms"]["p50"] < 60
-    assert loop["tpot_ms"]["p50"] == pytest.approx(loop["itl_ms"]["mean"], rel=0.5)
-    assert loop["e2el_ms"]["p50"] >= 59
+    assert loop["e2el_ms"]["p50"] >= 79
+    assert loop["tpot_ms"]["mean"] == pytest.approx((loop["e2el_ms"]["mean"] - loop["ttft_ms"]["mean"]) / 2)
     assert loop["output_tokens_per_second"] == pytest.approx(3 * loop["requests_per_second"])
 
 
-def test_server_that_dies_leaves_what_was_measured(server, monkeypatch, tmp_path):
-    server.left = 2 + 4 + 1  # warm-up, the first loop, one of the second
+@pytest.mark.parametrize("silent", [False, True])
+def test_server_that_dies_leaves_what_was_measured(server, silent, monkeypatch, tmp_path):
+    server.left, server.silent = 2 + 4 + 1, silent  # warm-up, the first loop, one of the second
     code, complaint = run_inside(LATENCY, [*ask_flags(server), "--concurrency", "1,2", "--json", tmp_path / "a.json"], monkeypatch)
     assert (code, complaint.count("\n")) == (2, 1), complaint
     assert "server http://127.0.0.1" in complaint
-    assert len(json.loads((tmp_path / "a.json").read_text())["loops"]) == 1
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert len(found["loops"]) == 1
+    assert not found["complete"]
+
+
+def test_every_load_has_its_own_questions(monkeypatch):
+    script = runpy.run_path(str(LATENCY))
+    monkeypatch.setattr(sys, "argv", ["latency.py", "--model", str(DEMO / "base"), "--requests", "5"])
+    requests, distinct = script["read_questions"](script["parse_arguments"](), 3)
+    assert len({tuple(request.prefix) for request in requests}) == 15
+    assert distinct
+    monkeypatch.setattr(sys, "argv", ["latency.py", "--model", str(DEMO / "base"), "--requests", "500"])
+    requests, distinct = script["read_questions"](script["parse_arguments"](), 2)
+    assert len(requests) == 1_000
+    assert not distinct
 
 
 @pytest.mark.parametrize(("flags", "message"), [
     (["--model", "m", "--engine", "openai"], "needs --server"),
     (["--model", str(DEMO / "base"), "--goodput", "itl=3"], "expected ttft="),
+    (["--model", str(DEMO / "base"), "--goodput", "ttft=nan"], "expected ttft="),
     (["--model", str(DEMO / "base"), "--requests", "0"], "expected 1 or more"),
+    (["--model", str(DEMO / "base"), "--concurrency", "0.5"], "expected whole numbers"),
+    (["--model", str(DEMO / "base"), "--concurrency", "two"], "expected whole numbers"),
+    (["--model", str(DEMO / "base"), "--rate", "inf"], "expected numbers above 0"),
+    (["--model", str(DEMO / "base"), "--rate", "5", "--seed", "-1"], "expected 0 or more"),
     (["--model", str(DEMO / "base"), "--engine", "vllm", "--dtype", "nf4"], "merge first"),
     (["--model", str(DEMO / "base"), "--sizes", "nowhere"], "no such folder"),
     (["--model", "m", "--engine", "openai", "--server", "http://127.0.0.1:9/v1", "--tokenizer", str(DEMO / "base")], "is it running"),
@@ -231,7 +270,7 @@ def test_pages_hold_the_recorded_figures(monkeypatch, tmp_path):
 def test_recorded_figures_name_command_and_versions_and_no_ones_folders():
     for path in (ROOT / "bench" / "results").rglob("*.json"):
         text = path.read_text()
-        assert "shapes" in path.parts or "versions" in text or "command" in text, path
+        assert "shapes" in path.parts or ("versions" in text and ("command" in text or "settings" in text)), path
         assert not any(place in text for place in ('"/home', '"/tmp', '"/work', '"/root')), path
 
 

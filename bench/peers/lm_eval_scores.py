@@ -23,7 +23,7 @@ import numpy as np
 
 from medqlora.config import DataEntry
 from medqlora.examples import MultipleChoice, read_examples
-from medqlora.runs import describe_environment, read_peak_resident
+from medqlora.runs import describe_environment, name_command, read_peak_resident
 
 TASKS = ("medmcqa", "medqa", "pubmedqa")
 SIDES = ("harness", "ours")
@@ -207,7 +207,7 @@ def main() -> None:
         settings |= {"model": arguments.model.name, "files": {task: getattr(arguments, task).name for task in recorded}}
         environment = describe_environment()
         environment["versions"]["lm_eval"] = version("lm_eval")
-        arguments.json.write_text(json.dumps({"settings": settings, "environment": environment, "results": results}, indent=2) + "\n")
+        arguments.json.write_text(json.dumps({"command": name_command("bench/peers/lm_eval_scores.py", sys.argv[1:]), "settings": settings, "environment": environment, "results": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
     python bench/peers/trl_sft.py --tokenizer DIR --data medmcqa/train.jsonl [--dtype float32] [--json FILE]
 
 Builds a random 74M-parameter Llama (build_base.py), then trains it in one process per contestant: TRL packed (best-fit,
-padding-free, head at labelled positions only, which TRL 1.16 always does) with and without recomputation, and ours with
-full recomputation and as our planner chooses. All see the same tokens; the trained adapters' loss on the first rows is computed by the
-same code. Only ratios of one run on one machine mean something. Needs `pip install trl==1.16.0`.
+padding-free) with and without recomputation, and ours with full recomputation and as our planner chooses. TRL's head runs at labelled
+positions only ("compact"), which TRL 1.16 does by itself on a GPU alone; here it is switched on. All see the same tokens; the trained
+adapters' loss on the first rows is computed by the same code. Only ratios of one run on one machine mean something. Needs
+`pip install trl==1.16.0`.
 """
 
 import argparse
+import importlib.util
 import json
 import runpy
 import subprocess
@@ -23,12 +25,12 @@ import torch
 from transformers import AutoTokenizer
 
 from medqlora.attention import move_batch
-from medqlora.config import load_config
+from medqlora.config import ConfigError, UserError, load_config
 from medqlora.losses import AnswerLoss
 from medqlora.models import DTYPES, load_adapter, load_base
 from medqlora.packing import collate
 from medqlora.preparation import prepare
-from medqlora.runs import describe_environment, read_peak_resident, write_json
+from medqlora.runs import check_new, describe_environment, name_command, read_peak_resident, write_json
 from medqlora.tokens import make_encoder
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "sft_qlora.py"
@@ -85,8 +87,11 @@ def run_trl(arguments: argparse.Namespace, base: Path, work: Path, recompute: st
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+    import trl.trainer.utils
     from trl import SFTConfig, SFTTrainer
 
+    asked = []  # what decides whether the head runs at labelled positions only, and nothing else
+    trl.trainer.utils._use_triton = lambda device: asked.append(device) or True
     config = load_config(RECIPE.parent / "configs" / "demo.yaml", settings(arguments, base, work, recompute))
     tokenizer = AutoTokenizer.from_pretrained(base)
     table = prepare_table(config, base)
@@ -119,6 +124,8 @@ def run_trl(arguments: argparse.Namespace, base: Path, work: Path, recompute: st
     steps = trainer.get_train_dataloader()
     per_epoch = len(steps)
     trainer.train()
+    if not asked:
+        raise ConfigError(f"trl {version('trl')} does not ask for its compact head as 1.16 does; pip install trl==1.16.0")
     losses = [float(row["loss"]) for row in trainer.state.log_history if "loss" in row]
     # every step holds a nearly full 2,048-token pack: the part of all tokens after the warm-up is that of the steps
     part = (len(times) - WARM_UP) / (per_epoch * arguments.epochs)
@@ -142,19 +149,15 @@ def main() -> None:
         figures = run(arguments, arguments.work / "base", arguments.work, CONTESTANTS[arguments.contestant])
         (arguments.work / f"{arguments.contestant}.json").write_text(json.dumps(figures))
         return
+    check_new(arguments.json, "--json")
+    for path in (arguments.tokenizer, arguments.data):
+        if not path.exists():
+            raise ConfigError(f"{path}: not here; expected a tokenizer's folder and a MedMCQA file")
+    if importlib.util.find_spec("trl") is None:
+        raise ConfigError("trl is not installed here; pip install trl==1.16.0")
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        build = [sys.executable, str(Path(__file__).with_name("build_base.py")), "--tokenizer", str(arguments.tokenizer), "--output", str(work / "base")]
-        subprocess.run(build, check=True)
-        results = {}
-        for name in CONTESTANTS:
-            command = [sys.executable, __file__, *sys.argv[1:], "--contestant", name, "--work", folder]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            results[name] = json.loads((work / f"{name}.json").read_text())
-    best = max((figures for name, figures in results.items() if name.startswith("trl")), key=lambda figures: figures["tokens_per_second"])
+        results = compete(arguments, Path(folder))
     for name, figures in results.items():
-        figures["tokens_per_second_ratio"] = figures["tokens_per_second"] / best["tokens_per_second"]
-        figures["peak_memory_ratio"] = figures["peak_memory_bytes"] / best["peak_memory_bytes"]
         print(
             f"{name}: {figures['tokens_per_second_ratio']:.2f} x the tokens/s of TRL at its fastest, {figures['peak_memory_ratio']:.2f} x its peak memory; "
             f"first loss {figures['losses'][0]:.3f}, of the trained adapter {figures['final_loss']:.4f}, {len(figures['losses'])} steps"
@@ -163,8 +166,30 @@ def main() -> None:
         environment = describe_environment()
         environment["versions"]["trl"] = version("trl")
         chosen = {name: getattr(arguments, name) for name in ("rows", "epochs", "dtype")} | {"data": arguments.data.name, "tokenizer": arguments.tokenizer.name}
-        write_json(arguments.json, {"settings": chosen, "environment": environment, "results": results})
+        write_json(arguments.json, {"command": name_command("bench/peers/trl_sft.py", sys.argv[1:]), "settings": chosen, "environment": environment, "results": results})
+
+
+def compete(arguments: argparse.Namespace, work: Path) -> dict[str, dict]:
+    """Every contestant in a process of its own; -> figures by name, with ratios to TRL at its fastest."""
+    build = [sys.executable, str(Path(__file__).with_name("build_base.py")), "--tokenizer", str(arguments.tokenizer), "--output", str(work / "base")]
+    subprocess.run(build, check=True)
+    results = {}
+    for name in CONTESTANTS:
+        command = [sys.executable, __file__, *sys.argv[1:], "--contestant", name, "--work", str(work)]
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise ConfigError(f"{name} ended with code {done.returncode}: {(done.stderr.strip().splitlines() or ['killed'])[-1][:300]}")
+        results[name] = json.loads((work / f"{name}.json").read_text())
+    best = max((figures for name, figures in results.items() if name.startswith("trl")), key=lambda figures: figures["tokens_per_second"])
+    for figures in results.values():
+        figures["tokens_per_second_ratio"] = figures["tokens_per_second"] / best["tokens_per_second"]
+        figures["peak_memory_ratio"] = figures["peak_memory_bytes"] / best["peak_memory_bytes"]
+    return results
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -28,9 +28,10 @@ class VllmEngine:
 
     def __init__(
         self, model: str, adapter: Path | None = None, dtype: str = "auto", revision: str | None = None, max_length: int | None = None,
-        gpu_memory: float = 0.9, tensor_parallel: int = 1, seed: int = 0,
+        gpu_memory: float = 0.9, tensor_parallel: int = 1, seed: int = 0, prefix_caching: bool = True,
     ):  # fmt: skip
-        """dtype: auto, float32, bfloat16 or float16; gpu_memory: share of the card; max_length: tokens a row may have.
+        """dtype: auto, float32, bfloat16 or float16; gpu_memory: share of the card; max_length: tokens a row may have; prefix_caching: off
+        where repeated prompts are to be timed.
 
         Raises:
             EngineError: vLLM is not installed or does not start, a dtype or adapter it cannot serve.
@@ -51,7 +52,7 @@ class VllmEngine:
             self.llm = LLM(
                 model=str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model, revision=revision, dtype=dtype, seed=seed,
                 max_model_len=None if max_length is None else max_length + 1, gpu_memory_utilization=gpu_memory,
-                tensor_parallel_size=tensor_parallel, enable_prefix_caching=True, generation_config="vllm",
+                tensor_parallel_size=tensor_parallel, enable_prefix_caching=prefix_caching, generation_config="vllm",
                 enforce_eager=not torch.cuda.is_available(), disable_log_stats=True, **settings,
             )  # fmt: skip
         except (ValueError, RuntimeError, OSError) as error:
