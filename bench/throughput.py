@@ -159,7 +159,7 @@ def run_case(config: Config, arguments: argparse.Namespace) -> dict:
     peak, source = find_peak(device, trial.dtype, arguments.peak_tflops)
     computed = tokens  # rows are packed without padding, or run alone: every computed token is a real one
     return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "dtype": str(trial.dtype).removeprefix("torch."), "attention": trial.backend,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "dtype": str(trial.dtype).removeprefix("torch."), "attention": trial.backend, "compiled": trial.compiled,
         "max_tokens_per_batch": config.training.max_tokens_per_batch, "gradient_checkpointing": config.training.gradient_checkpointing, "recomputed_layers": trial.recomputed, "layers": trial.layers,
         "packing": config.data.packing, "rows": arguments.lengths, "random_weights": not weights,
         "tokens_per_second": computed / total, "real_tokens_per_second": tokens / total,

@@ -150,6 +150,8 @@ class Training(Section):
     gradient_checkpointing: Annotated[str, Field()] = "auto"
     """Decoder layers recomputed in the backward pass: none, full, every_K (every K-th), first_K; offload: full, what layers
     begin from waits in the host's memory (for long rows on a GPU); auto: by forecast, the fastest that fits."""
+    compile: bool | Literal["auto"] = "auto"
+    """Norms and gated activations as one kernel each, by torch's compiler; auto: on a GPU."""
     loss_chunk_tokens: int = Field(1_024, ge=1)
     """Labelled positions whose logits exist at one time."""
     eval_steps: int | None = Field(None, ge=1)

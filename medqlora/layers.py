@@ -2,12 +2,17 @@
 
 A norm as transformers writes it keeps its input in float32, a gated activation keeps gate, up, act(gate) and their product. Here a norm
 keeps its input as it came, and act(gate) is computed again: of the 180 KB per token that a layer of Llama-3-8B keeps where it is not
-recomputed, 44 go. Liger and Unsloth do the same in Triton; these are plain operations, for any device.
+recomputed, 44 go. Liger and Unsloth do the same in Triton; these are plain operations, for any device, and torch's compiler can make
+one kernel of each (compile_layers).
 """
 
 from __future__ import annotations
 
+import functools
 import types
+import warnings
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -21,30 +26,53 @@ ACTIVATIONS = {"silu": (F.silu, torch.ops.aten.silu_backward), "gelu_pytorch_tan
     lambda x: F.gelu(x, approximate="tanh"), lambda gradient, x: torch.ops.aten.gelu_backward(gradient, x, approximate="tanh"))}  # fmt: skip
 
 
-class Norm(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + eps) times a frozen weight (Zhang and Sennrich, 2019, arXiv 1910.07467), x [..., width]."""
+def normalise(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """x / sqrt(mean(x^2) + eps) times a weight, and 1 / sqrt(...) float32 (Zhang and Sennrich, 2019, arXiv 1910.07467); x [..., width]."""
+    wide = x.float()
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    if offset:
+        return (wide * scale * (1.0 + weight.float())).to(x.dtype), scale
+    return weight * (wide * scale).to(x.dtype), scale
 
+
+def normalise_backward(gradient: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, offset: bool) -> torch.Tensor:
+    gradient = gradient.float() * (1.0 + weight.float()) if offset else (gradient * weight).to(x.dtype).float()
+    normalised = x.float() * scale
+    return (scale * (gradient - normalised * (gradient * normalised).mean(-1, keepdim=True))).to(x.dtype)
+
+
+def gate(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    """act(gate) * up, all [..., intermediate] (Shazeer, 2020, arXiv 2002.05202)."""
+    return ACTIVATIONS[activation][0](gate) * up
+
+
+def gate_backward(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.Tensor]:
+    act, derive = ACTIVATIONS[activation]
+    return derive(gradient * up, gate), gradient * act(gate)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The four functions above, as they are or compiled."""
+
+    normalise: Callable = normalise
+    normalise_backward: Callable = normalise_backward
+    gate: Callable = gate
+    gate_backward: Callable = gate_backward
+
+
+class Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
-        wide = x.float()
-        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon(module))
+        y, scale = module.kernels.normalise(x, module.weight, epsilon(module), type(module).__name__ in OFFSET)
         ctx.module = module  # not its weight: a strategy may hold that elsewhere until the layer's backward pass
         ctx.save_for_backward(x, scale)
-        if type(module).__name__ in OFFSET:
-            return (wide * scale * (1.0 + module.weight.float())).to(x.dtype)
-        return module.weight * (wide * scale).to(x.dtype)
+        return y
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
-        x, scale = ctx.saved_tensors
-        weight = ctx.module.weight
-        if type(ctx.module).__name__ in OFFSET:
-            gradient = gradient.float() * (1.0 + weight.float())
-        else:
-            gradient = (gradient * weight).to(x.dtype).float()
-        normalised = x.float() * scale
-        gradient = scale * (gradient - normalised * (gradient * normalised).mean(-1, keepdim=True))
-        return gradient.to(x.dtype), None
+        module = ctx.module
+        return module.kernels.normalise_backward(gradient, *ctx.saved_tensors, module.weight, type(module).__name__ in OFFSET), None
 
 
 def epsilon(module: torch.nn.Module) -> float:
@@ -52,19 +80,15 @@ def epsilon(module: torch.nn.Module) -> float:
 
 
 class GatedActivation(torch.autograd.Function):
-    """act(gate) * up, all [..., intermediate] (Shazeer, 2020, arXiv 2002.05202)."""
-
     @staticmethod
-    def forward(ctx, gate: torch.Tensor, up: torch.Tensor, name: str) -> torch.Tensor:
-        ctx.name = name
+    def forward(ctx, gate: torch.Tensor, up: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
+        ctx.module = module
         ctx.save_for_backward(gate, up)
-        return ACTIVATIONS[name][0](gate) * up
+        return module.kernels.gate(gate, up, module.lean_activation)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
-        gate, up = ctx.saved_tensors
-        act, derive = ACTIVATIONS[ctx.name]
-        return derive(gradient * up, gate), gradient * act(gate), None
+        return *ctx.module.kernels.gate_backward(gradient, *ctx.saved_tensors, ctx.module.lean_activation), None
 
 
 def forward_norm(module: torch.nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -72,12 +96,12 @@ def forward_norm(module: torch.nn.Module, hidden_states: torch.Tensor) -> torch.
 
 
 def forward_gated(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return module.down_proj(GatedActivation.apply(module.gate_proj(x), module.up_proj(x), module.lean_activation))
+    return module.down_proj(GatedActivation.apply(module.gate_proj(x), module.up_proj(x), module))
 
 
 def forward_joined(module: torch.nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     gate, up = module.gate_up_proj(hidden_states).chunk(2, dim=-1)
-    return module.down_proj(GatedActivation.apply(gate, up, module.lean_activation))
+    return module.down_proj(GatedActivation.apply(gate, up, module))
 
 
 def lean_layers(model: torch.nn.Module) -> int:
@@ -93,5 +117,35 @@ def lean_layers(model: torch.nn.Module) -> int:
             module.forward = types.MethodType(forward_gated if kind in GATED else forward_joined, module)
         else:
             continue
+        module.kernels = Kernels()
         changed += 1
     return changed
+
+
+def compile_layers(model: torch.nn.Module, device: torch.device, when: bool | str) -> bool:
+    """Let torch's compiler (Triton on a GPU, C++ on a CPU) make one kernel of each norm and gated activation that lean_layers has
+    changed; -> whether it did. Where it cannot, a warning says why, and they stay as they are. Intermediate results are not rounded
+    then. when: training.compile."""
+    if not (device.type == "cuda" if when == "auto" else when):
+        return False
+    try:
+        kernels = compile_kernels(device)
+    except Exception as error:  # noqa: BLE001  whatever a compiler, a missing one or its driver may raise
+        warnings.warn(f"training.compile: torch.compile does not work here ({' '.join(str(error).split())[:200]}); going on without", stacklevel=2)
+        return False
+    for module in model.modules():
+        if hasattr(module, "kernels"):
+            module.kernels = kernels
+    return True
+
+
+@functools.cache
+def compile_kernels(device: torch.device) -> Kernels:
+    """Compiled on first use for each dtype, and once more for all lengths when a second one is seen; tried here on a few numbers."""
+    kernels = Kernels(*map(torch.compile, astuple(Kernels())))
+    x = torch.ones(1, 2, 8, device=device)
+    with torch.no_grad():
+        y, scale = kernels.normalise(x, x[0, 0], 1e-6, False)
+        kernels.normalise_backward(y, x, scale, x[0, 0], False)
+        kernels.gate_backward(x, kernels.gate(x, x, "silu"), x, "silu")
+    return kernels

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 
 from medqlora.attention import IMPLEMENTATIONS, choose_backend, move_batch
 from medqlora.config import Config
+from medqlora.layers import compile_layers
 from medqlora.losses import AnswerLoss
 from medqlora.models import attach_adapter, choose_dtype, load_base, make_base, set_checkpointing
 from medqlora.optimizers import make_optimizer
@@ -57,6 +58,7 @@ class Trial:
             base = make_base(architecture, config.model, device, self.dtype)
             self.backend = choose_backend(config.model.attention, device, self.dtype, getattr(base.config, "attn_logit_softcapping", None))
             base.set_attn_implementation(IMPLEMENTATIONS[self.backend])
+        self.compiled = compile_layers(base, device, config.training.compile)
         self.model = attach_adapter(base, config.lora, config.training.seed)
         self.layers = base.config.get_text_config().num_hidden_layers
         self.recomputed = set_checkpointing(base, config.training.gradient_checkpointing)

@@ -38,6 +38,7 @@ from medqlora.attention import move_batch, verify_isolation
 from medqlora.checkpoints import Checkpoint, load_newest, save_checkpoint
 from medqlora.config import Config, UserError, change, help_text, load_config
 from medqlora.engines.hf import HfEngine
+from medqlora.layers import compile_layers
 from medqlora.losses import AnswerLoss, backbone_of, count_chunks
 from medqlora.memory import Setting, available_memory, plan_step
 from medqlora.metrics import compare_paired, score_predictions
@@ -288,6 +289,7 @@ def load(run: Run) -> None:
         except torch.OutOfMemoryError as error:
             reason = str(error).splitlines()[0][:200]
             raise TrainingError(f"{config.model.base} does not fit: {reason}; every GPU holds the whole base once (docs/scaling.md)") from None
+        compiled = compile_layers(base, run.device, training.compile)
         vocabulary = base.config.get_text_config().vocab_size
         isolation = verify_isolation(backbone_of(base), run.backend, vocabulary, ISOLATION_TOLERANCE[run.dtype])
         run.model = attach_adapter(base, config.lora, training.seed)
@@ -305,12 +307,12 @@ def load(run: Run) -> None:
     }  # fmt: skip
     run.facts |= runs.describe_environment() | {"seed": training.seed, **run.prepared.hashes}
     run.facts |= {"base": run.card, "processes": run.strategy.ranks, "strategy": run.strategy.name, "attention": run.backend}
-    run.facts |= {"recomputed_layers": recomputed, "isolation_error": isolation, "trainable_parameters": run.sizes[1]}
+    run.facts |= {"recomputed_layers": recomputed, "compiled": compiled, "isolation_error": isolation, "trainable_parameters": run.sizes[1]}
     run.facts |= {"mixture": run.prepared.mixture, "storage": str(storage).removeprefix("torch.")}
     if run.rank == 0:
         console.print(
             f"{config.model.base}: {config.model.quantization}, {run.card['dtype']}, {run.sizes[1]:,} trainable beside {run.sizes[0]:,} frozen "
-            f"parameters; attention {run.backend} isolates packed rows (error {isolation:.0e}); {recomputed} layers recomputed; {run.device}"
+            f"parameters; attention {run.backend} isolates packed rows (error {isolation:.0e}); {recomputed} layers recomputed{', norms and activations compiled' if compiled else ''}; {run.device}"
         )
 
 

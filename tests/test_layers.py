@@ -1,11 +1,14 @@
 """Lean norms and gated activations against transformers' own: the same values, the same gradients, less kept."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
-from conftest import ARCHITECTURES, build_model
+from conftest import ARCHITECTURES, build_model, run_script
 from transformers import GPT2Config, GPT2Model
 
-from medqlora.layers import lean_layers
+from medqlora.layers import compile_kernels, compile_layers, lean_layers
 
 
 def run(model, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -36,9 +39,49 @@ def test_lean_layers_compute_the_same(architecture, dtype):
     assert lean_layers(model) == norms + 2
     after = run(model, x)
     assert torch.equal(before[0], after[0])
-    scale = before[1].abs().max()
-    assert (before[1] - after[1]).abs().max() <= (1e-5 if dtype is torch.float32 else 2e-2) * scale
+    scale, tolerance = before[1].abs().max(), 1e-5 if dtype is torch.float32 else 2e-2
+    assert (before[1] - after[1]).abs().max() <= tolerance * scale
     assert after[2] < (1.0 if dtype is torch.float32 else 0.9) * before[2]  # in float32 a norm needs no wider copy
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch's compiler needs a C++ compiler on a CPU")
+def test_compiled_layers_compute_the_same(tmp_path):
+    """In a process of its own: tests run without torch's compiler, see conftest. Lengths change, as packed batches do."""
+    (tmp_path / "compare.py").write_text(f"""
+import os, sys, torch, torch._dynamo
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_layers import build_model, compile_layers, lean_layers, run
+os.environ["TORCHDYNAMO_DISABLE"] = "0"
+for architecture in ("llama", "gemma2"):
+    model = build_model(architecture).requires_grad_(False).model
+    lean_layers(model)
+    inputs = [torch.randn(1, length, 64, generator=torch.Generator().manual_seed(0)) for length in (24, 31, 17, 40)]
+    before = [run(model, x) for x in inputs]
+    assert compile_layers(model, torch.device("cpu"), True)
+    for x, (out, gradient, kept) in zip(inputs, before):
+        after = run(model, x)
+        assert (out - after[0]).abs().max() <= 1e-5 * out.abs().max()
+        assert (gradient - after[1]).abs().max() <= 1e-5 * gradient.abs().max()
+        assert after[2] == kept
+assert 4 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 20, torch._dynamo.utils.counters["stats"]
+""")
+    done = run_script(tmp_path / "compare.py")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_machine_without_a_compiler_goes_on(monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("no compiler")
+
+    compile_kernels.cache_clear()
+    monkeypatch.setattr(torch, "compile", lambda function: refuse)
+    model = build_model("llama").requires_grad_(False).model
+    lean_layers(model)
+    with pytest.warns(UserWarning, match="no compiler"):
+        assert not compile_layers(model, torch.device("cpu"), True)
+    assert not compile_layers(model, torch.device("cpu"), "auto")
+    run(model, torch.randn(1, 8, 64))
 
 
 def test_unknown_layers_are_left_alone():
