@@ -3,7 +3,7 @@
     python bench/tables.py --write README.md docs/memory.md     # between their markers: <!-- table NAME --> … <!-- end of NAME -->
     python bench/tables.py --check README.md docs/memory.md     # exit code 2 if a page holds other tables
 
-No figure is typed into a page: record it with the command in its file, then write the pages.
+No figure between markers is typed: record it with the command in its file, then write the pages.
 """
 
 import argparse
@@ -97,8 +97,6 @@ def table_fit() -> Iterator[str]:
 
 
 def describe_fit(found: dict) -> str:
-    if "error" in found:
-        return "–"
     layers = "all, offloaded" if found["gradient_checkpointing"] == "offload" else f"{found['recomputed_layers']} of {found['layers']}"
     return f"{found['max_tokens_per_batch']:,} tokens, {layers}; rows to {found['longest_row']:,}"
 

@@ -53,7 +53,8 @@ def gate_backward(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The four functions above, as they are or compiled."""
+    """The four functions above, as they are or compiled. Their arguments are detached: a compiled function would be made anew for
+    arguments with a gradient and for such without."""
 
     normalise: Callable = normalise
     normalise_backward: Callable = normalise_backward
@@ -64,7 +65,7 @@ class Kernels:
 class Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
-        y, scale = module.kernels.normalise(x, module.weight, epsilon(module), type(module).__name__ in OFFSET)
+        y, scale = module.kernels.normalise(x.detach(), module.weight, epsilon(module), type(module).__name__ in OFFSET)
         ctx.module = module  # not its weight: a strategy may hold that elsewhere until the layer's backward pass
         ctx.save_for_backward(x, scale)
         return y
@@ -84,7 +85,7 @@ class GatedActivation(torch.autograd.Function):
     def forward(ctx, gate: torch.Tensor, up: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
         ctx.module = module
         ctx.save_for_backward(gate, up)
-        return module.kernels.gate(gate, up, module.lean_activation)
+        return module.kernels.gate(gate.detach(), up.detach(), module.lean_activation)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):

@@ -282,7 +282,7 @@ def test_impossible_budget_says_what_would_fit():
     with pytest.raises(ForecastError, match="the base alone needs"):
         plan_step(make_config(), architecture, setting(GIB // 2), lambda tokens: 64)
     config = make_config("--training.max_tokens_per_batch", "32768")
-    with pytest.raises(ForecastError, match="would fit: set training.max_tokens_per_batch and training.gradient_checkpointing to auto"):
+    with pytest.raises(ForecastError, match=r"would fit: set training.max_tokens_per_batch and training.gradient_checkpointing to auto"):
         plan_step(config, architecture, setting(int(1.9 * GIB)), lambda tokens: 64)
     free = change(config, "training", max_tokens_per_batch="auto", gradient_checkpointing="auto")
     plan_step(free, architecture, setting(int(1.9 * GIB)), lambda tokens: 64)  # the advice can be followed
@@ -291,7 +291,7 @@ def test_impossible_budget_says_what_would_fit():
 def test_rows_that_are_too_long_are_told_what_fits():
     architecture, memory = with_layers(read_architecture("qwen2.5-3b", SHIPPED), 12), int(2 * GIB)
     config = make_config("--data.max_length", "16384", "--training.max_tokens_per_batch", "auto", "--training.global_batch_tokens", "65536")
-    with pytest.raises(ForecastError, match="rows of .* tokens would fit") as caught:
+    with pytest.raises(ForecastError, match=r"rows of .* tokens would fit") as caught:
         plan_step(config, architecture, setting(memory), lambda tokens: 64)
     length = int(str(caught.value).split("set data.max_length to ")[1].split()[0])
     plan = plan_step(change(config, "data", max_length=length), architecture, setting(memory), lambda tokens: 64)
@@ -359,7 +359,7 @@ def test_bad_input_is_one_line(flags, message, monkeypatch):
                                    '{"model_type": "no-such-kind"}', "{"])  # fmt: skip
 def test_files_that_are_no_architecture_are_refused_in_one_line(facts, tmp_path):
     (tmp_path / "shape.json").write_text(facts)
-    with pytest.raises(ForecastError, match="not a config.json of transformers"):
+    with pytest.raises(ForecastError, match=r"not a config.json of transformers"):
         read_architecture(str(tmp_path / "shape.json"), SHIPPED)
 
 

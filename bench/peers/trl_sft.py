@@ -84,10 +84,10 @@ def measure_loss(model, table) -> float:
 
 
 def run_trl(arguments: argparse.Namespace, base: Path, work: Path, recompute: str) -> dict:
+    import trl.trainer.utils
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
-    import trl.trainer.utils
     from trl import SFTConfig, SFTTrainer
 
     asked = []  # what decides whether the head runs at labelled positions only, and nothing else
