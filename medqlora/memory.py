@@ -45,6 +45,7 @@ BLOCK = 512  # bytes: CUDA's allocator rounds every tensor up to a multiple (c10
 CUBLAS_WORKSPACES = 2 * 32 * MIB
 CONTEXT = 512 * MIB  # CUDA context, libraries and kernels of one process; an assumption, outside the allocator
 MARGIN = 0.05  # of a card's memory that a plan leaves free, for fragmentation
+HEAP = 0.5  # of a machine's free memory that tensors on a CPU may take: the C library keeps freed blocks, up to as much again
 META = torch.device("meta")
 CATEGORIES = (
     "quantized weights", "quantization state", "other base weights", "embeddings and head", "adapters", "gradients", "optimizer",
@@ -385,8 +386,8 @@ class StepPlan:
 
 
 def usable(total: int, device: torch.device) -> int:
-    """Bytes for tensors on a card of `total` bytes: less MARGIN, and on a GPU less CONTEXT."""
-    return int(total * (1 - MARGIN)) - (CONTEXT if device.type == "cuda" else 0)
+    """Bytes for tensors on a card of `total` bytes, less MARGIN and CONTEXT, or in a machine's memory: HEAP of it."""
+    return int(total * (1 - MARGIN)) - CONTEXT if device.type == "cuda" else int(total * HEAP)
 
 
 def available_memory(device: torch.device, processes: int = 1) -> int:

@@ -251,6 +251,12 @@ def test_data_stages(tmp_path):
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
 
 
+def test_comparison_with_trl_refuses_missing_files(monkeypatch):
+    code, complaint = run_inside(ROOT / "bench" / "peers" / "trl_sft.py", ["--tokenizer", "nowhere", "--data", "nowhere.jsonl"], monkeypatch)
+    assert (code, complaint.count("\n")) == (2, 1), complaint
+    assert "nowhere" in complaint
+
+
 # ---- recorded figures ------------------------------------------------------------------------------------------------------
 
 
