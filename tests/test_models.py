@@ -10,6 +10,7 @@ from conftest import DEMO, build_model
 from test_losses import make_batch, make_table
 from transformers import AutoConfig
 
+from medqlora import models
 from medqlora.attention import DOCUMENTS
 from medqlora.config import Lora, Model, Training
 from medqlora.losses import AnswerLoss
@@ -19,6 +20,7 @@ from medqlora.models import (
     architecture_hash,
     attach_adapter,
     check_length,
+    choose_dtype,
     count_parameters,
     load_adapter,
     load_base,
@@ -198,3 +200,14 @@ def test_optimizers_step(optimizer):
     run_gradients(model)
     chosen.step()
     assert any(not torch.equal(a, b) for a, b in zip(before, weights, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_what_a_gpu_that_is_not_here_computes_in_does_not_depend_on_this_cpu(monkeypatch):
+    """A login node plans for the nodes that train."""
+    found = []
+    for units in (True, False):
+        monkeypatch.setattr(models, "has_bf16_units", lambda units=units: units)
+        found.append(choose_dtype("auto", torch.device("cuda")))
+    assert found == [torch.bfloat16] * 2
+    assert choose_dtype("float32", torch.device("cuda")) is torch.float32
