@@ -504,6 +504,10 @@ def plan_step(config: Config, architecture: PretrainedConfig, setting: Setting, 
     easiest = forecast_plan(config, architecture, setting, sizes[0], next(iter(modes)), labelled_of(sizes[0]))
     if easiest.forecast.peak <= setting.memory:  # the largest micro-batch, nothing recomputed that need not be
         return easiest
+    if easiest.forecast.loaded > setting.memory:
+        raise ForecastError(
+            f"memory: the base alone needs {easiest.forecast.loaded / GIB:.2f} GiB, {setting.memory / GIB:.2f} GiB may be used; use a smaller model"
+        )
     estimate = Estimate(config, architecture, setting, (min(sizes[-1], max(1, sizes[0] // 2)), sizes[0]), labelled_of)
     options = [(time_per_token(size, *costs), size, mode) for size in sizes for mode, costs in modes.items()]
     for _, size, mode in sorted(options, key=lambda option: option[0]):
@@ -515,7 +519,7 @@ def plan_step(config: Config, architecture: PretrainedConfig, setting: Setting, 
     smallest = forecast_plan(config, architecture, setting, sizes[-1], list(modes)[-1], labelled_of(sizes[-1]))
     raise ForecastError(
         f"memory: {sizes[-1]:,} tokens per micro-batch with gradient_checkpointing {smallest.checkpointing} need {smallest.forecast.peak / GIB:.2f} GiB, "
-        f"{setting.memory / GIB:.2f} GiB may be used; {suggest(config, architecture, setting, smallest, labelled_of)}"
+        f"{setting.memory / GIB:.2f} GiB may be used; {suggest(config, architecture, setting, labelled_of)}"
     )
 
 
@@ -527,10 +531,8 @@ def list_checkpointing(architecture: PretrainedConfig, device: torch.device) -> 
     return modes | ({"offload": (1.0, True)} if least_memory(device) == "offload" else {})
 
 
-def suggest(config: Config, architecture: PretrainedConfig, setting: Setting, smallest: StepPlan, labelled_of: Callable[[int], int]) -> str:
+def suggest(config: Config, architecture: PretrainedConfig, setting: Setting, labelled_of: Callable[[int], int]) -> str:
     """What would fit, for an error: other recomputation and micro-batches, else shorter rows."""
-    if smallest.forecast.loaded > setting.memory:
-        return f"the base alone needs {smallest.forecast.loaded / GIB:.2f} GiB; use a smaller model"
     free = change(config, "training", max_tokens_per_batch="auto", gradient_checkpointing="auto")
     tokens, mode = list_budgets(free.training, 1, setting.strategy.ranks), least_memory(setting.device)
     hold = [size for size in tokens if size >= config.data.max_length]

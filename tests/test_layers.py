@@ -53,17 +53,16 @@ import os, sys, torch, torch._dynamo
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_layers import build_model, compile_layers, lean_layers, run
 os.environ["TORCHDYNAMO_DISABLE"] = "0"
-for architecture in ("llama", "gemma2"):
-    model = build_model(architecture).requires_grad_(False).model
-    lean_layers(model)
-    inputs = [torch.randn(1, length, 64, generator=torch.Generator().manual_seed(0)) for length in (24, 31, 17, 40)]
-    before = [run(model, x) for x in inputs]
-    assert compile_layers(model, torch.device("cpu"), True)
-    for x, (out, gradient, kept) in zip(inputs, before):
-        after = run(model, x)
-        assert (out - after[0]).abs().max() <= 1e-5 * out.abs().max()
-        assert (gradient - after[1]).abs().max() <= 1e-5 * gradient.abs().max()
-        assert after[2] == kept
+model = build_model("gemma2").requires_grad_(False).model  # its norms have an offset; the plain kind is tried by compile_kernels
+lean_layers(model)
+inputs = [torch.randn(1, length, 64, generator=torch.Generator().manual_seed(0)) for length in (24, 31, 17, 40)]
+before = [run(model, x) for x in inputs]
+assert compile_layers(model, torch.device("cpu"), True)
+for x, (out, gradient, kept) in zip(inputs, before):
+    after = run(model, x)
+    assert (out - after[0]).abs().max() <= 1e-5 * out.abs().max()
+    assert (gradient - after[1]).abs().max() <= 1e-5 * gradient.abs().max()
+    assert after[2] == kept
 assert 4 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 20, torch._dynamo.utils.counters["stats"]
 """)
     done = run_script(tmp_path / "compare.py")

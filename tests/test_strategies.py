@@ -123,14 +123,14 @@ def test_checkpoint_continues_under_another_strategy_and_number_of_processes(run
 def test_three_processes_divide_what_does_not_divide_and_resume(runs, tmp_path):
     """ZeRO-3 over 3 ranks pads every tensor; bfloat16 base and storage beside a float32 adapter, as on GPUs."""
     common = ["--training.global_batch_tokens", "1536", "--training.max_steps", "8", "--training.save_steps", "4", "--lora.r", "5"]
-    common += ["--model.dtype", "bfloat16", "--training.eval_steps", "100"]
+    common += ["--model.dtype", "bfloat16", "--training.eval_steps", "100", "--training.lr", "2e-4"]  # faster, bfloat16 runs part by themselves
     for strategy in ("one", "zero3", "fsdp2"):
         launch = () if strategy == "one" else ("--num_processes", "3")
         done = train(strategy, tmp_path / strategy, tmp_path / "cache", *common, launch=launch)
         assert done.returncode == 0, done.stderr[-3000:]
     for strategy in ("zero3", "fsdp2"):
         for row, other in zip(read_log(tmp_path / strategy)[0], read_log(tmp_path / "one")[0], strict=True):
-            assert row["loss"] == pytest.approx(other["loss"], rel=3e-2), (strategy, row["step"])
+            assert row["loss"] == pytest.approx(other["loss"], rel=1e-2), (strategy, row["step"])
         assert json.loads((tmp_path / strategy / "environment.json").read_text())["storage"] == "bfloat16"
     before = read_log(tmp_path / "zero3")[0]
     shutil.rmtree(tmp_path / "zero3" / "checkpoints" / "step-8")
