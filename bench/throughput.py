@@ -284,3 +284,5 @@ if __name__ == "__main__":
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # what was measured so far has been shown
+        sys.exit(130)

@@ -115,14 +115,14 @@ class HeadLoss(torch.autograd.Function):
         picked, highest = scores.gather(1, targets), scores.amax(1, keepdim=True)
         total = scores.sub_(highest).exp_().sum(1, keepdim=True)
         if ctx.needs_input_grad[0]:
-            lift = 1024.0 if hidden.dtype is torch.float16 else 1.0  # small probabilities vanish in it
+            ctx.lift = lift = 1024.0 if hidden.dtype is torch.float16 else 1.0  # small probabilities vanish in it
             scores.div_(total).scatter_add_(1, targets, torch.full_like(picked, -1.0))
             if torch.is_tensor(slope) or slope * lift != 1:
                 scores *= slope * lift
-            ctx.save_for_backward((scores.to(hidden.dtype) @ head.weight).div_(lift))
+            ctx.save_for_backward(scores.to(hidden.dtype) @ head.weight)
         return (total.log() + highest - picked).sum()
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         (ready,) = ctx.saved_tensors
-        return (ready * gradient).to(ready.dtype), None, None, None, None
+        return (ready * (gradient / ctx.lift)).to(ready.dtype), None, None, None, None

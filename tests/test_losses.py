@@ -11,7 +11,7 @@ from conftest import ARCHITECTURES, build_model
 from medqlora import models
 from medqlora.attention import DOCUMENTS, AttentionError, packing_arguments, verify_isolation
 from medqlora.config import Lora
-from medqlora.losses import AnswerLoss, backbone_of
+from medqlora.losses import AnswerLoss, HeadLoss, backbone_of
 from medqlora.models import attach_adapter, set_checkpointing
 from medqlora.packing import collate
 from medqlora.tokens import TokenTable
@@ -152,3 +152,23 @@ def test_dora_trains_through_pefts_own_forward():
     model = adapted("llama", DOCUMENTS, variant="dora").train()
     AnswerLoss(model, 1024)(**make_batch(make_table(), range(9), "varlen")).backward()
     assert any("magnitude" in name and parameter.grad is not None for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize(("scale", "cap", "bias"), [(1.0, None, False), (0.25, None, True), (1.0, 5.0, False), (0.5, 5.0, True)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2), (torch.float16, 4e-3)])
+def test_head_loss_is_cross_entropy(dtype, tolerance, scale, cap, bias):
+    """Value and gradient, against torch's in float64; float16 as its loss is scaled, with answers that are nearly certain."""
+    generator = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(32, 400, bias=bias).requires_grad_(False)
+    hidden, targets = torch.randn(20, 32, generator=generator), torch.randint(400, (20,), generator=generator)
+    hidden[:5] += 40 * head.weight[targets[:5]]
+    head, hidden = head.to(dtype), hidden.to(dtype).requires_grad_()
+    loss = HeadLoss.apply(hidden, head, targets, scale, cap)
+    (loss * 4096 / 20).backward()
+    reference = hidden.detach().double().requires_grad_()
+    logits = scale * F.linear(reference, head.weight.double(), None if head.bias is None else head.bias.double())
+    expected = F.cross_entropy(logits if cap is None else cap * torch.tanh(logits / cap), targets, reduction="sum")
+    (expected * 4096 / 20).backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
+    for got, wanted in ((hidden.grad[:5], reference.grad[:5]), (hidden.grad, reference.grad)):
+        assert torch.linalg.vector_norm(got.double() - wanted) <= tolerance * torch.linalg.vector_norm(wanted)
