@@ -97,17 +97,18 @@ class Unpad(torch.autograd.Function):
 
 def attend_documents(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
-    scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None, softcap: float | None = None,
+    scaling: float | None = None, sliding_window: int | None = None, softcap: float | None = None,
     documents: Documents | Branches | None = None, **_: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """AttentionInterface function: query [1, heads, tokens, width], key and value [1, kv heads, tokens, width] ->
-    [1, tokens, heads, width]. Without `documents` all tokens of a row are one document (generation, evaluation)."""
+    [1, tokens, heads, width]. Without `documents` all tokens of a row are one document (generation, evaluation). A model's own
+    dropout on attention weights (GPT-2, BioGPT) is left out: the GPU's kernel has none, and the adapter has dropout of its own."""
     if isinstance(documents, Branches):
         if documents.record is not None:
             documents.record[module.layer_idx] = (key, value)
         return attend_branches(module, query, key, value, scaling, sliding_window, softcap, documents), None
     if documents is None:
-        return attend_rows(query, key, value, attention_mask, scaling, dropout, sliding_window, softcap), None
+        return attend_rows(query, key, value, attention_mask, scaling, sliding_window, softcap), None
     if documents.gather is None:
         from torch.nn.attention.varlen import varlen_attn
 
@@ -123,7 +124,7 @@ def attend_documents(
     outputs = []
     for (count, length), *parts in zip(documents.groups, *(tensor.split(sizes) for tensor in padded), strict=True):
         q, k, v = (part.view(count, length, *part.shape[1:]).transpose(1, 2) for part in parts)
-        out = attend_rows(q, k, v, None, scaling, dropout, sliding_window, softcap)  # [count, length, heads, width]
+        out = attend_rows(q, k, v, None, scaling, sliding_window, softcap)  # [count, length, heads, width]
         outputs.append(out.reshape(count * length, *out.shape[2:]))
     return Unpad.apply(torch.cat(outputs), documents)[None], None
 
@@ -234,11 +235,11 @@ def attend_branches(
     for number, (queries, sources, distance) in enumerate(branches.groups):
         parts = (gather_rows(tensor, index) for tensor, index in ((q, queries), (k, sources), (v, sources)))
         if distance is None:
-            out = attend_rows(*parts, None, scaling, 0.0, sliding_window, softcap)
+            out = attend_rows(*parts, None, scaling, sliding_window, softcap)
         else:
             explicit = computes_explicitly(query, sources.shape[1], softcap)
             mask = branches.mask(number, sliding_window, None if explicit else query.dtype)
-            out = attend_rows(*parts, mask, scaling, 0.0, None, softcap)  # [segments, queries, heads, width]
+            out = attend_rows(*parts, mask, scaling, None, softcap)  # [segments, queries, heads, width]
         outputs.append(out.flatten(0, 1))
     return torch.cat(outputs).index_select(0, branches.scatter)[None]
 
@@ -253,39 +254,39 @@ def computes_explicitly(query: torch.Tensor, keys: int, softcap: float | None) -
     return softcap is not None or (not query.is_cuda and query.dtype is not torch.float32 and keys <= SHORT)
 
 
-def attend_rows(query, key, value, mask, scaling, dropout, sliding_window, softcap) -> torch.Tensor:
+def attend_rows(query, key, value, mask, scaling, sliding_window, softcap) -> torch.Tensor:
     """Causal attention of each row for itself: [rows, heads, queries, width] -> [rows, queries, heads, width].
 
     Softcap is Gemma-2's: scores -> softcap * tanh(scores / softcap) (arXiv 2408.00118, section 2).
     """
     queries, keys, heads = query.shape[2], key.shape[2], query.shape[1]
     if key.shape[1] != heads and mask is not None and not computes_explicitly(query, keys, softcap) and not torch.is_grad_enabled():
-        return F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scaling, enable_gqa=True).transpose(1, 2)
+        return F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=True).transpose(1, 2)
     if key.shape[1] != heads:
         key, value = (tensor.repeat_interleave(heads // key.shape[1], dim=1) for tensor in (key, value))
     windowed = sliding_window is not None and sliding_window < keys
     explicit = computes_explicitly(query, keys, softcap)
     if mask is None and not windowed and not explicit and queries == keys:
-        return attend_fused(query, key, value, None, dropout, scaling).transpose(1, 2)
+        return attend_fused(query, key, value, None, scaling).transpose(1, 2)
     if mask is None:
         at = torch.arange(keys, device=query.device)
         distance = at[keys - queries :, None] - at[None]  # [queries, keys]
         mask = (distance >= 0) & (distance < sliding_window) if windowed else distance >= 0
     if not explicit:
-        return attend_fused(query, key, value, mask, dropout, scaling).transpose(1, 2)
+        return attend_fused(query, key, value, mask, scaling).transpose(1, 2)
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    weights = F.dropout(scores.masked_fill(~mask, float("-inf")).softmax(-1), dropout)
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
     return (weights @ value).transpose(1, 2)
 
 
-def attend_fused(query, key, value, mask, dropout, scaling) -> torch.Tensor:
+def attend_fused(query, key, value, mask, scaling) -> torch.Tensor:
     """torch's fused attention, causal where there is no mask; shapes as attend_rows, but [rows, heads, queries, width] out."""
     if query.is_meta:  # a forecast for a CPU: without content torch would take its unfused formula
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return fused(query, key, value, dropout, mask is None, attn_mask=mask, scale=scaling)[0]
-    return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=mask is None, scale=scaling)
+        return fused(query, key, value, is_causal=mask is None, attn_mask=mask, scale=scaling)[0]
+    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=scaling)
 
 
 AttentionInterface.register(DOCUMENTS, attend_documents)

@@ -23,7 +23,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from medqlora.attention import IMPLEMENTATIONS, choose_backend, find_device
@@ -133,7 +133,7 @@ def load_base(model: Model, device: torch.device, storage: torch.dtype = torch.u
     except KeyError as error:
         if str(error).strip("'") not in IMPLEMENTATIONS.values():
             raise
-        raise ModelError(f"model {model.base}: its attention cannot be replaced by {backend}; use attention sdpa") from None
+        raise ModelError(f"model {model.base}: its attention cannot be replaced by {backend}; use --model.attention sdpa") from None
     freeze(loaded, model)
     return loaded, backend
 
@@ -141,12 +141,19 @@ def load_base(model: Model, device: torch.device, storage: torch.dtype = torch.u
 def freeze(base: torch.nn.Module, model: Model) -> None:
     base.requires_grad_(False)
     lean_layers(base)
+    for part in base.modules():
+        if isinstance(part, PreTrainedModel):  # packed rows have no padding; some models would look for it, waiting for the GPU each time
+            part.warn_if_padding_and_no_attention_mask = accept
     if model.upcast_embeddings:
         for embedding in (base.get_input_embeddings(), base.get_output_embeddings()):
             embedding.to(torch.float32)
     keep_quantized_layout(base)
     if model.quantization == "int8":  # it would say of every product that the input is cast to float16
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+
+def accept(*_: Any) -> None:
+    pass
 
 
 def make_base(architecture: PretrainedConfig, model: Model, device: torch.device, dtype: torch.dtype, storage: torch.dtype = torch.uint8) -> torch.nn.Module:
@@ -160,6 +167,8 @@ def make_base(architecture: PretrainedConfig, model: Model, device: torch.device
         with init_empty_weights(include_buffers=False):
             base = AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation=IMPLEMENTATIONS["varlen"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if str(error).strip("'") in IMPLEMENTATIONS.values():
+            error = "its attention cannot be replaced, and that of transformers cannot be forecast; train with --model.attention sdpa"
         raise ModelError(f"architecture {architecture.model_type}: cannot be built: {' '.join(str(error).split())[:200]}") from None
     head = base.get_output_embeddings()
     for module in list(base.modules()):

@@ -87,6 +87,20 @@ def test_forecast_is_the_real_step(kind, mode):
         assert value == pytest.approx(found[1].by_category[name], rel=0.02, abs=8192), name
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "olmo2", "phi", "opt", "gpt2", "biogpt"])
+def test_forecast_is_the_real_step_of_architectures_that_nothing_was_written_for(kind):
+    more = {"head_dim": 16} if kind == "gemma3_text" else {}
+    config, batch = make_config("--training.gradient_checkpointing", "none"), Batch((60, 30), 20)
+    found = [forecast_step(config, small(kind, pad_token_id=0, **more), CPU, torch.float32, torch.uint8, batch, place) for place in (META, CPU)]
+    assert found[0].peak == pytest.approx(found[1].peak, rel=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["gptj", "mixtral"])
+def test_architecture_that_cannot_be_followed_is_named(kind):
+    with pytest.raises(UserError, match=rf"{kind}.*(cannot be forecast|cannot be replaced)"):
+        forecast_step(make_config("--training.gradient_checkpointing", "none"), small(kind), CPU, torch.float32, torch.uint8, Batch((60,), 20))
+
+
 @pytest.mark.parametrize("flags", [(), ("--lora.variant", "dora"), ("--lora.dropout", "0.1"), ("--model.quantization", "none"),
                                    ("--model.quantization", "fp4", "--model.double_quantization", "false"), ("--model.quantization", "int8")])  # fmt: skip
 def test_every_way_to_train_can_be_forecast(flags):
