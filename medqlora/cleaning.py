@@ -14,36 +14,39 @@ from medqlora.examples import Example, MultipleChoice, Passage, Removal
 SELF_TELLING_STEM = 80
 
 
-def normalise_line(text: str) -> str:
-    return " ".join(text.split())
+def compose(text: str) -> str:
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
-def normalise_paragraphs(text: str) -> str:
+def normalise_line(text: str, lowercase: bool = False) -> str:
+    """One blank between words."""
+    text = " ".join(compose(text).split())
+    return text.lower() if lowercase else text
+
+
+def normalise_paragraphs(text: str | None, lowercase: bool = False) -> str | None:
     """Collapse blanks inside lines and runs of empty lines; keep paragraphs."""
-    lines = "\n".join(" ".join(line.split()) for line in text.splitlines())
-    return re.sub(r"\n{3,}", "\n\n", lines).strip()
+    if text is None:
+        return None
+    lines = compose(text).splitlines()
+    if len(lines) < 2:  # most explanations
+        return normalise_line(text, lowercase)
+    text = re.sub(r"\n{3,}", "\n\n", "\n".join(" ".join(line.split()) for line in lines)).strip()
+    return text.lower() if lowercase else text
 
 
 def clean(example: Example, lowercase: bool = False) -> Example:
     """Whitespace normalised (NFC text), optionally lower-cased."""
-
-    def line(text: str) -> str:
-        text = normalise_line(text if text.isascii() else unicodedata.normalize("NFC", text))
-        return text.lower() if lowercase else text
-
-    def paragraphs(text: str | None) -> str | None:
-        if text is None:
-            return None
-        text = normalise_paragraphs(text if text.isascii() else unicodedata.normalize("NFC", text))
-        return text.lower() if lowercase else text
-
     if isinstance(example, Passage):
-        return replace(example, text=paragraphs(example.text))
-    changes = {"question": line(example.question), "context": tuple(map(line, example.context))}
+        return replace(example, text=normalise_paragraphs(example.text, lowercase))
+    changes = {"question": normalise_line(example.question, lowercase)}
+    if example.context:
+        changes["context"] = tuple([normalise_line(text, lowercase) for text in example.context])
     if isinstance(example, MultipleChoice):
-        changes |= {"options": tuple(map(line, example.options)), "explanation": paragraphs(example.explanation)}
+        changes["options"] = tuple([normalise_line(text, lowercase) for text in example.options])
+        changes["explanation"] = normalise_paragraphs(example.explanation, lowercase)
     else:
-        changes |= {"answer": paragraphs(example.answer)}
+        changes["answer"] = normalise_paragraphs(example.answer, lowercase)
     return example if all(getattr(example, name) == value for name, value in changes.items()) else replace(example, **changes)
 
 

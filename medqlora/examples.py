@@ -226,7 +226,8 @@ def need_text(record: dict, key: str) -> str:
 
 def optional_text(record: dict, key: str) -> str | None:
     value = record.get(key)
-    return str(value) if value is not None and str(value).strip() and str(value).lower() != "nan" else None
+    text = "" if value is None else str(value)
+    return text if text[:4].lower() != "nan" and text.strip() else None
 
 
 def parse_medmcqa(record: dict, source: str, entry: DataEntry, first_option: int) -> MultipleChoice:
@@ -262,9 +263,9 @@ def whole_number(value: object, name: str) -> int:
 def find_first_option(records: list[tuple[str, dict]], hub: bool) -> int:
     """MedMCQA's original files number the right option 1-4, the hub copy 0-3; a file shows which by its values."""
     values = set()
-    for _, record in records:
+    for cop in {repr(record.get("cop")): record.get("cop") for _, record in records}.values():
         with contextlib.suppress(ValueError):
-            values.add(str(whole_number(record.get("cop"), "cop")))
+            values.add(str(whole_number(cop, "cop")))
     if "0" in values and "4" in values:
         raise DataError('medmcqa: "cop" takes both 0 and 4; one file counts from 0 (hub) or from 1 (original), not both')
     return 0 if "0" in values or (hub and "4" not in values) else 1

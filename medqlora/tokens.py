@@ -10,7 +10,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -100,7 +103,7 @@ class TextTokenizer:
         return "".join(map(chr, ids))
 
 
-BATCH = 4_096  # rows that are tokenized at a time
+BATCH = 1_024  # rows that a thread tokenizes at a time
 TURN = "\x1e"  # ASCII record separator: stands between the turns of a chat that a server will render
 
 
@@ -223,19 +226,37 @@ def encode_examples(
     Raises:
         DataError: a row without a known answer, or one that does not fit even without context (unless `drop`).
     """
-    names, lengths, prompt_lengths, parts, removals = [], [], [], [], []
-    for first in range(0, len(examples), BATCH):  # token ids as Python integers take eight times the room of an array
+    def encode(first: int) -> tuple[np.ndarray, list[str], list[int], list[int], list[Removal]]:
         rows, prompts, dropped = encode_batch(encoder, examples[first : first + BATCH], max_length, drop)
-        sizes = [len(ids) for _, ids in rows]
-        parts.append(np.fromiter(itertools.chain.from_iterable(ids for _, ids in rows), np.int32, sum(sizes)))
-        names += [name for name, _ in rows]
-        lengths += sizes
-        prompt_lengths += prompts
-        removals += dropped
+        sizes = [len(ids) for _, ids in rows]  # token ids as Python integers take eight times the room of an array
+        ids = np.fromiter(itertools.chain.from_iterable(ids for _, ids in rows), np.int32, sum(sizes))
+        return ids, [name for name, _ in rows], sizes, prompts, dropped
+
+    names, lengths, prompt_lengths, parts, removals = [], [], [], [], []
+    with tokenizing_threads() as threads:
+        for ids, named, sizes, prompts, dropped in threads.map(encode, range(0, len(examples), BATCH)):
+            parts.append(ids)
+            names += named
+            lengths += sizes
+            prompt_lengths += prompts
+            removals += dropped
     if not lengths:
         raise DataError("no row is left to tokenize; look at the removals above or give more data")
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     return TokenTable(np.concatenate(parts), offsets, np.asarray(prompt_lengths, np.int32), names), removals
+
+
+@contextmanager
+def tokenizing_threads() -> Iterator[ThreadPoolExecutor]:
+    """Threads that tokenize each for itself: beside the library's own threads Python would wait for them, and they for Python."""
+    key, before = "TOKENIZERS_PARALLELISM", os.environ.get("TOKENIZERS_PARALLELISM")
+    threads = ThreadPoolExecutor(1 if before == "false" else min(os.cpu_count() or 1, 8) + 1)  # more would wait for Python
+    os.environ[key] = "false"
+    try:
+        yield threads
+    finally:
+        threads.shutdown(cancel_futures=True)
+        os.environ.pop(key) if before is None else os.environ.update({key: before})
 
 
 def encode_batch(

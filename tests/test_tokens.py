@@ -1,6 +1,7 @@
 """Supervised ids exact to the token, on the real tokenizers."""
 
 import copy
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -48,6 +49,24 @@ def test_supervised_ids_are_completion_and_end_token(name, style):
     tokenizer = real_tokenizer(name)
     table, _ = encode_examples(make_encoder(tokenizer, style), [MCQ], 512)
     assert tokenizer.convert_ids_to_tokens(supervised(table)) == SUPERVISED[name][style]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_threads_give_the_rows_of_one_after_the_other(name, monkeypatch):
+    """Rows that are cut, rows that cannot fit and plain ones, in small batches on all threads, and each alone."""
+    monkeypatch.setattr("medqlora.tokens.BATCH", 3)
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    long = replace(MCQ, question="Which of them falls? " * 40)
+    examples = [replace(example, id=str(i)) for i in range(60) for example in [(MCQ, PUBMEDQA, OPEN, long)[i % 4]]]
+    encoder = make_encoder(real_tokenizer(name))
+    table, removals = encode_examples(encoder, examples, 128, drop=True)
+    alone = [encode_examples(encoder, [example], 128)[0] for example in examples if example.question is not long.question]
+    assert table.ids.tolist() == [token for row in alone for token in row.ids]
+    assert list(table.names) == [row.names[0] for row in alone]
+    assert [removal.id for removal in removals] == [str(i) for i in range(3, 60, 4)]
+    with pytest.raises(DataError, match="f line 1: too long"):
+        encode_examples(encoder, examples, 128)
+    assert "TOKENIZERS_PARALLELISM" not in os.environ
 
 
 def test_end_token_is_supervised_even_when_it_is_the_pad_token(tokenizer):
