@@ -114,7 +114,7 @@ def configure(arguments: argparse.Namespace):
 
 
 def time_stages(arguments: argparse.Namespace) -> dict:
-    """The functions that prepare() calls, one by one."""
+    """The functions that prepare() calls, one by one; tokenizing renders again, in its threads."""
     from medqlora.cleaning import clean, deduplicate
     from medqlora.examples import read_examples
     from medqlora.packing import make_plan, save_arrays
@@ -142,7 +142,6 @@ def time_stages(arguments: argparse.Namespace) -> dict:
     save_arrays(arguments.work / "arrays", {"ids": table.ids, "offsets": table.offsets, "prompt_lengths": table.prompt_lengths, "rows": plan.rows})
     mark()
     seconds = dict(zip(STAGES, np.diff(marks).tolist(), strict=True))
-    seconds["tokenize"] -= seconds["render"]  # encode_examples renders again
     return {"stages": seconds, "rows": len(table.lengths), "tokens": int(table.lengths.sum()), "packs": len(plan.bins) - 1}
 
 
