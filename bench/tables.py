@@ -44,12 +44,12 @@ def table_strategies() -> Iterator[str]:
     return markdown(["", "largest difference of a loss", "of a gradient norm", "start-up check", "tokens/s"], rows)
 
 
-def table_trl() -> Iterator[str]:
+def table_sft() -> Iterator[str]:
     rows = []
-    for path in sorted(MACHINE.glob("trl_sft_*.json")):
+    for path in sorted(MACHINE.glob("sft_*.json")):
         recorded = read(path)
         for name, found in recorded["results"].items():
-            rows.append([recorded["settings"]["dtype"], name.replace("trl", "TRL 1.16"), f"{found['tokens_per_second_ratio']:.2f} x",
+            rows.append([recorded["settings"]["dtype"], name.replace("trl", "TRL 1.16").replace("llamafactory", "LLaMA-Factory 0.9.5"), f"{found['tokens_per_second_ratio']:.2f} x",
                          f"{found['peak_memory_ratio']:.2f} x", f"{found['final_loss']:.4f}"])  # fmt: skip
     return markdown(["", "", "real tokens/s", "peak memory", "loss of the trained adapter"], rows)
 

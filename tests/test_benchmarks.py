@@ -252,7 +252,7 @@ def test_data_stages(tmp_path):
 
 
 def test_comparison_with_trl_refuses_missing_files(monkeypatch):
-    code, complaint = run_inside(ROOT / "bench" / "peers" / "trl_sft.py", ["--tokenizer", "nowhere", "--data", "nowhere.jsonl"], monkeypatch)
+    code, complaint = run_inside(ROOT / "bench" / "peers" / "sft.py", ["--tokenizer", "nowhere", "--data", "nowhere.jsonl"], monkeypatch)
     assert (code, complaint.count("\n")) == (2, 1), complaint
     assert "nowhere" in complaint
 
@@ -264,7 +264,7 @@ def test_pages_hold_the_recorded_figures(monkeypatch, tmp_path):
     tables = ROOT / "bench" / "tables.py"
     assert run_inside(tables, ["--check", ROOT / "README.md", ROOT / "docs" / "memory.md"], monkeypatch) == (0, "")
     page = tmp_path / "page.md"
-    page.write_text("<!-- table trl -->\n| 100 x |\n<!-- end of trl -->\n")
+    page.write_text("<!-- table sft -->\n| 100 x |\n<!-- end of sft -->\n")
     assert run_inside(tables, ["--check", page], monkeypatch)[0] == 2
     assert run_inside(tables, ["--write", page], monkeypatch) == (0, "")
     assert run_inside(tables, ["--check", page], monkeypatch) == (0, "")
