@@ -10,6 +10,7 @@ packs (SFTTrainer, best-fit). TRL's times are also taken with two worker process
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -104,6 +105,7 @@ def configure(arguments: argparse.Namespace):
     from medqlora.models import load_tokenizer
     from medqlora.tokens import make_encoder
 
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # as the recipes do
     data = json.dumps([{"format": "medmcqa", "path": str(arguments.work / "rows.jsonl")}])
     config = load_config(ROOT / "recipes" / "configs" / "demo.yaml", [
         "--data.train", data, "--data.eval", "[]", "--data.test", "[]", "--data.cache_dir", str(arguments.work / "cache"), "--data.drop_invalid", "true",

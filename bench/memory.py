@@ -96,6 +96,7 @@ def main() -> None:
     setting = read_setting(config, arguments)
     check_length(architecture, config.data.max_length)
     if arguments.serve:
+        check_length(architecture, arguments.serve, "--serve")
         found = serve(config, architecture, setting, arguments)
     elif arguments.fit:
         found = fit(config, architecture, setting, arguments)
@@ -290,7 +291,7 @@ def take_steps(trial, config: Config, tokens: int, labelled: int, steps: int) ->
     micro = training.global_batch_tokens // training.max_tokens_per_batch
     lengths = np.array(make_batch(config, tokens, 1, True).lengths)
     table = make_table(np.tile(lengths, micro), max(1, -(-labelled // len(lengths))), trial.vocabulary, training.seed)
-    plan = make_plan(table.lengths, capacity=tokens, global_tokens=tokens * micro, epochs=steps, seed=training.seed)
+    plan = make_plan(table.lengths, capacity=tokens, global_tokens=tokens * micro, epochs=steps, seed=training.seed, packing=config.data.packing)
     for step in range(steps):
         trial.step(table, plan, step)
 

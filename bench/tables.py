@@ -127,7 +127,7 @@ def table_published() -> Iterator[str]:
 
 
 TABLES = {
-    "strategies": table_strategies, "trl": table_trl, "data": table_data, "measured": table_measured, "throughput": table_throughput,
+    "strategies": table_strategies, "sft": table_sft, "data": table_data, "measured": table_measured, "throughput": table_throughput,
     "fit": table_fit, "published": table_published,
 }  # fmt: skip
 

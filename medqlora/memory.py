@@ -420,10 +420,11 @@ def assume_labelled(config: Config, tokens: int) -> int:
 
 
 def make_batch(config: Config, tokens: int, labelled: int, accumulated: bool) -> Batch:
-    """A full micro-batch of rows as long as they may be."""
+    """A full micro-batch of rows as long as they may be; one row where rows are not packed."""
     longest = min(config.data.max_length, tokens)
-    lengths = [longest] * (tokens // longest)
-    return Batch((*lengths, *([tokens % longest] if tokens % longest else [])), min(labelled, tokens), accumulated)
+    lengths = [longest] * (tokens // longest) + [tokens % longest] * bool(tokens % longest)
+    lengths = lengths if config.data.packing else [longest]
+    return Batch(tuple(lengths), min(labelled, sum(lengths)), accumulated)
 
 
 def time_per_token(tokens: int, recomputed: float, offloaded: bool = False) -> float:

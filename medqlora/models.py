@@ -103,10 +103,10 @@ def check_hardware(model: Model, device: torch.device, dtype: torch.dtype) -> No
         raise ModelError("model.quantization int8 needs a GPU of compute capability 7.5 or newer; use nf4 or none")
 
 
-def check_length(config: PretrainedConfig, max_length: int) -> None:
+def check_length(config: PretrainedConfig, length: int, key: str = "data.max_length") -> None:
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if longest and max_length > longest:
-        raise ModelError(f"data.max_length {max_length} is over the model's {longest} positions; lower it to {longest} or less")
+    if longest and length > longest:
+        raise ModelError(f"{key} {length} is over the model's {longest} positions; lower it to {longest} or less")
 
 
 def load_base(model: Model, device: torch.device, storage: torch.dtype = torch.uint8) -> tuple[torch.nn.Module, str]:

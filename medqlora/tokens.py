@@ -11,9 +11,8 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -221,7 +220,8 @@ def encode_examples(
     """Tokenize labelled examples for training.
 
     Context is cut first, then the explanation, never question, options or answer. Passages become rows of at most
-    `max_length` tokens, supervised from their second token on.
+    `max_length` tokens, supervised from their second token on. Batches are tokenized in threads, which is fastest where the
+    library's own are off (TOKENIZERS_PARALLELISM=false): beside those Python would wait for them, and they for Python.
 
     Raises:
         DataError: a row without a known answer, or one that does not fit even without context (unless `drop`).
@@ -233,30 +233,20 @@ def encode_examples(
         return ids, [name for name, _ in rows], sizes, prompts, dropped
 
     names, lengths, prompt_lengths, parts, removals = [], [], [], [], []
-    with tokenizing_threads() as threads:
+    threads = ThreadPoolExecutor(min(os.cpu_count() or 1, 8) + 1)  # more would wait for Python
+    try:
         for ids, named, sizes, prompts, dropped in threads.map(encode, range(0, len(examples), BATCH)):
             parts.append(ids)
             names += named
             lengths += sizes
             prompt_lengths += prompts
             removals += dropped
+    finally:
+        threads.shutdown(cancel_futures=True)
     if not lengths:
         raise DataError("no row is left to tokenize; look at the removals above or give more data")
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     return TokenTable(np.concatenate(parts), offsets, np.asarray(prompt_lengths, np.int32), names), removals
-
-
-@contextmanager
-def tokenizing_threads() -> Iterator[ThreadPoolExecutor]:
-    """Threads that tokenize each for itself: beside the library's own threads Python would wait for them, and they for Python."""
-    key, before = "TOKENIZERS_PARALLELISM", os.environ.get("TOKENIZERS_PARALLELISM")
-    threads = ThreadPoolExecutor(1 if before == "false" else min(os.cpu_count() or 1, 8) + 1)  # more would wait for Python
-    os.environ[key] = "false"
-    try:
-        yield threads
-    finally:
-        threads.shutdown(cancel_futures=True)
-        os.environ.pop(key) if before is None else os.environ.update({key: before})
 
 
 def encode_batch(

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--removed", type=Path, help="write every removed row with its reason to this file (.jsonl)")
     arguments, overrides = parser.parse_known_args()
     config = load_config(arguments.config, overrides)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # rows are tokenized in threads of our own
     tokenizer = load_tokenizer(config.model.base, config.model.revision, config.model.trust_remote_code)
     prepared = prepare(config, make_encoder(tokenizer, config.data.prompt_style, config.data.completion))
     budget = list_budgets(config.training, config.data.max_length, arguments.processes)[0]  # for auto the largest

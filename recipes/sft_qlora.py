@@ -101,6 +101,7 @@ def main() -> int:
     arguments, overrides = parse_arguments()
     config = load_config(arguments.config, overrides)
     output_dir = arguments.output_dir or Path("runs") / arguments.config.stem
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # rows are tokenized in threads of our own
     warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -251,10 +251,15 @@ def test_data_stages(tmp_path):
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
 
 
-def test_comparison_with_trl_refuses_missing_files(monkeypatch):
-    code, complaint = run_inside(ROOT / "bench" / "peers" / "sft.py", ["--tokenizer", "nowhere", "--data", "nowhere.jsonl"], monkeypatch)
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--tokenizer", "nowhere", "--data", "nowhere.jsonl"], "nowhere: not here"),
+    (["--tokenizer", DEMO / "base", "--data", DEMO / "data" / "train.jsonl", "--llamafactory", sys.executable], "no interpreter with llamafactory"),
+    (["--tokenizer", DEMO / "base", "--data", DEMO / "data" / "train.jsonl", "--llamafactory", "nowhere"], "no interpreter with llamafactory"),
+])  # fmt: skip
+def test_comparison_of_trainers_refuses_what_is_not_there(flags, message, monkeypatch):
+    code, complaint = run_inside(ROOT / "bench" / "peers" / "sft.py", flags, monkeypatch)
     assert (code, complaint.count("\n")) == (2, 1), complaint
-    assert "nowhere" in complaint
+    assert message in complaint
 
 
 # ---- recorded figures ------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from medqlora.memory import (
     forecast_step,
     list_checkpointing,
     longest_sequence,
+    make_batch,
     make_states,
     parse_size,
     plan_step,
@@ -122,6 +123,12 @@ def test_offloaded_inputs_are_not_on_the_gpu():
     config = make_config("--training.gradient_checkpointing", "offload")  # where the host is the device, nothing moves
     on_cpu = [forecast_step(change(config, "training", gradient_checkpointing=mode), small(), CPU, torch.float32, torch.uint8, Batch((64,), 8)) for mode in ("full", "offload")]  # fmt: skip
     assert on_cpu[0].peak == on_cpu[1].peak
+
+
+def test_rows_that_are_not_packed_are_alone():
+    apart = make_config("--data.packing", "false", "--data.max_length", "300")
+    assert make_batch(apart, 1000, 400, True) == Batch((300,), 300, True)
+    assert make_batch(change(apart, "data", packing=True), 1000, 400, True) == Batch((300, 300, 300, 100), 400, True)
 
 
 def test_more_work_needs_more_memory():
@@ -354,6 +361,7 @@ def test_drawn_lengths_are_like_medmcqa():
     (["--gpus", "0"], "expected 1 or more"),
     (["--supervised", "-3"], "expected 1 or more"),
     (["--strategy", "zero3"], "give --gpus"),
+    (["--serve", "40000"], "over the model's 32768 positions"),
     (["--gpus", "4", "--strategy", "zero2", "--training.global_batch_tokens", "16384"], "paged_adamw_8bit"),
     (["--data.max_length", "40000", "--training.max_tokens_per_batch", "40000", "--training.global_batch_tokens", "40000"], "32768 positions"),
     (["--measure", "--plot", "x.xyz"], "ends in .png"),

@@ -1,7 +1,6 @@
 """Supervised ids exact to the token, on the real tokenizers."""
 
 import copy
-import os
 from dataclasses import replace
 
 import numpy as np
@@ -55,7 +54,6 @@ def test_supervised_ids_are_completion_and_end_token(name, style):
 def test_threads_give_the_rows_of_one_after_the_other(name, monkeypatch):
     """Rows that are cut, rows that cannot fit and plain ones, in small batches on all threads, and each alone."""
     monkeypatch.setattr("medqlora.tokens.BATCH", 3)
-    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
     long = replace(MCQ, question="Which of them falls? " * 40)
     examples = [replace(example, id=str(i)) for i in range(60) for example in [(MCQ, PUBMEDQA, OPEN, long)[i % 4]]]
     encoder = make_encoder(real_tokenizer(name))
@@ -66,7 +64,6 @@ def test_threads_give_the_rows_of_one_after_the_other(name, monkeypatch):
     assert [removal.id for removal in removals] == [str(i) for i in range(3, 60, 4)]
     with pytest.raises(DataError, match="f line 1: too long"):
         encode_examples(encoder, examples, 128)
-    assert "TOKENIZERS_PARALLELISM" not in os.environ
 
 
 def test_end_token_is_supervised_even_when_it_is_the_pad_token(tokenizer):

@@ -202,11 +202,10 @@ def main() -> None:
     for path in (arguments.tokenizer, arguments.data):
         if not path.exists():
             raise ConfigError(f"{path}: not here; expected a tokenizer's folder and a MedMCQA file")
+    versions = {"llamafactory": find_version(arguments.llamafactory)} if arguments.llamafactory else {}
     if importlib.util.find_spec("trl") is None:
         raise ConfigError("trl is not installed here; pip install trl==1.16.0")
-    versions = {"trl": version("trl")}
-    if arguments.llamafactory:
-        versions["llamafactory"] = find_version(arguments.llamafactory)
+    versions["trl"] = version("trl")
     with tempfile.TemporaryDirectory() as folder:
         compete(arguments, Path(folder), versions)
 
