@@ -253,6 +253,7 @@ def test_data_stages(tmp_path):
 
 @pytest.mark.parametrize(("flags", "message"), [
     (["--tokenizer", "nowhere", "--data", "nowhere.jsonl"], "nowhere: not here"),
+    (["--tokenizer", DEMO / "base", "--data", DEMO / "data" / "train.jsonl", "--rows", "20"], "expected 100 rows"),
     (["--tokenizer", DEMO / "base", "--data", DEMO / "data" / "train.jsonl", "--llamafactory", sys.executable], "no interpreter with llamafactory"),
     (["--tokenizer", DEMO / "base", "--data", DEMO / "data" / "train.jsonl", "--llamafactory", "nowhere"], "no interpreter with llamafactory"),
 ])  # fmt: skip

@@ -199,6 +199,8 @@ def main() -> None:
         (arguments.work / f"{arguments.contestant}.json").write_text(json.dumps(figures))
         return
     check_new(arguments.json, "--json")
+    if arguments.rows < 100 or arguments.epochs < 1:
+        raise ConfigError(f"--rows {arguments.rows} --epochs {arguments.epochs}: expected 100 rows or more, for a few steps after {WARM_UP} of warming up, and an epoch")
     for path in (arguments.tokenizer, arguments.data):
         if not path.exists():
             raise ConfigError(f"{path}: not here; expected a tokenizer's folder and a MedMCQA file")
