@@ -274,10 +274,11 @@ def attend_rows(query, key, value, mask, scaling, sliding_window, softcap) -> to
         mask = (distance >= 0) & (distance < sliding_window) if windowed else distance >= 0
     if not explicit:
         return attend_fused(query, key, value, mask, scaling).transpose(1, 2)
-    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = query * (query.shape[-1] ** -0.5 if scaling is None else scaling) @ key.transpose(-1, -2)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    # The scores are the largest tensor here: what is hidden is added in place, which needs no copy of them in either pass.
+    weights = scores.add_(torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device).masked_fill_(~mask, float("-inf"))).softmax(-1)
     return (weights @ value).transpose(1, 2)
 
 

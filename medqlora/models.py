@@ -309,15 +309,15 @@ def lean_adapter(model: PeftModel) -> None:
 
 
 def forward_lean(layer: LoraLayer, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """base(x) + scaling * B A dropout(x); x [..., in] -> [..., out]. The update is added by the matrix product itself."""
-    result = layer.base_layer(x)
-    if layer.disable_adapters or layer.merged:
-        return result
-    (name,) = layer.lora_A
-    down, up = layer.lora_A[name].weight.to(x.dtype), layer.lora_B[name].weight.to(x.dtype)
-    narrow = F.linear(layer.lora_dropout[name](x), down).flatten(0, -2)  # [tokens, r]
-    flat = result.view(-1, result.shape[-1])
-    return torch.addmm(flat, narrow, up.t(), alpha=layer.scaling[name]).view(result.shape)
+    """base(x) + scaling * B A dropout(x); x [..., in] -> [..., out]. The update is added by the matrix product itself, in place: what a
+    frozen base layer gives is needed by no backward pass."""
+    flat = x.flatten(0, -2)  # [tokens, in]
+    result = layer.base_layer(flat)
+    if not layer.disable_adapters and not layer.merged:
+        (name,) = layer.lora_A
+        down, up = layer.lora_A[name].weight.to(x.dtype), layer.lora_B[name].weight.to(x.dtype)
+        result.addmm_(F.linear(layer.lora_dropout[name](flat), down), up.t(), alpha=layer.scaling[name])
+    return result.view(*x.shape[:-1], result.shape[-1])
 
 
 def set_checkpointing(model: torch.nn.Module, mode: str) -> int:
