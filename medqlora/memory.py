@@ -557,23 +557,23 @@ def longest_sequence(config: Config, architecture: PretrainedConfig, setting: Se
     mode, ranks = least_memory(setting.device), setting.strategy.ranks
     most = getattr(architecture.get_text_config(), "max_position_embeddings", None)
 
-    def spare(tokens: int) -> int:
-        alone = change(change(config, "data", max_length=tokens), "training", global_batch_tokens=tokens * ranks)
-        return setting.memory - forecast_plan(alone, architecture, setting, tokens, mode, labelled_of(tokens)).forecast.peak
+    def alone(tokens: int) -> Config:
+        return change(change(config, "data", max_length=tokens), "training", global_batch_tokens=tokens * ranks)
 
-    estimate = Estimate(config, architecture, setting, (1024, 2048), labelled_of)
-    per_token = max(1.0, (estimate.peak(2048, mode) - estimate.peak(1024, mode)) / 1024)
-    guess, best = 1024 + (setting.memory - estimate.peak(1024, mode)) / per_token, None
-    for _ in range(8):  # all that a row needs grows linearly with it, so this is exact after one or two
-        length = int(min(guess, most or guess)) // 16 * 16
-        if length < 16 or length == best:
+    def estimate(tokens: int) -> float:
+        return Estimate(alone(tokens), architecture, setting, (tokens, tokens), labelled_of).peak_at(tokens, mode)
+
+    (before, needed), (length, need) = ((tokens, estimate(tokens)) for tokens in (1024, 2048))
+    for _ in range(6):  # all that a row needs grows nearly linearly with it
+        guess = length + (setting.memory - need) / max(1.0, (need - needed) / (length - before))
+        guess = int(min(guess, most or guess)) // 16 * 16
+        if guess < 16 or guess == length:
             break
-        left = spare(length)
-        best = length if left >= 0 and length > (best or 0) else best
-        if left >= 0 and length == (most or 0) // 16 * 16:
-            break
-        guess = length + left / per_token - (0 if left >= 0 else 16)
-    return best
+        (before, needed), (length, need) = (length, need), (guess, estimate(guess))
+    length = min(length, guess)
+    while length >= 16 and forecast_plan(alone(length), architecture, setting, length, mode, labelled_of(length)).forecast.peak > setting.memory:
+        length -= 16
+    return length if length >= 16 else None
 
 
 # ---- serving ---------------------------------------------------------------------------------------------------------------

@@ -260,15 +260,23 @@ def test_preemption_writes_a_checkpoint_and_resumes_alone(uninterrupted, tmp_pat
     assert read_losses(tmp_path / "run") == read_losses(uninterrupted / "run")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", ["full disk", "no folder"])
-def test_checkpoint_that_cannot_be_written_is_said_once_and_earlier_ones_stay(uninterrupted, tmp_path, fault):
-    """The operating system itself refuses: a limit on the size of files stands for the full disk."""
-    run = tmp_path / "run"
+@pytest.fixture(scope="module")
+def interrupted(uninterrupted, tmp_path_factory):
+    """A run folder with one checkpoint, of a run that was ended by a signal."""
+    run = tmp_path_factory.mktemp("interrupted") / "run"
     process = launch(run, uninterrupted / "cache", "--training.save_steps", "1000")
     wait_for_steps(process, run, 5)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["full disk", "no folder"])
+def test_checkpoint_that_cannot_be_written_is_said_once_and_earlier_ones_stay(uninterrupted, interrupted, tmp_path, fault):
+    """The operating system itself refuses: a limit on the size of files stands for the full disk."""
+    run = tmp_path / "run"
+    shutil.copytree(interrupted, run)
     (saved,) = (run / "checkpoints").iterdir()
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     common = [str(RECIPE), *flags(run, uninterrupted / "cache", "--resume", "--training.save_steps", "1")]
