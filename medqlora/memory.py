@@ -570,10 +570,13 @@ def longest_sequence(config: Config, architecture: PretrainedConfig, setting: Se
         if guess < 16 or guess == length:
             break
         (before, needed), (length, need) = (length, need), (guess, estimate(guess))
-    length = min(length, guess)
-    while length >= 16 and forecast_plan(alone(length), architecture, setting, length, mode, labelled_of(length)).forecast.peak > setting.memory:
-        length -= 16
-    return length if length >= 16 else None
+    length, per_token = min(length, guess), max(1.0, (need - needed) / (length - before))
+    while length >= 16:  # from few layers to all of them
+        over = forecast_plan(alone(length), architecture, setting, length, mode, labelled_of(length)).forecast.peak - setting.memory
+        if over <= 0:
+            return length
+        length = min(length - 16, int(length - over / per_token) // 16 * 16)
+    return None
 
 
 # ---- serving ---------------------------------------------------------------------------------------------------------------

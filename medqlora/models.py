@@ -143,7 +143,7 @@ def freeze(base: torch.nn.Module, model: Model) -> None:
     lean_layers(base)
     for part in base.modules():
         if isinstance(part, PreTrainedModel):  # packed rows have no padding; some models would look for it, waiting for the GPU each time
-            part.warn_if_padding_and_no_attention_mask = accept
+            part.warn_if_padding_and_no_attention_mask = skip_padding_check
     if model.upcast_embeddings:
         for embedding in (base.get_input_embeddings(), base.get_output_embeddings()):
             embedding.to(torch.float32)
@@ -152,7 +152,7 @@ def freeze(base: torch.nn.Module, model: Model) -> None:
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
-def accept(*_: Any) -> None:
+def skip_padding_check(*_: Any) -> None:
     pass
 
 

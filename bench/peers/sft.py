@@ -120,12 +120,12 @@ def run_trl(arguments: argparse.Namespace, base: Path, work: Path, recompute: st
     trainer = SFTTrainer(
         model=model, processing_class=tokenizer, callbacks=[Clock()],
         train_dataset=Dataset.from_dict({"input_ids": rows, "completion_mask": masks}),
-        peft_config=LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear"),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=config.lora.r, lora_alpha=config.lora.alpha, lora_dropout=config.lora.dropout, target_modules="all-linear"),
         args=SFTConfig(
-            output_dir=str(work / "trl"), packing=True, max_length=2048, per_device_train_batch_size=1, completion_only_loss=True,
-            num_train_epochs=arguments.epochs, learning_rate=2e-4, lr_scheduler_type="constant", logging_steps=1, save_strategy="no",
+            output_dir=str(work / "trl"), packing=True, max_length=config.training.max_tokens_per_batch, per_device_train_batch_size=1, completion_only_loss=True,
+            num_train_epochs=arguments.epochs, learning_rate=config.training.lr, lr_scheduler_type="constant", logging_steps=1, save_strategy="no",
             gradient_checkpointing=recompute == "full", gradient_checkpointing_kwargs={"use_reentrant": False}, use_cpu=DEVICE.type == "cpu",
-            bf16=half, report_to="none", disable_tqdm=True, max_grad_norm=1.0,
+            bf16=half, report_to="none", disable_tqdm=True, max_grad_norm=config.training.max_grad_norm,
         ),
     )  # fmt: skip
     tokens = int(table.lengths.sum()) * arguments.epochs
@@ -256,3 +256,5 @@ if __name__ == "__main__":
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # the figures so far are in --json
+        sys.exit(130)
