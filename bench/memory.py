@@ -1,7 +1,9 @@
 """Does it fit? Memory of a training step, predicted without weights, GPU or network, and measured beside it.
 
+    python bench/memory.py                                                                      # the demonstration
     python bench/memory.py --config recipes/configs/llama3-8b_medmcqa.yaml                       # what a step needs, and for what
     python bench/memory.py --config recipes/configs/llama3-8b_medmcqa.yaml --fit 8GiB            # what fits, and the YAML for it
+    python bench/memory.py --config recipes/configs/llama3-8b_medmcqa.yaml --fit 16GiB --capability 7.5    # on a T4
     python bench/memory.py --config recipes/configs/llama3-8b_medmcqa.yaml --gpus 8 --strategy fsdp
     python bench/memory.py --config recipes/configs/qwen2.5-3b_8gb.yaml --serve 4096             # weights and keys/values for serving
     python bench/memory.py --config recipes/configs/demo.yaml --measure --plot memory.png        # real steps beside the prediction
@@ -13,6 +15,7 @@ config.json of transformers. What the forecast follows and what it assumes stand
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -24,6 +27,11 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 import psutil
+
+from medqlora.allocator import prefer_expandable_segments
+
+prefer_expandable_segments(os.environ)  # before torch is imported
+
 import torch
 import transformers
 import yaml
@@ -31,16 +39,19 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
 
+from medqlora.allocator import segments_expand
 from medqlora.config import Config, ConfigError, UserError, change, load_config
+from medqlora.hardware import choose_dtype
 from medqlora.memory import (
     CONTEXT,
     GIB,
+    KERNELS,
     MARGIN,
     ForecastError,
     Setting,
     StepPlan,
     assume_labelled,
-    check_attention,
+    cost_of_attention,
     forecast_plan,
     forecast_serving,
     least_memory,
@@ -51,22 +62,25 @@ from medqlora.memory import (
     read_architecture,
     usable,
 )  # fmt: skip
-from medqlora.models import check_length, choose_dtype, count_parameters
+from medqlora.models import check_length, count_parameters
 from medqlora.packing import list_budgets, make_plan
 from medqlora.runs import check_new, check_picture, describe_environment, name_command, write_json
 from medqlora.strategies import Strategy, check_strategy, choose_storage
 from medqlora.trials import Trial, make_table
 
+DEMO = Path(__file__).parent.parent / "recipes" / "configs" / "demo.yaml"
 ARCHITECTURES = Path(__file__).parent / "architectures"
 STRATEGIES = {"ddp": "ddp", "zero1": "zero1", "zero2": "zero2", "zero3": "zero3", "fsdp": "fsdp2"}
+DISPLAY = "0.3 to 1 GiB"  # of a desktop and a browser; an assumption
 SEQUENCES = 32  # answered side by side, in the forecast for serving
 console = Console(highlight=False, soft_wrap=True)
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="recipe YAML")
+    parser.add_argument("--config", type=Path, default=DEMO, help="recipe YAML (default: the demonstration)")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="what the step runs on; it need not be here (default: cuda; with --measure, what is here)")
+    parser.add_argument("--capability", metavar="X.Y", help="compute capability of a GPU that is not here, e.g. 7.5 for a T4 (default: this machine's, else 8.0)")
     parser.add_argument("--gpus", type=int, default=1, help="processes that train together (default 1)")
     parser.add_argument("--strategy", choices=list(STRATEGIES), help="with --gpus: how they share (default ddp)")
     parser.add_argument("--supervised", type=int, help="supervised tokens of a micro-batch (default: assumed from data.completion, and said)")
@@ -132,13 +146,25 @@ def read_setting(config: Config, arguments: argparse.Namespace) -> Setting:
     device = torch.device(arguments.device or (here if arguments.measure else "cuda"))
     if arguments.measure and device.type != here:
         raise ConfigError(f"--measure --device {device}: this machine trains on {here}; leave out --device, or --measure")
-    dtype = choose_dtype(config.model.dtype, device)
+    capability = parse_capability(arguments.capability)
+    dtype = choose_dtype(config.model.dtype, device, capability)
     strategy = Strategy(STRATEGIES[arguments.strategy or "ddp"] if arguments.gpus > 1 else "one", arguments.gpus)
     check_strategy(strategy, config, dtype, {})
     memory = usable(parse_size(arguments.fit), device) if arguments.fit else sys.maxsize
     if memory <= 0:
         raise ForecastError(f"--fit {arguments.fit}: {CONTEXT / GIB:.1f} GiB go to the CUDA context alone; give the memory of a card, e.g. 8GiB")
-    return Setting(device, dtype, choose_storage(strategy, config.model.quantization, dtype), strategy, memory)
+    storage = choose_storage(strategy, config.model.quantization, dtype)
+    return Setting(device, dtype, storage, strategy, memory, capability=capability, expandable=segments_expand())
+
+
+def parse_capability(text: str | None) -> tuple[int, int] | None:
+    """"7.5" -> (7, 5)."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+)\.(\d)", text)
+    if not found:
+        raise ConfigError(f"--capability {text}: expected a major and a minor number, e.g. 7.5 for a T4 or 8.9 for an RTX 4090")
+    return int(found[1]), int(found[2])
 
 
 def labelled_of(config: Config, arguments: argparse.Namespace):
@@ -165,9 +191,11 @@ def describe(config: Config, architecture, setting: Setting, plan: StepPlan, arg
     labelled = labelled_of(config, arguments)(plan.tokens)
     assumed = "" if arguments.supervised else " (assumed)"
     share = f", {setting.strategy.name} on {setting.strategy.ranks} GPUs" if setting.strategy.ranks > 1 else ""
-    backend = check_attention(config.model.attention, setting.device, setting.dtype, architecture)
+    attention = setting.choose_attention(config, architecture)
+    cost = cost_of_attention(config, architecture, setting, plan, labelled)
+    more = f", {cost / GIB:+.2f} GiB against the variable-length kernel" if cost is not None else ""
     return (
-        f"{config.model.quantization}, {setting.dtype}, attention {backend}, LoRA r={config.lora.r} ({plan.forecast.trainable:,} trainable), {config.training.optimizer}; "
+        f"{config.model.quantization}, {setting.dtype}, attention {attention.backend} ({attention.reason}{more}), LoRA r={config.lora.r} ({plan.forecast.trainable:,} trainable), {config.training.optimizer}; "
         f"{plan.tokens:,} tokens per micro-batch in rows of {config.data.max_length:,}, {labelled:,} supervised{assumed}, {plan.forecast.recomputed} of "
         f"{plan.forecast.layers} layers recomputed{share}, on {setting.device.type}"
     )
@@ -183,9 +211,11 @@ def show(plan: StepPlan, setting: Setting) -> None:
             table.add_row(name, f"{value / GIB:.2f}", f"{value / forecast.peak:.0%}")
     table.add_row("[bold]peak", f"[bold]{forecast.peak / GIB:.2f}", "")
     if setting.device.type == "cuda":
-        table.add_row("reserved by the allocator", f"{forecast.reserved / GIB:.2f}", "")
-        table.add_row("CUDA context (assumed)", f"{CONTEXT / GIB:.2f}", "")
-        table.add_row(f"card that leaves {MARGIN:.0%} free", f"{(forecast.peak + CONTEXT) / (1 - MARGIN) / GIB:.2f}", "")
+        table.add_row("reserved by the allocator", f"{setting.needs(forecast) / GIB:.2f}", "")
+        table.add_row("CUDA context and kernels (assumed)", f"{(CONTEXT + KERNELS) / GIB:.2f}", "")
+        table.add_row(f"GPU that leaves {MARGIN:.0%} free", f"{(setting.needs(forecast) + CONTEXT + KERNELS) / (1 - MARGIN) / GIB:.2f}", "")
+        if forecast.host:
+            table.add_row("pinned in the host's memory", f"{forecast.host / GIB:.2f}", "")
     console.print(table)
     console.print("peak by phase: " + ", ".join(f"{phase} {value / GIB:.2f}" for phase, value in forecast.by_phase.items()) + " GiB")
 
@@ -193,7 +223,8 @@ def show(plan: StepPlan, setting: Setting) -> None:
 def collect(plan: StepPlan, setting: Setting) -> dict:
     forecast = plan.forecast
     return {
-        "predicted_peak_bytes": forecast.peak, "predicted_reserved_bytes": forecast.reserved, "context_bytes": CONTEXT if setting.device.type == "cuda" else 0,
+        "predicted_peak_bytes": forecast.peak, "predicted_reserved_bytes": setting.needs(forecast), "predicted_host_bytes": forecast.host,
+        "context_bytes": CONTEXT + KERNELS if setting.device.type == "cuda" else 0,
         "by_category": forecast.by_category, "by_phase": forecast.by_phase, "loaded_bytes": forecast.loaded, "trainable_parameters": forecast.trainable,
         "max_tokens_per_batch": plan.tokens, "gradient_checkpointing": plan.checkpointing, "recomputed_layers": forecast.recomputed,
         "layers": forecast.layers, "device": setting.device.type, "dtype": str(setting.dtype).removeprefix("torch."), "gpus": setting.strategy.ranks,
@@ -211,6 +242,8 @@ def fit(config: Config, architecture, setting: Setting, arguments: argparse.Name
     mode = least_memory(setting.device)
     if longest:
         console.print(f"longest row that fits, alone in its step with gradient_checkpointing {mode}: {longest:,} tokens")
+    if setting.device.type == "cuda":
+        console.print(f"a screen on the same GPU takes {DISPLAY} of it: give --fit what nvidia-smi shows as free before training")
     chosen = {"data": {"max_length": config.data.max_length}, "training": {
         "global_batch_tokens": config.training.global_batch_tokens, "max_tokens_per_batch": plan.tokens, "gradient_checkpointing": plan.checkpointing}}  # fmt: skip
     console.print("\n# for rows as long as the recipe's\n" + yaml.safe_dump(chosen, sort_keys=False), end="")
@@ -262,8 +295,10 @@ def measure(found: dict, arguments: argparse.Namespace, overrides: list[str]) ->
         measured = json.loads(work.read_text(encoding="utf-8"))
     error = (found["predicted_peak_bytes"] - measured["peak"]) / measured["peak"]
     what = "allocated on the GPU" if measured["device"] == "cuda" else "resident, above what the process held before"
+    if measured["device"] == "cuda":
+        console.print(f"measured reserve {measured['reserved'] / GIB:.3f} GiB, predicted {found['predicted_reserved_bytes'] / GIB:.3f} GiB")
     console.print(f"measured peak {measured['peak'] / GIB:.3f} GiB ({what}), predicted {found['predicted_peak_bytes'] / GIB:.3f} GiB: {error:+.1%}")
-    return {"measured_peak_bytes": measured["peak"], "relative_error": error} | {key: measured[key] for key in ("timeline", "phases", "random_weights")}
+    return {"measured_peak_bytes": measured["peak"], "measured_reserved_bytes": measured["reserved"], "relative_error": error} | {key: measured[key] for key in ("timeline", "phases", "random_weights")}
 
 
 def measure_here(config: Config, arguments: argparse.Namespace) -> None:
@@ -325,16 +360,16 @@ class Timeline:
         self.ended.set()
         self.thread.join()
         training = next(at for at, phase in self.marks if phase == "training")
-        peak = max(value for at, value in self.points if at >= training)
+        peak, reserved = max(value for at, value in self.points if at >= training), None
         if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated()  # between two samples too
+            peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()  # between two samples too
         phases = {}
         for (at, phase), (until, _) in zip(self.marks, [*self.marks[1:], (float("inf"), "")], strict=True):
             phases[phase] = max((value for when, value in self.points if at <= when < until), default=0)
         size = max(1, len(self.points) // 400)
         blocks = [self.points[i : i + size] for i in range(0, len(self.points), size)]
         points = [(block[0][0], max(value for _, value in block)) for block in blocks]
-        return {"peak": peak, "phases": phases, "timeline": {"points": points, "marks": self.marks}}
+        return {"peak": peak, "reserved": reserved, "phases": phases, "timeline": {"points": points, "marks": self.marks}}
 
 
 def draw(timeline: dict, predicted: int, path: Path) -> None:

@@ -1,6 +1,6 @@
 """How long will it take? Tokens per second of real optimizer steps, for one setting or a sweep of them.
 
-    python bench/throughput.py --config recipes/configs/demo.yaml
+    python bench/throughput.py                                          # the demonstration
     python bench/throughput.py --config recipes/configs/llama3-8b_medmcqa.yaml --lengths full \\
         --sweep data.max_length=512,1024 --sweep training.gradient_checkpointing=none,full --json found.json --plot found.png
 
@@ -19,6 +19,7 @@ A case that fails is kept with its reason, and the others go on.
 import argparse
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -29,20 +30,28 @@ from pathlib import Path
 
 import huggingface_hub
 import numpy as np
+
+from medqlora.allocator import prefer_expandable_segments
+
+prefer_expandable_segments(os.environ)  # before torch is imported
+
 import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
 
+from medqlora.allocator import segments_expand
 from medqlora.config import Config, ConfigError, UserError, change, load_config
+from medqlora.hardware import choose_dtype
 from medqlora.losses import unwrap
-from medqlora.memory import Setting, assume_labelled, available_memory, plan_step, read_architecture
-from medqlora.models import choose_dtype, find_layers
+from medqlora.memory import Setting, assume_labelled, available_host, available_memory, plan_step, read_architecture
+from medqlora.models import find_layers
 from medqlora.packing import list_budgets, make_plan
 from medqlora.runs import MemoryMeter, check_new, check_picture, describe_environment, name_command, write_json
 from medqlora.strategies import Strategy, choose_storage
 from medqlora.trials import Trial, draw_lengths, make_table
 
+DEMO = Path(__file__).parent.parent / "recipes" / "configs" / "demo.yaml"
 ARCHITECTURES = Path(__file__).parent / "architectures"
 # Dense 16-bit tensor rates of the makers' data sheets, in FLOP/s; the first of these words that the device's name holds.
 PEAK_FLOPS = {
@@ -55,7 +64,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="recipe YAML; any key can be given as --section.key VALUE")
+    parser.add_argument("--config", type=Path, default=DEMO, help="recipe YAML (default: the demonstration); any key can be given as --section.key VALUE")
     parser.add_argument("--sweep", action="append", default=[], metavar="KEY=V1,V2", help="values of a key to try; several sweeps are combined")
     parser.add_argument("--lengths", choices=["medmcqa", "full"], default="medmcqa", help="rows like MedMCQA's, or all of data.max_length (default medmcqa)")
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps that are timed (default 10)")
@@ -177,7 +186,8 @@ def decide(config: Config, architecture: transformers.PretrainedConfig, device: 
     if "auto" not in (training.max_tokens_per_batch, training.gradient_checkpointing):
         return config
     one = Strategy("one")
-    setting = Setting(device, dtype, choose_storage(one, config.model.quantization, dtype), one, available_memory(device))
+    storage = choose_storage(one, config.model.quantization, dtype)
+    setting = Setting(device, dtype, storage, one, available_memory(device), available_host(), expandable=segments_expand())
     plan = plan_step(config, architecture, setting, lambda tokens: assume_labelled(config, tokens))
     return change(config, "training", max_tokens_per_batch=plan.tokens, gradient_checkpointing=plan.checkpointing)
 

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
+from medqlora.allocator import prefer_expandable_segments
 from medqlora.cleaning import clean
 from medqlora.config import ConfigError, DataEntry, Model, UserError
 from medqlora.engines.interface import BATCH_SIZE, Engine
@@ -68,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
     asking.add_argument("--seed", type=int, default=defaults.seed, help="of samples and of the choice of worked examples (default 0)")
     running = parser.add_argument_group("running")
     running.add_argument("--engine", choices=["hf", "vllm", "openai"], default="hf", help="what runs the model (default hf)")
-    running.add_argument("--attention", choices=["auto", "flash", "varlen", "flex", "sdpa"], default="auto", help="hf: attention backend (default auto)")
+    running.add_argument("--attention", choices=["auto", "varlen", "flash", "grouped", "flex", "sdpa"], default="auto", help="hf: attention backend (default auto)")
     running.add_argument("--max_tokens", type=int, help="hf: tokens per forward pass (default: by the free memory)")
     running.add_argument("--max_length", type=int, help="tokens a prompt and its answer may have (default: the model's positions)")
     running.add_argument("--gpu_memory", type=float, default=0.9, help="vllm: share of the GPU's memory (default 0.9)")
@@ -88,6 +89,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    prefer_expandable_segments(os.environ)  # before torch is imported
     shard, shards = check_arguments(arguments)
     warnings.showwarning = lambda message, *_: console.print(escape(str(message)), style="yellow")
     encoder, card, max_length, identity = open_model(arguments)
@@ -173,7 +175,8 @@ def open_model(arguments: argparse.Namespace) -> tuple[Encoder, dict, int | None
         return encoder, {}, arguments.max_length, {"server": arguments.server, "model": arguments.model}
     import transformers
 
-    from medqlora.models import check_adapter, choose_dtype, describe_model, load_tokenizer, read_merged_card, read_model_config
+    from medqlora.hardware import choose_dtype
+    from medqlora.models import check_adapter, describe_model, load_tokenizer, read_merged_card, read_model_config
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import yaml
 
+from medqlora.allocator import prefer_expandable_segments
 from medqlora.config import Config, ConfigError, UserError, change, load_config
 from medqlora.processes import ProcessError
 from medqlora.runs import check_disk, check_run, hash_json, read_versions, write_atomic
@@ -49,6 +50,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
 
 def main() -> None:
     arguments, overrides = parse_arguments()
+    prefer_expandable_segments(os.environ)  # before torch is imported
     if arguments.rendezvous:
         if arguments.num_machines is None:
             raise ConfigError("--rendezvous needs --num_machines, the number of machines that are to meet")
@@ -151,7 +153,8 @@ def check_processes(facts: dict) -> str:
 def check_dtypes(config: Config, facts: dict) -> str:
     import torch
 
-    from medqlora.models import check_hardware, choose_dtype
+    from medqlora.hardware import choose_dtype
+    from medqlora.models import check_hardware
     from medqlora.strategies import check_strategy, choose_storage
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -225,8 +228,9 @@ def forecast(config: Config, facts: dict) -> str:
     """What the recipe will decide and need on each GPU; on a machine without one, its least."""
     import torch
 
-    from medqlora.memory import GIB, Setting, UnknownForecast, available_memory, plan_step
-    from medqlora.models import choose_dtype
+    from medqlora.allocator import segments_expand
+    from medqlora.hardware import choose_dtype
+    from medqlora.memory import GIB, Setting, UnknownForecast, available_host, available_memory, plan_step
     from medqlora.packing import most_supervised
     from medqlora.strategies import choose_storage
 
@@ -234,7 +238,9 @@ def forecast(config: Config, facts: dict) -> str:
     device = torch.device("cpu" if facts["accelerate"].get("use_cpu") else "cuda")  # where it will train; this may be a login node
     dtype = choose_dtype(config.model.dtype, device)
     memory = available_memory(torch.device("cuda")) if gpu else sys.maxsize
-    setting = Setting(device, dtype, choose_storage(facts["strategy"], config.model.quantization, dtype), facts["strategy"], memory)
+    storage = choose_storage(facts["strategy"], config.model.quantization, dtype)
+    host = available_host(facts["strategy"].ranks // facts["machines"] or 1) if gpu else sys.maxsize
+    setting = Setting(device, dtype, storage, facts["strategy"], memory, host, expandable=segments_expand())
     undecided = "auto" in (config.training.gradient_checkpointing, config.training.max_tokens_per_batch)
     if not gpu and config.training.gradient_checkpointing == "auto":
         config = change(config, "training", gradient_checkpointing="full")
@@ -247,7 +253,7 @@ def forecast(config: Config, facts: dict) -> str:
     found = f"{plan.forecast.peak / GIB:.2f} GiB predicted per process at {plan.tokens:,} tokens, {plan.forecast.recomputed} of {plan.forecast.layers} layers recomputed"
     if not gpu:
         return f"{found}; no GPU here to compare with"
-    if plan.forecast.peak > memory:
+    if not setting.holds(plan.forecast):
         raise ProcessError(f"{found}, {memory / GIB:.2f} GiB may be used here; lower training.max_tokens_per_batch, or set both to auto")
     return f"{found}, of {memory / GIB:.2f} GiB that may be used here"
 

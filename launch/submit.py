@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 
 from medqlora.config import ConfigError, UserError, load_config
-from medqlora.models import DTYPES
+from medqlora.hardware import DTYPES
 from medqlora.packing import describe_batch
 from medqlora.runs import check_run
 from medqlora.strategies import check_strategy, launch_environ, read_strategy

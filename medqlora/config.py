@@ -47,8 +47,9 @@ class Model(Section):
     """Quantize the 4-bit block constants too (saves about 0.4 bit per weight)."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Compute dtype. auto: bfloat16 where the hardware has it, else float16 on a GPU and float32 on a CPU."""
-    attention: Literal["auto", "flash", "varlen", "flex", "sdpa"] = "auto"
-    """Attention backend; auto takes the first that works, in this order."""
+    attention: Literal["auto", "varlen", "flash", "grouped", "flex", "sdpa"] = "auto"
+    """Attention backend; auto takes the first of varlen, flash and grouped that works; varlen and flash need a GPU of 2020 or later,
+    grouped runs everywhere."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave off unless you have read that code."""
     upcast_embeddings: bool = False
@@ -150,6 +151,9 @@ class Training(Section):
     gradient_checkpointing: Annotated[str, Field()] = "auto"
     """Decoder layers recomputed in the backward pass: none, full, every_K (every K-th), first_K; offload: full, what layers
     begin from waits in the host's memory (for long rows on a GPU); auto: by forecast, the fastest that fits."""
+    deterministic: bool = False
+    """On a GPU, kernels that give the same bits in every run, where torch has them (slower): a resumed run then repeats an
+    uninterrupted one to the bit."""
     compile: bool | Literal["auto"] = "auto"
     """Norms and gated activations as one kernel each, by torch's compiler; auto: on a GPU."""
     loss_chunk_tokens: int = Field(1_024, ge=1)

@@ -65,15 +65,21 @@ class Kernels:
 class Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
-        y, scale = module.kernels.normalise(x.detach(), module.weight, epsilon(module), type(module).__name__ in OFFSET)
+        y, scale = module.kernels.normalise(flatten(x), module.weight, epsilon(module), type(module).__name__ in OFFSET)
         ctx.module = module  # not its weight: a strategy may hold that elsewhere until the layer's backward pass
         ctx.save_for_backward(x, scale)
-        return y
+        return y.view(x.shape)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
-        module = ctx.module
-        return module.kernels.normalise_backward(gradient, *ctx.saved_tensors, module.weight, type(module).__name__ in OFFSET), None
+        module, (x, scale) = ctx.module, ctx.saved_tensors
+        out = module.kernels.normalise_backward(flatten(gradient), flatten(x), scale, module.weight, type(module).__name__ in OFFSET)
+        return out.view(x.shape), None
+
+
+def flatten(x: torch.Tensor) -> torch.Tensor:
+    """[..., width] -> [tokens, width]: compiled kernels then see few shapes, and are made few times."""
+    return x.detach().flatten(0, -2)
 
 
 def epsilon(module: torch.nn.Module) -> float:
@@ -85,11 +91,13 @@ class GatedActivation(torch.autograd.Function):
     def forward(ctx, gate: torch.Tensor, up: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
         ctx.module = module
         ctx.save_for_backward(gate, up)
-        return module.kernels.gate(gate.detach(), up.detach(), module.lean_activation)
+        return module.kernels.gate(flatten(gate), flatten(up), module.lean_activation).view(gate.shape)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
-        return *ctx.module.kernels.gate_backward(gradient, *ctx.saved_tensors, ctx.module.lean_activation), None
+        saved = map(flatten, ctx.saved_tensors)
+        parts = ctx.module.kernels.gate_backward(flatten(gradient), *saved, ctx.module.lean_activation)
+        return *(part.view(gradient.shape) for part in parts), None
 
 
 def forward_norm(module: torch.nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -103,6 +111,60 @@ def forward_gated(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
 def forward_joined(module: torch.nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     gate, up = module.gate_up_proj(hidden_states).chunk(2, dim=-1)
     return module.down_proj(GatedActivation.apply(gate, up, module))
+
+
+def draw_kept(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
+    """bool like x: what dropout with probability p keeps, a function of the seed and the device."""
+    kept = torch.empty(x.shape, dtype=torch.bool, device=x.device)
+    return kept if x.is_meta else kept.bernoulli_(1 - p, generator=torch.Generator(x.device).manual_seed(seed))
+
+
+def draw_seed() -> int:
+    """From torch's own generator on the CPU: nothing waits for a GPU, and recomputed layers draw the same again."""
+    return int(torch.randint(2**62, ()))
+
+
+class DroppedLinear(torch.autograd.Function):
+    """dropout(x) W^T that keeps x, which other products keep too, and a seed, instead of the dropped input and a mask."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, p: float) -> torch.Tensor:
+        """x [tokens, in], weight [out, in] -> [tokens, out]"""
+        ctx.p, ctx.seed = p, draw_seed()
+        ctx.save_for_backward(x, weight)
+        return F.linear(x * draw_kept(x, p, ctx.seed), weight) / (1 - p)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        x, weight = ctx.saved_tensors
+        kept, gradient = draw_kept(x, ctx.p, ctx.seed), gradient / (1 - ctx.p)
+        grad_weight = gradient.t() @ (x * kept) if ctx.needs_input_grad[1] else None
+        grad_x = (gradient @ weight).mul_(kept) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_weight, None
+
+
+class Dropped(torch.autograd.Function):
+    """dropout(x) that keeps a seed instead of a mask."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, p: float) -> torch.Tensor:
+        ctx.p, ctx.seed = p, draw_seed()
+        return x * draw_kept(x, p, ctx.seed) / (1 - p)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        return gradient * draw_kept(gradient, ctx.p, ctx.seed) / (1 - ctx.p), None
+
+
+class SeededDropout(torch.nn.Module):
+    """torch.nn.Dropout that keeps a seed instead of a mask."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Dropped.apply(x, self.p) if self.training and self.p > 0 else x
 
 
 def lean_layers(model: torch.nn.Module) -> int:
@@ -144,9 +206,9 @@ def compile_layers(model: torch.nn.Module, device: torch.device, when: bool | st
 def compile_kernels(device: torch.device) -> Kernels:
     """Compiled on first use for each dtype, and once more for all lengths when a second one is seen; tried here on a few numbers."""
     kernels = Kernels(*map(torch.compile, astuple(Kernels())))
-    x = torch.ones(1, 2, 8, device=device)
+    x = torch.ones(2, 8, device=device)
     with torch.no_grad():
-        y, scale = kernels.normalise(x, x[0, 0], 1e-6, False)
-        kernels.normalise_backward(y, x, scale, x[0, 0], False)
+        y, scale = kernels.normalise(x, x[0], 1e-6, False)
+        kernels.normalise_backward(y, x, scale, x[0], False)
         kernels.gate_backward(x, kernels.gate(x, x, "silu"), x, "silu")
     return kernels

@@ -7,10 +7,10 @@ is invisible there and is added: the weight that a 4-bit product dequantizes, fl
 
 from __future__ import annotations
 
-import bisect
 import copy
 import json
 import re
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,12 +24,14 @@ from huggingface_hub.errors import StrictDataclassError
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, PretrainedConfig
 
-from medqlora.attention import choose_backend, locate_documents
+from medqlora.allocator import BLOCK, MIB, replay_allocator
+from medqlora.attention import Choice, choose_backend, locate_documents
 from medqlora.config import Config, UserError, change
 from medqlora.losses import AnswerLoss
 from medqlora.models import (
     ModelError,
     attach_adapter,
+    find_arena,
     find_layers,
     list_constants,
     make_base,
@@ -39,11 +41,11 @@ from medqlora.models import (
 from medqlora.packing import list_budgets
 from medqlora.strategies import Strategy
 
-MIB, GIB = 2**20, 2**30
-BLOCK = 512  # bytes: CUDA's allocator rounds every tensor up to a multiple (c10/cuda/CUDACachingAllocator.h, kMinBlockSize)
+GIB = 2**30
 # On Hopper and later; 8.1 MiB each before (aten/src/ATen/cuda/CublasHandlePool.cpp). Forward and backward run in threads of their own.
 CUBLAS_WORKSPACES = 2 * 32 * MIB
-CONTEXT = 512 * MIB  # CUDA context, libraries and kernels of one process; an assumption, outside the allocator
+CONTEXT = 512 * MIB  # CUDA context of one process; an assumption, outside the allocator
+KERNELS = 256 * MIB  # kernels and libraries that are loaded when they are first used, after free memory was read; an assumption
 MARGIN = 0.05  # of a card's memory that a plan leaves free, for fragmentation
 HEAP = 0.5  # of a machine's free memory that tensors on a CPU may take: the C library keeps freed blocks, up to as much again
 META = torch.device("meta")
@@ -81,17 +83,20 @@ class Batch:
 @dataclass(frozen=True)
 class Forecast:
     """Bytes of one training process. peak: highest sum of live tensors, by_category: at that moment; by_phase: highest of each
-    phase; reserved: what CUDA's caching allocator would hold, replayed; at_loading: base and adapter before the first step."""
+    phase; reserved: what CUDA's caching allocator would hold with expandable segments, replayed, reserved_fixed: without;
+    at_loading: base and adapter before the first step; host: pinned memory for layer inputs that are offloaded."""
 
     peak: int
     by_category: dict[str, int]
     by_phase: dict[str, int]
     reserved: int
+    reserved_fixed: int
     at_loading: dict[str, int]
     trainable: int
     layers: int
     recomputed: int  # layers
     largest: int = 0  # bytes of the largest part that a sharded base gathers at once
+    host: int = 0
 
     @property
     def loaded(self) -> int:
@@ -182,25 +187,41 @@ def list_inside(name: str, arguments: tuple, keywords: dict[str, Any]) -> Iterat
         yield (heads, padded), torch.float32, "workspace"
         if key.shape[1] != heads:  # gradients of key and value of every query head, summed into groups afterwards
             yield (2, tokens, heads, width), query.dtype, "workspace"
+    elif name == "aten::_scaled_dot_product_efficient_attention_backward":  # mem_eff_attention/kernel_backward.h, workspace_size
+        query = arguments[1]
+        rows, heads, tokens, width = query.shape
+        yield (rows, heads, tokens, width), torch.float32, "workspace"  # the query's gradient, accumulated by blocks of keys
+        yield (rows, heads, tokens), torch.float32, "workspace"
+        if query.dtype is not torch.float32 and width > 64:  # a block of the key's and value's gradients is too wide for registers
+            yield (2, rows, heads, tokens, width), torch.float32, "workspace"
+    elif name == "bitsandbytes::int8_scaled_mm":  # backends/default/ops.py: an int32 product, scaled to float16, then cast
+        rows, outputs = arguments[0].shape[0], arguments[1].shape[0]
+        yield (rows, outputs), torch.int32, "dequantization"
+        yield (rows, outputs), torch.float16, "dequantization"
+    elif name == "bitsandbytes::int8_vectorwise_quant":  # backends/cuda/ops.py: where inputs are outliers, and their magnitudes
+        yield tuple(arguments[0].shape), torch.float16, "dequantization"
+        yield tuple(arguments[0].shape), torch.bool, "dequantization"
 
 
 # ---- one training step ---------------------------------------------------------------------------------------------------
 
 
 def forecast_step(
-    config: Config, architecture: PretrainedConfig, device: torch.device, dtype: torch.dtype, storage: torch.dtype, batch: Batch, place: torch.device = META
-) -> Forecast:
+    config: Config, architecture: PretrainedConfig, device: torch.device, dtype: torch.dtype, storage: torch.dtype, batch: Batch,
+    place: torch.device = META, backend: str | None = None,
+) -> Forecast:  # fmt: skip
     """Memory of one process that trains on batches like `batch`, on one GPU ("cuda") or on a CPU; neither need be there.
 
     config: with training.gradient_checkpointing decided (not auto); dtype: of computing; storage: of packed 4-bit weights;
-    place: the CPU instead of the meta device takes the step for real, with random weights, and follows its tensors in the same way.
+    place: the CPU instead of the meta device takes the step for real, with random weights, and follows its tensors in the same way;
+    backend: of attention, default what model.attention chooses there.
 
     Raises:
         UnknownForecast: an attention backend or an architecture that cannot be followed.
         AttentionError: an attention backend that the recipe refuses there.
     """
     text = architecture.get_text_config()
-    check_attention(config.model.attention, device, dtype, architecture)
+    backend = backend or check_attention(config.model.attention, device, dtype, architecture).backend
     tracker = Tracker(text.vocab_size, place)
     base = make_base(architecture, config.model, place, dtype, storage)
     with place:
@@ -221,7 +242,7 @@ def forecast_step(
             weight.grad = torch.zeros_like(weight)
             tracker.follow(weight.grad, "gradients")
         weight.register_post_accumulate_grad_hook(lambda parameter: tracker.follow(parameter.grad, "gradients"))
-    inputs = make_inputs(batch, device, place)
+    inputs = make_inputs(batch, device, place, backend)
     for tensor in inputs.values():
         tracker.see(tensor if torch.is_tensor(tensor) else [v for v in vars(tensor).values() if torch.is_tensor(v)], "inputs")
     try:
@@ -240,23 +261,29 @@ def forecast_step(
     del kept
     return Forecast(
         peak, {name: by_category.get(name, 0) for name in CATEGORIES}, {phase: total for phase, (total, _) in tracker.peaks.items()},
-        replay_allocator(tracker.events), at_loading, sum(weight.numel() for weight in weights), text.num_hidden_layers, recomputed, measure_units(base),
+        replay_allocator(tracker.events, expandable=True), replay_allocator(tracker.events), at_loading, sum(weight.numel() for weight in weights), text.num_hidden_layers, recomputed,
+        measure_units(base), find_arena(base).capacity,
     )  # fmt: skip
 
 
-def check_attention(requested: str, device: torch.device, dtype: torch.dtype, architecture: PretrainedConfig) -> str:
+def check_attention(
+    requested: str, device: torch.device, dtype: torch.dtype, architecture: PretrainedConfig, capability: tuple[int, int] | None = None
+) -> Choice:
     """The backend that a forecast is for. flash, varlen and flex keep the same tensors for the backward pass (queries, keys, values,
     output, one number per row and head) and are forecast alike, with the largest buffers, varlen's.
+
+    capability: of a GPU that is not here; default this machine's.
 
     Raises:
         AttentionError: the recipe refuses it there.
         UnknownForecast: sdpa on a GPU.
     """
-    softcap = getattr(architecture.get_text_config(), "attn_logit_softcapping", None)
-    backend = requested if requested == "flash" else choose_backend(requested, device, dtype, softcap)  # the package may be there, not here
-    if device.type == "cuda" and backend == "sdpa":
+    if requested == "flash" and device.type == "cuda":  # the package may be there, not here
+        return Choice("flash", "model.attention asks for it")
+    choice = choose_backend(requested, device, dtype, architecture, capability)
+    if device.type == "cuda" and choice.backend == "sdpa":
         raise UnknownForecast("model.attention sdpa: its masks depend on the data and cannot be forecast; use auto, or measure")
-    return backend
+    return choice
 
 
 def measure_units(base: torch.nn.Module) -> int:
@@ -289,7 +316,8 @@ def divide(forecast: Forecast, strategy: Strategy) -> Forecast:
     phases = {phase: max(0, total + change) if phase != "loading" else total for phase, total in forecast.by_phase.items()}
     if forecast.loaded > peak:  # the whole base, before it is divided
         peak, parts = forecast.loaded, {name: forecast.at_loading.get(name, 0) for name in CATEGORIES}
-    return replace(forecast, peak=peak, reserved=max(forecast.reserved + change, peak), by_category=parts, by_phase=phases)
+    reserved, fixed = (max(value + change, peak) for value in (forecast.reserved, forecast.reserved_fixed))
+    return replace(forecast, peak=peak, reserved=reserved, reserved_fixed=fixed, by_category=parts, by_phase=phases)
 
 
 def sort_resident(tracker: Tracker, base: torch.nn.Module, model: torch.nn.Module) -> None:
@@ -322,44 +350,15 @@ def make_states(optimizer: str, device: torch.device, weights: list[torch.Tensor
     return made
 
 
-def make_inputs(batch: Batch, device: torch.device, place: torch.device) -> dict[str, Any]:
+def make_inputs(batch: Batch, device: torch.device, place: torch.device, backend: str) -> dict[str, Any]:
     """Arguments of AnswerLoss at `place`; where documents lie, as attention on `device` wants it."""
     tokens = batch.tokens
     cu_seqlens = torch.tensor([0, *torch.tensor(batch.lengths).cumsum(0).tolist()], dtype=torch.int32)
-    documents = locate_documents(cu_seqlens, max(batch.lengths), device if device.type == "cpu" else META)
-    documents = replace(documents, **{name: value.to(place) for name, value in vars(documents).items() if torch.is_tensor(value)})
+    documents = locate_documents(cu_seqlens, max(batch.lengths), device if device.type == "cpu" else META, backend)
+    moved = {name: value.to(place) for name, value in vars(documents).items() if torch.is_tensor(value)}
+    documents = replace(documents, **moved, on_gpu=device.type == "cuda")
     names = {"input_ids": (1, tokens), "position_ids": (1, tokens), "predict_at": (batch.labelled,), "targets": (batch.labelled,)}
     return {name: torch.zeros(shape, dtype=torch.int64, device=place) for name, shape in names.items()} | {"documents": documents}
-
-
-def replay_allocator(events: list[tuple[int, int]]) -> int:
-    """Bytes that CUDA's caching allocator would reserve for this sequence of (number, bytes; 0 frees): best fit in two pools,
-    blocks split and joined within their segment (c10/cuda/CUDACachingAllocator.cpp; no expandable segments)."""
-    free: tuple[list, list] = ([], [])  # of each pool: (size, segment, offset), sorted
-    held: dict[int, tuple[int, int, int, int]] = {}  # number -> pool, size, segment, offset
-    reserved = segments = 0
-    for number, wanted in events:
-        if not wanted:
-            pool, size, segment, offset = held.pop(number)
-            for block in [b for b in free[pool] if b[1] == segment and (b[2] + b[0] == offset or offset + size == b[2])]:
-                free[pool].remove(block)
-                size, offset = size + block[0], min(offset, block[2])
-            bisect.insort(free[pool], (size, segment, offset))
-            continue
-        pool = int(wanted > MIB)
-        at = bisect.bisect_left(free[pool], (wanted,))
-        if at < len(free[pool]):
-            size, segment, offset = free[pool].pop(at)
-        else:
-            size = 2 * MIB if not pool else 20 * MIB if wanted < 10 * MIB else -(-wanted // (2 * MIB)) * 2 * MIB
-            segment, offset, segments = segments, 0, segments + 1
-            reserved += size
-        rest = size - wanted
-        if rest >= (MIB if pool else BLOCK):
-            bisect.insort(free[pool], (rest, segment, offset + wanted))
-            size = wanted
-        held[number] = (pool, size, segment, offset)
-    return reserved
 
 
 # ---- what fits ---------------------------------------------------------------------------------------------------------
@@ -367,13 +366,30 @@ def replay_allocator(events: list[tuple[int, int]]) -> int:
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a step runs. memory: bytes that one process may use, its margin taken off already."""
+    """Where a step runs. memory: bytes that one process may use, its margin taken off already; host: bytes of the machine's memory
+    that one process may pin for offloaded layer inputs; capability: of a GPU that is not here (default: this machine's);
+    expandable: whether the allocator's segments grow."""
 
     device: torch.device
     dtype: torch.dtype
     storage: torch.dtype
     strategy: Strategy
     memory: int
+    host: int = sys.maxsize
+    capability: tuple[int, int] | None = None
+    expandable: bool = True
+
+    def needs(self, forecast: Forecast) -> int:
+        """Bytes that a step takes of `memory`: on a GPU what its allocator reserves."""
+        if self.device.type == "cpu":
+            return forecast.peak
+        return forecast.reserved if self.expandable else forecast.reserved_fixed
+
+    def holds(self, forecast: Forecast) -> bool:
+        return self.needs(forecast) <= self.memory and forecast.host <= self.host
+
+    def choose_attention(self, config: Config, architecture: PretrainedConfig) -> Choice:
+        return check_attention(config.model.attention, self.device, self.dtype, architecture, self.capability)
 
 
 @dataclass(frozen=True)
@@ -386,16 +402,21 @@ class StepPlan:
 
 
 def usable(total: int, device: torch.device) -> int:
-    """Bytes for tensors on a card of `total` bytes, less MARGIN and CONTEXT, or in a machine's memory: HEAP of it."""
-    return int(total * (1 - MARGIN)) - CONTEXT if device.type == "cuda" else int(total * HEAP)
+    """Bytes for tensors on a card of `total` bytes, less MARGIN, CONTEXT and KERNELS, or in a machine's memory: HEAP of it."""
+    return int(total * (1 - MARGIN)) - CONTEXT - KERNELS if device.type == "cuda" else int(total * HEAP)
 
 
 def available_memory(device: torch.device, processes: int = 1) -> int:
     """Bytes that one of so many processes of this machine may use for training: what is free on its GPU, or its share of the
     machine's free memory."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * (1 - MARGIN))
+        return int(torch.cuda.mem_get_info(device)[0] * (1 - MARGIN)) - KERNELS
     return usable(psutil.virtual_memory().available // processes, device)
+
+
+def available_host(processes: int = 1) -> int:
+    """Bytes of this machine's memory that one of so many processes may pin."""
+    return usable(psutil.virtual_memory().available // processes, torch.device("cpu"))
 
 
 def parse_size(text: str) -> int:
@@ -436,12 +457,15 @@ def time_per_token(tokens: int, recomputed: float, offloaded: bool = False) -> f
     return (4 + 2 * recomputed) / 6 + (2 + recomputed) / 3 * OVERHEAD_TOKENS / tokens + OFFLOAD_TIME * offloaded
 
 
-def forecast_plan(config: Config, architecture: PretrainedConfig, setting: Setting, tokens: int, checkpointing: str, labelled: int) -> StepPlan:
-    """The forecast per process of one way to train."""
+def forecast_plan(
+    config: Config, architecture: PretrainedConfig, setting: Setting, tokens: int, checkpointing: str, labelled: int, backend: str | None = None
+) -> StepPlan:
+    """The forecast per process of one way to train. backend: of attention, default what the setting gets."""
+    backend = backend or setting.choose_attention(config, architecture).backend
     accumulated = config.training.global_batch_tokens > tokens * setting.strategy.ranks
     batch = make_batch(config, tokens, labelled, accumulated)
     chosen = change(config, "training", max_tokens_per_batch=tokens, gradient_checkpointing=checkpointing)
-    forecast = forecast_step(chosen, architecture, setting.device, setting.dtype, setting.storage, batch)
+    forecast = forecast_step(chosen, architecture, setting.device, setting.dtype, setting.storage, batch, backend=backend)
     return StepPlan(tokens, checkpointing, divide(forecast, setting.strategy))
 
 
@@ -463,6 +487,7 @@ class Estimate:
         self.config, self.architecture, self.setting, self.sizes, self.labelled_of = config, architecture, setting, sizes, labelled_of
         self.layers = architecture.get_text_config().num_hidden_layers
         self.lines: dict[tuple[int, str], tuple[float, float]] = {}
+        self.slack = 1.0  # of what the allocator reserves over the peak, as the forecasts of all layers so far had it
 
     def line(self, tokens: int, mode: str) -> tuple[float, float]:
         """Bytes of the ends, and of each layer."""
@@ -473,6 +498,13 @@ class Estimate:
             )
             self.lines[tokens, mode] = (two - (four - two), (four - two) / 2)
         return self.lines[tokens, mode]
+
+    def needs(self, tokens: int, mode: str) -> float:
+        return self.slack * self.peak(tokens, mode)
+
+    def learn(self, plan: StepPlan) -> None:
+        """Take the slack from a forecast of all layers."""
+        self.slack = self.setting.needs(plan.forecast) / plan.forecast.peak
 
     def peak(self, tokens: int, mode: str) -> float:
         """mode: training.gradient_checkpointing."""
@@ -503,7 +535,7 @@ def plan_step(config: Config, architecture: PretrainedConfig, setting: Setting, 
         return forecast_plan(config, architecture, setting, sizes[0], training.gradient_checkpointing, labelled_of(sizes[0]))
     modes = list_checkpointing(architecture, setting.device) if training.gradient_checkpointing == "auto" else {training.gradient_checkpointing: (0.0, False)}
     easiest = forecast_plan(config, architecture, setting, sizes[0], next(iter(modes)), labelled_of(sizes[0]))
-    if easiest.forecast.peak <= setting.memory:  # the largest micro-batch, nothing recomputed that need not be
+    if setting.holds(easiest.forecast):  # the largest micro-batch, nothing recomputed that need not be
         return easiest
     if easiest.forecast.loaded > setting.memory:
         raise ForecastError(
@@ -512,16 +544,26 @@ def plan_step(config: Config, architecture: PretrainedConfig, setting: Setting, 
     estimate = Estimate(config, architecture, setting, (min(sizes[-1], max(1, sizes[0] // 2)), sizes[0]), labelled_of)
     options = [(time_per_token(size, *costs), size, mode) for size in sizes for mode, costs in modes.items()]
     for _, size, mode in sorted(options, key=lambda option: option[0]):
-        if len(modes) > 1 and estimate.peak(size, mode) > setting.memory:
+        if len(modes) > 1 and estimate.needs(size, mode) > setting.memory:
             continue
         plan = forecast_plan(config, architecture, setting, size, mode, labelled_of(size))
-        if plan.forecast.peak <= setting.memory:
+        if setting.holds(plan.forecast):
             return plan
-    smallest = forecast_plan(config, architecture, setting, sizes[-1], list(modes)[-1], labelled_of(sizes[-1]))
+        estimate.learn(plan)
+    smallest = forecast_plan(config, architecture, setting, sizes[-1], list(modes)[-1], labelled_of(sizes[-1])).forecast
+    host = f" and {smallest.host / GIB:.2f} of {setting.host / GIB:.2f} GiB that may be pinned in the host's memory" if smallest.host > setting.host else ""
     raise ForecastError(
-        f"memory: {sizes[-1]:,} tokens per micro-batch with gradient_checkpointing {smallest.checkpointing} need {smallest.forecast.peak / GIB:.2f} GiB, "
-        f"{setting.memory / GIB:.2f} GiB may be used; {suggest(config, architecture, setting, labelled_of)}"
+        f"memory: {sizes[-1]:,} tokens per micro-batch with gradient_checkpointing {list(modes)[-1]} need {setting.needs(smallest) / GIB:.2f} GiB, "
+        f"{setting.memory / GIB:.2f} GiB may be used{host}; {suggest(config, architecture, setting, labelled_of)}"
     )
+
+
+def cost_of_attention(config: Config, architecture: PretrainedConfig, setting: Setting, plan: StepPlan, labelled: int) -> int | None:
+    """Bytes by which the peak of a plan is higher than with torch's variable-length kernel; None where that runs, and on a CPU."""
+    if setting.device.type == "cpu" or setting.choose_attention(config, architecture).backend != "grouped":
+        return None
+    with_kernel = forecast_plan(config, architecture, setting, plan.tokens, plan.checkpointing, labelled, backend="varlen")
+    return plan.forecast.peak - with_kernel.forecast.peak
 
 
 def list_checkpointing(architecture: PretrainedConfig, device: torch.device) -> dict[str, tuple[float, bool]]:
@@ -537,7 +579,7 @@ def suggest(config: Config, architecture: PretrainedConfig, setting: Setting, la
     free = change(config, "training", max_tokens_per_batch="auto", gradient_checkpointing="auto")
     tokens, mode = list_budgets(free.training, 1, setting.strategy.ranks), least_memory(setting.device)
     hold = [size for size in tokens if size >= config.data.max_length]
-    if hold and forecast_plan(config, architecture, setting, hold[-1], mode, labelled_of(hold[-1])).forecast.peak <= setting.memory:
+    if hold and setting.holds(forecast_plan(config, architecture, setting, hold[-1], mode, labelled_of(hold[-1])).forecast):
         return f"{hold[-1]:,} tokens with gradient_checkpointing {mode} would fit: set training.max_tokens_per_batch and training.gradient_checkpointing to auto"
     length = longest_sequence(config, architecture, setting, labelled_of)
     fitting = [size for size in tokens if size <= (length or 0)]
@@ -572,10 +614,13 @@ def longest_sequence(config: Config, architecture: PretrainedConfig, setting: Se
         (before, needed), (length, need) = (length, need), (guess, estimate(guess))
     length, per_token = min(length, guess), max(1.0, (need - needed) / (length - before))
     while length >= 16:  # from few layers to all of them
-        over = forecast_plan(alone(length), architecture, setting, length, mode, labelled_of(length)).forecast.peak - setting.memory
-        if over <= 0:
+        forecast = forecast_plan(alone(length), architecture, setting, length, mode, labelled_of(length)).forecast
+        if setting.holds(forecast):
             return length
-        length = min(length - 16, int(length - over / per_token) // 16 * 16)
+        shorter = length - (setting.needs(forecast) - setting.memory) / per_token
+        if forecast.host > setting.host:
+            shorter = min(shorter, length * setting.host / forecast.host)
+        length = min(length - 16, int(shorter) // 16 * 16)
     return None
 
 

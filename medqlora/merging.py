@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from medqlora.config import UserError
-from medqlora.models import DTYPES
+from medqlora.hardware import DTYPES
 
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 COPIED = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template", "generation_config", "LICENSE")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -10,7 +11,9 @@ import os
 import shutil
 import types
 import warnings
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,30 +31,15 @@ from transformers.pytorch_utils import Conv1D
 
 from medqlora.attention import IMPLEMENTATIONS, choose_backend, find_device
 from medqlora.config import Lora, Model, UserError
-from medqlora.layers import lean_layers
+from medqlora.hardware import choose_dtype, read_capability
+from medqlora.layers import DroppedLinear, SeededDropout, lean_layers
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# Inputs over this magnitude are multiplied in 16 bits by int8 layers: what transformers sets.
+INT8_THRESHOLD = BitsAndBytesConfig().llm_int8_threshold
 
 
 class ModelError(UserError):
     """A model, adapter or quantization that cannot be used here."""
-
-
-def choose_dtype(requested: str, device: torch.device) -> torch.dtype:
-    """Compute dtype; "auto" is bfloat16 where the hardware multiplies it natively, else float16 (GPU) or float32 (CPU). A GPU that
-    is not here is taken to be of 2020 or later."""
-    if requested != "auto":
-        return DTYPES[requested]
-    if device.type == "cuda" and not torch.cuda.is_available():
-        return torch.bfloat16
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() and has_bf16_units() else torch.float32
-
-
-def has_bf16_units() -> bool:
-    """AVX512-BF16 or AMX: without them bfloat16 on a CPU is slower than float32, not faster."""
-    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() or torch.cpu._is_amx_tile_supported())
 
 
 def read_model_config(base: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -99,7 +87,7 @@ def check_hardware(model: Model, device: torch.device, dtype: torch.dtype) -> No
         raise ModelError(f"model.quantization {model.quantization} needs the bitsandbytes package; install it or use none")
     if device.type == "cpu" and dtype is torch.float16:
         raise ModelError("model.dtype float16 is not trainable on a CPU; use auto, bfloat16 or float32")
-    if model.quantization == "int8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 5):
+    if model.quantization == "int8" and device.type == "cuda" and read_capability(device) < (7, 5):
         raise ModelError("model.quantization int8 needs a GPU of compute capability 7.5 or newer; use nf4 or none")
 
 
@@ -122,7 +110,7 @@ def load_base(model: Model, device: torch.device, storage: torch.dtype = torch.u
     dtype = choose_dtype(model.dtype, device)
     check_hardware(model, device, dtype)
     config = read_model_config(model.base, model.revision, model.trust_remote_code)
-    backend = choose_backend(model.attention, device, dtype, getattr(config, "attn_logit_softcapping", None))
+    backend = choose_backend(model.attention, device, dtype, config).backend
     folder = Path(model.base).expanduser()
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
@@ -199,7 +187,9 @@ def quantize_linear(linear: torch.nn.Linear | Conv1D, model: Model, device: torc
         weight.normal_(std=0.02)
     sizes = {"input_features": inputs, "output_features": outputs, "bias": linear.bias is not None, "device": device}
     if model.quantization == "int8":
-        made = bitsandbytes.nn.Linear8bitLt(**sizes, has_fp16_weights=False)
+        # Without content nothing can be an outlier; memory.list_inside counts what looking for them takes.
+        threshold = 0.0 if device.type == "meta" else INT8_THRESHOLD
+        made = bitsandbytes.nn.Linear8bitLt(**sizes, has_fp16_weights=False, threshold=threshold)
         made.weight = bitsandbytes.nn.Int8Params(weight, requires_grad=False)._quantize(device)
     else:
         given = {"compress_statistics": model.double_quantization, "quant_type": model.quantization, "quant_storage": storage}
@@ -301,10 +291,15 @@ def attach_adapter(model: torch.nn.Module, lora: Lora, seed: int) -> PeftModel:
 
 
 def lean_adapter(model: PeftModel) -> None:
-    """Give plain LoRA layers a forward without PEFT's defensive clone, dtype round trip and separate scale and add."""
+    """Give plain LoRA layers a forward without PEFT's defensive clone, dtype round trip and separate scale and add; and all of them
+    dropout that keeps no mask."""
     for module in model.modules():
-        plain = isinstance(module, LoraLayer) and len(module.lora_A) == 1 and not module.lora_variant
-        if plain and isinstance(module.get_base_layer(), torch.nn.Linear):
+        if not isinstance(module, LoraLayer):
+            continue
+        for name, dropout in module.lora_dropout.items():
+            if isinstance(dropout, torch.nn.Dropout):
+                module.lora_dropout[name] = SeededDropout(dropout.p)
+        if len(module.lora_A) == 1 and not module.lora_variant and isinstance(module.get_base_layer(), torch.nn.Linear):
             module.forward = types.MethodType(forward_lean, module)
 
 
@@ -316,7 +311,12 @@ def forward_lean(layer: LoraLayer, x: torch.Tensor, *args: Any, **kwargs: Any) -
     if not layer.disable_adapters and not layer.merged:
         (name,) = layer.lora_A
         down, up = layer.lora_A[name].weight.to(x.dtype), layer.lora_B[name].weight.to(x.dtype)
-        result.addmm_(F.linear(layer.lora_dropout[name](flat), down), up.t(), alpha=layer.scaling[name])
+        dropout = layer.lora_dropout[name]
+        if isinstance(dropout, SeededDropout) and dropout.training:
+            low = DroppedLinear.apply(flat, down, dropout.p)  # [tokens, r]
+        else:
+            low = F.linear(dropout(flat), down)
+        result.addmm_(low, up.t(), alpha=layer.scaling[name])
     return result.view(*x.shape[:-1], result.shape[-1])
 
 
@@ -328,30 +328,89 @@ def set_checkpointing(model: torch.nn.Module, mode: str) -> int:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     kind, _, count = mode.partition("_")
     layers = [layer for layer in find_layers(model) if hasattr(layer, "_gradient_checkpointing_func")]
+    model.host_arena = HostArena()
     for number, layer in enumerate(layers):
         layer.gradient_checkpointing = {"full": True, "offload": True, "every": number % int(count or 1) == 0, "first": number < int(count or 0)}[kind]
         if kind == "offload" and find_device(model).type != "cpu" and number < len(layers) - 1:  # the last layer's is needed at once
-            layer._gradient_checkpointing_func = checkpoint_offloaded
+            layer._gradient_checkpointing_func = functools.partial(checkpoint_offloaded, arena=model.host_arena)
     return sum(layer.gradient_checkpointing for layer in layers)
 
 
-def checkpoint_offloaded(function: Callable, *inputs: torch.Tensor) -> torch.Tensor:
-    """As torch's checkpoint, but a layer's input waits for the backward pass in the host's memory. Copies run in the order of the
-    GPU's own work, so nothing has to be waited for."""
-    with torch.autograd.graph.saved_tensors_hooks(move_to_host, move_back):
+@dataclass(eq=False)
+class Waiting:
+    """A tensor that waits in a HostArena, from byte `start` on."""
+
+    device: torch.device
+    dtype: torch.dtype
+    shape: torch.Size
+    start: int
+
+
+class HostArena:
+    """Pinned memory of the host, used again in every step, for layer inputs that wait for the backward pass.
+
+    It grows by chunks of a power of two, because that is what CUDA's host allocator rounds every block up to; a tensor may lie in several.
+    A place is free again when its Waiting is gone. Copies run in the order of the GPU's own work, so a place that is taken
+    again is written after it was read.
+    """
+
+    CHUNK = 32 * 2**20  # bytes
+
+    def __init__(self):
+        self.chunks: list[torch.Tensor] = []  # uint8, pinned; none for a forecast, which moves nothing
+        self.capacity = 0  # bytes
+        self.taken: dict[int, int] = {}  # start -> end of what waits
+
+    def send(self, tensor: torch.Tensor) -> Waiting:
+        """Copy a tensor to the host, without waiting for the copy."""
+        start, size = max(self.taken.values(), default=0), tensor.numel() * tensor.itemsize
+        waiting = Waiting(tensor.device, tensor.dtype, tensor.shape, start)
+        if not size:
+            return waiting
+        self.grow(start + size, tensor)
+        self.taken[start] = start + size
+        weakref.finalize(waiting, self.taken.pop, start, None)
+        if not tensor.is_meta:
+            flat = tensor.contiguous().view(-1).view(torch.uint8)
+            for chunk, inside in self.cut(start, size):
+                chunk.copy_(flat[inside], non_blocking=True)
+        return waiting
+
+    def fetch(self, waiting: Waiting) -> torch.Tensor:
+        """The tensor on its device again."""
+        tensor = torch.empty(waiting.shape, dtype=waiting.dtype, device=waiting.device)
+        if not tensor.is_meta and tensor.numel():
+            flat = tensor.view(-1).view(torch.uint8)
+            for chunk, inside in self.cut(waiting.start, len(flat)):
+                flat[inside].copy_(chunk, non_blocking=True)
+        return tensor
+
+    def grow(self, size: int, tensor: torch.Tensor) -> None:
+        while self.capacity < size:
+            self.capacity += self.CHUNK
+            if not tensor.is_meta:
+                self.chunks.append(torch.empty(self.CHUNK, dtype=torch.uint8, pin_memory=tensor.is_cuda))
+
+    def cut(self, start: int, size: int) -> Iterator[tuple[torch.Tensor, slice]]:
+        """The parts of the chunks that bytes start ... start + size lie in, each with its part of the tensor's bytes."""
+        done = 0
+        while done < size:
+            number, offset = divmod(start + done, self.CHUNK)
+            length = min(size - done, self.CHUNK - offset)
+            yield self.chunks[number][offset : offset + length], slice(done, done + length)
+            done += length
+
+
+def find_arena(model: torch.nn.Module) -> HostArena:
+    """Where a model's offloaded layer inputs wait; an empty one where none are offloaded."""
+    return getattr(model, "host_arena", None) or HostArena()
+
+
+def checkpoint_offloaded(function: Callable, *inputs: torch.Tensor, arena: HostArena | None = None) -> torch.Tensor:
+    """As torch's checkpoint, but a layer's input waits for the backward pass in the host's memory."""
+    arena = arena or HostArena()
+    with torch.autograd.graph.saved_tensors_hooks(arena.send, arena.fetch):
         return checkpoint(function, *inputs, use_reentrant=False)
-
-
-def move_to_host(tensor: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
-    if tensor.is_meta:  # a forecast: only the shape is kept
-        return tensor.device, torch.empty((), dtype=tensor.dtype, device="cpu").expand(tensor.shape)
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
-    return tensor.device, host.copy_(tensor, non_blocking=True)
-
-
-def move_back(waiting: tuple[torch.device, torch.Tensor]) -> torch.Tensor:
-    device, host = waiting
-    return torch.empty(host.shape, dtype=host.dtype, device=device) if device.type == "meta" else host.to(device, non_blocking=True)
 
 
 def adapter_weights(model: PeftModel, values: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:

@@ -40,3 +40,16 @@ def make_optimizer(training: Training, weights: Iterable[torch.nn.Parameter]) ->
 
     kind = {"adamw_8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit}
     return kind[training.optimizer](weights, lr=training.lr, weight_decay=training.weight_decay)
+
+
+def restore_pages(optimizer: torch.optim.Optimizer) -> None:
+    """After loading: move the states of a paged optimizer to paged memory again. bitsandbytes loads them as plain tensors, which would
+    fill the GPU after a resume as they did not before it."""
+    if not getattr(optimizer, "is_paged", False):
+        return
+    for weight, states in optimizer.state.items():
+        for name in ("state1", "state2"):
+            if name in states:
+                paged = optimizer.get_state_buffer(weight, dtype=states[name].dtype)
+                paged.copy_(states[name])
+                states[name] = paged

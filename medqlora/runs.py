@@ -208,7 +208,7 @@ def hash_json(tree: Any) -> str:
 
 
 class MemoryMeter:
-    """Peak memory in bytes: CUDA's allocator where a GPU trains, else this process's resident memory."""
+    """Peak memory in bytes: what tensors take of a GPU where one trains, else this process's resident memory."""
 
     def __init__(self, cuda: bool):
         self.cuda, self.process = cuda, psutil.Process()
@@ -221,8 +221,24 @@ class MemoryMeter:
             return torch.cuda.memory_allocated()
         return self.process.memory_info().rss
 
+    def begin(self) -> None:
+        """Count peaks from here on. Linux can do so for resident memory too."""
+        if self.cuda:
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
+            return
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def read_reserved(self) -> int:
+        """Highest value of what CUDA's allocator held of the GPU since begin()."""
+        import torch
+
+        return torch.cuda.max_memory_reserved()
+
     def read_peak(self) -> int:
-        """Highest value since the start of the process."""
+        """Highest value since begin(), or since the start of the process."""
         if self.cuda:
             import torch
 

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from medqlora.config import Config, UserError
 from medqlora.losses import AnswerLoss, unwrap
 from medqlora.models import find_layers, keep_gathered_weights
+from medqlora.optimizers import restore_pages
 
 GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}  # relative error of a strategy's gradient, by compute dtype
 # What a DeepSpeed file may not say, because the recipe does.
@@ -231,6 +232,14 @@ class Replicated:
         order = list(self.weights)  # torch's own loading casts and moves; it knows parameters by number
         given = self.optimizer.state_dict() | {"state": {order.index(name): state for name, state in states.items()}}
         self.optimizer.load_state_dict(given)
+        restore_pages(self.optimizer)
+
+    def read_scale(self) -> dict[str, Any]:
+        """State of float16's loss scaling; empty for other dtypes."""
+        return self.scaler.state_dict()
+
+    def write_scale(self, state: dict[str, Any]) -> None:
+        self.scaler.load_state_dict(state)
 
 
 class Zero:
@@ -354,6 +363,9 @@ class Zero:
         for state in self.inner_states():
             state["step"].fill_(step)
 
+    def read_scale(self) -> dict[str, Any]:
+        return {}  # float16 is refused
+
 
 class FullyShard:
     """FSDP2 through torch's own fully_shard, so that the same code runs on GPUs and on CPU processes (Accelerate has no CPU
@@ -398,6 +410,9 @@ class FullyShard:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def read_scale(self) -> dict[str, Any]:
+        return {}  # float16 is refused
 
     def drop_gradients(self) -> None:
         self.optimizer.zero_grad()

@@ -11,9 +11,10 @@ from transformers import PretrainedConfig
 
 from medqlora.attention import IMPLEMENTATIONS, choose_backend, move_batch
 from medqlora.config import Config
+from medqlora.hardware import choose_dtype
 from medqlora.layers import compile_layers
 from medqlora.losses import AnswerLoss
-from medqlora.models import attach_adapter, choose_dtype, load_base, make_base, set_checkpointing
+from medqlora.models import attach_adapter, load_base, make_base, set_checkpointing
 from medqlora.optimizers import make_optimizer
 from medqlora.packing import Plan, collate
 from medqlora.strategies import Strategy, wrap
@@ -56,7 +57,7 @@ class Trial:
             base, self.backend = load_base(config.model, device)
         else:
             base = make_base(architecture, config.model, device, self.dtype)
-            self.backend = choose_backend(config.model.attention, device, self.dtype, getattr(base.config, "attn_logit_softcapping", None))
+            self.backend = choose_backend(config.model.attention, device, self.dtype, base.config).backend
             base.set_attn_implementation(IMPLEMENTATIONS[self.backend])
         self.compiled = compile_layers(base, device, config.training.compile)
         self.model = attach_adapter(base, config.lora, config.training.seed)

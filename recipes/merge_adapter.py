@@ -8,8 +8,13 @@ into the 16-bit base, which is another model (its logits differ from the trained
 
 import argparse
 import gc
+import os
 import sys
 from pathlib import Path
+
+from medqlora.allocator import prefer_expandable_segments
+
+prefer_expandable_segments(os.environ)  # before torch is imported
 
 import torch
 import transformers
@@ -18,11 +23,11 @@ from rich.progress import track
 
 from medqlora.config import Model, UserError
 from medqlora.engines.hf import run_packed
+from medqlora.hardware import choose_dtype
 from medqlora.losses import compute_logits, unwrap
 from medqlora.merging import MergeError, compare_logits, merge
 from medqlora.models import (
     check_adapter,
-    choose_dtype,
     load_adapter,
     load_base,
     load_tokenizer,

@@ -9,6 +9,7 @@ Reads top to bottom: check everything, prepare rows, load, score, train, score a
 
 import argparse
 import contextlib
+import gc
 import json
 import math
 import os
@@ -22,6 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from medqlora.allocator import prefer_expandable_segments
+
+prefer_expandable_segments(os.environ)  # before torch is imported
+
 import torch
 import transformers
 from accelerate import Accelerator
@@ -34,13 +40,24 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from medqlora import runs
-from medqlora.attention import move_batch, verify_isolation
+from medqlora.allocator import segments_expand
+from medqlora.attention import Choice, choose_backend, move_batch, verify_isolation
 from medqlora.checkpoints import Checkpoint, load_newest, save_checkpoint
 from medqlora.config import Config, UserError, change, help_text, load_config
 from medqlora.engines.hf import HfEngine
+from medqlora.hardware import choose_dtype
 from medqlora.layers import compile_layers
 from medqlora.losses import AnswerLoss, backbone_of, count_chunks
-from medqlora.memory import Setting, available_memory, plan_step
+from medqlora.memory import (
+    GIB,
+    Setting,
+    StepPlan,
+    available_host,
+    available_memory,
+    cost_of_attention,
+    forecast_plan,
+    plan_step,
+)
 from medqlora.metrics import compare_paired, score_predictions
 from medqlora.models import (
     adapter_weights,
@@ -48,7 +65,6 @@ from medqlora.models import (
     attach_adapter,
     check_hardware,
     check_length,
-    choose_dtype,
     count_parameters,
     load_base,
     load_tokenizer,
@@ -135,6 +151,7 @@ class Run:
     encoder: Encoder
     sizes: tuple[int, int]  # parameters of the base, of the adapter
     architecture: transformers.PretrainedConfig
+    attention: Choice
     begun_with: int | None  # tokens per micro-batch of a resumed run
     prepared: Prepared | None = None
     plan: Plan | None = None
@@ -165,6 +182,9 @@ def start(config: Config, output_dir: Path, resume: bool) -> Run:
     kind = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     log_with = None if config.training.log_with == "none" else config.training.log_with
     accelerator = start_processes(os.environ, kind.type == "cuda", log_with=log_with, project_dir=output_dir)
+    if config.training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     # transformers would divide the base while it loads, or load it on one rank only; here it is whole until it has been scored
     unset_hf_deepspeed_config()
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
@@ -176,6 +196,7 @@ def start(config: Config, output_dir: Path, resume: bool) -> Run:
         check_strategy(strategy, config, dtype, os.environ)
         model_config = read_model_config(config.model.base, config.model.revision, config.model.trust_remote_code)
         check_length(model_config, config.data.max_length)
+        attention = choose_backend(config.model.attention, kind, dtype, model_config)
         list_budgets(config.training, config.data.max_length, strategy.ranks)  # raises where the global batch cannot be divided
         sizes = count_parameters(model_config, config.lora)
         tokenizer = load_tokenizer(config.model.base, config.model.revision, config.model.trust_remote_code)
@@ -189,7 +210,8 @@ def start(config: Config, output_dir: Path, resume: bool) -> Run:
             # 4 bytes for the weight and 8 for AdamW's moments, for the kept checkpoints and the one being written
             runs.check_disk(output_dir, 12 * sizes[1] * (config.training.keep_checkpoints + 2), "adapter and checkpoints")
     memory = runs.MemoryMeter(cuda=kind.type == "cuda")
-    return Run(config, output_dir, resume, accelerator, strategy, dtype, memory, {"before": memory.now()}, encoder, sizes, model_config, begun_with)
+    before = {"before": memory.now()}
+    return Run(config, output_dir, resume, accelerator, strategy, dtype, memory, before, encoder, sizes, model_config, attention, begun_with)
 
 
 def was_restarted(environ: Mapping[str, str]) -> bool:
@@ -238,17 +260,34 @@ def decide_step(run: Run, memory: int) -> dict[str, Any]:
     """Micro-batch and recomputation by forecast, where the configuration says auto. A resumed run keeps the micro-batches that it
     began with, which its plan is made of; recomputation changes no number and is decided for the machine at hand."""
     config, training = run.config, run.config.training
-    if "auto" not in (training.max_tokens_per_batch, training.gradient_checkpointing):
-        return {"max_tokens_per_batch": training.max_tokens_per_batch, "gradient_checkpointing": training.gradient_checkpointing}
     if run.begun_with and training.max_tokens_per_batch == "auto":
         config = change(config, "training", max_tokens_per_batch=run.begun_with)
     storage = choose_storage(run.strategy, config.model.quantization, run.dtype)
-    setting = Setting(run.device, run.dtype, storage, run.strategy, memory)
-    found = plan_step(config, run.architecture, setting, lambda tokens: most_supervised(run.prepared.train, tokens))
+    host = available_host(int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+    setting = Setting(run.device, run.dtype, storage, run.strategy, memory, host, expandable=segments_expand())
+    try:
+        found = plan_recipe(run, config, setting)
+    except UserError:
+        if "auto" in (training.max_tokens_per_batch, training.gradient_checkpointing):
+            raise  # it cannot be decided without a forecast
+        return {"max_tokens_per_batch": training.max_tokens_per_batch, "gradient_checkpointing": training.gradient_checkpointing}
+    labelled = most_supervised(run.prepared.train, found.tokens)
     return {
         "max_tokens_per_batch": found.tokens, "gradient_checkpointing": found.checkpointing, "predicted_peak_bytes": found.forecast.peak,
-        "memory_bytes": memory, "layers": found.forecast.layers, "recomputed_layers": found.forecast.recomputed,
+        "predicted_needed_bytes": setting.needs(found.forecast), "predicted_host_bytes": found.forecast.host, "memory_bytes": memory,
+        "layers": found.forecast.layers, "recomputed_layers": found.forecast.recomputed,
+        "attention_cost_bytes": cost_of_attention(config, run.architecture, setting, found, labelled),
     }  # fmt: skip
+
+
+def plan_recipe(run: Run, config: Config, setting: Setting) -> StepPlan:
+    """The plan of what is auto; where nothing is, the forecast of what the configuration says."""
+    training = config.training
+    if "auto" in (training.max_tokens_per_batch, training.gradient_checkpointing):
+        return plan_step(config, run.architecture, setting, lambda tokens: most_supervised(run.prepared.train, tokens))
+    tokens = training.max_tokens_per_batch
+    labelled = most_supervised(run.prepared.train, tokens)
+    return forecast_plan(config, run.architecture, setting, tokens, training.gradient_checkpointing, labelled)
 
 
 def read_begun(output_dir: Path, config: Config, ranks: int) -> int | None:
@@ -307,13 +346,14 @@ def load(run: Run) -> None:
         "dtype": str(run.dtype).removeprefix("torch."),
     }  # fmt: skip
     run.facts |= runs.describe_environment() | {"seed": training.seed, **run.prepared.hashes}
-    run.facts |= {"base": run.card, "processes": run.strategy.ranks, "strategy": run.strategy.name, "attention": run.backend}
+    run.facts |= {"base": run.card, "processes": run.strategy.ranks, "strategy": run.strategy.name, "attention": run.backend, "attention_reason": run.attention.reason}
     run.facts |= {"recomputed_layers": recomputed, "compiled": compiled, "isolation_error": isolation, "trainable_parameters": run.sizes[1]}
     run.facts |= {"mixture": run.prepared.mixture, "storage": str(storage).removeprefix("torch.")}
     if run.rank == 0:
+        show_attention(run.attention, isolation, run.facts["step_plan"])
         console.print(
             f"{config.model.base}: {config.model.quantization}, {run.card['dtype']}, {run.sizes[1]:,} trainable beside {run.sizes[0]:,} frozen "
-            f"parameters; attention {run.backend} isolates packed rows (error {isolation:.0e}); {recomputed} layers recomputed{', norms and activations compiled' if compiled else ''}; {run.device}"
+            f"parameters; {recomputed} layers recomputed{', norms and activations compiled' if compiled else ''}; {run.device}"
         )
 
 
@@ -344,6 +384,8 @@ def wrap_model(run: Run) -> None:
     if run.checkpoint is not None:
         with together():
             load_states(run.trainer, run.checkpoint.optimizer)
+            if run.checkpoint.state.get("loss_scale"):
+                run.trainer.write_scale(run.checkpoint.state["loss_scale"])
     if run.strategy.ranks > 1:
         run.memory_bytes["wrapped"] = run.memory.now()
     with together():
@@ -391,6 +433,7 @@ def train(run: Run) -> int:
     budget = training.max_tokens_per_batch
     progress = make_progress(disable=not is_main)
     task = progress.add_task("training", total=len(plan), completed=state["step"], facts="")
+    run.memory.begin()
     with progress:
         for step in range(state["step"], len(plan)):
             began = time.perf_counter()
@@ -398,29 +441,12 @@ def train(run: Run) -> int:
             lr = learning_rate(step, len(plan), training)
             rows_of_step = plan.rows[plan.bins[plan.steps[step]] : plan.bins[plan.steps[step + 1]]]
             targets = int(supervised[rows_of_step].sum())  # of all ranks and micro-batches
-            while True:
+            losses = None
+            while losses is None:
                 batches = cap_batches(lengths, plan.micro_batches(step, rank, ranks), budget)
-                try:
-                    losses = []
-                    for number, rows in enumerate(batches):
-                        batch = move_batch(collate(prepared.train, rows), run.backend, device)
-                        if run.strategy.sharded:
-                            batch |= share_chunks(run, prepared.train, plan.round(step, number, ranks))
-                        # each micro-batch of the plan has its own dropout, whoever computes it: no state to resume
-                        torch.manual_seed((training.seed << 40) + (step << 16) + number * ranks + rank)
-                        last = number == len(batches) - 1
-                        with trainer.accumulate(last):
-                            loss = trainer(**batch)
-                            # each strategy averages over ranks; the gradient wanted is that of the sum over all supervised tokens
-                            trainer.backward(loss * (ranks / targets))
-                        losses.append(loss.detach())
-                    break
-                except torch.OutOfMemoryError:
-                    if ranks > 1:
-                        raise TrainingError(f"out of memory on rank {rank}; lower training.max_tokens_per_batch below {budget}") from None
-                    trainer.drop_gradients()
-                    torch.cuda.empty_cache()
-                    budget //= 2
+                losses = accumulate_gradients(run, step, batches, targets)
+                if losses is None:
+                    budget = recover_from_full_memory(run, budget)
                     progress.console.print(f"[yellow]out of memory: micro-batches of {budget} tokens from here on, same global batch")
             # one message: the loss, and whether any rank was told to stop
             total = torch.stack([torch.stack(losses).sum().float(), torch.tensor(float(stop_signals[0] if stop_signals else 0), device=device)])
@@ -438,6 +464,10 @@ def train(run: Run) -> int:
                 "tokens": tokens, "supervised_tokens": targets, "padding_fraction": 0.0,
                 "tokens_per_second": tokens / (time.perf_counter() - began), "peak_memory_bytes": run.memory.read_peak(),
             }  # fmt: skip
+            if device.type == "cuda":
+                row["peak_reserved_bytes"] = run.memory.read_reserved()
+            if not math.isfinite(grad_norm):  # float16 alone: its scale was too high, and is lower now
+                row |= {"grad_norm": None, "skipped": True}
             if is_main:
                 runs.append_line(log, row)
                 run.accelerator.log(row, step=done)
@@ -474,6 +504,41 @@ def train(run: Run) -> int:
     return 0
 
 
+def accumulate_gradients(run: Run, step: int, batches: list[np.ndarray], targets: int) -> list[torch.Tensor] | None:
+    """Forward and backward of this rank's micro-batches; -> the summed loss of each, or None where memory ran out.
+
+    This is a function of its own because nothing may refer to the graph of a failed backward pass when the step is tried again:
+    its local variables and the error's traceback end with it.
+    """
+    trainer, ranks, losses = run.trainer, run.strategy.ranks, []
+    try:
+        for number, rows in enumerate(batches):
+            batch = move_batch(collate(run.prepared.train, rows), run.backend, run.device)
+            if run.strategy.sharded:
+                batch |= share_chunks(run, run.prepared.train, run.plan.round(step, number, ranks))
+            # each micro-batch of the plan has its own dropout, whoever computes it: no state to resume
+            torch.manual_seed((run.config.training.seed << 40) + (step << 16) + number * ranks + run.rank)
+            with trainer.accumulate(number == len(batches) - 1):
+                loss = trainer(**batch)
+                # each strategy averages over ranks; the gradient wanted is that of the sum over all supervised tokens
+                trainer.backward(loss * (ranks / targets))
+            losses.append(loss.detach())
+    except torch.OutOfMemoryError:
+        return None
+    return losses
+
+
+def recover_from_full_memory(run: Run, budget: int) -> int:
+    """Forget the gradients of a step that ran out of memory; -> tokens of the micro-batches to try next."""
+    if run.strategy.ranks > 1:
+        raise TrainingError(f"out of memory on rank {run.rank}; lower training.max_tokens_per_batch below {budget}")
+    run.trainer.drop_gradients()
+    gc.collect()  # autograd's objects refer to each other in circles
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return budget // 2
+
+
 def write_checkpoint(run: Run, state: dict[str, Any]) -> Path:
     """Adapter, optimizer and state, whole and by name: any number of processes can continue from it."""
     with together():
@@ -483,7 +548,8 @@ def write_checkpoint(run: Run, state: dict[str, Any]) -> Path:
     with together():
         if run.rank == 0:
             states = {name: {key: v.cpu() if torch.is_tensor(v) else v for key, v in some.items()} for name, some in states.items()}
-            save_checkpoint(folder, state["step"], adapter_weights(run.model, weights), states, state, run.config.training.keep_checkpoints)
+            kept = state | {"loss_scale": run.trainer.read_scale()}
+            save_checkpoint(folder, state["step"], adapter_weights(run.model, weights), states, kept, run.config.training.keep_checkpoints)
     return folder / f"step-{state['step']}"
 
 
@@ -623,8 +689,17 @@ def show_data(run: Run) -> None:
 def show_step(decided: dict[str, Any]) -> None:
     console.print(
         f"micro-batches of {decided['max_tokens_per_batch']:,} tokens, {decided['recomputed_layers']} of {decided['layers']} layers recomputed: predicted peak "
-        f"{decided['predicted_peak_bytes'] / 2**30:.2f} GiB of {decided['memory_bytes'] / 2**30:.2f} GiB that may be used"
+        f"{decided['predicted_peak_bytes'] / GIB:.2f} GiB, with the allocator's reserve {decided['predicted_needed_bytes'] / GIB:.2f} GiB, of "
+        f"{decided['memory_bytes'] / GIB:.2f} GiB that may be used"
+        + ("; [yellow]it will hardly fit[/]" if decided["predicted_needed_bytes"] > decided["memory_bytes"] else "")
+        + (f"; {decided['predicted_host_bytes'] / GIB:.2f} GiB pinned in the host's memory" if decided["predicted_host_bytes"] else "")
     )
+
+
+def show_attention(choice: Choice, isolation: float, decided: dict[str, Any]) -> None:
+    cost = decided.get("attention_cost_bytes")
+    more = f"; forecast: {cost / GIB:.2f} GiB more than the variable-length kernel would need" if cost is not None else ""
+    console.print(f"attention {choice.backend} isolates packed rows (error {isolation:.0e}); {choice.reason}{more}")
 
 
 def show_scores(base: list[dict], tuned: list[dict]) -> dict:

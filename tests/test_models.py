@@ -10,9 +10,10 @@ from conftest import DEMO, build_model
 from test_losses import make_batch, make_table
 from transformers import AutoConfig
 
-from medqlora import models
+from medqlora import hardware
 from medqlora.attention import DOCUMENTS
 from medqlora.config import Lora, Model, Training
+from medqlora.hardware import choose_dtype
 from medqlora.losses import AnswerLoss
 from medqlora.models import (
     ModelError,
@@ -20,7 +21,6 @@ from medqlora.models import (
     architecture_hash,
     attach_adapter,
     check_length,
-    choose_dtype,
     count_parameters,
     load_adapter,
     load_base,
@@ -207,7 +207,7 @@ def test_what_a_gpu_that_is_not_here_computes_in_does_not_depend_on_this_cpu(mon
     """A login node plans for the nodes that train."""
     found = []
     for units in (True, False):
-        monkeypatch.setattr(models, "has_bf16_units", lambda units=units: units)
+        monkeypatch.setattr(hardware, "has_bf16_units", lambda units=units: units)
         found.append(choose_dtype("auto", torch.device("cuda")))
     assert found == [torch.bfloat16] * 2
     assert choose_dtype("float32", torch.device("cuda")) is torch.float32

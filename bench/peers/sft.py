@@ -29,8 +29,9 @@ from medqlora.attention import move_batch
 from medqlora.cleaning import clean, deduplicate
 from medqlora.config import ConfigError, UserError, load_config
 from medqlora.examples import read_examples
+from medqlora.hardware import DTYPES
 from medqlora.losses import AnswerLoss
-from medqlora.models import DTYPES, load_adapter, load_base
+from medqlora.models import load_adapter, load_base
 from medqlora.packing import collate
 from medqlora.preparation import prepare
 from medqlora.prompts import render

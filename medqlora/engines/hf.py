@@ -44,7 +44,7 @@ class HfEngine:
             warnings.warn("this model's attention mixes packed rows; each row runs alone, which is slow", stacklevel=2)
             self.backend, self.isolated = "sdpa", False
             self.causal.set_attn_implementation(own_attention(self.causal))
-        self.nested = self.sharing = self.backend == "varlen" and self.can_nest()
+        self.nested = self.sharing = self.backend in ("varlen", "grouped") and self.can_nest()
 
     @torch.inference_mode()
     def score(self, requests: Sequence[Request], shared: int = 0) -> list[list[float]]:
@@ -109,7 +109,7 @@ class HfEngine:
         if ids == self.shared_ids:
             return True
         states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        branches = replace(locate_branches([len(ids)], [None], self.device), record=states)
+        branches = replace(locate_branches([len(ids)], [None], self.device, backend=self.backend), record=states)
         run_backbone(self.causal, [ids], [0], {"documents": branches})
         self.shared_ids, self.shared_states = ids, states
         alone, after = self.run_pack([example], 0), self.run_pack([example], len(ids))
@@ -138,7 +138,7 @@ class HfEngine:
         with narrow_last_layer(self.causal, places.unique()):
             if shared or any(parent is not None for parent in parents):
                 states = self.shared_states if shared else None
-                branches = locate_branches(lengths, parents, self.device, states, shared)
+                branches = locate_branches(lengths, parents, self.device, states, shared, self.backend)
                 hidden = run_backbone(self.causal, segments, starts, {"documents": branches})
             else:
                 hidden = run_packed(self.causal, self.backend, segments)
@@ -176,8 +176,10 @@ class HfEngine:
                 try:
                     out = self.causal.generate(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), generation_config=config)
                 except torch.OutOfMemoryError:
+                    out = None
+                if out is None:  # outside of the except: until that has ended, the error holds the tensors of the failed call
                     if rows == 1:
-                        raise EngineError(f"out of memory on one answer to {width} tokens; lower --samples, or use a smaller dtype, as nf4") from None
+                        raise EngineError(f"out of memory on one answer to {width} tokens; lower --samples, or use a smaller dtype, as nf4")
                     rows //= 2
                     torch.cuda.empty_cache()
                     continue
