@@ -78,8 +78,10 @@ class Norm(torch.autograd.Function):
 
 
 def flatten(x: torch.Tensor) -> torch.Tensor:
-    """[..., width] -> [tokens, width]: compiled kernels then see few shapes, and are made few times."""
-    return x.detach().flatten(0, -2)
+    """[..., width] -> [tokens, width]: compiled kernels then see few shapes, and are made few times. A plain view would bring along
+    the shape of what it is a view of."""
+    x = x.detach()
+    return torch.ops.aten._unsafe_view(x, (x.shape[:-1].numel(), x.shape[-1])) if x.is_contiguous() else x.flatten(0, -2)
 
 
 def epsilon(module: torch.nn.Module) -> float:
@@ -204,11 +206,27 @@ def compile_layers(model: torch.nn.Module, device: torch.device, when: bool | st
 
 @functools.cache
 def compile_kernels(device: torch.device) -> Kernels:
-    """Compiled on first use for each dtype, and once more for all lengths when a second one is seen; tried here on a few numbers."""
-    kernels = Kernels(*map(torch.compile, astuple(Kernels())))
+    """Compiled on first use for each dtype and width, for all lengths; tried here on a few numbers."""
+    kernels = Kernels(*map(compile_for_all_lengths, astuple(Kernels())))
     x = torch.ones(2, 8, device=device)
     with torch.no_grad():
         y, scale = kernels.normalise(x, x[0], 1e-6, False)
         kernels.normalise_backward(y, x, scale, x[0], False)
         kernels.gate_backward(x, kernels.gate(x, x, "silu"), x, "silu")
     return kernels
+
+
+def compile_for_all_lengths(function: Callable) -> Callable:
+    """A compiled function of tensors [tokens, width]. torch's compiler would otherwise make one variant for the first number of tokens
+    and another for all numbers; it makes eight at most, and then goes on without compiling, in silence."""
+    compiled = torch.compile(function)
+
+    def run(*arguments):
+        if len(arguments[0]) == 1:  # a single token would be a variant of its own
+            return function(*arguments)
+        for argument in arguments:
+            if torch.is_tensor(argument) and argument.dim() == 2:
+                torch._dynamo.maybe_mark_dynamic(argument, 0)
+        return compiled(*arguments)
+
+    return run

@@ -157,6 +157,47 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_global_batch(finishe
         assert halved == pytest.approx(expected, rel=1e-4), step
 
 
+ALIVE = """
+import runpy, sys, weakref, torch
+from medqlora import layers
+kept, calls = [], []
+forward, backward = layers.GatedActivation.forward, layers.GatedActivation.backward
+def count():
+    return sum(storage() is not None for storage in kept)
+def record(ctx, gate, up, module):
+    if gate.is_meta or not gate.requires_grad:  # the forecast, and the proof of isolation
+        return forward(ctx, gate, up, module)
+    if "raised" in calls and "said" not in calls:
+        calls.append("said")
+        print(f"alive when the step is tried again: {count()}", flush=True)
+    elif "raised" not in calls:
+        kept.append(weakref.ref(gate.untyped_storage()))
+    return forward(ctx, gate, up, module)
+def fail(ctx, gradient):
+    if gradient.is_meta:
+        return backward(ctx, gradient)
+    calls.append("layer")
+    if len(calls) == 2:
+        print(f"alive when memory runs out: {count()} of {len(kept)}", flush=True)
+        calls.append("raised")
+        raise torch.OutOfMemoryError("too much")
+    return backward(ctx, gradient)
+layers.GatedActivation.forward, layers.GatedActivation.backward = staticmethod(record), staticmethod(fail)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_out_of_memory_in_the_backward_pass_leaves_nothing_of_the_failed_step(finished, tmp_path):
+    """The smaller micro-batch has the memory to itself: no tensor that a layer kept is alive when it begins."""
+    more = ["--training.gradient_checkpointing", "none", "--training.max_steps", "2", "--training.eval_steps", "2", "--data.test", "[]"]
+    done = run_script("-c", ALIVE, *flags(tmp_path / "run", finished[0] / "cache", *more))
+    assert done.returncode == 0, done.stderr
+    assert "alive when memory runs out: 3 of 4" in done.stdout  # the last layer's were used
+    assert "alive when the step is tried again: 0" in done.stdout
+    assert "micro-batches of 256 tokens" in done.stdout
+
+
 def test_non_finite_loss_names_the_examples(finished, tmp_path):
     body = "if len(calls) == 5: self.model.get_base_model().get_input_embeddings().weight.data[300] = float('nan')"
     done = run_patched(body, flags(tmp_path / "run", finished[0] / "cache"))
@@ -210,7 +251,7 @@ MISTAKES = {
     "too long": (["--data.max_length", "600"], "512 positions"),
     "quantization": (["--model.dtype", "float16"], "not trainable on a CPU"),
     "batch arithmetic": (["--training.global_batch_tokens", "5000"], "not a multiple"),
-    "attention": (["--model.attention", "flash"], "needs a CUDA GPU"),
+    "attention": (["--model.attention", "flash"], "needs a GPU of compute capability 8.0"),
     "folder of another run": (["--output_dir", "FINISHED"], "--resume"),
     "folder of something else": (["--output_dir", str(DEMO)], "holds no run"),
     "another recipe": (["--output_dir", "FINISHED", "--resume", "--training.lr", "1e-5"], "training.lr was"),

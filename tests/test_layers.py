@@ -8,7 +8,10 @@ import torch
 from conftest import ARCHITECTURES, build_model, run_script
 from transformers import GPT2Config, GPT2Model
 
-from medqlora.layers import compile_kernels, compile_layers, lean_layers
+from medqlora.attention import DOCUMENTS
+from medqlora.config import Lora
+from medqlora.layers import Dropped, DroppedLinear, SeededDropout, compile_kernels, compile_layers, draw_kept, lean_layers
+from medqlora.models import attach_adapter
 
 
 def run(model, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -69,6 +72,46 @@ assert 4 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 20, torch.
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch's compiler needs a C++ compiler on a CPU")
+def test_compiled_layers_are_made_few_times(tmp_path):
+    """torch's compiler goes on without compiling after eight variants of a function, in silence. Qwen3 has norms of two widths;
+    training, scoring and generating see packed and padded batches of many lengths, and single tokens."""
+    (tmp_path / "count.py").write_text(f"""
+import os, sys, torch
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from conftest import ARCHITECTURES, SMALL, build_model
+os.environ["TORCHDYNAMO_DISABLE"] = "0"
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+from transformers import Qwen3Config
+from medqlora import layers
+from medqlora.attention import DOCUMENTS
+from medqlora.config import Lora
+from medqlora.engines.hf import HfEngine
+from medqlora.engines.interface import Request, Sampling
+from medqlora.losses import AnswerLoss
+from medqlora.models import attach_adapter
+from test_losses import make_batch, make_table
+ARCHITECTURES["qwen3"] = lambda: Qwen3Config(**SMALL, head_dim=16)
+model = build_model("qwen3", DOCUMENTS).requires_grad_(False)
+layers.lean_layers(model)
+assert layers.compile_layers(model, torch.device("cpu"), True)
+loss = AnswerLoss(attach_adapter(model, Lora(r=4), 0), 1024)
+for rows in (range(9), range(5), range(3, 9), range(2)):
+    loss(**make_batch(make_table(), rows, "varlen")).backward()
+engine = HfEngine(model, "varlen", 400)
+for count in (1, 3, 7, 12):
+    engine.score([Request(list(range(5, 30 + number)), [[4], [5, 6]]) for number in range(count)])
+for prompts in ([list(range(5, 20)), list(range(5, 12))], [list(range(5, 25))]):
+    engine.generate(prompts, Sampling(max_new_tokens=5, stop_ids=(2,), decode=str))
+for name in ("normalise", "normalise_backward", "gate", "gate_backward"):
+    variants = len(_debug_get_cache_entry_list(getattr(layers, name).__code__))
+    assert 1 <= variants <= 4, (name, variants)
+""")
+    done = run_script(tmp_path / "count.py")
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_machine_without_a_compiler_goes_on(monkeypatch):
     def refuse(*_):
         raise RuntimeError("no compiler")
@@ -95,3 +138,56 @@ def test_gradients_are_those_of_finite_differences(architecture):
     layer = model.layers[0]
     x = torch.randn(3, 64, dtype=torch.float64, requires_grad=True) * 0.5
     assert torch.autograd.gradcheck(lambda h: layer.mlp(h), x, atol=1e-4)
+
+
+# ---- dropout that keeps a seed -------------------------------------------------------------------------------------------
+
+
+def test_dropped_linear_is_dropout_before_a_linear_map():
+    x, weight = torch.randn(50, 8, dtype=torch.float64, requires_grad=True), torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(3)
+    out = DroppedLinear.apply(x, weight, 0.3)
+    torch.manual_seed(3)
+    assert torch.equal(out, torch.nn.functional.linear(x * draw_kept(x, 0.3, int(torch.randint(2**62, ()))), weight) / 0.7)
+
+    def again(x, weight):
+        torch.manual_seed(3)
+        return DroppedLinear.apply(x, weight, 0.3), Dropped.apply(x, 0.3)
+
+    assert torch.autograd.gradcheck(again, (x[:5].detach().requires_grad_(), weight))
+
+
+def test_dropout_drops_the_share_it_is_told_and_only_in_training():
+    dropout, x = SeededDropout(0.2), torch.ones(400, 500)
+    torch.manual_seed(0)
+    first, second = dropout(x), dropout(x)
+    assert (first == 0).float().mean().item() == pytest.approx(0.2, abs=0.01)
+    assert first.mean().item() == pytest.approx(1, abs=0.01)
+    assert not torch.equal(first, second)
+    assert torch.equal(dropout.eval()(x), x)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_dropout_keeps_no_mask_and_is_the_same_when_layers_are_recomputed(variant):
+    """What autograd keeps with dropout is what it keeps without, but for DoRA's dropped input."""
+    kept, gradients = {}, {}
+    for dropout, recomputed in ((0.0, False), (0.1, False), (0.1, True)):
+        model = attach_adapter(build_model("llama", DOCUMENTS), Lora(r=4, dropout=dropout, variant=variant), 0).train()
+        if recomputed:
+            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        storages = {}
+
+        def pack(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        torch.manual_seed(7)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = model.get_base_model().model(input_ids=torch.arange(3, 99)[None], attention_mask=None, use_cache=False).last_hidden_state
+        out.square().sum().backward()
+        kept[dropout, recomputed] = sum(storages.values())
+        gradients[dropout, recomputed] = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    if variant == "lora":
+        assert kept[0.1, False] <= 1.01 * kept[0.0, False]
+    assert torch.equal(gradients[0.1, False], gradients[0.1, True])
+    assert not torch.equal(gradients[0.1, False], gradients[0.0, False])

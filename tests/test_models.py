@@ -31,7 +31,7 @@ from medqlora.models import (
     save_adapter,
     set_checkpointing,
 )  # fmt: skip
-from medqlora.optimizers import learning_rate, make_optimizer
+from medqlora.optimizers import learning_rate, make_optimizer, restore_pages
 
 CPU = torch.device("cpu")
 
@@ -200,6 +200,30 @@ def test_optimizers_step(optimizer):
     run_gradients(model)
     chosen.step()
     assert any(not torch.equal(a, b) for a, b in zip(before, weights, strict=True))
+
+
+def test_paged_states_are_paged_again_after_loading(monkeypatch):
+    """bitsandbytes loads the states of its paged optimizers as plain tensors; the next step is the same either way."""
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    start = torch.randn(100, 100)
+    runs = [[torch.nn.Parameter(start.clone())] for _ in range(2)]
+    trainers = [make_optimizer(Training(optimizer="paged_adamw_8bit", lr=1e-2), weights) for weights in runs]
+    pages = []
+    make = trainers[1].get_state_buffer
+    monkeypatch.setattr(trainers[1], "get_state_buffer", lambda weight, dtype: pages.append(make(weight, dtype)) or pages[-1])
+    for step in range(2):
+        if step == 1:
+            trainers[1].load_state_dict(trainers[0].state_dict())
+            runs[1][0].data.copy_(runs[0][0].data)
+            restore_pages(trainers[1])
+            states = trainers[1].state[runs[1][0]]
+            assert [states["state1"] is pages[0], states["state2"] is pages[1]] == [True, True]
+        for weights, optimizer in zip(runs, trainers, strict=True):
+            if step == 1 or optimizer is trainers[0]:
+                weights[0].grad = torch.ones_like(start) * (step + 1)
+                optimizer.step()
+    assert torch.equal(runs[0][0], runs[1][0])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")

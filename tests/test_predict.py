@@ -63,16 +63,25 @@ def test_killed_with_changing_shards_equals_uninterrupted(whole, tmp_path):
     assert not parts.exists()
 
 
+INTERRUPTED = """
+import os, runpy, signal, sys
+from medqlora.predictions import Journal
+append = Journal.append
+def append_and_interrupt(self, batch):
+    append(self, batch)
+    os.kill(os.getpid(), signal.SIGINT)
+Journal.append = append_and_interrupt
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.slow
 def test_interrupted_run_keeps_its_batches(whole, tmp_path):
-    """Ctrl-C: one line, exit code 130, and the same command completes the file."""
+    """Ctrl-C, here after the first batch: one line, exit code 130, and the same command completes the file."""
     output = tmp_path / "p.jsonl"
-    command = [sys.executable, "eval/predict.py", "--model", DEMO / "base", "--format", "medmcqa", "--path", TEST, "--output", output]
-    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not any(part.stat().st_size for part in (tmp_path / "p.jsonl.parts").glob("*.jsonl")):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, complaint = process.communicate(timeout=60)
+    process = run_script("-c", INTERRUPTED, "eval/predict.py", "--model", DEMO / "base", "--format", "medmcqa", "--path", TEST, "--output", output)
+    complaint = process.stderr
     assert process.returncode == 130
     assert "the same command goes on from there" in complaint.splitlines()[-1]
     assert "Traceback" not in complaint

@@ -46,7 +46,8 @@ class HfEngine:
             self.causal.set_attn_implementation(own_attention(self.causal))
         self.nested = self.sharing = self.backend in ("varlen", "grouped") and self.can_nest()
 
-    @torch.inference_mode()
+    # Not inference_mode: compiled pieces would be made once more for its tensors.
+    @torch.no_grad()
     def score(self, requests: Sequence[Request], shared: int = 0) -> list[list[float]]:
         """See interface.Engine. Every value is known: options of several tokens are scored as continuations.
 
@@ -76,7 +77,7 @@ class HfEngine:
                     scores[number] = values
         return scores
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def can_nest(self) -> bool:
         """Whether options may continue their question in segments of their own: the same scores as in repeated rows."""
         draw = torch.randint(min(1_000, self.causal.config.get_text_config().vocab_size), (12,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -147,7 +148,7 @@ class HfEngine:
             scores[number][option] += value
         return scores
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(self, prefixes: Sequence[list[int]], sampling: Sampling) -> list[list[str]]:
         """See interface.Engine. Batches are padded on the left, rows of like length together; sampled answers depend on
         the seed and on what is generated in the same call."""
