@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from medqlora.config import Lora
 from medqlora.losses import AnswerLoss, HeadLoss, backbone_of
 from medqlora.models import attach_adapter, set_checkpointing
 from medqlora.packing import collate
+from medqlora.strategies import Replicated, Strategy
 from medqlora.tokens import TokenTable
 
 CPU = torch.device("cpu")
@@ -181,3 +183,44 @@ def test_head_loss_is_cross_entropy(dtype, tolerance, scale, cap, bias):
     assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
     for got, wanted in ((hidden.grad[:5], reference.grad[:5]), (hidden.grad, reference.grad)):
         assert torch.linalg.vector_norm(got.double() - wanted) <= tolerance * torch.linalg.vector_norm(wanted)
+
+
+# ---- float16's loss scale --------------------------------------------------------------------------------------------------
+
+
+def scaled_trainer():
+    model = attach_adapter(build_model("llama", DOCUMENTS), Lora(r=4), 0).train()
+    return Replicated(Strategy("one"), AnswerLoss(model, 16), lambda weights: torch.optim.SGD(weights, lr=0.1), 1.0, CPU, scale=True)
+
+
+def take_step(trainer, factor: float = 0.01) -> float:
+    loss = trainer(**make_batch(make_table(), range(9), "grouped"))
+    trainer.backward(loss * factor)
+    return trainer.step(0.1)
+
+
+def test_the_loss_scale_goes_on_where_it_was():
+    """A resumed run has the scale of the uninterrupted one, and the number of steps since it last changed."""
+    whole = scaled_trainer()
+    whole.write_scale(whole.read_scale() | {"growth_interval": 4, "scale": 8.0})
+    resumed = None
+    for step in range(6):
+        take_step(whole)
+        if step == 2:
+            resumed = scaled_trainer()
+            resumed.write_scale(json.loads(json.dumps(whole.read_scale())))
+            resumed.write_weights(whole.read_weights())
+        elif resumed:
+            take_step(resumed)
+    assert whole.read_scale() == resumed.read_scale()
+    assert whole.read_scale()["scale"] == 16.0
+    assert all(torch.equal(value, resumed.read_weights()[name]) for name, value in whole.read_weights().items())
+
+
+def test_a_scale_that_is_too_high_skips_the_step_and_falls():
+    trainer = scaled_trainer()
+    trainer.write_scale(trainer.read_scale() | {"scale": 3e38})
+    before = {name: value.clone() for name, value in trainer.read_weights().items()}
+    assert not np.isfinite(take_step(trainer, 100))
+    assert trainer.read_scale()["scale"] == pytest.approx(1.5e38)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.read_weights().items())
