@@ -613,15 +613,27 @@ def longest_sequence(config: Config, architecture: PretrainedConfig, setting: Se
             break
         (before, needed), (length, need) = (length, need), (guess, estimate(guess))
     length, per_token = min(length, guess), max(1.0, (need - needed) / (length - before))
-    while length >= 16:  # from few layers to all of them
-        forecast = forecast_plan(alone(length), architecture, setting, length, mode, labelled_of(length)).forecast
-        if setting.holds(forecast):
-            return length
-        shorter = length - (setting.needs(forecast) - setting.memory) / per_token
-        if forecast.host > setting.host:
-            shorter = min(shorter, length * setting.host / forecast.host)
+
+    def forecast(tokens: int) -> Forecast:
+        return forecast_plan(alone(tokens), architecture, setting, tokens, mode, labelled_of(tokens)).forecast
+
+    over = None  # the shortest row that is known not to fit
+    while length >= 16 and not setting.holds(found := forecast(length)):  # from few layers to all of them
+        over, shorter = length, length - (setting.needs(found) - setting.memory) / per_token
+        if found.host > setting.host:
+            shorter = min(shorter, length * setting.host / found.host)
         length = min(length - 16, int(shorter) // 16 * 16)
-    return None
+    if length < 16:
+        return None
+    for _ in range(4):  # what the allocator reserves grows in steps, so the line can lead too low
+        middle = ((over or length) + length) // 32 * 16
+        if middle - length <= length // 100:
+            break
+        if setting.holds(forecast(middle)):
+            length = middle
+        else:
+            over = middle
+    return length
 
 
 # ---- serving ---------------------------------------------------------------------------------------------------------------
