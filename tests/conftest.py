@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Llam
 
 torch.set_num_threads(1)  # the models here are so small that threads only wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"  # the same for the scripts that tests start
-os.environ["TORCHDYNAMO_DISABLE"] = "1"  # bitsandbytes imports torch's compiler at every start otherwise, for functions that nothing calls
+if not torch.cuda.is_available():  # bitsandbytes imports torch's compiler at every start otherwise, for functions that nothing calls
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "recipes" / "demo"
@@ -101,7 +102,7 @@ def run_inside(script: Path, arguments: list[str], monkeypatch) -> tuple[int, st
 
 
 # Files that take minutes, or wait for other programs, begin first when the tests run on several cores.
-LONGEST = ("test_readme", "test_slurm", "test_strategies", "test_processes", "test_vllm", "test_end_to_end", "test_predict")
+LONGEST = ("test_readme", "test_lowest_versions", "test_slurm", "test_strategies", "test_processes", "test_vllm", "test_end_to_end", "test_predict")
 
 
 def pytest_collection_modifyitems(items: list) -> None:
