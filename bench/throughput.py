@@ -20,7 +20,6 @@ import argparse
 import itertools
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -43,21 +42,14 @@ from rich.table import Table
 from medqlora.allocator import segments_expand
 from medqlora.config import Config, ConfigError, UserError, change, load_config
 from medqlora.hardware import choose_dtype
-from medqlora.losses import unwrap
 from medqlora.memory import Setting, assume_labelled, available_host, available_memory, plan_step, read_architecture
-from medqlora.models import find_layers
 from medqlora.packing import list_budgets, make_plan
 from medqlora.runs import MemoryMeter, check_new, check_picture, describe_environment, name_command, write_json
 from medqlora.strategies import Strategy, choose_storage
-from medqlora.trials import Trial, draw_lengths, make_table
+from medqlora.trials import Trial, count_flops, draw_lengths, find_peak, make_table
 
 DEMO = Path(__file__).parent.parent / "recipes" / "configs" / "demo.yaml"
 ARCHITECTURES = Path(__file__).parent / "architectures"
-# Dense 16-bit tensor rates of the makers' data sheets, in FLOP/s; the first of these words that the device's name holds.
-PEAK_FLOPS = {
-    "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10": 125e12,
-    "RTX 4090": 165e12, "RTX 3090": 71e12, "T4": 65e12,
-}  # fmt: skip
 SUPERVISED_PER_ROW = 2  # a letter and the end token
 console = Console(highlight=False, soft_wrap=True)
 
@@ -163,8 +155,7 @@ def run_case(config: Config, arguments: argparse.Namespace) -> dict:
     steps = [trial.step(table, plan, arguments.warm_up + step) for step in range(arguments.steps)]
     seconds = np.array([step.seconds for step in steps])
     total, tokens = seconds.sum(), sum(step.tokens for step in steps)
-    weights_passed = count_weights(trial)
-    flops = (4 + 2 * trial.recomputed / trial.layers) * weights_passed * tokens / total
+    flops = count_flops(trial, trial.recomputed) * tokens / total
     peak, source = find_peak(device, trial.dtype, arguments.peak_tflops)
     computed = tokens  # rows are packed without padding, or run alone: every computed token is a real one
     return {
@@ -202,33 +193,6 @@ def make_rows(config: Config, arguments: argparse.Namespace, vocabulary: int):
     table = make_table(lengths, SUPERVISED_PER_ROW, vocabulary, training.seed)
     settings = {"capacity": training.max_tokens_per_batch, "global_tokens": training.global_batch_tokens, "seed": training.seed}
     return table, make_plan(lengths, **settings, packing=config.data.packing, max_steps=arguments.steps + arguments.warm_up)
-
-
-def count_weights(trial: Trial) -> int:
-    """Weights of the decoder layers' linear maps, adapters included."""
-    total = 0
-    for layer in find_layers(unwrap(trial.model)):
-        for module in layer.modules():
-            if isinstance(module, torch.nn.Linear):
-                total += module.in_features * module.out_features
-    return total
-
-
-def find_peak(device: torch.device, dtype: torch.dtype, given: float | None) -> tuple[float | None, str]:
-    """FLOP/s that utilisation is measured against, and where the number is from."""
-    if given:
-        return given * 1e12, "--peak_tflops"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        known = next((rate for key, rate in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
-        return (known, "data sheet, dense 16-bit") if known and dtype is not torch.float32 else (None, "unknown; give --peak_tflops")
-    a = torch.randn(2048, 2048).to(dtype)
-    times = []
-    for _ in range(4):
-        began = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - began)
-    return 2 * 2048**3 / min(times), "matrix product of 2,048 x 2,048, measured"
 
 
 # ---- what the user sees ----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 
@@ -13,12 +14,18 @@ from medqlora.attention import IMPLEMENTATIONS, choose_backend, move_batch
 from medqlora.config import Config
 from medqlora.hardware import choose_dtype
 from medqlora.layers import compile_layers
-from medqlora.losses import AnswerLoss
-from medqlora.models import attach_adapter, load_base, make_base, set_checkpointing
+from medqlora.losses import AnswerLoss, unwrap
+from medqlora.models import attach_adapter, find_layers, load_base, make_base, set_checkpointing
 from medqlora.optimizers import make_optimizer
 from medqlora.packing import Plan, collate
 from medqlora.strategies import Strategy, wrap
 from medqlora.tokens import TokenTable
+
+# Dense 16-bit tensor rates of the makers' data sheets, in FLOP/s; the first of these words that the device's name holds.
+PEAK_FLOPS = {
+    "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10": 125e12,
+    "RTX 4090": 165e12, "RTX 3090": 71e12, "T4": 65e12,
+}  # fmt: skip
 
 
 def draw_lengths(rows: int, longest: int, seed: int) -> np.ndarray:
@@ -91,3 +98,31 @@ class Trial:
         self.trainer.step(self.config.training.lr)
         self.synchronize()
         return StepTimes(time.perf_counter() - began, waited, int(table.lengths[rows].sum()), targets, len(rows), loss)
+
+
+def count_flops(trial: Trial, recomputed: int) -> float:
+    """Floating-point operations per token of a step: (4 + 2 x recomputed layers / layers) for each weight of the decoder layers' linear
+    maps, adapters included; see bench/throughput.py."""
+    total = 0
+    for layer in find_layers(unwrap(trial.model)):
+        for module in layer.modules():
+            if isinstance(module, torch.nn.Linear):
+                total += module.in_features * module.out_features
+    return (4 + 2 * recomputed / trial.layers) * total
+
+
+def find_peak(device: torch.device, dtype: torch.dtype, given: float | None) -> tuple[float | None, str]:
+    """FLOP/s that utilisation is measured against, and where the number is from."""
+    if given:
+        return given * 1e12, "--peak_tflops"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        known = next((rate for key, rate in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
+        return (known, "data sheet, dense 16-bit") if known and dtype is not torch.float32 else (None, "unknown; give --peak_tflops")
+    a = torch.randn(2048, 2048).to(dtype)
+    times = []
+    for _ in range(4):
+        began = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - began)
+    return 2 * 2048**3 / min(times), "matrix product of 2,048 x 2,048, measured"

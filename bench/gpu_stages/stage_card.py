@@ -1,0 +1,54 @@
+"""What is this GPU, and how fast does it copy and multiply?"""
+
+import contextlib
+import os
+import subprocess
+import sys
+
+from medqlora.allocator import prefer_expandable_segments
+
+prefer_expandable_segments(os.environ)  # before torch is imported
+
+import torch
+
+from medqlora.allocator import segments_expand
+from medqlora.attention import try_flash_package
+from medqlora.runs import describe_environment
+from medqlora.stages import Stage
+
+
+def main() -> int:
+    stage = Stage.from_arguments(sys.argv[1:], __doc__)
+    stage.figure("environment", describe_environment())
+    stage.figure("driver", read_driver())
+    stage.figure("expandable_segments", segments_expand())
+    stage.figure("flash_attn", try_flash_package() or "can be imported")
+    if stage.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        # What a fresh process takes before any tensor: memory.CONTEXT assumes it.
+        stage.figure("context_bytes", total - free - torch.cuda.memory_reserved())
+    size = 64 * 2**20 if stage.small else 2 * 2**30
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=stage.device)
+    target = torch.empty_like(source)
+    seconds = stage.time(lambda: target.copy_(source))
+    stage.figure("copy_bytes_per_second", 2 * size / seconds)  # read and written
+    host = torch.empty(size // 4, dtype=torch.uint8, pin_memory=stage.device.type == "cuda")
+    seconds = stage.time(lambda: host.copy_(source[: len(host)], non_blocking=True))
+    stage.figure("copy_to_host_bytes_per_second", len(host) / seconds)
+    width = 1024 if stage.small else 8192
+    a, b = (torch.randn(width, width, device=stage.device).to(torch.bfloat16) for _ in range(2))
+    seconds = stage.time(lambda: a @ b)
+    stage.figure("bfloat16_product", {"width": width, "flops_per_second": 2 * width**3 / seconds})
+    return stage.finish()
+
+
+def read_driver() -> str | None:
+    """Name, driver and limits as nvidia-smi says them."""
+    wanted = "name,driver_version,power.limit,clocks.max.sm,memory.total"
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(["nvidia-smi", f"--query-gpu={wanted}", "--format=csv,noheader"], capture_output=True, text=True, check=True).stdout.strip()
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

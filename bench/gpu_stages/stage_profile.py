@@ -1,0 +1,84 @@
+"""Where the time of a training step goes: kernels by kind, the 25 longest, and how much of the step the GPU waits."""
+
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+from medqlora.allocator import prefer_expandable_segments
+
+prefer_expandable_segments(os.environ)  # before torch is imported
+
+import numpy as np
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig
+
+from medqlora.config import Config, Data, Model, Training
+from medqlora.memory import read_architecture, with_layers
+from medqlora.packing import make_plan
+from medqlora.stages import Stage
+from medqlora.trials import Trial, make_table
+
+ARCHITECTURES = Path(__file__).parent.parent / "architectures"
+LAYERS, LONGEST = 8, 25
+# Words in a kernel's or operation's name; the first kind that has one is its kind.
+KINDS = (
+    ("dequantization", ("dequant", "gemm_4bit", "quantiz")),
+    ("attention", ("flash", "fmha", "attention", "varlen")),
+    ("matrix products", ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk", "::mm", "::addmm", "::bmm", "::linear", "::matmul")),
+    ("optimizer", ("adam", "multi_tensor", "foreach")),
+    ("copies", ("memcpy", "memset", "::copy_", "::index_select", "gather", "::cat")),
+)
+
+
+def main() -> int:
+    stage = Stage.from_arguments(sys.argv[1:], __doc__)
+    row, rows = (60, 4) if stage.small else (512, 16)
+    if stage.small:
+        architecture = LlamaConfig(hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=500)
+    else:
+        architecture = with_layers(read_architecture("llama3-8b", ARCHITECTURES), LAYERS)
+    config = Config(
+        model=Model(base="random", dtype="float32" if stage.small else "bfloat16"), data=Data(max_length=row),
+        training=Training(max_tokens_per_batch=row * rows, global_batch_tokens=row * rows, gradient_checkpointing="none"),
+    )  # fmt: skip
+    trial = Trial(config, architecture, stage.device)
+    table = make_table(np.full(rows * 5, row), 2, trial.vocabulary, 0)
+    plan = make_plan(table.lengths, capacity=row * rows, global_tokens=row * rows, epochs=1, seed=0)
+    for number in range(3):
+        trial.step(table, plan, number)
+    unprofiled = trial.step(table, plan, 3).seconds
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if stage.device.type == "cuda" else [])
+    with profile(activities=activities, record_shapes=True) as recorded:
+        trial.step(table, plan, 4)
+    by_kind, by_name, launches = collect(recorded.events(), config.lora.r, on_gpu=stage.device.type == "cuda")
+    busy = sum(by_kind.values())
+    stage.figure("seconds", {"step": unprofiled, "busy": busy, "by_kind": dict(by_kind.most_common())})
+    stage.figure("idle share", max(0.0, 1 - busy / unprofiled))
+    stage.figure("launches", launches)
+    stage.figure("longest", [{"name": name[:160], "kind": kind, "seconds": seconds} for (name, kind), seconds in by_name.most_common(LONGEST)])
+    stage.check("profile without a single kernel", float(not launches), 0)
+    return stage.finish()
+
+
+def collect(events, rank: int, on_gpu: bool) -> tuple[Counter, Counter, int]:
+    """Seconds by kind, by (name, kind), and the number of kernels; on a CPU of operations, without those they call."""
+    by_kind, by_name, launches = Counter(), Counter(), 0
+    for event in events:
+        found = [(kernel.name, kernel.duration / 1e6) for kernel in event.kernels] if on_gpu else [(event.name, event.self_cpu_time_total / 1e6)]
+        for name, seconds in found:
+            kind = classify(f"{name} {event.name}".lower(), event.input_shapes, rank)
+            by_kind[kind] += seconds
+            by_name[name, kind] += seconds
+            launches += 1
+    return by_kind, by_name, launches
+
+
+def classify(name: str, shapes: list, rank: int) -> str:
+    kind = next((kind for kind, words in KINDS if any(word in name for word in words)), "pointwise and other")
+    adapter = any(rank in shape for shape in shapes if isinstance(shape, (list, tuple)) and len(shape) == 2)
+    return "adapter's products" if kind == "matrix products" and adapter else kind
+
+
+if __name__ == "__main__":
+    sys.exit(main())

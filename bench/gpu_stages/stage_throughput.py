@@ -1,0 +1,73 @@
+"""Tokens per second of whole training steps: nothing recomputed, everything recomputed, without compiled pieces, offloaded."""
+
+import os
+import sys
+from pathlib import Path
+
+from medqlora.allocator import prefer_expandable_segments
+
+prefer_expandable_segments(os.environ)  # before torch is imported
+
+import numpy as np
+import torch
+from transformers import LlamaConfig
+
+from medqlora.config import Config, Data, Model, Training
+from medqlora.layers import Kernels
+from medqlora.losses import unwrap
+from medqlora.memory import read_architecture
+from medqlora.models import find_layers, set_checkpointing
+from medqlora.packing import make_plan
+from medqlora.stages import Stage
+from medqlora.trials import Trial, count_flops, find_peak, make_table
+
+ARCHITECTURES = Path(__file__).parent.parent / "architectures"
+WARM_UP, STEPS = 2, 5
+
+
+def main() -> int:
+    stage = Stage.from_arguments(sys.argv[1:], __doc__)
+    row, rows = (60, 4) if stage.small else (512, 16)  # of a pack: 8,192 tokens
+    if stage.small:
+        architecture = LlamaConfig(hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=500)
+    else:
+        architecture = read_architecture("llama3-8b", ARCHITECTURES)
+    config = Config(
+        model=Model(base="random", dtype="float32" if stage.small else "bfloat16"), data=Data(max_length=row),
+        training=Training(max_tokens_per_batch=row * rows, global_batch_tokens=row * rows, gradient_checkpointing="none"),
+    )  # fmt: skip
+    trial = Trial(config, architecture, stage.device)
+    stage.figure("model", {"shape": "small Llama" if stage.small else "llama3-8b", "layers": trial.layers, "quantization": "nf4", "lora_r": config.lora.r,
+                           "dtype": config.model.dtype, "attention": trial.backend, "compiled": trial.compiled, "tokens": row * rows, "row_tokens": row})  # fmt: skip
+    table = make_table(np.full(rows * (WARM_UP + STEPS), row), 2, trial.vocabulary, 0)
+    plan = make_plan(table.lengths, capacity=row * rows, global_tokens=row * rows, epochs=1, seed=0)
+    base = unwrap(trial.model)
+    for case in ("none", "full", "offload", "none, not compiled"):
+        for layer in find_layers(base):
+            layer.gradient_checkpointing = False
+        recomputed = set_checkpointing(base, case.partition(",")[0])
+        if "not compiled" in case:
+            for module in base.modules():
+                if hasattr(module, "kernels"):
+                    module.kernels = Kernels()
+        stage.figure(case, measure(stage, trial, table, plan, recomputed))
+    return stage.finish()
+
+
+def measure(stage: Stage, trial: Trial, table, plan, recomputed: int) -> dict:
+    if stage.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    steps = [trial.step(table, plan, number) for number in range(WARM_UP + STEPS)][WARM_UP:]
+    seconds = sorted(step.seconds for step in steps)[len(steps) // 2]
+    flops = count_flops(trial, recomputed) * steps[0].tokens / seconds
+    peak, source = find_peak(stage.device, trial.dtype, None)
+    return {
+        "tokens_per_second": steps[0].tokens / seconds, "step_seconds": [step.seconds for step in steps], "recomputed_layers": recomputed,
+        "model_flops_per_second": flops, "model_flops_utilisation": flops / peak if peak else None, "peak_source": source,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if stage.device.type == "cuda" else None, "loss": steps[-1].loss,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""One stage of a check on real hardware: what it found is on disk after every finding, whatever becomes of the process."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medqlora.runs import write_json
+
+
+class Stage:
+    """Collects checks, which pass or fail, and figures, which are kept.
+
+    device: what is tried; small: shapes for a CPU, which rehearses the stage.
+    """
+
+    def __init__(self, device: torch.device, output: Path):
+        self.device, self.small, self.output = device, device.type == "cpu", output
+        self.checks: list[dict[str, Any]] = []
+        self.figures: dict[str, Any] = {}
+
+    @classmethod
+    def from_arguments(cls, arguments: list[str], description: str | None) -> Stage:
+        """Read --device and --output."""
+        parser = argparse.ArgumentParser(description=description)
+        parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="what is tried (default cuda)")
+        parser.add_argument("--output", type=Path, required=True, help="JSON file of what is found, written after every finding")
+        chosen = parser.parse_args(arguments)
+        return cls(torch.device(chosen.device), chosen.output)
+
+    def check(self, name: str, value: float, limit: float) -> None:
+        """A number that may not be over its limit; NaN is."""
+        self.checks.append({"name": name, "value": float(value), "limit": limit, "ok": bool(value <= limit)})
+        self.save()
+
+    def figure(self, name: str, value: Any) -> None:
+        self.figures[name] = value
+        self.save()
+
+    def save(self) -> None:
+        write_json(self.output, {"checks": self.checks, "figures": self.figures})
+
+    def finish(self) -> int:
+        """Exit code: 0 if all checks passed."""
+        self.save()
+        return 0 if all(check["ok"] for check in self.checks) else 1
+
+    # ---- measuring ---------------------------------------------------------------------------------------------------
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def time(self, function: Callable[[], Any], repeats: int = 10) -> float:
+        """Median seconds of a call, after two that are not counted."""
+        seconds = []
+        for number in range(repeats + 2):
+            self.synchronize()
+            began = time.perf_counter()
+            function()
+            self.synchronize()
+            if number >= 2:
+                seconds.append(time.perf_counter() - began)
+        return sorted(seconds)[len(seconds) // 2]
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """|found - expected| / |expected|, as vectors in float64; infinite where something is not finite."""
+    found, expected = found.detach().double().flatten(), expected.detach().double().flatten()
+    if not torch.isfinite(found).all():
+        return math.inf
+    return float(torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected).clamp(min=1e-30))
