@@ -8,7 +8,7 @@
 
 Each stage is a process (bench/gpu_stages/) with a time limit of its own; what it finds is in OUTPUT/gpu.json as soon as the stage ends, also
 if it fails, and a failing stage stops no other. A stage that does not fit into the minutes that are left is skipped and named. The exit code
-is 0 only if everything that ran has passed. What a bare machine lacks: bash bench/gpu_wheels.sh makes a folder of it.
+is 0 only if everything that ran has passed. What a bare machine lacks: python bench/gpu_wheels.py makes a folder of it.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from medqlora.runs import write_json
 ROOT = Path(__file__).parent.parent
 FOLDER = Path(__file__).parent / "gpu_stages"
 LOG_BYTES = 4 * 2**20  # of what stages print, the end
+LOSS_LIMIT = 1e-4
 RESULTS, LOG = "gpu.json", "gpu.log"
 
 
@@ -138,6 +139,8 @@ def run_stage(stage: Plan, arguments: argparse.Namespace, environ: dict[str, str
         raise
     write_log(arguments.output / LOG, stage.name, printed)
     found = read_found(file)
+    if not all(check["ok"] for check in found.get("checks", [])):
+        status = "failed"
     facts = {"status": status, "seconds": round(time.monotonic() - began, 1), "exit_code": process.returncode, **found}
     if status != "passed":
         facts["last_lines"] = printed.decode(errors="replace").strip().splitlines()[-12:]
@@ -151,7 +154,13 @@ def read_found(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     file.unlink()
-    return tree if "checks" in tree else {"figures": tree}
+    return tree if "checks" in tree else {"figures": tree, "checks": check_strategies(tree)}
+
+
+def check_strategies(tree: dict[str, Any]) -> list[dict[str, Any]]:
+    """Losses of every strategy in float32 against one process."""
+    rows = {name: row["loss_difference"] for name, row in tree.get("rows", {}).items() if name != "one"}
+    return [{"name": f"{name}: largest relative difference of a loss", "value": value, "limit": LOSS_LIMIT, "ok": value <= LOSS_LIMIT} for name, value in rows.items()]
 
 
 def write_log(path: Path, name: str, printed: bytes) -> None:

@@ -185,6 +185,7 @@ def start(config: Config, output_dir: Path, resume: bool) -> Run:
     if config.training.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # which only finds mistakes, and takes time
     # transformers would divide the base while it loads, or load it on one rank only; here it is whole until it has been scored
     unset_hf_deepspeed_config()
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"

@@ -3,17 +3,20 @@
     python bench/peers/sft.py --tokenizer DIR --data medmcqa/train.jsonl [--dtype float32] [--json FILE]
     python bench/peers/sft.py --tokenizer DIR --data medmcqa/train.jsonl --llamafactory OTHER_ENVIRONMENT/bin/python
 
-Builds a random 74M-parameter Llama (build_base.py), then trains it in one process per contestant: TRL packed (best-fit, padding-free) with and
+Builds a random Llama (build_base.py; 74M parameters by default), then trains it in one process per contestant: TRL packed (best-fit, padding-free) with and
 without recomputation; LLaMA-Factory packed ("neat packing", sdpa) likewise, where an interpreter that has it is given; and ours with full
 recomputation and as our planner chooses. TRL's head runs at labelled positions only ("compact"), which TRL 1.16 does by itself on a GPU
-alone; on a CPU it is switched on. All see the same tokens; the trained adapters' loss on the first rows is computed by the same code. On a GPU
+alone; on a CPU it is switched on. Where liger-kernel is installed and a GPU is here, TRL runs with it too. All see the same tokens; the trained adapters' loss on the first rows is computed by the same code. On a GPU
 where there is one (not tried yet), else on the CPU. Only ratios of one run on one machine mean something. Needs `pip install trl==1.16.0`.
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import runpy
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -42,7 +45,8 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "sft_qlora.py"
 WARM_UP = 2  # steps left out of the rate
 MEASURED = 100  # rows on which the trained adapters are compared
 CONTESTANTS = {
-    "trl, full recomputation": "full", "trl, none": "none", "llamafactory, full recomputation": "full", "llamafactory, none": "none",
+    "trl, full recomputation": "full", "trl, none": "none", "trl with liger, full recomputation": "full", "trl with liger, none": "none",
+    "llamafactory, full recomputation": "full", "llamafactory, none": "none",
     "ours, full recomputation": "full", "ours, as planned": "auto",
 }  # fmt: skip
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -92,7 +96,7 @@ def measure_loss(model, table) -> float:
     return total / int(table.supervised[list(rows)].sum())
 
 
-def run_trl(arguments: argparse.Namespace, base: Path, work: Path, recompute: str) -> dict:
+def run_trl(arguments: argparse.Namespace, base: Path, work: Path, recompute: str, liger: bool = False) -> dict:
     import trl.trainer.utils
     from datasets import Dataset
     from peft import LoraConfig
@@ -126,7 +130,7 @@ def run_trl(arguments: argparse.Namespace, base: Path, work: Path, recompute: st
             output_dir=str(work / "trl"), packing=True, max_length=config.training.max_tokens_per_batch, per_device_train_batch_size=1, completion_only_loss=True,
             num_train_epochs=arguments.epochs, learning_rate=config.training.lr, lr_scheduler_type="constant", logging_steps=1, save_strategy="no",
             gradient_checkpointing=recompute == "full", gradient_checkpointing_kwargs={"use_reentrant": False}, use_cpu=DEVICE.type == "cpu",
-            bf16=half, report_to="none", disable_tqdm=True, max_grad_norm=config.training.max_grad_norm,
+            bf16=half, use_liger_kernel=liger, report_to="none", disable_tqdm=True, max_grad_norm=config.training.max_grad_norm,
         ),
     )  # fmt: skip
     tokens = int(table.lengths.sum()) * arguments.epochs
@@ -179,7 +183,7 @@ def run_llamafactory(arguments: argparse.Namespace, base: Path, work: Path, reco
     }  # fmt: skip
 
 
-RUNS = {"trl": run_trl, "llamafactory": run_llamafactory, "ours": run_ours}
+RUNS = {"trl": run_trl, "trl with liger": functools.partial(run_trl, liger=True), "llamafactory": run_llamafactory, "ours": run_ours}
 
 
 def main() -> None:
@@ -189,6 +193,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=500, help="rows to train on (default 500)")
     parser.add_argument("--epochs", type=int, default=1, help="passes over them (default 1)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="compute dtype (default float32)")
+    parser.add_argument("--shape", choices=["74m", "1b"], default="74m", help="of the random model (default %(default)s)")
+    parser.add_argument("--repetitions", type=int, default=1, help="runs of every contestant, in turn; the median counts (default 1)")
     parser.add_argument("--llamafactory", help="Python interpreter of an environment with llamafactory 0.9.5, which needs older versions of its own")
     parser.add_argument("--json", type=Path, help="write the figures to this file, after every contestant")
     parser.add_argument("--contestant", choices=list(CONTESTANTS), help=argparse.SUPPRESS)
@@ -200,8 +206,8 @@ def main() -> None:
         (arguments.work / f"{arguments.contestant}.json").write_text(json.dumps(figures))
         return
     check_new(arguments.json, "--json")
-    if arguments.rows < 100 or arguments.epochs < 1:
-        raise ConfigError(f"--rows {arguments.rows} --epochs {arguments.epochs}: expected 100 rows or more, for a few steps after {WARM_UP} of warming up, and an epoch")
+    if arguments.rows < 100 or arguments.epochs < 1 or arguments.repetitions < 1:
+        raise ConfigError(f"--rows {arguments.rows} --epochs {arguments.epochs} --repetitions {arguments.repetitions}: expected 1 or more, and 100 rows or more, for a few steps after {WARM_UP} of warming up, and an epoch")
     for path in (arguments.tokenizer, arguments.data):
         if not path.exists():
             raise ConfigError(f"{path}: not here; expected a tokenizer's folder and a MedMCQA file")
@@ -209,6 +215,8 @@ def main() -> None:
     if importlib.util.find_spec("trl") is None:
         raise ConfigError("trl is not installed here; pip install trl==1.16.0")
     versions["trl"] = version("trl")
+    if DEVICE.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None:
+        versions["trl with liger"] = version("liger-kernel")
     with tempfile.TemporaryDirectory() as folder:
         compete(arguments, Path(folder), versions)
 
@@ -222,26 +230,34 @@ def find_version(interpreter: str) -> str:
         raise ConfigError(f"--llamafactory {interpreter}: no interpreter with llamafactory; pip install llamafactory==0.9.5 in an environment of its own") from None
 
 
+def add_ratios(results: dict[str, dict]) -> None:
+    """Rates and memory against TRL at its fastest."""
+    best = max((figures for name, figures in results.items() if name.startswith("trl")), key=lambda figures: figures["tokens_per_second"])
+    for figures in results.values():
+        figures["tokens_per_second_ratio"] = figures["tokens_per_second"] / best["tokens_per_second"]
+        figures["peak_memory_ratio"] = figures["peak_memory_bytes"] / best["peak_memory_bytes"]
+
+
 def compete(arguments: argparse.Namespace, work: Path, versions: dict[str, str]) -> None:
     """Every contestant in a process of its own; figures are kept as they come; ratios are to TRL at its fastest."""
-    build = [sys.executable, str(Path(__file__).with_name("build_base.py")), "--tokenizer", str(arguments.tokenizer), "--output", str(work / "base")]
+    build = [sys.executable, str(Path(__file__).with_name("build_base.py")), "--tokenizer", str(arguments.tokenizer), "--output", str(work / "base"), "--shape", arguments.shape]
     subprocess.run(build, check=True)
     environment = describe_environment()
     environment["versions"] |= versions
-    chosen = {name: getattr(arguments, name) for name in ("rows", "epochs", "dtype")} | {"data": arguments.data.name, "tokenizer": arguments.tokenizer.name}
+    chosen = {name: getattr(arguments, name) for name in ("rows", "epochs", "dtype", "shape", "repetitions")} | {"data": arguments.data.name, "tokenizer": arguments.tokenizer.name}
     results: dict[str, dict] = {}
-    for name in CONTESTANTS:
-        if name.partition(",")[0] not in (*versions, "ours"):
-            continue
+    names = [name for name in CONTESTANTS if name.partition(",")[0] in (*versions, "ours")]
+    for name in names * arguments.repetitions:
         command = [sys.executable, __file__, *sys.argv[1:], "--contestant", name, "--work", str(work)]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             raise ConfigError(f"{name} ended with code {done.returncode}: {(done.stderr.strip().splitlines() or ['killed'])[-1][:300]}")
-        results[name] = json.loads((work / f"{name}.json").read_text())
-        best = max((figures for other, figures in results.items() if other.startswith("trl")), key=lambda figures: figures["tokens_per_second"])
-        for figures in results.values():
-            figures["tokens_per_second_ratio"] = figures["tokens_per_second"] / best["tokens_per_second"]
-            figures["peak_memory_ratio"] = figures["peak_memory_bytes"] / best["peak_memory_bytes"]
+        figures = json.loads((work / f"{name}.json").read_text())
+        results[name] = figures | {"rates": [*results.get(name, {}).get("rates", []), figures["tokens_per_second"]]}
+        results[name]["tokens_per_second"] = statistics.median(results[name]["rates"])
+        for folder in ("run", "llamafactory"):  # the next repetition begins anew
+            shutil.rmtree(work / f"{folder}-{CONTESTANTS[name]}", ignore_errors=True)
+        add_ratios(results)
         if arguments.json:
             write_json(arguments.json, {"command": name_command("bench/peers/sft.py", sys.argv[1:]), "settings": chosen, "environment": environment, "results": results})
     for name, figures in results.items():
