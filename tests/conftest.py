@@ -16,8 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Llam
 
 torch.set_num_threads(1)  # the models here are so small that threads only wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"  # the same for the scripts that tests start
-if not torch.cuda.is_available():  # bitsandbytes imports torch's compiler at every start otherwise, for functions that nothing calls
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # bitsandbytes imports torch's compiler at every start otherwise, for functions that nothing calls
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "recipes" / "demo"
@@ -101,8 +100,14 @@ def run_inside(script: Path, arguments: list[str], monkeypatch) -> tuple[int, st
     return code, err.getvalue()
 
 
+def pytest_configure(config) -> None:
+    """Tests are of the CPU, on a machine with a GPU too: some compare runs bit by bit, others start two processes. Only -m gpu shows it."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 # Files that take minutes, or wait for other programs, begin first when the tests run on several cores.
-LONGEST = ("test_readme", "test_lowest_versions", "test_slurm", "test_strategies", "test_processes", "test_vllm", "test_end_to_end", "test_predict")
+LONGEST = ("test_readme", "test_lowest_versions", "test_gpu", "test_slurm", "test_strategies", "test_processes", "test_vllm", "test_end_to_end", "test_predict")
 
 
 def pytest_collection_modifyitems(items: list) -> None:

@@ -5,8 +5,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -54,3 +56,24 @@ def test_commands_run(tmp_path):
     assert metrics["comparison"]["mcnemar_p"] < 1e-6
     tuned = json.loads((copy / "runs" / "demo" / "metrics.json").read_text())["accuracy_ci95"]
     assert tuned[0] > metrics["base"]["accuracy_ci95"][1]
+
+
+@pytest.mark.slow
+def test_what_users_type_first(tmp_path):
+    """Word for word, without a single argument."""
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv*", "runs", ".git", "__pycache__", ".*_cache", "*.egg-info", "results"))
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(copy)}
+    for command in ("python bench/memory.py", "python bench/throughput.py"):
+        done = subprocess.run(["bash", "-c", command], cwd=copy, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
+        assert "recipes/demo/base" in done.stdout or "tokens/s" in done.stdout
+    process = subprocess.Popen(["bash", "-c", "exec accelerate launch recipes/sft_qlora.py"], cwd=copy, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    log = copy / "runs" / "demo" / "train_log.jsonl"
+    began = time.monotonic()
+    while process.poll() is None and time.monotonic() - began < 300 and not (log.is_file() and len(log.read_text().splitlines()) >= 3):
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)  # a step later it ends with a checkpoint
+    printed, _ = process.communicate(timeout=120)
+    assert "continue with --resume" in printed, printed[-3000:]
+    assert list((copy / "runs" / "demo" / "checkpoints").glob("step-*"))
