@@ -84,6 +84,60 @@ def table_throughput() -> Iterator[str]:
     return markdown(["", "real tokens/s", "utilisation", "memory above the start"], rows)
 
 
+# ---- on GPUs: bench/gpu.py -------------------------------------------------------------------------------------------------
+
+
+def read_gpus() -> dict[str, dict]:
+    """Folder name -> stages of every recorded GPU."""
+    return {path.parent.name: read(path)["stages"] for path in sorted(RESULTS.glob("*/gpu.json"))}
+
+
+NOT_YET = "none recorded yet"
+
+
+def table_gpu_checks() -> Iterator[str]:
+    return markdown(["", "stage", "", "checks passed", "seconds"], rows_of_checks(read_gpus()) or [[NOT_YET, "", "", "", ""]])
+
+
+def rows_of_checks(gpus: dict[str, dict]) -> list[list[str]]:
+    rows = []
+    for name, stages in gpus.items():
+        for stage, facts in stages.items():
+            checks = facts.get("checks", [])
+            passed = f"{sum(check['ok'] for check in checks)} of {len(checks)}" if checks else ""
+            rows.append([name, stage, facts["status"], passed, f"{facts.get('seconds', 0):.0f}"])
+    return rows
+
+
+def table_gpu_memory() -> Iterator[str]:
+    head = ["", "case", "peak GiB, predicted", "measured", "error", "reserved GiB, predicted", "measured", "error"]
+    return markdown(head, rows_of_memory(read_gpus()) or [[NOT_YET, *[""] * 7]])
+
+
+def rows_of_memory(gpus: dict[str, dict]) -> list[list[str]]:
+    rows = []
+    for name, stages in gpus.items():
+        for case, found in stages.get("memory", {}).get("figures", {}).items():
+            pairs = [(found[f"predicted_{kind}_bytes"], found[f"measured_{kind}_bytes"]) for kind in ("peak", "reserved")]
+            rows.append([name, case, *(cell for a, b in pairs for cell in (f"{a / GIB:.2f}", f"{b / GIB:.2f}", f"{a / b - 1:+.1%}"))])
+    return rows
+
+
+def table_gpu_speed() -> Iterator[str]:
+    return markdown(["", "case", "tokens/s", "utilisation", "peak GiB"], rows_of_speed(read_gpus()) or [[NOT_YET, "", "", "", ""]])
+
+
+def rows_of_speed(gpus: dict[str, dict]) -> list[list[str]]:
+    rows = []
+    for name, stages in gpus.items():
+        for case, found in stages.get("throughput", {}).get("figures", {}).items():
+            if case == "model":
+                continue
+            used, peak = found["model_flops_utilisation"], found["peak_memory_bytes"]
+            rows.append([name, case, f"{found['tokens_per_second']:,.0f}", f"{used:.0%}" if used else "?", f"{peak / GIB:.2f}" if peak else ""])
+    return rows
+
+
 # ---- predicted -----------------------------------------------------------------------------------------------------------
 
 
@@ -93,7 +147,21 @@ def table_fit() -> Iterator[str]:
     cards = sorted({found["card"] for found in files}, key=lambda card: float(card.removesuffix("GiB")))
     names = sorted({found["model"] for found in files})
     cells = {(found["model"], found["card"]): describe_fit(found) for found in files}
-    return markdown(["", *cards], [[name, *(cells.get((name, card), "") for card in cards)] for name in names])
+    heads = [WITH_SCREEN.get(card, card) for card in cards]
+    return markdown(["", *heads], [[name, *(cells.get((name, card), "") for card in cards)] for name in names])
+
+
+WITH_SCREEN = {"7.5GiB": "8GiB with a screen on it"}  # which takes half a GiB
+
+
+def table_t4() -> Iterator[str]:
+    """What bench/memory.py --fit 16GiB --capability 7.5 says."""
+    rows = []
+    for path in sorted((RESULTS / "predicted").glob("t4_*.json")):
+        found = read(path)
+        length = path.stem.rpartition("_")[2]
+        rows.append([found["model"], length, describe_fit(found), f"{found['predicted_peak_bytes'] / GIB:.2f}", f"{found['predicted_reserved_bytes'] / GIB:.2f}"])
+    return markdown(["", "row", "micro-batch, layers recomputed", "peak GiB", "reserved GiB"], rows)
 
 
 def describe_fit(found: dict) -> str:
@@ -128,7 +196,7 @@ def table_published() -> Iterator[str]:
 
 TABLES = {
     "strategies": table_strategies, "sft": table_sft, "data": table_data, "measured": table_measured, "throughput": table_throughput,
-    "fit": table_fit, "published": table_published,
+    "fit": table_fit, "t4": table_t4, "published": table_published, "gpu_checks": table_gpu_checks, "gpu_memory": table_gpu_memory, "gpu_speed": table_gpu_speed,
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 
 import pytest
@@ -33,6 +34,10 @@ def test_everything_works_on_this_machine(tmp_path):
     assert found["profile"]["figures"]["seconds"]["by_kind"]["attention"] > 0
     assert found["demonstration"]["figures"]["resumed run equal to the bit"] or device == "cuda"
     assert "environment" in found["card"]["figures"]
+    tables = runpy.run_path(str(ROOT / "bench" / "tables.py"))  # which write README and docs from a recorded gpu.json
+    assert len(tables["rows_of_checks"]({"this machine": found})) == len(STAGES)
+    assert all(len(row) == 8 for row in tables["rows_of_memory"]({"this machine": found}))
+    assert [row[1] for row in tables["rows_of_speed"]({"this machine": found})] == ["none", "full", "offload", "none, not compiled"]
 
 
 @pytest.fixture
@@ -81,8 +86,6 @@ def test_mistakes_are_one_line(flags, message, tmp_path):
 
 
 def test_stages_sum_to_less_than_the_time_they_have():
-    import runpy
-
     plans = runpy.run_path(str(SCRIPT))["STAGES"]
     assert [plan.name for plan in plans] == STAGES
     assert sum(plan.seconds for plan in plans) < 540

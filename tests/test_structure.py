@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # The order of ARCHITECTURE.md: a module imports only from those before it.
 ORDER = [
     "config", "allocator", "hardware", "runs", "processes", "examples", "cleaning", "prompts", "tokens", "packing", "preparation", "attention", "layers", "models", "optimizers",
-    "losses", "strategies", "memory", "trials", "checkpoints", "merging", "engines.interface", "engines.hf", "engines.vllm", "engines.openai", "predictions", "scoring",
+    "losses", "strategies", "memory", "stages", "trials", "checkpoints", "merging", "engines.interface", "engines.hf", "engines.vllm", "engines.openai", "predictions", "scoring",
     "metrics", "latency", "page", "reports",
 ]  # fmt: skip
 SCRIPTS = [p for folder in ("recipes", "eval", "bench", "launch") for p in sorted((ROOT / folder).rglob("*.py"))]
