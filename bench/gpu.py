@@ -62,6 +62,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
+    arguments.output = arguments.output.resolve()  # stages run in another folder
     stages = choose_stages(arguments)
     check_output(arguments.output)
     began, found = time.monotonic(), {}

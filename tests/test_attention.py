@@ -5,17 +5,19 @@ import inspect
 import math
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, build_model, run_script
+from conftest import ARCHITECTURES, ROOT, build_model, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig
 
 import medqlora.attention as attention
+from medqlora import layers
 from medqlora.attention import (
     AttentionError,
     BlockedAttention,
@@ -25,7 +27,8 @@ from medqlora.attention import (
     locate_branches,
     locate_documents,
 )
-from medqlora.config import load_config
+from medqlora.config import Lora, Model, load_config
+from medqlora.losses import AnswerLoss, HeadLoss
 from medqlora.memory import (
     Batch,
     Setting,
@@ -37,6 +40,7 @@ from medqlora.memory import (
     read_architecture,
     usable,
 )
+from medqlora.models import attach_adapter, make_base
 from medqlora.strategies import Strategy
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -156,6 +160,65 @@ def test_shared_prefixes_and_nested_options_run_in_groups_too(dtype):
         groups = tuple(tuple(map(move, group)) for group in branches.groups)
         placed = replace(branches, groups=groups, scatter=move(branches.scatter), sources=move(branches.sources), masks={})
         assert attend_documents(module, query, key, value, None, documents=placed)[0].shape == (1, 25, 8, 64)
+
+
+# ---- a whole model on a GPU that FakeTensorMode plays: nothing of it may lie on the CPU --------------------------------------
+
+needs_cuda_build = pytest.mark.skipif(torch.version.cuda is None, reason="this torch is built for CPUs; the lowest versions' torch is not")
+
+
+def fake(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+
+
+@needs_cuda_build
+@pytest.mark.parametrize(("architecture", "backend"), [(name, backend) for name in ARCHITECTURES for backend in ("varlen", "grouped") if (name, backend) != ("gemma2", "varlen")])
+def test_a_model_and_its_loss_run_on_a_gpu(architecture, backend):
+    base = make_base(ARCHITECTURES[architecture](), Model(base="random", quantization="none"), torch.device("meta"), BF16)
+    with torch.device("meta"):
+        model = attach_adapter(base, Lora(r=4), 0)
+    documents = locate_documents(torch.tensor([0, 24, 64], dtype=torch.int32), 40, CPU, "grouped")
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        for module in model.modules():
+            module._parameters |= {name: torch.nn.Parameter(fake(value), requires_grad=False) for name, value in module._parameters.items() if value is not None}
+            module._buffers |= {name: fake(value) for name, value in module._buffers.items() if value is not None}
+        moved = {name: fake(tensor) for name, tensor in vars(documents).items() if torch.is_tensor(tensor)}
+        placed = fake_documents(CUDA) if backend == "varlen" else replace(documents, **moved, on_gpu=True)
+        ids, labelled = (torch.zeros(shape, dtype=torch.int64, device="cuda") for shape in ((1, 64), (10,)))
+        loss = AnswerLoss(model, 16)(ids, ids.clone(), labelled, labelled.clone(), documents=placed)
+    assert (loss.device.type, loss.shape) == ("cuda", ())
+
+
+class Context:
+    """What autograd hands to a Function."""
+
+    needs_input_grad = (True,) * 8
+
+    def save_for_backward(self, *tensors) -> None:
+        self.saved_tensors = tensors
+
+
+@needs_cuda_build
+def test_gradients_of_our_own_functions_run_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(layers, "draw_kept", lambda x, p, seed: torch.empty(x.shape, dtype=torch.bool, device=x.device))
+    monkeypatch.setattr(layers, "draw_seed", lambda: 0)
+    head = torch.nn.Linear(64, 100, bias=False, device="meta", dtype=BF16)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        head.weight = torch.nn.Parameter(fake(head.weight), requires_grad=False)
+        x, up = torch.empty(1, 64, 64, device="cuda", dtype=BF16), torch.empty(1, 64, 64, device="cuda", dtype=BF16)
+        module = SimpleNamespace(kernels=layers.Kernels(), weight=x[0, 0].clone(), variance_epsilon=1e-6, lean_activation="silu")
+        targets = torch.zeros(64, dtype=torch.int64, device="cuda")
+        query, key, value = (torch.empty(2, heads, 40, 16, device="cuda", dtype=FP16) for heads in (4, 2, 2))
+        for function, inputs in (
+            (layers.Norm, (x, module)), (layers.GatedActivation, (x, up, module)), (layers.DroppedLinear, (x[0], up[0], 0.1)), (layers.Dropped, (x, 0.1)),
+            (HeadLoss, (x[0], head, targets, 1.0, 30.0)), (BlockedAttention, (query, key, value, None, None, 16, None)),
+        ):  # fmt: skip
+            context = Context()
+            out = function.forward(context, *inputs)
+            found = function.backward(context, torch.empty_like(out))
+            tensors = [tensor for tensor in (found if isinstance(found, tuple) else (found,)) if tensor is not None]
+            assert {tensor.device.type for tensor in [out, *tensors]} == {"cuda"}, function
+            assert tensors[0].shape == inputs[0].shape
 
 
 # ---- the same numbers ------------------------------------------------------------------------------------------------------

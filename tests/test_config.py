@@ -2,6 +2,7 @@ import pytest
 import yaml
 
 from medqlora.config import Config, ConfigError, all_keys, dump_config, help_text, load_config
+from medqlora.runs import RunError, check_run
 
 BASE = "model:\n  base: x\n"
 
@@ -82,3 +83,16 @@ def test_help_names_every_key_with_a_meaning():
 def test_dump_is_plain_yaml(write):
     tree = yaml.safe_load(dump_config(load_config(write(BASE))))
     assert set(tree) == set(Config.model_fields)
+
+
+def test_a_run_of_an_older_version_can_be_resumed(write, tmp_path):
+    """Its config.yaml lacks the keys that came later; what it did is their default."""
+    config = load_config(write(BASE + "data:\n  train: [{format: medqa, path: a.jsonl}]\n"))
+    tree = yaml.safe_load(dump_config(config))
+    del tree["training"]["deterministic"], tree["lora"]["variant"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(tree))
+    check_run(tmp_path / "run", config, resume=True)
+    other = config.model_copy(update={"training": config.training.model_copy(update={"deterministic": True})})
+    with pytest.raises(RunError, match=r"training.deterministic was False"):
+        check_run(tmp_path / "run", other, resume=True)

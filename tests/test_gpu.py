@@ -55,7 +55,7 @@ def broken(tmp_path):
 
 
 def test_a_failing_stage_stops_no_other(broken, tmp_path):
-    done = run(broken, "--output", tmp_path / "found", "--device", "cpu", "--stages", "card,optimizers,engine")
+    done = run(broken, "--output", "found", "--device", "cpu", "--stages", "card,optimizers,engine", cwd=tmp_path)
     found = json.loads((tmp_path / "found" / "gpu.json").read_text())["stages"]
     assert done.returncode == 1
     assert {name: facts["status"] for name, facts in found.items()} == {"card": "failed", "optimizers": "out of time", "engine": "passed"}
