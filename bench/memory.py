@@ -211,9 +211,9 @@ def show(plan: StepPlan, setting: Setting) -> None:
             table.add_row(name, f"{value / GIB:.2f}", f"{value / forecast.peak:.0%}")
     table.add_row("[bold]peak", f"[bold]{forecast.peak / GIB:.2f}", "")
     if setting.device.type == "cuda":
-        table.add_row("reserved by the allocator", f"{setting.needs(forecast) / GIB:.2f}", "")
+        table.add_row("reserved by the allocator", f"{setting.needs(forecast, plan.short) / GIB:.2f}", "")
         table.add_row("CUDA context and kernels (assumed)", f"{(CONTEXT + KERNELS) / GIB:.2f}", "")
-        table.add_row(f"GPU that leaves {MARGIN:.0%} free", f"{(setting.needs(forecast) + CONTEXT + KERNELS) / (1 - MARGIN) / GIB:.2f}", "")
+        table.add_row(f"GPU that leaves {MARGIN:.0%} free", f"{(setting.needs(forecast, plan.short) + CONTEXT + KERNELS) / (1 - MARGIN) / GIB:.2f}", "")
         if forecast.host:
             table.add_row("pinned in the host's memory", f"{forecast.host / GIB:.2f}", "")
     console.print(table)
@@ -223,7 +223,7 @@ def show(plan: StepPlan, setting: Setting) -> None:
 def collect(plan: StepPlan, setting: Setting) -> dict:
     forecast = plan.forecast
     return {
-        "predicted_peak_bytes": forecast.peak, "predicted_reserved_bytes": setting.needs(forecast), "predicted_host_bytes": forecast.host,
+        "predicted_peak_bytes": forecast.peak, "predicted_reserved_bytes": setting.needs(forecast, plan.short), "predicted_host_bytes": forecast.host,
         "context_bytes": CONTEXT + KERNELS if setting.device.type == "cuda" else 0,
         "by_category": forecast.by_category, "by_phase": forecast.by_phase, "loaded_bytes": forecast.loaded, "trainable_parameters": forecast.trainable,
         "max_tokens_per_batch": plan.tokens, "gradient_checkpointing": plan.checkpointing, "recomputed_layers": forecast.recomputed,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import bisect
 import sys
+from collections import Counter
 from collections.abc import MutableMapping
+from typing import NamedTuple
 
 MIB = 2**20
 BLOCK = 512  # bytes: every tensor is rounded up to a multiple (c10/core/AllocatorConfig.h, kMinBlockSize)
@@ -33,10 +35,17 @@ def segments_expand() -> bool:
     return expand
 
 
-def replay_allocator(events: list[tuple[int, int]], expandable: bool = False) -> int:
-    """Bytes that the caching allocator would reserve for this sequence of (number, bytes; 0 frees): best fit in two pools, blocks
-    split and joined within their segment (c10/cuda/CUDACachingAllocator.cpp). Where memory runs out the real one gives
-    back what is free first, so it may need less.
+class Reserve(NamedTuple):
+    """Bytes that the allocator takes of a GPU. plenty: where nothing is short; short: where memory runs out, and it gives back, which
+    takes time, every segment (with expandable segments every page) in which nothing lives."""
+
+    plenty: int
+    short: int
+
+
+def replay_allocator(events: list[tuple[int, int]], expandable: bool = False) -> Reserve:
+    """What the caching allocator would reserve for this sequence of (number, bytes; 0 frees): best fit in two pools, blocks
+    split and joined within their segment (c10/cuda/CUDACachingAllocator.cpp).
 
     expandable: one segment per pool, which grows at its end.
     """
@@ -44,9 +53,24 @@ def replay_allocator(events: list[tuple[int, int]], expandable: bool = False) ->
     ends = [0, 0]  # of each pool's segment, where it grows
     held: dict[int, tuple[int, int, int, int]] = {}  # number -> pool, size, segment, offset
     reserved = segments = 0
+    sizes: list[int] = []  # of fixed segments
+    living: Counter[tuple[int, int]] = Counter()  # blocks in each page or fixed segment
+    used = most = 0  # bytes of pages and segments in which something lives
+
+    def find_pages(pool: int, size: int, segment: int, offset: int) -> dict[tuple[int, int], int]:
+        """Pages, or the segment, that a block lies in, with their bytes."""
+        if not expandable:
+            return {(-1, segment): sizes[segment]}
+        page = (SMALL_PAGE, LARGE_PAGE)[pool]
+        return {(pool, place): page for place in range(offset // page, (offset + size - 1) // page + 1)}
+
     for number, wanted in events:
         if not wanted:
-            release_block(free, *held.pop(number))
+            block = held.pop(number)
+            for place, size in find_pages(*block).items():
+                living[place] -= 1
+                used -= size if not living[place] else 0
+            release_block(free, *block)
             continue
         pool = int(wanted > MIB)
         at = bisect.bisect_left(free[pool], (wanted,))
@@ -64,13 +88,18 @@ def replay_allocator(events: list[tuple[int, int]], expandable: bool = False) ->
         else:
             size = SMALL_PAGE if not pool else LARGE_PAGE if wanted < 10 * MIB else -(-wanted // (2 * MIB)) * 2 * MIB
             segment, offset, segments = segments, 0, segments + 1
+            sizes.append(size)
             reserved += size
         rest = size - wanted
         if rest >= (MIB if pool and not expandable else BLOCK):
             bisect.insort(free[pool], (rest, segment, offset + wanted))
             size = wanted
         held[number] = (pool, size, segment, offset)
-    return reserved
+        for place, bytes_ in find_pages(*held[number]).items():
+            used += bytes_ if not living[place] else 0
+            living[place] += 1
+        most = max(most, used)
+    return Reserve(reserved, most)
 
 
 def release_block(free: tuple[list, list], pool: int, size: int, segment: int, offset: int) -> None:

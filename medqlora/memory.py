@@ -24,7 +24,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, PretrainedConfig
 
-from medqlora.allocator import BLOCK, MIB, replay_allocator
+from medqlora.allocator import BLOCK, MIB, Reserve, replay_allocator
 from medqlora.attention import Choice, choose_backend, locate_documents
 from medqlora.config import Config, UserError, change
 from medqlora.losses import AnswerLoss
@@ -83,14 +83,14 @@ class Batch:
 @dataclass(frozen=True)
 class Forecast:
     """Bytes of one training process. peak: highest sum of live tensors, by_category: at that moment; by_phase: highest of each
-    phase; reserved: what CUDA's caching allocator would hold with expandable segments, replayed, reserved_fixed: without;
+    phase; reserved: what CUDA's caching allocator would hold with expandable segments, replayed, reserved_fixed: without them;
     at_loading: base and adapter before the first step; host: pinned memory for layer inputs that are offloaded."""
 
     peak: int
     by_category: dict[str, int]
     by_phase: dict[str, int]
-    reserved: int
-    reserved_fixed: int
+    reserved: Reserve
+    reserved_fixed: Reserve
     at_loading: dict[str, int]
     trainable: int
     layers: int
@@ -316,7 +316,7 @@ def divide(forecast: Forecast, strategy: Strategy) -> Forecast:
     phases = {phase: max(0, total + change) if phase != "loading" else total for phase, total in forecast.by_phase.items()}
     if forecast.loaded > peak:  # the whole base, before it is divided
         peak, parts = forecast.loaded, {name: forecast.at_loading.get(name, 0) for name in CATEGORIES}
-    reserved, fixed = (max(value + change, peak) for value in (forecast.reserved, forecast.reserved_fixed))
+    reserved, fixed = (Reserve(*(max(value + change, peak) for value in replayed)) for replayed in (forecast.reserved, forecast.reserved_fixed))
     return replace(forecast, peak=peak, reserved=reserved, reserved_fixed=fixed, by_category=parts, by_phase=phases)
 
 
@@ -379,14 +379,15 @@ class Setting:
     capability: tuple[int, int] | None = None
     expandable: bool = True
 
-    def needs(self, forecast: Forecast) -> int:
-        """Bytes that a step takes of `memory`: on a GPU what its allocator reserves."""
+    def needs(self, forecast: Forecast, short: bool = False) -> int:
+        """Bytes that a step takes of `memory`: on a GPU what its allocator reserves; short: what it can do with, see Reserve."""
         if self.device.type == "cpu":
             return forecast.peak
-        return forecast.reserved if self.expandable else forecast.reserved_fixed
+        reserved = forecast.reserved if self.expandable else forecast.reserved_fixed
+        return reserved.short if short else reserved.plenty
 
-    def holds(self, forecast: Forecast) -> bool:
-        return self.needs(forecast) <= self.memory and forecast.host <= self.host
+    def holds(self, forecast: Forecast, short: bool = False) -> bool:
+        return self.needs(forecast, short) <= self.memory and forecast.host <= self.host
 
     def choose_attention(self, config: Config, architecture: PretrainedConfig) -> Choice:
         return check_attention(config.model.attention, self.device, self.dtype, architecture, self.capability)
@@ -394,11 +395,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """training.max_tokens_per_batch and training.gradient_checkpointing decided, and the forecast that they rest on."""
+    """training.max_tokens_per_batch and training.gradient_checkpointing decided, and the forecast that they rest on. short: it fits
+    where the allocator gives back what it can (allocator.Reserve)."""
 
     tokens: int
     checkpointing: str
     forecast: Forecast
+    short: bool = False
 
 
 def usable(total: int, device: torch.device) -> int:
@@ -550,10 +553,13 @@ def plan_step(config: Config, architecture: PretrainedConfig, setting: Setting, 
         if setting.holds(plan.forecast):
             return plan
         estimate.learn(plan)
-    smallest = forecast_plan(config, architecture, setting, sizes[-1], list(modes)[-1], labelled_of(sizes[-1])).forecast
+    last = forecast_plan(config, architecture, setting, sizes[-1], list(modes)[-1], labelled_of(sizes[-1]))
+    smallest = last.forecast
+    if setting.holds(smallest, short=True):
+        return replace(last, short=True)
     host = f" and {smallest.host / GIB:.2f} of {setting.host / GIB:.2f} GiB that may be pinned in the host's memory" if smallest.host > setting.host else ""
     raise ForecastError(
-        f"memory: {sizes[-1]:,} tokens per micro-batch with gradient_checkpointing {list(modes)[-1]} need {setting.needs(smallest) / GIB:.2f} GiB, "
+        f"memory: {sizes[-1]:,} tokens per micro-batch with gradient_checkpointing {list(modes)[-1]} need {setting.needs(smallest, short=True) / GIB:.2f} GiB, "
         f"{setting.memory / GIB:.2f} GiB may be used{host}; {suggest(config, architecture, setting, labelled_of)}"
     )
 
@@ -579,7 +585,7 @@ def suggest(config: Config, architecture: PretrainedConfig, setting: Setting, la
     free = change(config, "training", max_tokens_per_batch="auto", gradient_checkpointing="auto")
     tokens, mode = list_budgets(free.training, 1, setting.strategy.ranks), least_memory(setting.device)
     hold = [size for size in tokens if size >= config.data.max_length]
-    if hold and setting.holds(forecast_plan(config, architecture, setting, hold[-1], mode, labelled_of(hold[-1])).forecast):
+    if hold and setting.holds(forecast_plan(config, architecture, setting, hold[-1], mode, labelled_of(hold[-1])).forecast, short=True):
         return f"{hold[-1]:,} tokens with gradient_checkpointing {mode} would fit: set training.max_tokens_per_batch and training.gradient_checkpointing to auto"
     length = longest_sequence(config, architecture, setting, labelled_of)
     fitting = [size for size in tokens if size <= (length or 0)]
@@ -594,8 +600,8 @@ def least_memory(device: torch.device) -> str:
 
 
 def longest_sequence(config: Config, architecture: PretrainedConfig, setting: Setting, labelled_of: Callable[[int], int]) -> int | None:
-    """Tokens of the longest row that fits, alone in its optimizer step on each process, with the least memory; a multiple of 16;
-    None: none does."""
+    """Tokens of the longest row that fits, alone in its optimizer step on each process, with the least memory, where the allocator
+    gives back what it can; a multiple of 16; None: none does."""
     mode, ranks = least_memory(setting.device), setting.strategy.ranks
     most = getattr(architecture.get_text_config(), "max_position_embeddings", None)
 
@@ -618,8 +624,8 @@ def longest_sequence(config: Config, architecture: PretrainedConfig, setting: Se
         return forecast_plan(alone(tokens), architecture, setting, tokens, mode, labelled_of(tokens)).forecast
 
     over = None  # the shortest row that is known not to fit
-    while length >= 16 and not setting.holds(found := forecast(length)):  # from few layers to all of them
-        over, shorter = length, length - (setting.needs(found) - setting.memory) / per_token
+    while length >= 16 and not setting.holds(found := forecast(length), short=True):  # from few layers to all of them
+        over, shorter = length, length - (setting.needs(found, short=True) - setting.memory) / per_token
         if found.host > setting.host:
             shorter = min(shorter, length * setting.host / found.host)
         length = min(length - 16, int(shorter) // 16 * 16)
@@ -629,7 +635,7 @@ def longest_sequence(config: Config, architecture: PretrainedConfig, setting: Se
         middle = ((over or length) + length) // 32 * 16
         if middle - length <= length // 100:
             break
-        if setting.holds(forecast(middle)):
+        if setting.holds(forecast(middle), short=True):
             length = middle
         else:
             over = middle

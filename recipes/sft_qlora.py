@@ -275,7 +275,7 @@ def decide_step(run: Run, memory: int) -> dict[str, Any]:
     labelled = most_supervised(run.prepared.train, found.tokens)
     return {
         "max_tokens_per_batch": found.tokens, "gradient_checkpointing": found.checkpointing, "predicted_peak_bytes": found.forecast.peak,
-        "predicted_needed_bytes": setting.needs(found.forecast), "predicted_host_bytes": found.forecast.host, "memory_bytes": memory,
+        "predicted_needed_bytes": setting.needs(found.forecast, found.short), "predicted_host_bytes": found.forecast.host, "memory_bytes": memory,
         "layers": found.forecast.layers, "recomputed_layers": found.forecast.recomputed,
         "attention_cost_bytes": cost_of_attention(config, run.architecture, setting, found, labelled),
     }  # fmt: skip

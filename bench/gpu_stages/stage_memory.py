@@ -56,10 +56,10 @@ def compare(stage: Stage, case: str, config: Config, architecture: PretrainedCon
     forecast = forecast_step(config, architecture, stage.device, dtype, torch.uint8, batch)
     if stage.small:  # a CPU has no allocator to ask: the same step on real tensors, followed in the same way
         real = forecast_step(config, architecture, stage.device, dtype, torch.uint8, batch, place=stage.device)
-        peak, reserved = real.peak, real.reserved
+        peak, reserved = real.peak, real.reserved.plenty
     else:
         peak, reserved = measure(stage, config, architecture, lengths)
-    predicted = forecast.reserved if segments_expand() else forecast.reserved_fixed
+    predicted = (forecast.reserved if segments_expand() else forecast.reserved_fixed).plenty
     stage.figure(case, {
         "predicted_peak_bytes": forecast.peak, "measured_peak_bytes": peak, "predicted_reserved_bytes": predicted, "measured_reserved_bytes": reserved,
         "predicted_host_bytes": forecast.host, "by_category": forecast.by_category,
