@@ -20,6 +20,10 @@ def main() -> None:
         """When each step ended, its loss, and what the packs hold."""
 
         def on_train_begin(self, args, state, control, train_dataloader=None, **_):
+            if torch.cuda.is_available():  # peaks are those of training, as the recipe's are: loading is not counted
+                torch.cuda.reset_peak_memory_stats()
+            else:
+                Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
             packs = train_dataloader.dataset
             found["tokens"] = sum(sum(place != 0 for place in pack["attention_mask"]) for pack in packs)
             found["supervised"] = sum(sum(label != -100 for label in pack["labels"]) for pack in packs)

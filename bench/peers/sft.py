@@ -118,6 +118,9 @@ def run_trl(arguments: argparse.Namespace, base: Path, work: Path, recompute: st
     times = []
 
     class Clock(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            MemoryMeter(DEVICE.type == "cuda").begin()  # as the recipe does: loading is not counted
+
         def on_step_end(self, *args, **kwargs):
             times.append(time.perf_counter())
 
