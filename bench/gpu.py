@@ -3,11 +3,11 @@
     PYTHONPATH=. python bench/gpu.py --output found                      # all stages, in nine minutes on an H100
     PYTHONPATH=. python bench/gpu.py --output found --stages card,kernels,memory
     PYTHONPATH=. python bench/gpu.py --output found --device cpu         # the same scripts on small shapes: a rehearsal
-    python bench/gpu.py --output found --peers                           # and TRL beside ours; needs pip install trl==1.16.0
-    python bench/gpu.py --output found --multi                           # and ddp, zero2, zero3 and fsdp2 on all GPUs against one
+    PYTHONPATH=. python bench/gpu.py --output found --peers              # and TRL beside ours; needs pip install trl==1.16.0
+    PYTHONPATH=. python bench/gpu.py --output found --multi              # and ddp, zero2, zero3 and fsdp2 on all GPUs against one
 
-Each stage is a process (bench/gpu_stages/) with a time limit of its own; what it finds is in OUTPUT/gpu.json as soon as the stage ends, also
-if it fails, and a failing stage stops no other. A stage that does not fit into the minutes that are left is skipped and named. The exit code
+Each stage is a process (bench/gpu_stages/) with a time limit of its own, which writes what it finds at once; it is in OUTPUT/gpu.json as soon as the
+stage ends, also if it fails, and a failing stage stops no other. A stage that does not fit into the minutes that are left is skipped and named. The exit code
 is 0 only if everything that ran has passed. What a bare machine lacks: python bench/gpu_wheels.py makes a folder of it.
 """
 
@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ PEERS, MULTI = Plan("peers", 400, 1500), Plan("multi", 240, 900)
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for gpu.json and gpu.log; made if it is not there")
-    parser.add_argument("--minutes", type=float, default=9, help="time for all stages together (default 9)")
+    parser.add_argument("--minutes", type=float, help="time for all stages together (default 9, and as long as --peers and --multi may take)")
     parser.add_argument("--stages", help=f"comma-separated (default: {','.join(stage.name for stage in STAGES)})")
     parser.add_argument("--peers", action="store_true", help="also a random 1B model, ours against TRL, equal packs, three alternating repetitions")
     parser.add_argument("--multi", action="store_true", help="also every strategy on two or more GPUs against one")
@@ -65,17 +66,18 @@ def main() -> int:
     arguments.output = arguments.output.resolve()  # stages run in another folder
     stages = choose_stages(arguments)
     check_output(arguments.output)
+    minutes = arguments.minutes or 9 + sum(stage.limit for stage in stages if stage in (PEERS, MULTI)) / 60
     began, found = time.monotonic(), {}
     environ = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
     if arguments.device == "cpu":
         environ["CUDA_VISIBLE_DEVICES"] = ""
     for stage in stages:
-        left = 60 * arguments.minutes - (time.monotonic() - began)
+        left = 60 * minutes - (time.monotonic() - began)
         if stage.seconds > left and arguments.device == "cuda":
             found[stage.name] = {"status": "skipped", "reason": f"needs about {stage.seconds} s, {left:.0f} s are left"}
         else:
             found[stage.name] = run_stage(stage, arguments, environ, min(stage.limit, max(left, stage.seconds)))
-        write_json(arguments.output / RESULTS, {"device": arguments.device, "minutes": arguments.minutes, "stages": found})
+        write_json(arguments.output / RESULTS, {"device": arguments.device, "minutes": minutes, "stages": found})
         print(describe(stage.name, found[stage.name]), flush=True)
     show(found)
     ran = [facts for facts in found.values() if facts["status"] != "skipped"]
@@ -89,7 +91,7 @@ def choose_stages(arguments: argparse.Namespace) -> list[Plan]:
     for name in names:
         if name not in known:
             raise ConfigError(f"--stages {name}: no such stage; there are {', '.join(known)}")
-    if not arguments.minutes > 0:
+    if arguments.minutes is not None and not arguments.minutes > 0:
         raise ConfigError(f"--minutes {arguments.minutes}: expected more than 0")
     return [known[name] for name in names] + [PEERS] * arguments.peers + [MULTI] * arguments.multi
 
@@ -127,17 +129,19 @@ def count_processes() -> int:
 def run_stage(stage: Plan, arguments: argparse.Namespace, environ: dict[str, str], limit: float) -> dict[str, Any]:
     """Run one stage to its end or its limit; -> what it found, also if it did not get far."""
     file, began = arguments.output / f"{stage.name}.json", time.monotonic()
-    process = subprocess.Popen(command_of(stage, arguments, file), env=environ, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        printed, _ = process.communicate(timeout=limit)
-        status = "passed" if process.returncode == 0 else "failed"
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)  # with what it has started
-        printed, _ = process.communicate()
-        status = "out of time"
-    except KeyboardInterrupt:
-        os.killpg(process.pid, 9)
-        raise
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:  # also of a stage that is killed
+        command, options = command_of(stage, arguments, file), {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, env=environ | {"TMPDIR": temporary}, start_new_session=True, **options)
+        try:
+            printed, _ = process.communicate(timeout=limit)
+            status = "passed" if process.returncode == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)  # with what it has started
+            printed, _ = process.communicate()
+            status = "out of time"
+        except KeyboardInterrupt:
+            os.killpg(process.pid, 9)
+            raise
     write_log(arguments.output / LOG, stage.name, printed)
     found = read_found(file)
     if status == "passed" and not all(check["ok"] for check in found.get("checks", [])):

@@ -352,6 +352,7 @@ class Timeline:
 
     def mark(self, phase: str) -> None:
         if self.device.type == "cuda" and phase == "training":
+            torch.cuda.empty_cache()  # what loading left
             torch.cuda.reset_peak_memory_stats()
         self.marks.append((time.perf_counter() - self.began, phase))
 

@@ -131,7 +131,7 @@ def rows_of_speed(gpus: dict[str, dict]) -> list[list[str]]:
     rows = []
     for name, stages in gpus.items():
         for case, found in stages.get("throughput", {}).get("figures", {}).items():
-            if case == "model":
+            if not isinstance(found, dict) or "tokens_per_second" not in found:  # the model, and what did not fit
                 continue
             used, peak = found["model_flops_utilisation"], found["peak_memory_bytes"]
             rows.append([name, case, f"{found['tokens_per_second']:,.0f}", f"{used:.0%}" if used else "?", f"{peak / GIB:.2f}" if peak else ""])

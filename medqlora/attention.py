@@ -8,6 +8,7 @@ flash-attn package; `flex` and `sdpa` build masks from position_ids.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -454,7 +455,7 @@ def choose_backend(
     gpu = device.type == "cuda"
     old = explain_flash(device, dtype, text, capability)
     obstacles = {
-        "varlen": None if not gpu else old or ("attention softcap" if softcap is not None else None),
+        "varlen": None if not gpu else old or ("attention softcap" if softcap is not None else explain_widths(text)),
         "flash": old or "the flash-attn package is not installed",
         "grouped": None,
         "flex": None if gpu else "a CPU",
@@ -505,6 +506,12 @@ def explain_flash(device: torch.device, dtype: torch.dtype, text: PretrainedConf
     return None
 
 
+def explain_widths(text: PretrainedConfig) -> str | None:
+    """Why torch's variable-length kernel cannot run on a model whose values are of another width than its queries."""
+    values, queries = getattr(text, "v_head_dim", None), getattr(text, "qk_head_dim", None) or getattr(text, "head_dim", None)
+    return f"values {values} wide and queries {queries}" if values and queries and values != queries else None
+
+
 def try_flash_package() -> str | None:
     """Why the flash-attn package cannot be used. One that was built for another torch ends its import in one of many errors."""
     if importlib.util.find_spec("flash_attn") is None:
@@ -542,6 +549,21 @@ def find_device(model: torch.nn.Module) -> torch.device:
     return next(itertools.chain(model.buffers(), model.parameters())).device
 
 
+@contextlib.contextmanager
+def without_outliers(model: torch.nn.Module) -> Iterator[None]:
+    """bitsandbytes' int8 layers multiply the columns in which any row has a large input in 16 bits: so one row changes how its
+    neighbours are rounded, which is no mistake of attention."""
+    states = [module.state for module in model.modules() if hasattr(getattr(module, "state", None), "threshold")]
+    thresholds = [state.threshold for state in states]
+    for state in states:
+        state.threshold = 0.0
+    try:
+        yield
+    finally:
+        for state, threshold in zip(states, thresholds, strict=True):
+            state.threshold = threshold
+
+
 @torch.no_grad()
 def verify_isolation(backbone: torch.nn.Module, backend: str, vocabulary: int, tolerance: float) -> float:
     """Prove on the loaded model that packed documents do not see each other.
@@ -571,8 +593,9 @@ def verify_isolation(backbone: torch.nn.Module, backend: str, vocabulary: int, t
 
     training = backbone.training
     backbone.eval()
-    packed, alone = run(documents), torch.cat([run([document]) for document in documents])
-    other = run([(documents[0] + 1) % vocabulary, *documents[1:]])
+    with without_outliers(backbone):
+        packed, alone = run(documents), torch.cat([run([document]) for document in documents])
+        other = run([(documents[0] + 1) % vocabulary, *documents[1:]])
     backbone.train(training)
     scale = packed.abs().max().item()
     error = (packed - alone).abs().max().item() / scale

@@ -62,6 +62,33 @@ class Kernels:
     gate_backward: Callable = gate_backward
 
 
+def make_empty(x: torch.Tensor, *_) -> torch.Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def outline_norm(x: torch.Tensor, *_) -> tuple[torch.Tensor, torch.Tensor]:
+    return make_empty(x), torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+
+
+def outline_norm_backward(gradient: torch.Tensor, x: torch.Tensor, *_) -> torch.Tensor:
+    return make_empty(x)
+
+
+def outline_gate_backward(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, *_) -> tuple[torch.Tensor, torch.Tensor]:
+    return make_empty(gate), make_empty(up)
+
+
+# What compiled kernels allocate, for a forecast of them: their outputs and nothing in between.
+OUTLINES = Kernels(outline_norm, outline_norm_backward, make_empty, outline_gate_backward)
+
+
+def outline_kernels(model: torch.nn.Module) -> None:
+    """Let a model without content forecast the memory of compiled norms and gated activations."""
+    for module in model.modules():
+        if hasattr(module, "kernels"):
+            module.kernels = OUTLINES
+
+
 class Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
@@ -187,11 +214,16 @@ def lean_layers(model: torch.nn.Module) -> int:
     return changed
 
 
+def wants_compiling(device: torch.device, when: bool | str) -> bool:
+    """when: training.compile; auto is on a GPU."""
+    return device.type == "cuda" if when == "auto" else bool(when)
+
+
 def compile_layers(model: torch.nn.Module, device: torch.device, when: bool | str) -> bool:
     """Let torch's compiler (Triton on a GPU, C++ on a CPU) make one kernel of each norm and gated activation that lean_layers has
     changed; -> whether it did. Where it cannot, a warning says why, and they stay as they are. Intermediate results are not rounded
     then. when: training.compile."""
-    if not (device.type == "cuda" if when == "auto" else when):
+    if not wants_compiling(device, when):
         return False
     try:
         kernels = compile_kernels(device)
@@ -225,8 +257,10 @@ def compile_for_all_lengths(function: Callable) -> Callable:
         if len(arguments[0]) == 1:  # a single token would be a variant of its own
             return function(*arguments)
         for argument in arguments:
-            if torch.is_tensor(argument) and argument.dim() == 2:
-                torch._dynamo.maybe_mark_dynamic(argument, 0)
+            if torch.is_tensor(argument):  # a width that is known makes a faster kernel; it is the last dimension
+                torch._dynamo.mark_static(argument, argument.dim() - 1)
+                if argument.dim() == 2:
+                    torch._dynamo.maybe_mark_dynamic(argument, 0)
         return compiled(*arguments)
 
     return run

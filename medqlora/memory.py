@@ -27,6 +27,7 @@ from transformers import AutoConfig, PretrainedConfig
 from medqlora.allocator import BLOCK, MIB, Reserve, replay_allocator
 from medqlora.attention import Choice, choose_backend, locate_documents
 from medqlora.config import Config, UserError, change
+from medqlora.layers import outline_kernels, wants_compiling
 from medqlora.losses import AnswerLoss
 from medqlora.models import (
     ModelError,
@@ -182,7 +183,8 @@ def list_inside(name: str, arguments: tuple, keywords: dict[str, Any]) -> Iterat
     elif name == "torch_attn::_varlen_attn_backward":  # flash attention 2, csrc/flash_attn/flash_api.cpp, mha_varlen_bwd
         query, key, documents = arguments[1], arguments[2], arguments[6].numel() - 1
         tokens, heads, width = query.shape
-        padded, rounded = tokens + 128 * documents, -(-width // 32) * 32
+        multiple = 32 if width <= 128 else 64
+        padded, rounded = tokens + 128 * documents, -(-width // multiple) * multiple
         yield (padded, heads, rounded), torch.float32, "workspace"  # the query's gradient, accumulated
         yield (heads, padded), torch.float32, "workspace"
         if key.shape[1] != heads:  # gradients of key and value of every query head, summed into groups afterwards
@@ -227,6 +229,8 @@ def forecast_step(
     with place:
         model = attach_adapter(base, config.lora, config.training.seed)
     mode = config.training.gradient_checkpointing
+    if place.type == "meta" and wants_compiling(device, config.training.compile):
+        outline_kernels(base)
     recomputed = set_checkpointing(base, "full" if mode == "offload" and device.type == "cpu" else mode)
     loss_model = AnswerLoss(model, config.training.loss_chunk_tokens).train()
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -507,7 +511,8 @@ class Estimate:
 
     def learn(self, plan: StepPlan) -> None:
         """Take the slack from a forecast of all layers."""
-        self.slack = self.setting.needs(plan.forecast) / plan.forecast.peak
+        slack = self.setting.needs(plan.forecast) / plan.forecast.peak
+        self.slack = slack if self.slack == 1.0 else min(self.slack, slack)
 
     def peak(self, tokens: int, mode: str) -> float:
         """mode: training.gradient_checkpointing."""
@@ -546,13 +551,21 @@ def plan_step(config: Config, architecture: PretrainedConfig, setting: Setting, 
         )
     estimate = Estimate(config, architecture, setting, (min(sizes[-1], max(1, sizes[0] // 2)), sizes[0]), labelled_of)
     options = [(time_per_token(size, *costs), size, mode) for size in sizes for mode, costs in modes.items()]
-    for _, size, mode in sorted(options, key=lambda option: option[0]):
+    fastest = [option[1:] for option in sorted(options, key=lambda option: option[0])]
+    passed_over = []
+    for size, mode in fastest:
         if len(modes) > 1 and estimate.needs(size, mode) > setting.memory:
+            if estimate.peak(size, mode) <= setting.memory:
+                passed_over.append((size, mode))
             continue
         plan = forecast_plan(config, architecture, setting, size, mode, labelled_of(size))
         if setting.holds(plan.forecast):
             return plan
         estimate.learn(plan)
+    for size, mode in passed_over:  # the slack differs from plan to plan
+        plan = forecast_plan(config, architecture, setting, size, mode, labelled_of(size))
+        if setting.holds(plan.forecast):
+            return plan
     last = forecast_plan(config, architecture, setting, sizes[-1], list(modes)[-1], labelled_of(sizes[-1]))
     smallest = last.forecast
     if setting.holds(smallest, short=True):
@@ -631,8 +644,9 @@ def longest_sequence(config: Config, architecture: PretrainedConfig, setting: Se
         length = min(length - 16, int(shorter) // 16 * 16)
     if length < 16:
         return None
+    over = over or min(most or sys.maxsize, length + length // 10 + 32)
     for _ in range(4):  # what the allocator reserves grows in steps, so the line can lead too low
-        middle = ((over or length) + length) // 32 * 16
+        middle = (over + length) // 32 * 16
         if middle - length <= length // 100:
             break
         if setting.holds(forecast(middle), short=True):

@@ -18,8 +18,9 @@ from typing import Any
 
 import psutil
 import yaml
+from pydantic import ValidationError
 
-from medqlora.config import Config, ConfigError, UserError, dump_config, load_config
+from medqlora.config import Config, UserError, dump_config
 
 LOG = "train_log.jsonl"
 PICTURES = (".png", ".svg", ".pdf")
@@ -90,8 +91,8 @@ def check_run(folder: Path, config: Config, resume: bool) -> None:
             before = yaml.safe_load(saved.read_text(encoding="utf-8"))
         except yaml.YAMLError:
             raise RunError(f"{saved} is not valid YAML; the run cannot be resumed, choose another --output_dir") from None
-        with contextlib.suppress(ConfigError):  # a run of an older version lacks the keys that are new: their defaults are what it did
-            before = yaml.safe_load(dump_config(load_config(saved)))
+        with contextlib.suppress(ValidationError):  # a run of an older version lacks the keys that are new: their defaults are what it did
+            before = yaml.safe_load(dump_config(Config.model_validate(before)))
         for key, old, new in list_differences(before, yaml.safe_load(dump_config(config))):
             if key not in FREE_TO_CHANGE:
                 raise RunError(f"--resume: {key} was {old!r} in {saved}, now {new!r}; give the same value or another --output_dir")

@@ -11,17 +11,20 @@ from typing import Any
 
 import torch
 
+from medqlora.hardware import choose_dtype
 from medqlora.runs import write_json
 
 
 class Stage:
     """Collects checks, which pass or fail, and figures, which are kept.
 
-    device: what is tried; small: shapes for a CPU, which rehearses the stage.
+    device: what is tried; small: shapes for a CPU, which rehearses the stage; dtype: what training computes in there.
     """
 
     def __init__(self, device: torch.device, output: Path):
         self.device, self.small, self.output = device, device.type == "cpu", output
+        self.dtype = torch.float32 if self.small else choose_dtype("auto", device)
+        self.memory = 0 if self.small else torch.cuda.get_device_properties(device).total_memory  # bytes
         self.checks: list[dict[str, Any]] = []
         self.figures: dict[str, Any] = {}
 

@@ -366,6 +366,9 @@ class Zero:
     def read_scale(self) -> dict[str, Any]:
         return {}  # float16 is refused
 
+    def write_scale(self, state: dict[str, Any]) -> None:
+        """A run that began in float16 goes on in another dtype, which needs no scale."""
+
 
 class FullyShard:
     """FSDP2 through torch's own fully_shard, so that the same code runs on GPUs and on CPU processes (Accelerate has no CPU
@@ -413,6 +416,9 @@ class FullyShard:
 
     def read_scale(self) -> dict[str, Any]:
         return {}  # float16 is refused
+
+    def write_scale(self, state: dict[str, Any]) -> None:
+        """A run that began in float16 goes on in another dtype, which needs no scale."""
 
     def drop_gradients(self) -> None:
         self.optimizer.zero_grad()

@@ -268,16 +268,16 @@ def decide_step(run: Run, memory: int) -> dict[str, Any]:
     setting = Setting(run.device, run.dtype, storage, run.strategy, memory, host, expandable=segments_expand())
     try:
         found = plan_recipe(run, config, setting)
-    except UserError:
+        cost = cost_of_attention(config, run.architecture, setting, found, most_supervised(run.prepared.train, found.tokens))
+    except Exception:  # whatever a model's own code may raise on tensors without content
         if "auto" in (training.max_tokens_per_batch, training.gradient_checkpointing):
             raise  # it cannot be decided without a forecast
         return {"max_tokens_per_batch": training.max_tokens_per_batch, "gradient_checkpointing": training.gradient_checkpointing}
-    labelled = most_supervised(run.prepared.train, found.tokens)
     return {
         "max_tokens_per_batch": found.tokens, "gradient_checkpointing": found.checkpointing, "predicted_peak_bytes": found.forecast.peak,
         "predicted_needed_bytes": setting.needs(found.forecast, found.short), "predicted_host_bytes": found.forecast.host, "memory_bytes": memory,
         "layers": found.forecast.layers, "recomputed_layers": found.forecast.recomputed,
-        "attention_cost_bytes": cost_of_attention(config, run.architecture, setting, found, labelled),
+        "attention_cost_bytes": cost,
     }  # fmt: skip
 
 
@@ -467,7 +467,7 @@ def train(run: Run) -> int:
             }  # fmt: skip
             if device.type == "cuda":
                 row["peak_reserved_bytes"] = run.memory.read_reserved()
-            if not math.isfinite(grad_norm):  # float16 alone: its scale was too high, and is lower now
+            if run.dtype is torch.float16 and not math.isfinite(grad_norm):  # the loss scale was too high, and is lower now
                 row |= {"grad_norm": None, "skipped": True}
             if is_main:
                 runs.append_line(log, row)

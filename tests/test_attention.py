@@ -97,6 +97,12 @@ def test_a_broken_flash_attn_is_passed_over_and_said(tmp_path, monkeypatch):
         choose_backend("flash", CUDA, BF16, shape(), (8, 0))
 
 
+def test_values_of_another_width_take_the_grouped_path():
+    deepseek = AutoConfig.for_model("deepseek_v2", qk_rope_head_dim=16, qk_nope_head_dim=32, v_head_dim=32, hidden_size=64, num_attention_heads=4)
+    choice = choose_backend("auto", CUDA, BF16, deepseek, (8, 0))
+    assert (choice.backend, "values 32 wide" in choice.reason) == ("grouped", True), choice
+
+
 @pytest.mark.parametrize("requested", ["auto", "varlen", "grouped"])
 def test_a_cpu_has_one_path(requested):
     assert choose_backend(requested, CPU, torch.float32, shape()).backend == "grouped"

@@ -87,7 +87,7 @@ def test_dump_is_plain_yaml(write):
 
 def test_a_run_of_an_older_version_can_be_resumed(write, tmp_path):
     """Its config.yaml lacks the keys that came later; what it did is their default."""
-    config = load_config(write(BASE + "data:\n  train: [{format: medqa, path: a.jsonl}]\n"))
+    config = load_config(write(BASE + "data:\n  train: [{format: medqa, path: a.jsonl}]\n"), ["--model.base", "./base"])
     tree = yaml.safe_load(dump_config(config))
     del tree["training"]["deterministic"], tree["lora"]["variant"]
     (tmp_path / "run").mkdir()

@@ -50,7 +50,7 @@ def broken(tmp_path):
     (folder / "stage_optimizers.py").write_text(stage.format(float(2), "import time; time.sleep(1000)"))
     (folder / "stage_engine.py").write_text(stage.format(0.25, "sys.exit(stage.finish())"))
     script = tmp_path / "bench" / "gpu.py"
-    script.write_text(script.read_text().replace('Plan("optimizers", 15, 60)', 'Plan("optimizers", 15, 8)'))
+    script.write_text(script.read_text().replace('Plan("optimizers", 15, 60)', 'Plan("optimizers", 15, 30)'))
     return script
 
 

@@ -12,7 +12,7 @@ from conftest import ARCHITECTURES, build_model
 
 from medqlora import models
 from medqlora.attention import DOCUMENTS, AttentionError, packing_arguments, verify_isolation
-from medqlora.config import Lora
+from medqlora.config import Lora, Model
 from medqlora.losses import AnswerLoss, HeadLoss, backbone_of
 from medqlora.models import attach_adapter, set_checkpointing
 from medqlora.packing import collate
@@ -95,6 +95,18 @@ def test_offloaded_inputs_give_the_same_gradients(architecture, monkeypatch):
     size = layers * tokens * model.config.hidden_size * 4
     assert size <= arena.capacity < size + 1000  # the second micro-batch used the first one's places
     assert not arena.taken
+
+
+def test_isolation_of_int8_is_proven_without_outliers():
+    """Their columns are those of the whole pack, so a neighbour changes how a row is rounded."""
+    pytest.importorskip("bitsandbytes")
+    base = models.make_base(build_model("llama").config, Model(base="random", quantization="int8"), CPU, torch.float32)
+    states = [module.state for module in base.modules() if hasattr(getattr(module, "state", None), "threshold")]
+    seen = []
+    base.model.register_forward_hook(lambda *_: seen.extend(state.threshold for state in states))
+    assert verify_isolation(base.model, "grouped", 320, 1e-2) < 1e-2
+    assert set(seen) == {0.0}
+    assert {state.threshold for state in states} == {models.INT8_THRESHOLD}
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])

@@ -145,6 +145,24 @@ def test_int8_is_forecast_as_a_gpu_runs_it():
     assert on_gpu.by_phase["forward"] > on_cpu.by_phase["forward"]
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "phi3"])
+def test_compiled_pieces_are_forecast_as_their_outputs(kind):
+    """On a GPU norms and gates are one kernel each: the same tensors are kept, and none is made in between."""
+    more = {"head_dim": 16} if kind == "gemma2" else {"pad_token_id": 0} if kind == "phi3" else {}
+    found = {}
+    for compiled in ("false", "true", "auto"):
+        config = make_config("--training.gradient_checkpointing", "full", "--training.compile", compiled)
+        found[compiled] = forecast_step(config, small(kind, **more), CUDA, torch.bfloat16, torch.uint8, Batch((512,) * 4, 16))
+    assert found["auto"] == found["true"]
+    assert found["true"].peak <= found["false"].peak
+    assert kind == "gemma2" or found["true"].peak < found["false"].peak  # whose peak is in attention with softcap
+    assert found["true"].by_category["quantized weights"] == found["false"].by_category["quantized weights"]
+    config = make_config("--training.gradient_checkpointing", "none", "--training.compile", "auto")
+    plain = change(config, "training", compile=False)
+    kept = [forecast_step(chosen, small(kind, **more), CUDA, torch.bfloat16, torch.uint8, Batch((512,) * 4, 16)).by_phase["forward"] for chosen in (config, plain)]
+    assert kept[0] == pytest.approx(kept[1], rel=0.05)
+
+
 def test_offloaded_inputs_need_the_hosts_memory():
     """Whole chunks; a machine that has not so much gets another plan, or is told."""
     architecture = with_layers(read_architecture("qwen2.5-3b", SHIPPED), 12)

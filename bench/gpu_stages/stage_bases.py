@@ -32,7 +32,7 @@ SAME_LIMIT = 1e-2  # recomputed against kept: on a GPU attention's gradient sums
 
 def main() -> int:
     stage = Stage.from_arguments(sys.argv[1:], __doc__)
-    dtypes = ["float32", "bfloat16"] if stage.small else ["bfloat16", "float16"]
+    dtypes = ["float32", "bfloat16"] if stage.small else ["bfloat16", "float16"] if stage.dtype is torch.bfloat16 else ["float16"]
     for quantization in ("nf4", "fp4", "int8", "none"):
         for dtype in dtypes:
             check_base(stage, quantization, dtype, "lora")

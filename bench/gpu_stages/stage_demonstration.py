@@ -2,12 +2,13 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import psutil
 
 from medqlora.stages import Stage
 
@@ -50,8 +51,8 @@ def read_steps(output: Path) -> dict[int, dict]:
     return {row["step"]: row for row in rows if "loss" in row}
 
 
-def run(stage: Stage, name: str, command: list[str], environ: dict[str, str]) -> None:
-    """A command that must succeed; its last lines are kept where it does not."""
+def run(stage: Stage, name: str, command: list[str], environ: dict[str, str]) -> str:
+    """A command that must succeed; its last lines are kept where it does not; -> what it printed."""
     began = time.perf_counter()
     done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=WAIT, check=False)
     stage.figure(f"{name}: seconds", time.perf_counter() - began)
@@ -60,10 +61,13 @@ def run(stage: Stage, name: str, command: list[str], environ: dict[str, str]) ->
     stage.check(f"{name}: exit code", done.returncode, 0)
     if done.returncode:
         sys.exit(stage.finish())
+    return done.stdout
 
 
 def train(stage: Stage, name: str, output: Path, flags: list, environ: dict[str, str]) -> dict[int, dict]:
-    run(stage, name, launch(output, flags), environ)
+    printed = run(stage, name, launch(output, flags), environ)
+    if "--resume" in flags:
+        stage.check("nothing was resumed", float("resuming after step" not in printed), 0)
     steps = read_steps(output)
     rates = sorted(row["tokens_per_second"] for row in steps.values())
     stage.figure(f"{name}: tokens per second", rates[len(rates) // 2])
@@ -72,13 +76,14 @@ def train(stage: Stage, name: str, output: Path, flags: list, environ: dict[str,
 
 def kill_in_the_middle(stage: Stage, output: Path, flags: list, step: int, environ: dict[str, str]) -> None:
     """kill -9 for the launcher and all that it started, once this step is logged."""
-    process = subprocess.Popen(launch(output, flags), env=environ, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(launch(output, flags), env=environ, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     began = time.perf_counter()
     while process.poll() is None and time.perf_counter() - began < WAIT and max(read_steps(output), default=0) < step:
         time.sleep(0.05)
     ended = process.poll()
     if ended is None:
-        os.killpg(process.pid, signal.SIGKILL)
+        for child in [process, *psutil.Process(process.pid).children(recursive=True)]:
+            child.kill()
     process.wait()
     stage.check("the run that was to be killed had ended by itself", float(ended is not None), 0)
 

@@ -27,7 +27,7 @@ LAYERS = 8
 
 def main() -> int:
     stage = Stage.from_arguments(sys.argv[1:], __doc__)
-    dtype = torch.float32 if stage.small else torch.bfloat16
+    dtype = stage.dtype
     if stage.small:
         architecture = LlamaConfig(hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=500)
     else:
@@ -72,7 +72,8 @@ def generate(stage: Stage, engine: HfEngine) -> None:
     began = time.perf_counter()
     answers = engine.generate(prompts, sampling)
     stage.figure("generated tokens per second", sum(lengths) / (time.perf_counter() - began))
-    stage.check("answers missing", float(rows - len(answers)), 0)
+    stage.check("answers missing", float(rows - sum(len(some) for some in answers)), 0)
+    stage.check("nothing was generated", float(not sum(lengths)), 0)
 
 
 if __name__ == "__main__":

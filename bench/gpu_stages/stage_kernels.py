@@ -27,7 +27,9 @@ LAYER.layer_idx = 0
 def main() -> int:
     stage = Stage.from_arguments(sys.argv[1:], __doc__)
     torch.manual_seed(0)
-    dtypes = [torch.float32, torch.bfloat16] if stage.small else [torch.bfloat16, torch.float16, torch.float32]
+    dtypes = [torch.float32, torch.bfloat16] if stage.small else [torch.float16, torch.float32]
+    if stage.dtype is torch.bfloat16:
+        dtypes.insert(0, torch.bfloat16)
     for dtype, width in itertools.product(dtypes, [64] if stage.small else [64, 128, 256]):
         for backend in list_backends(stage, dtype, width):
             for window in (None, 100):
@@ -106,7 +108,12 @@ def check_branches(stage: Stage, backend: str, dtype: torch.dtype, width: int) -
 
 def check_compiled(stage: Stage, dtype: torch.dtype) -> None:
     """Norms and gated activations as the compiler makes them, with lengths that change."""
-    kernels, width, eps = compile_kernels(stage.device), 512, 1e-6
+    width, eps = 512, 1e-6
+    try:
+        kernels = compile_kernels(stage.device)
+    except Exception as error:  # noqa: BLE001  training goes on without a compiler, and so does this
+        stage.figure("no compiler", " ".join(str(error).split())[:300])
+        return
     weight = torch.rand(width, device=stage.device).to(dtype) + 0.5
     for tokens in (17, 1, 256, 1000):
         x, up, g = (torch.randn(tokens, width, device=stage.device).to(dtype) for _ in range(3))

@@ -51,7 +51,7 @@ def check_optimizer(stage: Stage, optimizer: str) -> None:
 
 
 def make_trainer(stage: Stage, optimizer: str) -> Replicated:
-    dtype = torch.float32 if stage.small else torch.bfloat16
+    dtype = torch.float32 if stage.dtype is torch.float16 else stage.dtype  # float16's loss scale is not what is tried here
     torch.manual_seed(0)
     model = attach_adapter(make_base(SHAPE, Model(base="random"), stage.device, dtype), Lora(r=128), 0)  # tensors of 131,072 and more are paged
     return wrap(Strategy("one"), AnswerLoss(model, 16), lambda weights: make_optimizer(Training(optimizer=optimizer), weights), 1.0, dtype)

@@ -37,9 +37,9 @@ def main() -> int:
     if stage.small:
         architecture = LlamaConfig(hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=500)
     else:
-        architecture = with_layers(read_architecture("llama3-8b", ARCHITECTURES), LAYERS)
+        architecture = with_layers(read_architecture("llama3-8b", ARCHITECTURES), LAYERS if stage.memory > 30 * 2**30 else 2)
     config = Config(
-        model=Model(base="random", dtype="float32" if stage.small else "bfloat16"), data=Data(max_length=row),
+        model=Model(base="random", dtype=str(stage.dtype).removeprefix("torch.")), data=Data(max_length=row),
         training=Training(max_tokens_per_batch=row * rows, global_batch_tokens=row * rows, gradient_checkpointing="none"),
     )  # fmt: skip
     trial = Trial(config, architecture, stage.device)

@@ -15,13 +15,14 @@ from transformers import LlamaConfig
 from medqlora.config import Config, Data, Model, Training
 from medqlora.layers import Kernels
 from medqlora.losses import unwrap
-from medqlora.memory import read_architecture
+from medqlora.memory import read_architecture, with_layers
 from medqlora.models import find_layers, set_checkpointing
 from medqlora.packing import make_plan
 from medqlora.stages import Stage
 from medqlora.trials import Trial, count_flops, find_peak, make_table
 
 ARCHITECTURES = Path(__file__).parent.parent / "architectures"
+WHOLE, FEW_LAYERS = 60 * 2**30, 4  # bytes of a GPU that holds all 32 layers with nothing recomputed; layers on a smaller one
 WARM_UP, STEPS = 2, 5
 
 
@@ -32,8 +33,10 @@ def main() -> int:
         architecture = LlamaConfig(hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=500)
     else:
         architecture = read_architecture("llama3-8b", ARCHITECTURES)
+        if stage.memory < WHOLE:
+            architecture = with_layers(architecture, FEW_LAYERS)
     config = Config(
-        model=Model(base="random", dtype="float32" if stage.small else "bfloat16"), data=Data(max_length=row),
+        model=Model(base="random", dtype=str(stage.dtype).removeprefix("torch.")), data=Data(max_length=row),
         training=Training(max_tokens_per_batch=row * rows, global_batch_tokens=row * rows, gradient_checkpointing="none"),
     )  # fmt: skip
     trial = Trial(config, architecture, stage.device)
@@ -50,7 +53,10 @@ def main() -> int:
             for module in base.modules():
                 if hasattr(module, "kernels"):
                     module.kernels = Kernels()
-        stage.figure(case, measure(stage, trial, table, plan, recomputed))
+        try:
+            stage.figure(case, measure(stage, trial, table, plan, recomputed))
+        except torch.OutOfMemoryError:
+            stage.figure(f"{case}: out of memory", True)
     return stage.finish()
 
 

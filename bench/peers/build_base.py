@@ -13,6 +13,7 @@ SHAPES = {
     "74m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 13, "num_attention_heads": 9, "num_key_value_heads": 3},
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8},
 }
+LEAST_WORDS = {"74m": 0, "1b": 32_000}  # of the head, whatever the tokenizer has: a head of a few words would cost nothing
 
 
 def main() -> None:
@@ -28,7 +29,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer), **SHAPES[arguments.shape], max_position_embeddings=8192, tie_word_embeddings=True,
+            vocab_size=max(len(tokenizer), LEAST_WORDS[arguments.shape]), **SHAPES[arguments.shape], max_position_embeddings=8192, tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         )
     )  # fmt: skip
