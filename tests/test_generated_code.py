@@ -13,7 +13,7 @@ from torch._inductor.runtime.hints import DeviceProperties
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._pytree import tree_map
 
 from medqlora import layers
@@ -53,17 +53,24 @@ def play_gpu(capability: tuple[int, int]):
     DeviceProperties.create.cache_clear()
 
 
-def generate(function, arguments, capability: tuple[int, int]) -> str:
-    """The code that Inductor writes for a function of tensors of these shapes and dtypes."""
+def count_tokens(mode: FakeTensorMode):
+    """A number of tokens that the compiler does not know, as torch.compile sees lengths that change."""
+    sizes = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    return mode.from_tensor(torch.empty(4096, device="meta"), symbolic_context=sizes).shape[0]
+
+
+def generate(function, arguments, capability: tuple[int, int], any_length: bool) -> str:
+    """The code that Inductor writes for a function of tensors of these shapes and dtypes; any_length: for every number of tokens."""
 
     def move(value):
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda") if torch.is_tensor(value) else value
 
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     with mode, torch.no_grad():  # traced for a CPU, because a CPU build of torch cannot write into CUDA tensors, not even fake ones
-        inputs = [torch.empty(shape, dtype=dtype) for shape, dtype in arguments]
-        traced = make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="real")(*inputs)
-        inputs = [move(tensor) for tensor in inputs]
+        tokens = count_tokens(mode) if any_length else 4096
+        inputs = [torch.empty((tokens, *shape[1:]) if len(shape) == 2 else shape, dtype=dtype) for shape, dtype in arguments]
+        traced = make_fx(lambda tokens, *tensors: function(*tensors), decomposition_table=select_decomp_table(), tracing_mode="real")(tokens, *inputs)
+        inputs = [tokens, *map(move, inputs)]
         for node in traced.graph.nodes:
             node.meta = tree_map(move, node.meta) if "val" in node.meta else node.meta
     with play_gpu(capability):
@@ -74,10 +81,11 @@ def generate(function, arguments, capability: tuple[int, int]) -> str:
     return getattr(code, "value", code)
 
 
+@pytest.mark.parametrize("any_length", [False, True])
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
 @pytest.mark.parametrize("name", PIECES)
-def test_each_piece_is_one_kernel(name, capability):
-    code = generate(*PIECES[name], capability)
+def test_each_piece_is_one_kernel(name, capability, any_length):
+    code = generate(*PIECES[name], capability, any_length)
     assert code.count("async_compile.triton(") == 1
     assert "extern_kernels." not in code.split("def call(")[-1]
     assert f"cc={10 * capability[0] + capability[1]}" in code
