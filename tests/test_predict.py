@@ -66,6 +66,7 @@ def test_killed_with_changing_shards_equals_uninterrupted(whole, tmp_path):
 INTERRUPTED = """
 import os, runpy, signal, sys
 from medqlora.predictions import Journal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started the tests with it ignored
 append = Journal.append
 def append_and_interrupt(self, batch):
     append(self, batch)

@@ -210,7 +210,8 @@ def main() -> None:
         return
     check_new(arguments.json, "--json")
     if arguments.rows < 100 or arguments.epochs < 1 or arguments.repetitions < 1:
-        raise ConfigError(f"--rows {arguments.rows} --epochs {arguments.epochs} --repetitions {arguments.repetitions}: expected 1 or more, and 100 rows or more, for a few steps after {WARM_UP} of warming up, and an epoch")
+        given = f"--rows {arguments.rows} --epochs {arguments.epochs} --repetitions {arguments.repetitions}"
+        raise ConfigError(f"{given}: expected 100 rows or more, for a few steps after {WARM_UP} of warming up, and an epoch and a repetition or more")
     for path in (arguments.tokenizer, arguments.data):
         if not path.exists():
             raise ConfigError(f"{path}: not here; expected a tokenizer's folder and a MedMCQA file")
