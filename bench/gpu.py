@@ -28,7 +28,7 @@ from medqlora.runs import write_json
 
 ROOT = Path(__file__).parent.parent
 FOLDER = Path(__file__).parent / "gpu_stages"
-LOG_BYTES = 4 * 2**20  # of what stages print, the end
+LOG_BYTES = 4 * 2**20  # The log keeps this much of what stages printed last.
 LOSS_LIMIT = 1e-4
 RESULTS, LOG = "gpu.json", "gpu.log"
 
@@ -42,7 +42,7 @@ class Plan:
     limit: int
 
 
-# In the order in which they run: what the others rest on comes first. Their seconds sum to less than nine minutes.
+# Stages run in this order: what the others rest on comes first. Their seconds sum to less than nine minutes.
 STAGES = (
     Plan("card", 15, 60), Plan("kernels", 60, 150), Plan("bases", 30, 90), Plan("memory", 60, 120), Plan("throughput", 75, 150), Plan("demonstration", 110, 220),
     Plan("optimizers", 15, 60), Plan("full_memory", 40, 120), Plan("profile", 30, 90), Plan("engine", 40, 100),
@@ -65,23 +65,32 @@ def main() -> int:
     arguments = parse_arguments()
     arguments.output = arguments.output.resolve()  # stages run in another folder
     stages = choose_stages(arguments)
+    check_device(arguments.device)
     check_output(arguments.output)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        found = run_stages(stages, arguments, Path(folder))
+    show(found)
+    ran = [facts for facts in found.values() if facts["status"] != "skipped"]
+    return 0 if ran and all(facts["status"] == "passed" for facts in ran) else 1
+
+
+def run_stages(stages: list[Plan], arguments: argparse.Namespace, folder: Path) -> dict[str, dict]:
+    """All that fit into the time, one after the other; folder: for temporary files and for what compilers make, which stages share."""
     minutes = arguments.minutes or 9 + sum(stage.limit for stage in stages if stage in (PEERS, MULTI)) / 60
     began, found = time.monotonic(), {}
     environ = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    environ |= {"TMPDIR": str(folder), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton")}
     if arguments.device == "cpu":
         environ["CUDA_VISIBLE_DEVICES"] = ""
     for stage in stages:
         left = 60 * minutes - (time.monotonic() - began)
-        if stage.seconds > left and arguments.device == "cuda":
+        if stage.seconds > left:
             found[stage.name] = {"status": "skipped", "reason": f"needs about {stage.seconds} s, {left:.0f} s are left"}
         else:
             found[stage.name] = run_stage(stage, arguments, environ, min(stage.limit, max(left, stage.seconds)))
         write_json(arguments.output / RESULTS, {"device": arguments.device, "minutes": minutes, "stages": found})
         print(describe(stage.name, found[stage.name]), flush=True)
-    show(found)
-    ran = [facts for facts in found.values() if facts["status"] != "skipped"]
-    return 0 if ran and all(facts["status"] == "passed" for facts in ran) else 1
+    return found
 
 
 def choose_stages(arguments: argparse.Namespace) -> list[Plan]:
@@ -94,6 +103,14 @@ def choose_stages(arguments: argparse.Namespace) -> list[Plan]:
     if arguments.minutes is not None and not arguments.minutes > 0:
         raise ConfigError(f"--minutes {arguments.minutes}: expected more than 0")
     return [known[name] for name in names] + [PEERS] * arguments.peers + [MULTI] * arguments.multi
+
+
+def check_device(device: str) -> None:
+    """Raises ConfigError: no GPU, which every stage would find out by itself."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("torch sees no GPU here; --device cpu rehearses the stages on small shapes")
 
 
 def check_output(folder: Path) -> None:
@@ -129,19 +146,17 @@ def count_processes() -> int:
 def run_stage(stage: Plan, arguments: argparse.Namespace, environ: dict[str, str], limit: float) -> dict[str, Any]:
     """Run one stage to its end or its limit; -> what it found, also if it did not get far."""
     file, began = arguments.output / f"{stage.name}.json", time.monotonic()
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:  # also of a stage that is killed
-        command, options = command_of(stage, arguments, file), {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(command, env=environ | {"TMPDIR": temporary}, start_new_session=True, **options)
-        try:
-            printed, _ = process.communicate(timeout=limit)
-            status = "passed" if process.returncode == 0 else "failed"
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)  # with what it has started
-            printed, _ = process.communicate()
-            status = "out of time"
-        except KeyboardInterrupt:
-            os.killpg(process.pid, 9)
-            raise
+    process = subprocess.Popen(command_of(stage, arguments, file), env=environ, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        printed, _ = process.communicate(timeout=limit)
+        status = "passed" if process.returncode == 0 else "failed"
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)  # The group holds what the stage has started, too.
+        printed, _ = process.communicate()
+        status = "out of time"
+    except KeyboardInterrupt:
+        os.killpg(process.pid, 9)
+        raise
     write_log(arguments.output / LOG, stage.name, printed)
     found = read_found(file)
     if status == "passed" and not all(check["ok"] for check in found.get("checks", [])):

@@ -19,7 +19,7 @@ PYTHON = "3.12"
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_24_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64", "any")
 NEEDED = ("bitsandbytes==0.50.2", "pydantic==2.14.4", "pydantic-core==2.50.5", "annotated-types==0.8.0", "typing-inspection==0.4.5")
 PEERS = ("trl==1.16.0", "datasets==5.2.0", "dill==0.4.1", "multiprocess==0.70.19", "liger-kernel")
-CUDA = "libbitsandbytes_cuda130.so"  # of the libraries in bitsandbytes' wheel, the one that is kept beside the CPU's
+CUDA = "libbitsandbytes_cuda130.so"  # bitsandbytes' wheel holds many libraries; this one and the CPU's are kept.
 
 
 def main() -> None:

@@ -30,10 +30,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
 
-from medqlora.allocator import prefer_expandable_segments
-
-prefer_expandable_segments(os.environ)  # before torch is imported
-
 import torch
 import transformers
 from rich.console import Console

@@ -30,7 +30,7 @@ import psutil
 
 from medqlora.allocator import prefer_expandable_segments
 
-prefer_expandable_segments(os.environ)  # before torch is imported
+prefer_expandable_segments(os.environ)  # torch reads it when it is imported.
 
 import torch
 import transformers
@@ -71,7 +71,7 @@ from medqlora.trials import Trial, make_table
 DEMO = Path(__file__).parent.parent / "recipes" / "configs" / "demo.yaml"
 ARCHITECTURES = Path(__file__).parent / "architectures"
 STRATEGIES = {"ddp": "ddp", "zero1": "zero1", "zero2": "zero2", "zero3": "zero3", "fsdp": "fsdp2"}
-DISPLAY = "0.3 to 1 GiB"  # of a desktop and a browser; an assumption
+DISPLAY = "0.3 to 1 GiB"  # We assume this for a desktop with a browser.
 SEQUENCES = 32  # answered side by side, in the forecast for serving
 console = Console(highlight=False, soft_wrap=True)
 
@@ -146,13 +146,15 @@ def read_setting(config: Config, arguments: argparse.Namespace) -> Setting:
     device = torch.device(arguments.device or (here if arguments.measure else "cuda"))
     if arguments.measure and device.type != here:
         raise ConfigError(f"--measure --device {device}: this machine trains on {here}; leave out --device, or --measure")
+    if arguments.capability and (device.type == "cpu" or arguments.measure):
+        raise ConfigError("--capability is for a forecast of a GPU that is not here; leave out --device cpu and --measure")
     capability = parse_capability(arguments.capability)
     dtype = choose_dtype(config.model.dtype, device, capability)
     strategy = Strategy(STRATEGIES[arguments.strategy or "ddp"] if arguments.gpus > 1 else "one", arguments.gpus)
     check_strategy(strategy, config, dtype, {})
     memory = usable(parse_size(arguments.fit), device) if arguments.fit else sys.maxsize
     if memory <= 0:
-        raise ForecastError(f"--fit {arguments.fit}: {CONTEXT / GIB:.1f} GiB go to the CUDA context alone; give the memory of a card, e.g. 8GiB")
+        raise ForecastError(f"--fit {arguments.fit}: {(CONTEXT + KERNELS) / GIB:.2f} GiB go to the CUDA context and kernels alone; give the memory of a card, e.g. 8GiB")
     storage = choose_storage(strategy, config.model.quantization, dtype)
     return Setting(device, dtype, storage, strategy, memory, capability=capability, expandable=segments_expand())
 
@@ -352,7 +354,7 @@ class Timeline:
 
     def mark(self, phase: str) -> None:
         if self.device.type == "cuda" and phase == "training":
-            torch.cuda.empty_cache()  # what loading left
+            torch.cuda.empty_cache()  # Loading leaves blocks that training does not need.
             torch.cuda.reset_peak_memory_stats()
         self.marks.append((time.perf_counter() - self.began, phase))
 

@@ -131,7 +131,7 @@ def rows_of_speed(gpus: dict[str, dict]) -> list[list[str]]:
     rows = []
     for name, stages in gpus.items():
         for case, found in stages.get("throughput", {}).get("figures", {}).items():
-            if not isinstance(found, dict) or "tokens_per_second" not in found:  # the model, and what did not fit
+            if not isinstance(found, dict) or "tokens_per_second" not in found:  # The model's facts and cases that did not fit stand there too.
                 continue
             used, peak = found["model_flops_utilisation"], found["peak_memory_bytes"]
             rows.append([name, case, f"{found['tokens_per_second']:,.0f}", f"{used:.0%}" if used else "?", f"{peak / GIB:.2f}" if peak else ""])
@@ -151,7 +151,7 @@ def table_fit() -> Iterator[str]:
     return markdown(["", *heads], [[name, *(cells.get((name, card), "") for card in cards)] for name in names])
 
 
-WITH_SCREEN = {"7.5GiB": "8GiB with a screen on it"}  # which takes half a GiB
+WITH_SCREEN = {"7.5GiB": "8GiB with a screen on it"}  # The screen is taken to need half a GiB.
 
 
 def table_t4() -> Iterator[str]:

@@ -89,7 +89,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    prefer_expandable_segments(os.environ)  # before torch is imported
+    if arguments.engine == "hf":  # vLLM has an allocator of its own.
+        prefer_expandable_segments(os.environ)
     shard, shards = check_arguments(arguments)
     warnings.showwarning = lambda message, *_: console.print(escape(str(message)), style="yellow")
     encoder, card, max_length, identity = open_model(arguments)

@@ -4,7 +4,6 @@
 """
 
 import configparser
-import re
 from pathlib import Path
 
 
@@ -12,7 +11,7 @@ def main() -> None:
     setup = configparser.ConfigParser()
     setup.read(Path(__file__).parent.parent / "setup.cfg")
     for requirement in setup["options"]["install_requires"].split():
-        name, _, lowest = re.split(r"(>=)", requirement.split(",")[0] + ">=")[:3]
+        name, _, lowest = requirement.partition(",")[0].partition(">=")
         print(f"{name}=={lowest}" if lowest else name)
 
 

@@ -50,7 +50,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
 
 def main() -> None:
     arguments, overrides = parse_arguments()
-    prefer_expandable_segments(os.environ)  # before torch is imported
+    prefer_expandable_segments(os.environ)  # torch reads it when it is imported.
     if arguments.rendezvous:
         if arguments.num_machines is None:
             raise ConfigError("--rendezvous needs --num_machines, the number of machines that are to meet")

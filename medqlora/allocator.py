@@ -10,15 +10,15 @@ from typing import NamedTuple
 
 MIB = 2**20
 BLOCK = 512  # bytes: every tensor is rounded up to a multiple (c10/core/AllocatorConfig.h, kMinBlockSize)
-SMALL_PAGE, LARGE_PAGE = 2 * MIB, 20 * MIB  # what expandable segments grow by, for tensors up to 1 MiB and for larger ones
+SMALL_PAGE, LARGE_PAGE = 2 * MIB, 20 * MIB  # Expandable segments grow by these, for tensors up to 1 MiB and for larger ones.
 EXPAND = "expandable_segments:True"
-# Newer versions of torch read the first, older ones the second.
+# torch 2.11 and newer read both; older versions and other tools know only the second, which is the one that we set.
 VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def prefer_expandable_segments(environ: MutableMapping[str, str]) -> None:
-    """Ask for segments that grow, before torch is imported: without them a step of an 8B model reserves 7 % more than lives.
-    What a user has set stays; Windows has no such segments."""
+    """Ask for segments that grow, before torch is imported: without them more memory is reserved than is in use. What a user has set
+    stays; Windows has no such segments."""
     if sys.platform == "linux" and not any(environ.get(name) for name in VARIABLES):
         environ[VARIABLES[1]] = EXPAND
 
@@ -50,12 +50,12 @@ def replay_allocator(events: list[tuple[int, int]], expandable: bool = False) ->
     expandable: one segment per pool, which grows at its end.
     """
     free: tuple[list, list] = ([], [])  # of each pool: (size, segment, offset), sorted
-    ends = [0, 0]  # of each pool's segment, where it grows
+    ends = [0, 0]  # Each pool's segment grows here.
     held: dict[int, tuple[int, int, int, int]] = {}  # number -> pool, size, segment, offset
     reserved = segments = 0
-    sizes: list[int] = []  # of fixed segments
-    living: Counter[tuple[int, int]] = Counter()  # blocks in each page or fixed segment
-    used = most = 0  # bytes of pages and segments in which something lives
+    sizes: list[int] = []  # Each fixed segment has this many bytes.
+    living: Counter[tuple[int, int]] = Counter()  # Each page, or fixed segment, holds this many blocks.
+    used = most = 0  # So many bytes of pages and segments hold something, now and at most.
 
     def find_pages(pool: int, size: int, segment: int, offset: int) -> dict[tuple[int, int], int]:
         """Pages, or the segment, that a block lies in, with their bytes."""
@@ -95,8 +95,8 @@ def replay_allocator(events: list[tuple[int, int]], expandable: bool = False) ->
             bisect.insort(free[pool], (rest, segment, offset + wanted))
             size = wanted
         held[number] = (pool, size, segment, offset)
-        for place, bytes_ in find_pages(*held[number]).items():
-            used += bytes_ if not living[place] else 0
+        for place, size in find_pages(*held[number]).items():
+            used += size if not living[place] else 0
             living[place] += 1
         most = max(most, used)
     return Reserve(reserved, most)

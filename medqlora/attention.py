@@ -25,8 +25,8 @@ from transformers import AttentionInterface, PretrainedConfig
 from medqlora.config import UserError
 from medqlora.hardware import AMPERE, name_capability, read_capability
 
-SCORE_BYTES = 32 * 2**20  # of attention scores that exist at one time where they are computed in blocks, see BlockedAttention
-ALIGNED = 8  # torch's fused kernels take head widths that are a multiple of it
+SCORE_BYTES = 32 * 2**20  # BlockedAttention keeps about this many bytes of scores at a time.
+ALIGNED = 8  # torch's fused kernels take head widths that are a multiple of it.
 SHORT = 512  # up to this length plain matrix products beat the CPU's fused attention in bfloat16, two to four times
 DOCUMENTS = "medqlora_documents"  # our name in transformers' AttentionInterface
 IMPLEMENTATIONS = {"varlen": DOCUMENTS, "grouped": DOCUMENTS, "flash": "flash_attention_2", "flex": "flex_attention", "sdpa": "sdpa"}
@@ -291,7 +291,7 @@ def attend_rows(query, key, value, mask, scaling, sliding_window, softcap, on_gp
     """
     queries, keys, heads = query.shape[2], key.shape[2], query.shape[1]
     windowed = sliding_window is not None and sliding_window < keys
-    if softcap is not None or (on_gpu and windowed):  # a window's mask would be kept for the backward pass, keys x keys
+    if softcap is not None or (on_gpu and windowed):  # A window's mask, keys x keys, would be kept for the backward pass.
         window = sliding_window if windowed else None
         return BlockedAttention.apply(query, key, value, mask, scaling, window, softcap).transpose(1, 2)
     explicit = computes_explicitly(query, keys, on_gpu)
@@ -327,7 +327,7 @@ def allow_keys(queries: int, keys: int, window: int | None, device: torch.device
 def attend_fused(query, key, value, mask, scaling, on_gpu) -> torch.Tensor:
     """torch's fused attention, causal where there is no mask; shapes as attend_rows, but [rows, heads, queries, width] out."""
     width = query.shape[-1]
-    if on_gpu and width % ALIGNED:  # another width would get the formula that keeps all scores; zeros change no score
+    if on_gpu and width % ALIGNED:  # Another width would get the formula that keeps all scores. Zeros change no score.
         scaling = choose_scaling(query, scaling)
         query, key, value = (F.pad(tensor, (0, -width % ALIGNED)) for tensor in (query, key, value))
     if query.is_meta:  # without content torch would take its unfused formula
@@ -461,7 +461,7 @@ def choose_backend(
         "flex": None if gpu else "a CPU",
         "sdpa": None if softcap is None else "attention softcap",
     }
-    if old is None and (requested == "flash" or obstacles["varlen"]):  # importing it takes seconds
+    if old is None and (requested == "flash" or obstacles["varlen"]):  # Importing the package takes seconds.
         obstacles["flash"] = try_flash_package()
     if requested == "auto":
         return choose_automatically(gpu, obstacles)
@@ -500,8 +500,10 @@ def explain_flash(device: torch.device, dtype: torch.dtype, text: PretrainedConf
         return f"compute capability {name_capability(capability)}, below {name_capability(AMPERE)}"
     if dtype not in (torch.float16, torch.bfloat16):
         return str(dtype).removeprefix("torch.")
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    if width % ALIGNED or width > 256:
+    width = getattr(text, "head_dim", None)
+    if width is None and getattr(text, "num_attention_heads", None):
+        width = text.hidden_size // text.num_attention_heads
+    if width and (width % ALIGNED or width > 256):
         return f"head width {width}, not a multiple of {ALIGNED} up to 256"
     return None
 

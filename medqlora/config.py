@@ -152,8 +152,8 @@ class Training(Section):
     """Decoder layers recomputed in the backward pass: none, full, every_K (every K-th), first_K; offload: full, what layers
     begin from waits in the host's memory (for long rows on a GPU); auto: by forecast, the fastest that fits."""
     deterministic: bool = False
-    """On a GPU, kernels that give the same bits in every run, where torch has them (slower): a resumed run then repeats an
-    uninterrupted one to the bit."""
+    """On a GPU, use kernels that give the same bits in every run, where torch has them; they are slower. A resumed run is then expected
+    to repeat an uninterrupted one to the bit."""
     compile: bool | Literal["auto"] = "auto"
     """Norms and gated activations as one kernel each, by torch's compiler; auto: on a GPU."""
     loss_chunk_tokens: int = Field(1_024, ge=1)

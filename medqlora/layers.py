@@ -78,7 +78,7 @@ def outline_gate_backward(gradient: torch.Tensor, gate: torch.Tensor, up: torch.
     return make_empty(gate), make_empty(up)
 
 
-# What compiled kernels allocate, for a forecast of them: their outputs and nothing in between.
+# Compiled kernels allocate their outputs and nothing in between; a forecast of them uses these.
 OUTLINES = Kernels(outline_norm, outline_norm_backward, make_empty, outline_gate_backward)
 
 
@@ -105,10 +105,8 @@ class Norm(torch.autograd.Function):
 
 
 def flatten(x: torch.Tensor) -> torch.Tensor:
-    """[..., width] -> [tokens, width]: compiled kernels then see few shapes, and are made few times. A plain view would bring along
-    the shape of what it is a view of."""
-    x = x.detach()
-    return torch.ops.aten._unsafe_view(x, (x.shape[:-1].numel(), x.shape[-1])) if x.is_contiguous() else x.flatten(0, -2)
+    """[..., width] -> [tokens, width]: compiled kernels then see few shapes, and are made few times."""
+    return x.detach().flatten(0, -2)
 
 
 def epsilon(module: torch.nn.Module) -> float:
@@ -144,8 +142,12 @@ def forward_joined(module: torch.nn.Module, hidden_states: torch.Tensor) -> torc
 
 def draw_kept(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
     """bool like x: what dropout with probability p keeps, a function of the seed and the device."""
-    kept = torch.empty(x.shape, dtype=torch.bool, device=x.device)
-    return kept if x.is_meta else kept.bernoulli_(1 - p, generator=torch.Generator(x.device).manual_seed(seed))
+    if x.is_meta:
+        return torch.empty(x.shape, dtype=torch.bool, device=x.device)
+    generator = torch.Generator(x.device).manual_seed(seed)
+    if x.device.type == "cpu":  # bernoulli_ takes twice as long there as whole numbers from 0 to 2^31 - 1
+        return torch.empty(x.shape, dtype=torch.int32).random_(generator=generator) >= round(p * 2**31)
+    return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p, generator=generator)
 
 
 def draw_seed() -> int:
@@ -248,16 +250,24 @@ def compile_kernels(device: torch.device) -> Kernels:
     return kernels
 
 
+def forget_base(argument):
+    """A tensor that is no view, with the same memory: for a view the compiler would also look at the shape of what it is a view of."""
+    if torch.is_tensor(argument) and argument._base is not None and argument.is_contiguous():
+        return torch.ops.aten._unsafe_view(argument, argument.shape)
+    return argument
+
+
 def compile_for_all_lengths(function: Callable) -> Callable:
     """A compiled function of tensors [tokens, width]. torch's compiler would otherwise make one variant for the first number of tokens
     and another for all numbers; it makes eight at most, and then goes on without compiling, in silence."""
     compiled = torch.compile(function)
 
     def run(*arguments):
-        if len(arguments[0]) == 1:  # a single token would be a variant of its own
+        if len(arguments[0]) == 1:  # The compiler would make a variant of its own for a single token.
             return function(*arguments)
+        arguments = [forget_base(argument) for argument in arguments]
         for argument in arguments:
-            if torch.is_tensor(argument):  # a width that is known makes a faster kernel; it is the last dimension
+            if torch.is_tensor(argument):  # The last dimension is the width; a kernel that knows it is faster.
                 torch._dynamo.mark_static(argument, argument.dim() - 1)
                 if argument.dim() == 2:
                     torch._dynamo.maybe_mark_dynamic(argument, 0)

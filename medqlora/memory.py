@@ -45,8 +45,8 @@ from medqlora.strategies import Strategy
 GIB = 2**30
 # On Hopper and later; 8.1 MiB each before (aten/src/ATen/cuda/CublasHandlePool.cpp). Forward and backward run in threads of their own.
 CUBLAS_WORKSPACES = 2 * 32 * MIB
-CONTEXT = 512 * MIB  # CUDA context of one process; an assumption, outside the allocator
-KERNELS = 256 * MIB  # kernels and libraries that are loaded when they are first used, after free memory was read; an assumption
+CONTEXT = 512 * MIB  # We assume this much for the CUDA context of one process; it lies outside the allocator.
+KERNELS = 256 * MIB  # We assume this much for kernels and libraries that load at their first use, after free memory was read.
 MARGIN = 0.05  # of a card's memory that a plan leaves free, for fragmentation
 HEAP = 0.5  # of a machine's free memory that tensors on a CPU may take: the C library keeps freed blocks, up to as much again
 META = torch.device("meta")
@@ -192,9 +192,9 @@ def list_inside(name: str, arguments: tuple, keywords: dict[str, Any]) -> Iterat
     elif name == "aten::_scaled_dot_product_efficient_attention_backward":  # mem_eff_attention/kernel_backward.h, workspace_size
         query = arguments[1]
         rows, heads, tokens, width = query.shape
-        yield (rows, heads, tokens, width), torch.float32, "workspace"  # the query's gradient, accumulated by blocks of keys
+        yield (rows, heads, tokens, width), torch.float32, "workspace"  # It accumulates the query's gradient by blocks of keys.
         yield (rows, heads, tokens), torch.float32, "workspace"
-        if query.dtype is not torch.float32 and width > 64:  # a block of the key's and value's gradients is too wide for registers
+        if query.dtype is not torch.float32 and width > 64:  # Wider gradients of key and value do not fit into registers.
             yield (2, rows, heads, tokens, width), torch.float32, "workspace"
     elif name == "bitsandbytes::int8_scaled_mm":  # backends/default/ops.py: an int32 product, scaled to float16, then cast
         rows, outputs = arguments[0].shape[0], arguments[1].shape[0]
@@ -282,7 +282,7 @@ def check_attention(
         AttentionError: the recipe refuses it there.
         UnknownForecast: sdpa on a GPU.
     """
-    if requested == "flash" and device.type == "cuda":  # the package may be there, not here
+    if requested == "flash" and device.type == "cuda":  # The machine that trains may have the package, even if this one has not.
         return Choice("flash", "model.attention asks for it")
     choice = choose_backend(requested, device, dtype, architecture, capability)
     if device.type == "cuda" and choice.backend == "sdpa":
@@ -494,7 +494,7 @@ class Estimate:
         self.config, self.architecture, self.setting, self.sizes, self.labelled_of = config, architecture, setting, sizes, labelled_of
         self.layers = architecture.get_text_config().num_hidden_layers
         self.lines: dict[tuple[int, str], tuple[float, float]] = {}
-        self.slack = 1.0  # of what the allocator reserves over the peak, as the forecasts of all layers so far had it
+        self.slack: float | None = None  # The least ratio of reserve to peak that a forecast of all layers had so far.
 
     def line(self, tokens: int, mode: str) -> tuple[float, float]:
         """Bytes of the ends, and of each layer."""
@@ -507,12 +507,12 @@ class Estimate:
         return self.lines[tokens, mode]
 
     def needs(self, tokens: int, mode: str) -> float:
-        return self.slack * self.peak(tokens, mode)
+        return (self.slack or 1.0) * self.peak(tokens, mode)
 
     def learn(self, plan: StepPlan) -> None:
         """Take the slack from a forecast of all layers."""
         slack = self.setting.needs(plan.forecast) / plan.forecast.peak
-        self.slack = slack if self.slack == 1.0 else min(self.slack, slack)
+        self.slack = slack if self.slack is None else min(self.slack, slack)
 
     def peak(self, tokens: int, mode: str) -> float:
         """mode: training.gradient_checkpointing."""
@@ -562,7 +562,7 @@ def plan_step(config: Config, architecture: PretrainedConfig, setting: Setting, 
         if setting.holds(plan.forecast):
             return plan
         estimate.learn(plan)
-    for size, mode in passed_over:  # the slack differs from plan to plan
+    for size, mode in passed_over:  # The slack differs from plan to plan, so one of them may fit after all.
         plan = forecast_plan(config, architecture, setting, size, mode, labelled_of(size))
         if setting.holds(plan.forecast):
             return plan
@@ -636,7 +636,7 @@ def longest_sequence(config: Config, architecture: PretrainedConfig, setting: Se
     def forecast(tokens: int) -> Forecast:
         return forecast_plan(alone(tokens), architecture, setting, tokens, mode, labelled_of(tokens)).forecast
 
-    over = None  # the shortest row that is known not to fit
+    over = None  # This is the shortest row that is known not to fit.
     while length >= 16 and not setting.holds(found := forecast(length), short=True):  # from few layers to all of them
         over, shorter = length, length - (setting.needs(found, short=True) - setting.memory) / per_token
         if found.host > setting.host:
@@ -645,7 +645,7 @@ def longest_sequence(config: Config, architecture: PretrainedConfig, setting: Se
     if length < 16:
         return None
     over = over or min(most or sys.maxsize, length + length // 10 + 32)
-    for _ in range(4):  # what the allocator reserves grows in steps, so the line can lead too low
+    for _ in range(4):  # What the allocator reserves grows in steps, so the line may have led too low.
         middle = (over + length) // 32 * 16
         if middle - length <= length // 100:
             break

@@ -34,7 +34,7 @@ from medqlora.config import Lora, Model, UserError
 from medqlora.hardware import choose_dtype, read_capability
 from medqlora.layers import DroppedLinear, SeededDropout, lean_layers
 
-# Inputs over this magnitude are multiplied in 16 bits by int8 layers: what transformers sets.
+# int8 layers multiply inputs over this magnitude in 16 bits; the value is the one that transformers sets.
 INT8_THRESHOLD = BitsAndBytesConfig().llm_int8_threshold
 
 
@@ -357,7 +357,7 @@ class HostArena:
     CHUNK = 32 * 2**20  # bytes
 
     def __init__(self):
-        self.chunks: list[torch.Tensor] = []  # uint8, pinned; none for a forecast, which moves nothing
+        self.chunks: list[torch.Tensor] = []  # They are uint8 and pinned; a forecast, which moves nothing, has none.
         self.capacity = 0  # bytes
         self.taken: dict[int, int] = {}  # start -> end of what waits
 

@@ -91,7 +91,8 @@ def check_run(folder: Path, config: Config, resume: bool) -> None:
             before = yaml.safe_load(saved.read_text(encoding="utf-8"))
         except yaml.YAMLError:
             raise RunError(f"{saved} is not valid YAML; the run cannot be resumed, choose another --output_dir") from None
-        with contextlib.suppress(ValidationError):  # a run of an older version lacks the keys that are new: their defaults are what it did
+        # A run of an older version lacks the keys that are new; what it did is their default.
+        with contextlib.suppress(ValidationError):
             before = yaml.safe_load(dump_config(Config.model_validate(before)))
         for key, old, new in list_differences(before, yaml.safe_load(dump_config(config))):
             if key not in FREE_TO_CHANGE:

@@ -10,9 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import LlamaConfig, PretrainedConfig
 
+from medqlora.config import Config, Data, Lora, Model, Training
 from medqlora.hardware import choose_dtype
+from medqlora.memory import read_architecture, with_layers
 from medqlora.runs import write_json
+
+SMALL = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 500}
 
 
 class Stage:
@@ -53,6 +58,24 @@ class Stage:
         """Exit code: 0 if all checks passed."""
         self.save()
         return 0 if all(check["ok"] for check in self.checks) else 1
+
+    # ---- what is trained ---------------------------------------------------------------------------------------------
+
+    def choose_shape(self, architectures: Path, layers: int) -> PretrainedConfig:
+        """So many layers of Llama-3-8B; on a CPU a small Llama. architectures: folder of shapes."""
+        return LlamaConfig(**SMALL) if self.small else with_layers(read_architecture("llama3-8b", architectures), layers)
+
+    def choose_lengths(self, tokens: int) -> tuple[int, ...]:
+        """Rows of a pack: of 512 tokens; on a CPU eight of 60."""
+        return (60,) * 8 if self.small else (512,) * (tokens // 512)
+
+    def make_config(self, lengths: tuple[int, ...], packs: int = 1, mode: str = "none", dropout: float = 0.0, quantization: str = "nf4") -> Config:
+        """A training on random weights in micro-batches of these rows; packs: micro-batches of a step; mode: of recomputation."""
+        tokens = sum(lengths)
+        return Config(
+            model=Model(base="random", quantization=quantization, dtype=str(self.dtype).removeprefix("torch.")), lora=Lora(dropout=dropout),
+            data=Data(max_length=lengths[0]), training=Training(max_tokens_per_batch=tokens, global_batch_tokens=packs * tokens, gradient_checkpointing=mode),
+        )  # fmt: skip
 
     # ---- measuring ---------------------------------------------------------------------------------------------------
 

@@ -364,7 +364,7 @@ class Zero:
             state["step"].fill_(step)
 
     def read_scale(self) -> dict[str, Any]:
-        return {}  # float16 is refused
+        return {}  # This strategy refuses float16.
 
     def write_scale(self, state: dict[str, Any]) -> None:
         """A run that began in float16 goes on in another dtype, which needs no scale."""
@@ -415,7 +415,7 @@ class FullyShard:
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def read_scale(self) -> dict[str, Any]:
-        return {}  # float16 is refused
+        return {}  # This strategy refuses float16.
 
     def write_scale(self, state: dict[str, Any]) -> None:
         """A run that began in float16 goes on in another dtype, which needs no scale."""

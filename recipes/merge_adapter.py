@@ -14,7 +14,7 @@ from pathlib import Path
 
 from medqlora.allocator import prefer_expandable_segments
 
-prefer_expandable_segments(os.environ)  # before torch is imported
+prefer_expandable_segments(os.environ)  # torch reads it when it is imported.
 
 import torch
 import transformers

@@ -26,7 +26,7 @@ import numpy as np
 
 from medqlora.allocator import prefer_expandable_segments
 
-prefer_expandable_segments(os.environ)  # before torch is imported
+prefer_expandable_segments(os.environ)  # torch reads it when it is imported.
 
 import torch
 import transformers
@@ -185,7 +185,7 @@ def start(config: Config, output_dir: Path, resume: bool) -> Run:
     if config.training.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # which only finds mistakes, and takes time
+        torch.utils.deterministic.fill_uninitialized_memory = False  # Filling only helps to find mistakes, and takes time.
     # transformers would divide the base while it loads, or load it on one rank only; here it is whole until it has been scored
     unset_hf_deepspeed_config()
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
@@ -253,7 +253,9 @@ def prepare_once(run: Run) -> None:
         for warning in damaged:
             console.print(f"[yellow]warning: {warning}")
         show_data(run)
-        if "predicted_peak_bytes" in shared["step"]:
+        if "no_forecast" in shared["step"]:
+            console.print(f"[yellow]the memory of a step is not known: {shared['step']['no_forecast']}")
+        else:
             show_step(shared["step"])
 
 
@@ -269,10 +271,11 @@ def decide_step(run: Run, memory: int) -> dict[str, Any]:
     try:
         found = plan_recipe(run, config, setting)
         cost = cost_of_attention(config, run.architecture, setting, found, most_supervised(run.prepared.train, found.tokens))
-    except Exception:  # whatever a model's own code may raise on tensors without content
+    except Exception as error:  # A model's own code may raise anything on tensors without content.
         if "auto" in (training.max_tokens_per_batch, training.gradient_checkpointing):
-            raise  # it cannot be decided without a forecast
-        return {"max_tokens_per_batch": training.max_tokens_per_batch, "gradient_checkpointing": training.gradient_checkpointing}
+            raise  # Nothing can be decided without a forecast.
+        given = {"max_tokens_per_batch": training.max_tokens_per_batch, "gradient_checkpointing": training.gradient_checkpointing}
+        return given | {"no_forecast": " ".join(str(error).split())[:200]}
     return {
         "max_tokens_per_batch": found.tokens, "gradient_checkpointing": found.checkpointing, "predicted_peak_bytes": found.forecast.peak,
         "predicted_needed_bytes": setting.needs(found.forecast, found.short), "predicted_host_bytes": found.forecast.host, "memory_bytes": memory,
@@ -467,7 +470,7 @@ def train(run: Run) -> int:
             }  # fmt: skip
             if device.type == "cuda":
                 row["peak_reserved_bytes"] = run.memory.read_reserved()
-            if run.dtype is torch.float16 and not math.isfinite(grad_norm):  # the loss scale was too high, and is lower now
+            if run.dtype is torch.float16 and not math.isfinite(grad_norm):  # The loss scale was too high; it is lower from here on.
                 row |= {"grad_norm": None, "skipped": True}
             if is_main:
                 runs.append_line(log, row)
@@ -534,7 +537,7 @@ def recover_from_full_memory(run: Run, budget: int) -> int:
     if run.strategy.ranks > 1:
         raise TrainingError(f"out of memory on rank {run.rank}; lower training.max_tokens_per_batch below {budget}")
     run.trainer.drop_gradients()
-    gc.collect()  # autograd's objects refer to each other in circles
+    gc.collect()  # Autograd's objects refer to each other in circles.
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
     return budget // 2

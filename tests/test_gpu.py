@@ -21,7 +21,7 @@ def run(*arguments, **options):
 @pytest.mark.slow
 def test_everything_works_on_this_machine(tmp_path):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    done = run(SCRIPT, "--output", tmp_path / "found", "--device", device)
+    done = run(SCRIPT, "--output", tmp_path / "found", "--device", device, *(["--minutes", "60"] if device == "cpu" else []))
     found = json.loads((tmp_path / "found" / "gpu.json").read_text())["stages"]
     assert done.returncode == 0, done.stdout
     assert list(found) == STAGES
@@ -66,7 +66,7 @@ def test_a_failing_stage_stops_no_other(broken, tmp_path):
 
 
 def test_what_does_not_fit_the_time_is_skipped_and_named(tmp_path):
-    done = run(SCRIPT, "--output", tmp_path / "found", "--minutes", "0.01")
+    done = run(SCRIPT, "--output", tmp_path / "found", "--device", "cpu", "--minutes", "0.01")
     assert done.returncode == 1  # nothing ran
     for name in STAGES:
         assert f"{name}: skipped, needs about" in done.stdout
@@ -76,13 +76,21 @@ def test_what_does_not_fit_the_time_is_skipped_and_named(tmp_path):
 
 @pytest.mark.parametrize(("flags", "message"), [(["--stages", "card,kernel"], "--stages kernel: no such stage; there are card"), (["--minutes", "0"], "expected more than 0")])
 def test_mistakes_are_one_line(flags, message, tmp_path):
-    done = run(SCRIPT, "--output", tmp_path / "found", *flags)
+    done = run(SCRIPT, "--output", tmp_path / "found", "--device", "cpu", *flags)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert message in done.stderr
     (tmp_path / "gpu.json").write_text("{}")
-    done = run(SCRIPT, "--output", tmp_path)
+    done = run(SCRIPT, "--output", tmp_path, "--device", "cpu")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "give another folder" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_a_machine_without_a_gpu_is_told_at_once(tmp_path):
+    done = run(SCRIPT, "--output", tmp_path / "found")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "torch sees no GPU here; --device cpu rehearses" in done.stderr
+    assert not (tmp_path / "found").exists()
 
 
 def test_stages_sum_to_less_than_the_time_they_have():

@@ -5,7 +5,7 @@ import sys
 
 from medqlora.allocator import prefer_expandable_segments
 
-prefer_expandable_segments(os.environ)  # before torch is imported
+prefer_expandable_segments(os.environ)  # torch reads it when it is imported.
 
 import numpy as np
 import torch
@@ -24,10 +24,10 @@ SHAPE = LlamaConfig(
     bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
 LENGTHS = np.array([70, 33, 120, 9, 64, 64])
-# Relative errors of all gradients together; int8 rounds what comes in to 8 bits as well.
+# All gradients together may have these relative errors; int8 rounds what comes in to 8 bits as well.
 LIMITS = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 INT8_LIMIT = 0.1
-SAME_LIMIT = 1e-2  # recomputed against kept: on a GPU attention's gradient sums in any order
+SAME_LIMIT = 1e-2  # Recomputed gradients may differ from kept ones, because attention sums in any order on a GPU.
 
 
 def main() -> int:

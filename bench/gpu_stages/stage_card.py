@@ -7,7 +7,7 @@ import sys
 
 from medqlora.allocator import prefer_expandable_segments
 
-prefer_expandable_segments(os.environ)  # before torch is imported
+prefer_expandable_segments(os.environ)  # torch reads it when it is imported.
 
 import torch
 
@@ -25,13 +25,13 @@ def main() -> int:
     stage.figure("flash_attn", try_flash_package() or "can be imported")
     if stage.device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
-        # What a fresh process takes before any tensor: memory.CONTEXT assumes it.
+        # A fresh process takes this before any tensor; memory.CONTEXT is an assumption of it.
         stage.figure("context_bytes", total - free - torch.cuda.memory_reserved())
     size = 64 * 2**20 if stage.small else 2 * 2**30
     source = torch.randint(256, (size,), dtype=torch.uint8, device=stage.device)
     target = torch.empty_like(source)
     seconds = stage.time(lambda: target.copy_(source))
-    stage.figure("copy_bytes_per_second", 2 * size / seconds)  # read and written
+    stage.figure("copy_bytes_per_second", 2 * size / seconds)  # Each byte is read and written.
     host = torch.empty(size // 4, dtype=torch.uint8, pin_memory=stage.device.type == "cuda")
     seconds = stage.time(lambda: host.copy_(source[: len(host)], non_blocking=True))
     stage.figure("copy_to_host_bytes_per_second", len(host) / seconds)

@@ -13,7 +13,7 @@ import psutil
 from medqlora.stages import Stage
 
 ROOT = Path(__file__).parents[2]
-WAIT = 200  # seconds for a run
+WAIT = 200  # A run may take so many seconds.
 
 
 def main() -> int:
@@ -97,7 +97,7 @@ def merge_and_score(stage: Stage, work: Path, questions: int, environ: dict[str,
     run(stage, "predict", predict, environ)
     ours = {row["id"]: row["prediction"] for row in map(json.loads, (work / "killed" / "predictions" / "tuned.jsonl").read_text().splitlines())}
     theirs = {row["id"]: row["prediction"] for row in map(json.loads, output.read_text().splitlines())}
-    limit = 0.2 if stage.small else 0.05  # after few steps many answers are near ties
+    limit = 0.2 if stage.small else 0.05  # After few steps many answers are near ties.
     stage.check("share of answers that the merged model changes", sum(ours[key] != theirs[key] for key in ours) / len(ours), limit)
 
 

@@ -7,17 +7,15 @@ from pathlib import Path
 
 from medqlora.allocator import prefer_expandable_segments
 
-prefer_expandable_segments(os.environ)  # before torch is imported
+prefer_expandable_segments(os.environ)  # torch reads it when it is imported.
 
 import numpy as np
 import torch
-from transformers import LlamaConfig
 
 from medqlora.attention import IMPLEMENTATIONS, choose_backend
 from medqlora.config import Model
 from medqlora.engines.hf import TOLERANCE, HfEngine
 from medqlora.engines.interface import Request, Sampling
-from medqlora.memory import read_architecture, with_layers
 from medqlora.models import make_base
 from medqlora.stages import Stage
 
@@ -28,10 +26,7 @@ LAYERS = 8
 def main() -> int:
     stage = Stage.from_arguments(sys.argv[1:], __doc__)
     dtype = stage.dtype
-    if stage.small:
-        architecture = LlamaConfig(hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=500)
-    else:
-        architecture = with_layers(read_architecture("llama3-8b", ARCHITECTURES), LAYERS)
+    architecture = stage.choose_shape(ARCHITECTURES, LAYERS)
     torch.manual_seed(0)
     base = make_base(architecture, Model(base="random"), stage.device, dtype)
     backend = choose_backend("auto", stage.device, dtype, architecture).backend

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from medqlora.allocator import prefer_expandable_segments
 
-prefer_expandable_segments(os.environ)  # before torch is imported
+prefer_expandable_segments(os.environ)  # torch reads it when it is imported.
 
 import torch
 from transformers import AutoConfig, LlamaForCausalLM
@@ -23,7 +23,7 @@ from medqlora.stages import Stage
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "recipes" / "demo"
 SHARE = 0.75
-# Before the recipe: bound this process's memory, or raise the error once where a micro-batch is over a number of tokens.
+# One of these runs before the recipe: it bounds the process's memory, or raises the error where a micro-batch has too many tokens.
 BOUND = "torch.cuda.set_per_process_memory_fraction({share})"
 RAISE = """
 from medqlora import losses

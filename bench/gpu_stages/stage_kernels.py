@@ -6,7 +6,7 @@ import sys
 
 from medqlora.allocator import prefer_expandable_segments
 
-prefer_expandable_segments(os.environ)  # before torch is imported
+prefer_expandable_segments(os.environ)  # torch reads it when it is imported.
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from medqlora.layers import DroppedLinear, compile_kernels, draw_kept, draw_seed
 from medqlora.losses import HeadLoss
 from medqlora.stages import Stage, relative_error
 
-# Relative errors that rounding explains, of outputs; gradients may have twice as much.
+# Rounding explains these relative errors of outputs; gradients may have twice as much.
 LIMITS = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 HEADS, KV_HEADS = 32, 8
 LAYER = torch.nn.Module()

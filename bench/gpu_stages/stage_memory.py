@@ -7,24 +7,24 @@ from pathlib import Path
 
 from medqlora.allocator import prefer_expandable_segments
 
-prefer_expandable_segments(os.environ)  # before torch is imported
+prefer_expandable_segments(os.environ)  # torch reads it when it is imported.
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from medqlora.allocator import segments_expand
-from medqlora.config import Config, Data, Lora, Model, Training
-from medqlora.memory import Batch, forecast_step, read_architecture, with_layers
+from medqlora.config import Config
+from medqlora.memory import Batch, forecast_step
 from medqlora.packing import make_plan
 from medqlora.stages import Stage
 from medqlora.trials import Trial, make_table
 
 ARCHITECTURES = Path(__file__).parent.parent / "architectures"
-LARGE = 30 * 2**30  # bytes of a GPU that holds all cases; a smaller one gets fewer layers and tokens
-LAYERS = 8  # of Llama-3-8B's 32
-PEAK_LIMIT, RESERVED_LIMIT = 0.03, 0.08  # relative errors
-LABELLED = 2  # tokens of each row
+LARGE = 30 * 2**30  # A GPU of more bytes holds all cases; a smaller one gets fewer layers and tokens.
+LAYERS = 8  # Llama-3-8B has 32, all alike.
+PEAK_LIMIT, RESERVED_LIMIT = 0.03, 0.08  # The relative errors of a forecast may be as large.
+LABELLED = 2  # So many tokens of each row are supervised.
 CASES = {
     "none": ("none", 0.0, "nf4"), "full": ("full", 0.0, "nf4"), "offload": ("offload", 0.0, "nf4"), "none, dropout 0.1": ("none", 0.1, "nf4"), "none, int8": ("none", 0.0, "int8"),
     "none, 16 bits": ("none", 0.0, "none"),
@@ -33,28 +33,17 @@ CASES = {
 
 def main() -> int:
     stage = Stage.from_arguments(sys.argv[1:], __doc__)
-    if stage.small:
-        architecture = LlamaConfig(hidden_size=128, intermediate_size=320, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=500)
-    else:
-        architecture = with_layers(read_architecture("llama3-8b", ARCHITECTURES), LAYERS if stage.memory > LARGE else 2)
-    lengths = (60,) * 8 if stage.small else (512,) * 16 if stage.memory > LARGE else (512,) * 4
+    large = stage.memory > LARGE
+    architecture, lengths = stage.choose_shape(ARCHITECTURES, LAYERS if large else 2), stage.choose_lengths(8_192 if large else 2_048)
     for case, (mode, dropout, quantization) in CASES.items():
-        compare(stage, case, make_config(stage, mode, dropout, quantization, lengths), architecture, lengths)
+        compare(stage, case, stage.make_config(lengths, 2, mode, dropout, quantization), architecture, lengths)
     return stage.finish()
-
-
-def make_config(stage: Stage, mode: str, dropout: float, quantization: str, lengths: tuple[int, ...]) -> Config:
-    tokens = sum(lengths)
-    return Config(
-        model=Model(base="random", quantization=quantization, dtype=str(stage.dtype).removeprefix("torch.")), lora=Lora(dropout=dropout), data=Data(max_length=lengths[0]),
-        training=Training(max_tokens_per_batch=tokens, global_batch_tokens=2 * tokens, gradient_checkpointing=mode),
-    )  # fmt: skip
 
 
 def compare(stage: Stage, case: str, config: Config, architecture: PretrainedConfig, lengths: tuple[int, ...]) -> None:
     batch = Batch(lengths, LABELLED * len(lengths))
     forecast = forecast_step(config, architecture, stage.device, stage.dtype, torch.uint8, batch)
-    if stage.small:  # a CPU has no allocator to ask: the same step on real tensors, followed in the same way
+    if stage.small:  # A CPU has no allocator to ask, so the same step is followed on real tensors.
         real = forecast_step(config, architecture, stage.device, stage.dtype, torch.uint8, batch, place=stage.device)
         peak, reserved = real.peak, real.reserved.plenty
     else:
@@ -75,12 +64,12 @@ def measure(stage: Stage, config: Config, architecture: PretrainedConfig, length
     torch.cuda.empty_cache()
     before, kept = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     trial = Trial(config, architecture, stage.device)
-    for module in trial.model.modules():  # what int8's outliers keep depends on the data and is not forecast
+    for module in trial.model.modules():  # What int8's outliers keep depends on the data and is not forecast.
         if hasattr(getattr(module, "state", None), "threshold"):
             module.state.threshold = 0.0
     table = make_table(np.tile(lengths, 4), LABELLED, trial.vocabulary, 0)
     plan = make_plan(table.lengths, capacity=sum(lengths), global_tokens=2 * sum(lengths), epochs=1, seed=0)
-    torch.cuda.empty_cache()  # what loading left
+    torch.cuda.empty_cache()  # Loading leaves blocks that training does not need.
     torch.cuda.reset_peak_memory_stats()
     for step in range(2):
         trial.step(table, plan, step)

@@ -6,7 +6,7 @@ import sys
 
 from medqlora.allocator import prefer_expandable_segments
 
-prefer_expandable_segments(os.environ)  # before torch is imported
+prefer_expandable_segments(os.environ)  # torch reads it when it is imported.
 
 import torch
 from transformers import LlamaConfig
@@ -51,9 +51,9 @@ def check_optimizer(stage: Stage, optimizer: str) -> None:
 
 
 def make_trainer(stage: Stage, optimizer: str) -> Replicated:
-    dtype = torch.float32 if stage.dtype is torch.float16 else stage.dtype  # float16's loss scale is not what is tried here
+    dtype = torch.float32 if stage.dtype is torch.float16 else stage.dtype  # float16's loss scale is tried elsewhere.
     torch.manual_seed(0)
-    model = attach_adapter(make_base(SHAPE, Model(base="random"), stage.device, dtype), Lora(r=128), 0)  # tensors of 131,072 and more are paged
+    model = attach_adapter(make_base(SHAPE, Model(base="random"), stage.device, dtype), Lora(r=128), 0)  # Its tensors are large enough to be paged.
     return wrap(Strategy("one"), AnswerLoss(model, 16), lambda weights: make_optimizer(Training(optimizer=optimizer), weights), 1.0, dtype)
 
 

@@ -7,21 +7,19 @@ from pathlib import Path
 
 from medqlora.allocator import prefer_expandable_segments
 
-prefer_expandable_segments(os.environ)  # before torch is imported
+prefer_expandable_segments(os.environ)  # torch reads it when it is imported.
 
 import numpy as np
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig
 
-from medqlora.config import Config, Data, Model, Training
-from medqlora.memory import read_architecture, with_layers
 from medqlora.packing import make_plan
 from medqlora.stages import Stage
 from medqlora.trials import Trial, make_table
 
 ARCHITECTURES = Path(__file__).parent.parent / "architectures"
+LARGE = 30 * 2**30  # A GPU of more bytes holds eight layers with nothing recomputed.
 LAYERS, LONGEST = 8, 25
-# Words in a kernel's or operation's name; the first kind that has one is its kind.
+# The first kind with a word that a kernel's or operation's name holds is its kind.
 KINDS = (
     ("dequantization", ("dequant", "gemm_4bit", "quantiz")),
     ("attention", ("flash", "fmha", "attention", "varlen")),
@@ -33,18 +31,11 @@ KINDS = (
 
 def main() -> int:
     stage = Stage.from_arguments(sys.argv[1:], __doc__)
-    row, rows = (60, 4) if stage.small else (512, 16)
-    if stage.small:
-        architecture = LlamaConfig(hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=500)
-    else:
-        architecture = with_layers(read_architecture("llama3-8b", ARCHITECTURES), LAYERS if stage.memory > 30 * 2**30 else 2)
-    config = Config(
-        model=Model(base="random", dtype=str(stage.dtype).removeprefix("torch.")), data=Data(max_length=row),
-        training=Training(max_tokens_per_batch=row * rows, global_batch_tokens=row * rows, gradient_checkpointing="none"),
-    )  # fmt: skip
+    architecture, lengths = stage.choose_shape(ARCHITECTURES, LAYERS if stage.memory > LARGE else 2), stage.choose_lengths(8_192)
+    config, tokens = stage.make_config(lengths), sum(lengths)
     trial = Trial(config, architecture, stage.device)
-    table = make_table(np.full(rows * 5, row), 2, trial.vocabulary, 0)
-    plan = make_plan(table.lengths, capacity=row * rows, global_tokens=row * rows, epochs=1, seed=0)
+    table = make_table(np.tile(lengths, 5), 2, trial.vocabulary, 0)
+    plan = make_plan(table.lengths, capacity=tokens, global_tokens=tokens, epochs=1, seed=0)
     for number in range(3):
         trial.step(table, plan, number)
     unprofiled = trial.step(table, plan, 3).seconds

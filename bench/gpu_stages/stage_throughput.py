@@ -6,44 +6,33 @@ from pathlib import Path
 
 from medqlora.allocator import prefer_expandable_segments
 
-prefer_expandable_segments(os.environ)  # before torch is imported
+prefer_expandable_segments(os.environ)  # torch reads it when it is imported.
 
 import numpy as np
 import torch
-from transformers import LlamaConfig
 
-from medqlora.config import Config, Data, Model, Training
 from medqlora.layers import Kernels
 from medqlora.losses import unwrap
-from medqlora.memory import read_architecture, with_layers
 from medqlora.models import find_layers, set_checkpointing
 from medqlora.packing import make_plan
 from medqlora.stages import Stage
 from medqlora.trials import Trial, count_flops, find_peak, make_table
 
 ARCHITECTURES = Path(__file__).parent.parent / "architectures"
-WHOLE, FEW_LAYERS = 60 * 2**30, 4  # bytes of a GPU that holds all 32 layers with nothing recomputed; layers on a smaller one
+WHOLE, FEW_LAYERS = 60 * 2**30, 4  # A GPU of more bytes holds all 32 layers with nothing recomputed; a smaller one gets few.
 WARM_UP, STEPS = 2, 5
 
 
 def main() -> int:
     stage = Stage.from_arguments(sys.argv[1:], __doc__)
-    row, rows = (60, 4) if stage.small else (512, 16)  # of a pack: 8,192 tokens
-    if stage.small:
-        architecture = LlamaConfig(hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=500)
-    else:
-        architecture = read_architecture("llama3-8b", ARCHITECTURES)
-        if stage.memory < WHOLE:
-            architecture = with_layers(architecture, FEW_LAYERS)
-    config = Config(
-        model=Model(base="random", dtype=str(stage.dtype).removeprefix("torch.")), data=Data(max_length=row),
-        training=Training(max_tokens_per_batch=row * rows, global_batch_tokens=row * rows, gradient_checkpointing="none"),
-    )  # fmt: skip
+    architecture = stage.choose_shape(ARCHITECTURES, 32 if stage.memory > WHOLE else FEW_LAYERS)
+    lengths = stage.choose_lengths(8_192)
+    config, tokens = stage.make_config(lengths), sum(lengths)
     trial = Trial(config, architecture, stage.device)
     stage.figure("model", {"shape": "small Llama" if stage.small else "llama3-8b", "layers": trial.layers, "quantization": "nf4", "lora_r": config.lora.r,
-                           "dtype": config.model.dtype, "attention": trial.backend, "compiled": trial.compiled, "tokens": row * rows, "row_tokens": row})  # fmt: skip
-    table = make_table(np.full(rows * (WARM_UP + STEPS), row), 2, trial.vocabulary, 0)
-    plan = make_plan(table.lengths, capacity=row * rows, global_tokens=row * rows, epochs=1, seed=0)
+                           "dtype": config.model.dtype, "attention": trial.backend, "compiled": trial.compiled, "tokens": tokens, "row_tokens": lengths[0]})  # fmt: skip
+    table = make_table(np.tile(lengths, WARM_UP + STEPS), 2, trial.vocabulary, 0)
+    plan = make_plan(table.lengths, capacity=tokens, global_tokens=tokens, epochs=1, seed=0)
     base = unwrap(trial.model)
     for case in ("none", "full", "offload", "none, not compiled"):
         for layer in find_layers(base):

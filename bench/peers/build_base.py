@@ -13,7 +13,7 @@ SHAPES = {
     "74m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 13, "num_attention_heads": 9, "num_key_value_heads": 3},
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8},
 }
-LEAST_WORDS = {"74m": 0, "1b": 32_000}  # of the head, whatever the tokenizer has: a head of a few words would cost nothing
+LEAST_WORDS = {"74m": 0, "1b": 32_000}  # A head of a tiny vocabulary would cost nothing, so it is made larger than the tokenizer's.
 
 
 def main() -> None:

@@ -119,7 +119,7 @@ def run_trl(arguments: argparse.Namespace, base: Path, work: Path, recompute: st
 
     class Clock(TrainerCallback):
         def on_train_begin(self, *args, **kwargs):
-            MemoryMeter(DEVICE.type == "cuda").begin()  # as the recipe does: loading is not counted
+            MemoryMeter(DEVICE.type == "cuda").begin()  # The recipe does so too: loading is not counted.
 
         def on_step_end(self, *args, **kwargs):
             times.append(time.perf_counter())
@@ -259,7 +259,7 @@ def compete(arguments: argparse.Namespace, work: Path, versions: dict[str, str])
         figures = json.loads((work / f"{name}.json").read_text())
         results[name] = figures | {"rates": [*results.get(name, {}).get("rates", []), figures["tokens_per_second"]]}
         results[name]["tokens_per_second"] = statistics.median(results[name]["rates"])
-        for folder in ("run", "llamafactory"):  # the next repetition begins anew
+        for folder in ("run", "llamafactory"):  # The next repetition begins anew.
             shutil.rmtree(work / f"{folder}-{CONTESTANTS[name]}", ignore_errors=True)
         add_ratios(results)
         if arguments.json:

@@ -46,7 +46,7 @@ class HfEngine:
             self.causal.set_attn_implementation(own_attention(self.causal))
         self.nested = self.sharing = self.backend in ("varlen", "grouped") and self.can_nest()
 
-    # Not inference_mode: compiled pieces would be made once more for its tensors.
+    # We do not use inference_mode, because compiled pieces would be made once more for its tensors.
     @torch.no_grad()
     def score(self, requests: Sequence[Request], shared: int = 0) -> list[list[float]]:
         """See interface.Engine. Every value is known: options of several tokens are scored as continuations.
@@ -178,7 +178,7 @@ class HfEngine:
                     out = self.causal.generate(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), generation_config=config)
                 except torch.OutOfMemoryError:
                     out = None
-                if out is None:  # outside of the except: until that has ended, the error holds the tensors of the failed call
+                if out is None:  # Not in the except clause: until that has ended, the error holds the tensors of the failed call.
                     if rows == 1:
                         raise EngineError(f"out of memory on one answer to {width} tokens; lower --samples, or use a smaller dtype, as nf4")
                     rows //= 2
