@@ -1,9 +1,12 @@
-"""A folder with what a bare GPU machine lacks, small enough to carry: wheels for Python 3.12 beside torch, transformers and PEFT.
+"""A folder with what a bare GPU machine lacks, small enough to carry: wheels for Python 3.12 beside
+torch, transformers and PEFT.
 
-    python bench/gpu_wheels.py wheels               # bitsandbytes, cut down to its library for CUDA 13.0, and pydantic
-    python bench/gpu_wheels.py wheels --peers       # and TRL with datasets, for bench/gpu.py --peers
+    # bitsandbytes, cut down to its library for CUDA 13.0, and pydantic
+    python bench/gpu_wheels.py wheels
+    python bench/gpu_wheels.py wheels --peers  # and TRL with datasets, for bench/gpu.py --peers
 
-There, with no network:  pip install --no-index --no-deps --target site wheels/*.whl && PYTHONPATH=.:site python bench/gpu.py --output found
+There, with no network:  pip install --no-index --no-deps --target site wheels/*.whl &&
+PYTHONPATH=.:site python bench/gpu.py --output found
 """
 
 import argparse
@@ -16,14 +19,30 @@ from medqlora.config import ConfigError, UserError
 
 MOST = 64 * 2**20  # bytes
 PYTHON = "3.12"
-PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_24_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64", "any")
-NEEDED = ("bitsandbytes==0.50.2", "pydantic==2.14.4", "pydantic-core==2.50.5", "annotated-types==0.8.0", "typing-inspection==0.4.5")
+PLATFORMS = (
+    "manylinux_2_28_x86_64",
+    "manylinux_2_27_x86_64",
+    "manylinux_2_24_x86_64",
+    "manylinux_2_17_x86_64",
+    "manylinux2014_x86_64",
+    "any",
+)
+NEEDED = (
+    "bitsandbytes==0.50.2",
+    "pydantic==2.14.4",
+    "pydantic-core==2.50.5",
+    "annotated-types==0.8.0",
+    "typing-inspection==0.4.5",
+)
 PEERS = ("trl==1.16.0", "datasets==5.2.0", "dill==0.4.1", "multiprocess==0.70.19", "liger-kernel")
-CUDA = "libbitsandbytes_cuda130.so"  # bitsandbytes' wheel holds many libraries; this one and the CPU's are kept.
+# bitsandbytes' wheel holds many libraries; this one and the CPU's are kept.
+CUDA = "libbitsandbytes_cuda130.so"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="folder to fill; must not be there, or be empty")
     parser.add_argument("--peers", action="store_true", help="also what bench/gpu.py --peers needs")
     arguments = parser.parse_args()
@@ -42,19 +61,50 @@ def main() -> None:
 
 
 def download(folder: Path, packages: list[str]) -> None:
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "--python-version", PYTHON, "--implementation", "cp"]
-    done = subprocess.run([*command, *(part for name in PLATFORMS for part in ("--platform", name)), "-d", str(folder), *packages], stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--python-version",
+        PYTHON,
+        "--implementation",
+        "cp",
+    ]
+    done = subprocess.run(
+        [
+            *command,
+            *(part for name in PLATFORMS for part in ("--platform", name)),
+            "-d",
+            str(folder),
+            *packages,
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     if done.returncode:
-        raise ConfigError(f"pip could not download: {(done.stderr.strip().splitlines() or ['no reason given'])[-1][:300]}")
+        raise ConfigError(
+            "pip could not download:"
+            f" {(done.stderr.strip().splitlines() or ['no reason given'])[-1][:300]}"
+        )
 
 
 def cut_down(wheel: Path) -> None:
     """Leave out all compiled libraries but one for CUDA and the CPU's."""
     aside = wheel.with_suffix(".tmp")
-    with zipfile.ZipFile(wheel) as source, zipfile.ZipFile(aside, "w", zipfile.ZIP_DEFLATED) as target:
+    with (
+        zipfile.ZipFile(wheel) as source,
+        zipfile.ZipFile(aside, "w", zipfile.ZIP_DEFLATED) as target,
+    ):
         for entry in source.infolist():
             library = Path(entry.filename).name
-            if library.startswith("libbitsandbytes_") and library not in (CUDA, "libbitsandbytes_cpu.so"):
+            if library.startswith("libbitsandbytes_") and library not in (
+                CUDA,
+                "libbitsandbytes_cpu.so",
+            ):
                 continue
             target.writestr(entry, source.read(entry))
     aside.replace(wheel)

@@ -1,11 +1,13 @@
-"""What each strategy moves, needs and takes, from 1 to 1,024 GPUs: arithmetic from stated bandwidths, nothing measured.
+"""What each strategy moves, needs and takes, from 1 to 1,024 GPUs: arithmetic from stated
+bandwidths, nothing measured.
 
     python bench/scaling.py                          # the tables
     python bench/scaling.py --write docs/scaling.md  # put them into the page, between its markers
     python bench/scaling.py --check docs/scaling.md  # exit code 2 if the page holds other tables
 
-One step is one micro-batch of --tokens per GPU, QLoRA with every layer recomputed. Sizes and memory are medqlora.memory's forecast of the step;
-the formulas of traffic and time are in the functions below, each with its reason; docs/scaling.md says what follows from them.
+One step is one micro-batch of --tokens per GPU, QLoRA with every layer recomputed. Sizes and memory
+are medqlora.memory's forecast of the step; the formulas of traffic and time are in the functions
+below, each with its reason; docs/scaling.md says what follows from them.
 """
 
 import argparse
@@ -19,7 +21,16 @@ from pathlib import Path
 import torch
 
 from medqlora.config import ConfigError, UserError, load_config
-from medqlora.memory import CONTEXT, Forecast, assume_labelled, divide, forecast_step, make_batch, read_architecture, usable
+from medqlora.memory import (
+    CONTEXT,
+    Forecast,
+    assume_labelled,
+    divide,
+    forecast_step,
+    make_batch,
+    read_architecture,
+    usable,
+)
 from medqlora.runs import write_atomic
 from medqlora.strategies import Strategy
 
@@ -27,14 +38,20 @@ ROOT = Path(__file__).parents[1]
 CUDA = torch.device("cuda")
 GPUS = (1, 2, 4, 8, 16, 64, 256, 1024)
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2", "hsdp")
-EPOCH_TOKENS = 182_822 * 97  # MedMCQA's training rows; 97: mean of 3,006 of them, chat prompt and letter, Llama-3's tokenizer
-MARKERS = ("<!-- tables: python bench/scaling.py --write docs/scaling.md -->", "<!-- end of tables -->")
+# MedMCQA's training rows; 97: mean of 3,006 of them, chat prompt and letter, Llama-3's tokenizer
+EPOCH_TOKENS = 182_822 * 97
+MARKERS = (
+    "<!-- tables: python bench/scaling.py --write docs/scaling.md -->",
+    "<!-- end of tables -->",
+)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder with an adapter of rank 16 on all linear layers. base_bytes: what a sharded base gathers of it, without constants of the
-    quantization that stay whole; linear_weights: quantized ones; forecast: of the step on one GPU."""
+    """A decoder with an adapter of rank 16 on all linear layers. base_bytes: what a sharded base
+    gathers of it, without constants of the quantization that stay whole; linear_weights: quantized
+    ones; forecast: of the step on one GPU.
+    """
 
     name: str
     linear_weights: int
@@ -44,20 +61,37 @@ class Shape:
 
 def read_shape(name: str, tokens: int) -> Shape:
     """name: of a shape in bench/architectures; tokens: of a micro-batch."""
-    config = load_config(ROOT / "recipes" / "configs" / "llama3-8b_medmcqa.yaml", [
-        "--model.base", name, "--training.gradient_checkpointing", "full", "--lora.r", "16", "--training.optimizer", "adamw",
-    ])  # fmt: skip
+    config = load_config(
+        ROOT / "recipes" / "configs" / "llama3-8b_medmcqa.yaml",
+        [
+            "--model.base",
+            name,
+            "--training.gradient_checkpointing",
+            "full",
+            "--lora.r",
+            "16",
+            "--training.optimizer",
+            "adamw",
+        ],
+    )
     architecture = read_architecture(name, ROOT / "bench" / "architectures")
     batch = make_batch(config, tokens, assume_labelled(config, tokens), accumulated=False)
     forecast = forecast_step(config, architecture, CUDA, torch.bfloat16, torch.uint8, batch)
     loaded = forecast.at_loading
-    return Shape(name, 2 * loaded["quantized weights"], loaded["quantized weights"] + loaded["embeddings and head"], forecast)
+    return Shape(
+        name,
+        2 * loaded["quantized weights"],
+        loaded["quantized weights"] + loaded["embeddings and head"],
+        forecast,
+    )
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """flops: dense bfloat16 per second and GPU that training reaches; inside, between: bytes per second and GPU that a
-    collective reaches within a machine and over the network; latency: seconds of one collective's start."""
+    """flops: dense bfloat16 per second and GPU that training reaches; inside, between: bytes per
+    second and GPU that a collective reaches within a machine and over the network; latency: seconds
+    of one collective's start.
+    """
 
     name: str
     memory: float
@@ -68,29 +102,54 @@ class Cluster:
     per_machine: int = 8
 
 
-# Peak rates are the makers'; the shares of them that are reached are assumptions, stated here: 45 % of the dense bfloat16
-# rate, 80 % of a link.
-H100 = Cluster("H100 80 GB, NVLink, 400 Gbit/s per GPU between machines", 80e9, 0.45 * 989e12, 0.8 * 450e9, 0.8 * 50e9, 20e-6)
-RTX4090 = Cluster("RTX 4090 24 GB, PCIe 4.0, 25 Gbit/s per machine between machines", 24e9, 0.45 * 165e12, 0.8 * 25e9, 0.8 * 3.1e9 / 8, 30e-6)
+# Peak rates are the makers'; the shares of them that are reached are assumptions, stated here: 45 %
+# of the dense bfloat16 rate, 80 % of a link.
+H100 = Cluster(
+    "H100 80 GB, NVLink, 400 Gbit/s per GPU between machines",
+    80e9,
+    0.45 * 989e12,
+    0.8 * 450e9,
+    0.8 * 50e9,
+    20e-6,
+)
+RTX4090 = Cluster(
+    "RTX 4090 24 GB, PCIe 4.0, 25 Gbit/s per machine between machines",
+    24e9,
+    0.45 * 165e12,
+    0.8 * 25e9,
+    0.8 * 3.1e9 / 8,
+    30e-6,
+)
 
-def count_traffic(shape: Shape, strategy: str, gpus: int, per_machine: int) -> tuple[float, float, int]:
-    """(bytes sent per GPU within the machine, over the network, collectives) of one step of one micro-batch.
 
-    A ring moves (n - 1) / n of a buffer per GPU for a gather or a reduce-scatter, twice that for an all-reduce (Patarasuk and
-    Yuan, 2009). Gradients and updated adapters are float32. A sharded base is gathered twice: for the forward pass, and for
-    the backward pass with its recomputation. hsdp shards within a machine and averages gradients between machines. A ring
-    over several machines crosses each machine's network once, at the whole machine's rate; hsdp has a ring per GPU, each with its share.
+def count_traffic(
+    shape: Shape, strategy: str, gpus: int, per_machine: int
+) -> tuple[float, float, int]:
+    """(bytes sent per GPU within the machine, over the network, collectives) of one step of one
+    micro-batch.
+
+    A ring moves (n - 1) / n of a buffer per GPU for a gather or a reduce-scatter, twice that for an
+    all-reduce (Patarasuk and Yuan, 2009). Gradients and updated adapters are float32. A sharded
+    base is gathered twice: for the forward pass, and for the backward pass with its recomputation.
+    hsdp shards within a machine and averages gradients between machines. A ring over several
+    machines crosses each machine's network once, at the whole machine's rate; hsdp has a ring per
+    GPU, each with its share.
     """
     if gpus == 1:
         return 0.0, 0.0, 0
-    share, gradient, layers = (gpus - 1) / gpus, 4.0 * shape.forecast.trainable, shape.forecast.layers
+    share = (gpus - 1) / gpus
+    gradient = 4.0 * shape.forecast.trainable
+    layers = shape.forecast.layers
     local = min(gpus, per_machine)
     if strategy == "ddp":
-        sent, calls = 2 * share * gradient, -(-int(gradient) // (25 * 2**20))  # torch's buckets of 25 MiB
+        sent = 2 * share * gradient
+        calls = -(-int(gradient) // (25 * 2**20))  # torch's buckets of 25 MiB
     elif strategy in ("zero1", "zero2"):
-        sent, calls = 2 * share * gradient, 2  # reduce to the owner, gather the updated adapter
+        sent = 2 * share * gradient
+        calls = 2  # reduce to the owner, gather the updated adapter
     elif strategy in ("zero3", "fsdp2"):
-        sent, calls = share * (2 * shape.base_bytes + 3 * gradient), 3 * layers + 4
+        sent = share * (2 * shape.base_bytes + 3 * gradient)
+        calls = 3 * layers + 4
     else:
         inside = (local - 1) / local * (2 * shape.base_bytes + 3 * gradient)
         machines = gpus // local
@@ -100,11 +159,14 @@ def count_traffic(shape: Shape, strategy: str, gpus: int, per_machine: int) -> t
 
 
 def predict_seconds(shape: Shape, cluster: Cluster, strategy: str, gpus: int, tokens: int) -> float:
-    """Step time: gathers run beside the computation, what they take longer is waited for; gradients of an unsharded base
-    overlap with the backward pass (two thirds of the computation) but for the last bucket, ZeRO-1/2's gather with nothing."""
+    """Step time: gathers run beside the computation, what they take longer is waited for; gradients
+    of an unsharded base overlap with the backward pass (two thirds of the computation) but for the
+    last bucket, ZeRO-1/2's gather with nothing.
+    """
     compute = 6 * shape.linear_weights * tokens / cluster.flops
     inside, between, calls = count_traffic(shape, strategy, gpus, cluster.per_machine)
-    network = cluster.between * (1 if strategy == "hsdp" else cluster.per_machine)  # a ring crosses once, hsdp's eight side by side
+    # a ring crosses once, hsdp's eight side by side
+    network = cluster.between * (1 if strategy == "hsdp" else cluster.per_machine)
     moving = inside / cluster.inside + between / network + calls * cluster.latency
     if strategy == "ddp":
         last = min(1.0, 25 * 2**20 / max(1.0, inside + between)) * moving
@@ -115,7 +177,9 @@ def predict_seconds(shape: Shape, cluster: Cluster, strategy: str, gpus: int, to
 
 
 def predict_memory(shape: Shape, strategy: str, gpus: int, per_machine: int) -> int:
-    """Highest bytes per GPU, in training or while the base is loaded, which every GPU does whole; hsdp divides within a machine."""
+    """Highest bytes per GPU, in training or while the base is loaded, which every GPU does whole;
+    hsdp divides within a machine.
+    """
     name, ranks = ("fsdp2", min(gpus, per_machine)) if strategy == "hsdp" else (strategy, gpus)
     return divide(shape.forecast, Strategy(name, ranks)).peak + CONTEXT
 
@@ -124,9 +188,15 @@ def render(tokens: int) -> Iterator[str]:
     """The page's tables, as markdown lines."""
     for shape in (read_shape("llama3-8b", tokens), read_shape("llama3-70b", tokens)):
         trained = shape.forecast.trainable
-        yield f"### {shape.name}: {shape.linear_weights / 1e9:.2f} G linear weights, adapter r=16 of {trained / 1e6:.1f} M"
+        yield (
+            f"### {shape.name}: {shape.linear_weights / 1e9:.2f} G linear weights, adapter r=16 of"
+            f" {trained / 1e6:.1f} M"
+        )
         yield ""
-        yield f"Sent per GPU and step (one micro-batch of {tokens:,} tokens), all of it; gradients of the adapter are {4 * trained / 1e6:.0f} MB,"
+        yield (
+            f"Sent per GPU and step (one micro-batch of {tokens:,} tokens), all of it; gradients of"
+            f" the adapter are {4 * trained / 1e6:.0f} MB,"
+        )
         yield f"the quantized base {shape.base_bytes / 1e9:.1f} GB."
         yield ""
         yield "| GPUs | " + " | ".join(STRATEGIES) + " |"
@@ -136,19 +206,26 @@ def render(tokens: int) -> Iterator[str]:
             yield f"| {gpus:,} | " + " | ".join(f"{sent / 1e9:.2f} GB" for sent in cells) + " |"
         yield ""
         for cluster in (H100, RTX4090):
-            yield f"Step time in seconds, and highest memory of a GPU, on {cluster.name}. *Predicted.*"
+            yield (
+                f"Step time in seconds, and highest memory of a GPU, on {cluster.name}."
+                " *Predicted.*"
+            )
             yield ""
             yield "| GPUs | " + " | ".join(STRATEGIES) + " |"
             yield "|---|" + "---|" * len(STRATEGIES)
             for gpus in GPUS:
-                cells = [describe(shape, cluster, strategy, gpus, tokens) for strategy in STRATEGIES]
+                cells = [
+                    describe(shape, cluster, strategy, gpus, tokens) for strategy in STRATEGIES
+                ]
                 yield f"| {gpus:,} | " + " | ".join(cells) + " |"
             yield ""
 
 
 def render_epoch(tokens: int) -> Iterator[str]:
     """How far one epoch of MedMCQA goes."""
-    yield f"### One epoch of MedMCQA, {EPOCH_TOKENS / 1e6:.0f} M tokens, {tokens:,} per GPU and step"
+    yield (
+        f"### One epoch of MedMCQA, {EPOCH_TOKENS / 1e6:.0f} M tokens, {tokens:,} per GPU and step"
+    )
     yield ""
     yield "| GPUs | tokens per step | steps in an epoch |"
     yield "|---|---|---|"
@@ -164,8 +241,12 @@ def describe(shape: Shape, cluster: Cluster, strategy: str, gpus: int, tokens: i
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=8192, help="of a micro-batch; default %(default)s")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=8192, help="of a micro-batch; default %(default)s"
+    )
     parser.add_argument("--write", type=Path, help="page whose tables are replaced")
     parser.add_argument("--check", type=Path, help="page whose tables must be these")
     return parser.parse_args()
@@ -190,7 +271,9 @@ def main() -> None:
     tables = tabulate(arguments.tokens)
     new = pattern.sub(lambda found: f"{MARKERS[0]}\n{tables}\n{MARKERS[1]}", text)
     if arguments.check and new != text:
-        raise ConfigError(f"{page}: its tables are not those of this script; run it with --write {page}")
+        raise ConfigError(
+            f"{page}: its tables are not those of this script; run it with --write {page}"
+        )
     if arguments.write:
         write_atomic(page, new)
 

@@ -1,19 +1,23 @@
-"""How long will it take? Tokens per second of real optimizer steps, for one setting or a sweep of them.
+"""How long will it take? Tokens per second of real optimizer steps, for one setting or a sweep of
+them.
 
     python bench/throughput.py                                          # the demonstration
     python bench/throughput.py --config recipes/configs/llama3-8b_medmcqa.yaml --lengths full \\
-        --sweep data.max_length=512,1024 --sweep training.gradient_checkpointing=none,full --json found.json --plot found.png
+        --sweep data.max_length=512,1024 --sweep training.gradient_checkpointing=none,full \\
+        --json found.json --plot found.png
 
-Each case of the sweep runs in a process of its own on made-up rows; the weights are random where --model.base names no folder with
-weights, which changes neither speed nor memory. Loading and the first steps (compilation, tuning) are timed apart and left out.
-A case that fails is kept with its reason, and the others go on.
+Each case of the sweep runs in a process of its own on made-up rows; the weights are random where
+--model.base names no folder with weights, which changes neither speed nor memory. Loading and the
+first steps (compilation, tuning) are timed apart and left out. A case that fails is kept with its
+reason, and the others go on.
 
-    model FLOPs per token = (4 + 2 x recomputed layers / layers) x N
-        N: weights of the decoder layers' linear maps, adapters included. Forward and the gradient of the input take 2 N each,
-        recomputation 2 N more; frozen weights need no gradient of their own (2 N in full training, hence the usual 6 N).
-        Left out: attention's products, the head at labelled positions, dequantization.
-    utilisation = model FLOPs per second / peak FLOPs of the device: the maker's dense rate for this dtype on a known GPU, or
-        --peak_tflops; on a CPU the rate of a large matrix product, measured here in the same process.
+    model FLOPs per token = (4 + 2 x recomputed layers / layers) x N N: weights of the decoder
+        layers' linear maps, adapters included. Forward and the gradient of the input take 2 N each,
+        recomputation 2 N more; frozen weights need no gradient of their own (2 N in full training,
+        hence the usual 6 N). Left out: attention's products, the head at labelled positions,
+        dequantization. utilisation = model FLOPs per second / peak FLOPs of the device: the maker's
+        dense rate for this dtype on a known GPU, or --peak_tflops; on a CPU the rate of a large
+        matrix product, measured here in the same process.
 """
 
 import argparse
@@ -42,9 +46,23 @@ from rich.table import Table
 from medqlora.allocator import segments_expand
 from medqlora.config import Config, ConfigError, UserError, change, load_config
 from medqlora.hardware import choose_dtype
-from medqlora.memory import Setting, assume_labelled, available_host, available_memory, plan_step, read_architecture
+from medqlora.memory import (
+    Setting,
+    assume_labelled,
+    available_host,
+    available_memory,
+    plan_step,
+    read_architecture,
+)
 from medqlora.packing import list_budgets, make_plan
-from medqlora.runs import MemoryMeter, check_new, check_picture, describe_environment, name_command, write_json
+from medqlora.runs import (
+    MemoryMeter,
+    check_new,
+    check_picture,
+    describe_environment,
+    name_command,
+    write_json,
+)
 from medqlora.strategies import Strategy, choose_storage
 from medqlora.trials import Trial, count_flops, draw_lengths, find_peak, make_table
 
@@ -55,15 +73,43 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=DEMO, help="recipe YAML (default: the demonstration); any key can be given as --section.key VALUE")
-    parser.add_argument("--sweep", action="append", default=[], metavar="KEY=V1,V2", help="values of a key to try; several sweeps are combined")
-    parser.add_argument("--lengths", choices=["medmcqa", "full"], default="medmcqa", help="rows like MedMCQA's, or all of data.max_length (default medmcqa)")
-    parser.add_argument("--steps", type=int, default=10, help="optimizer steps that are timed (default 10)")
-    parser.add_argument("--warm_up", type=int, default=2, help="steps before them that are not (default 2)")
-    parser.add_argument("--peak_tflops", type=float, help="the device's dense rate, where it is not known here")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=DEMO,
+        help=(
+            "recipe YAML (default: the demonstration); any key can be given as --section.key VALUE"
+        ),
+    )
+    parser.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="KEY=V1,V2",
+        help="values of a key to try; several sweeps are combined",
+    )
+    parser.add_argument(
+        "--lengths",
+        choices=["medmcqa", "full"],
+        default="medmcqa",
+        help="rows like MedMCQA's, or all of data.max_length (default medmcqa)",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=10, help="optimizer steps that are timed (default 10)"
+    )
+    parser.add_argument(
+        "--warm_up", type=int, default=2, help="steps before them that are not (default 2)"
+    )
+    parser.add_argument(
+        "--peak_tflops", type=float, help="the device's dense rate, where it is not known here"
+    )
     parser.add_argument("--json", type=Path, help="write the figures to this file, after each case")
-    parser.add_argument("--plot", type=Path, help="picture of rates and step times (.png or .svg; needs matplotlib)")
+    parser.add_argument(
+        "--plot", type=Path, help="picture of rates and step times (.png or .svg; needs matplotlib)"
+    )
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     return parser.parse_known_args()
 
@@ -84,7 +130,14 @@ def main() -> None:
             results.append(start_case(arguments, overrides, flags))
             say(results[-1])
             if arguments.json:
-                write_json(arguments.json, {"command": name_command("bench/throughput.py", sys.argv[1:]), "environment": describe_environment(), "cases": results})
+                write_json(
+                    arguments.json,
+                    {
+                        "command": name_command("bench/throughput.py", sys.argv[1:]),
+                        "environment": describe_environment(),
+                        "cases": results,
+                    },
+                )
     finally:  # also of a sweep that is interrupted
         if results:
             show(results)
@@ -99,7 +152,10 @@ def check(arguments: argparse.Namespace, overrides: list[str]) -> list[dict[str,
     check_new(arguments.json, "--json")
     check_picture(arguments.plot)
     if arguments.steps < 1 or arguments.warm_up < 0:
-        raise ConfigError(f"--steps {arguments.steps}, --warm_up {arguments.warm_up}: expected 1 or more, and 0 or more")
+        raise ConfigError(
+            f"--steps {arguments.steps}, --warm_up {arguments.warm_up}: expected 1 or more, and 0"
+            " or more"
+        )
     if arguments.peak_tflops is not None and not arguments.peak_tflops > 0:
         raise ConfigError(f"--peak_tflops {arguments.peak_tflops}: expected a number above 0")
     swept = []
@@ -121,19 +177,45 @@ def list_flags(case: dict[str, str]) -> list[str]:
 
 
 def start_case(arguments: argparse.Namespace, overrides: list[str], case: dict[str, str]) -> dict:
-    """One case in a process of its own, which may run out of memory without taking the others along."""
+    """One case in a process of its own, which may run out of memory without taking the others
+    along.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "found.json"
-        flags = ["--config", str(arguments.config), "--lengths", arguments.lengths, "--steps", str(arguments.steps), "--warm_up", str(arguments.warm_up)]
+        flags = [
+            "--config",
+            str(arguments.config),
+            "--lengths",
+            arguments.lengths,
+            "--steps",
+            str(arguments.steps),
+            "--warm_up",
+            str(arguments.warm_up),
+        ]
         flags += ["--peak_tflops", str(arguments.peak_tflops)] if arguments.peak_tflops else []
-        done = subprocess.run([sys.executable, __file__, *flags, "--worker", str(file), *overrides, *list_flags(case)], stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            [
+                sys.executable,
+                __file__,
+                *flags,
+                "--worker",
+                str(file),
+                *overrides,
+                *list_flags(case),
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         if done.returncode == 0 and file.is_file():
             return {"case": case} | json.loads(file.read_text(encoding="utf-8"))
-        reason = (done.stderr.strip().splitlines() or [f"killed by signal {-done.returncode}; out of memory?"])[-1]
+        reason = (
+            done.stderr.strip().splitlines()
+            or [f"killed by signal {-done.returncode}; out of memory?"]
+        )[-1]
         return {"case": case, "error": reason[:300]}
 
 
-# ---- one case ------------------------------------------------------------------------------------------------------------
+# ---- one case ------------------------------------------------------------------------------------
 
 
 def run_case(config: Config, arguments: argparse.Namespace) -> dict:
@@ -154,52 +236,111 @@ def run_case(config: Config, arguments: argparse.Namespace) -> dict:
     warm = time.perf_counter() - began
     steps = [trial.step(table, plan, arguments.warm_up + step) for step in range(arguments.steps)]
     seconds = np.array([step.seconds for step in steps])
-    total, tokens = seconds.sum(), sum(step.tokens for step in steps)
+    total = seconds.sum()
+    tokens = sum(step.tokens for step in steps)
     flops = count_flops(trial, trial.recomputed) * tokens / total
     peak, source = find_peak(device, trial.dtype, arguments.peak_tflops)
-    computed = tokens  # rows are packed without padding, or run alone: every computed token is a real one
+    # rows are packed without padding, or run alone: every computed token is a real one
+    computed = tokens
     return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "dtype": str(trial.dtype).removeprefix("torch."), "attention": trial.backend, "compiled": trial.compiled,
-        "max_tokens_per_batch": config.training.max_tokens_per_batch, "gradient_checkpointing": config.training.gradient_checkpointing, "recomputed_layers": trial.recomputed, "layers": trial.layers,
-        "packing": config.data.packing, "rows": arguments.lengths, "random_weights": not weights,
-        "tokens_per_second": computed / total, "real_tokens_per_second": tokens / total,
-        "supervised_tokens_per_second": sum(step.supervised for step in steps) / total, "samples_per_second": sum(step.rows for step in steps) / total,
-        "step_seconds": {"mean": seconds.mean(), **{f"p{q}": float(np.percentile(seconds, q)) for q in (50, 90, 99)}, "all": seconds.tolist()},
-        "data_wait_fraction": sum(step.data_seconds for step in steps) / total, "load_seconds": loaded, "warm_up_seconds": warm,
-        "model_flops_per_second": flops, "peak_flops": peak, "peak_source": source, "model_flops_utilisation": flops / peak if peak else None,
-        "peak_memory_bytes": meter.read_peak() - (0 if device.type == "cuda" else before), "loss": steps[-1].loss,
-    }  # fmt: skip
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "dtype": str(trial.dtype).removeprefix("torch."),
+        "attention": trial.backend,
+        "compiled": trial.compiled,
+        "max_tokens_per_batch": config.training.max_tokens_per_batch,
+        "gradient_checkpointing": config.training.gradient_checkpointing,
+        "recomputed_layers": trial.recomputed,
+        "layers": trial.layers,
+        "packing": config.data.packing,
+        "rows": arguments.lengths,
+        "random_weights": not weights,
+        "tokens_per_second": computed / total,
+        "real_tokens_per_second": tokens / total,
+        "supervised_tokens_per_second": sum(step.supervised for step in steps) / total,
+        "samples_per_second": sum(step.rows for step in steps) / total,
+        "step_seconds": {
+            "mean": seconds.mean(),
+            **{f"p{q}": float(np.percentile(seconds, q)) for q in (50, 90, 99)},
+            "all": seconds.tolist(),
+        },
+        "data_wait_fraction": sum(step.data_seconds for step in steps) / total,
+        "load_seconds": loaded,
+        "warm_up_seconds": warm,
+        "model_flops_per_second": flops,
+        "peak_flops": peak,
+        "peak_source": source,
+        "model_flops_utilisation": flops / peak if peak else None,
+        "peak_memory_bytes": meter.read_peak() - (0 if device.type == "cuda" else before),
+        "loss": steps[-1].loss,
+    }
 
 
-def decide(config: Config, architecture: transformers.PretrainedConfig, device: torch.device) -> Config:
+def decide(
+    config: Config, architecture: transformers.PretrainedConfig, device: torch.device
+) -> Config:
     """What is auto, decided as the recipe does: by forecast, for the memory that is free here."""
-    training, dtype = config.training, choose_dtype(config.model.dtype, device)
+    training = config.training
+    dtype = choose_dtype(config.model.dtype, device)
     if "auto" not in (training.max_tokens_per_batch, training.gradient_checkpointing):
         return config
     one = Strategy("one")
     storage = choose_storage(one, config.model.quantization, dtype)
-    setting = Setting(device, dtype, storage, one, available_memory(device), available_host(), expandable=segments_expand())
+    setting = Setting(
+        device,
+        dtype,
+        storage,
+        one,
+        available_memory(device),
+        available_host(),
+        expandable=segments_expand(),
+    )
     plan = plan_step(config, architecture, setting, lambda tokens: assume_labelled(config, tokens))
-    return change(config, "training", max_tokens_per_batch=plan.tokens, gradient_checkpointing=plan.checkpointing)
+    return change(
+        config,
+        "training",
+        max_tokens_per_batch=plan.tokens,
+        gradient_checkpointing=plan.checkpointing,
+    )
 
 
 def make_rows(config: Config, arguments: argparse.Namespace, vocabulary: int):
     """Rows for all steps, and their plan."""
-    training, longest = config.training, config.data.max_length
+    training = config.training
+    longest = config.data.max_length
     wanted = (arguments.steps + arguments.warm_up + 1) * training.global_batch_tokens
-    mean = longest if arguments.lengths == "full" else draw_lengths(1_000, longest, training.seed).mean()
+    mean = (
+        longest
+        if arguments.lengths == "full"
+        else draw_lengths(1_000, longest, training.seed).mean()
+    )
     count = int(1.2 * wanted / mean) + 1
-    lengths = np.full(count, longest) if arguments.lengths == "full" else draw_lengths(count, longest, training.seed)
+    lengths = (
+        np.full(count, longest)
+        if arguments.lengths == "full"
+        else draw_lengths(count, longest, training.seed)
+    )
     table = make_table(lengths, SUPERVISED_PER_ROW, vocabulary, training.seed)
-    settings = {"capacity": training.max_tokens_per_batch, "global_tokens": training.global_batch_tokens, "seed": training.seed}
-    return table, make_plan(lengths, **settings, packing=config.data.packing, max_steps=arguments.steps + arguments.warm_up)
+    settings = {
+        "capacity": training.max_tokens_per_batch,
+        "global_tokens": training.global_batch_tokens,
+        "seed": training.seed,
+    }
+    return table, make_plan(
+        lengths,
+        **settings,
+        packing=config.data.packing,
+        max_steps=arguments.steps + arguments.warm_up,
+    )
 
 
-# ---- what the user sees ----------------------------------------------------------------------------------------------------
+# ---- what the user sees --------------------------------------------------------------------------
 
 
 def name_case(found: dict) -> str:
-    return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in found["case"].items()) or "as configured"
+    return (
+        ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in found["case"].items())
+        or "as configured"
+    )
 
 
 def say(found: dict) -> None:
@@ -211,24 +352,50 @@ def say(found: dict) -> None:
 
 def show(results: list[dict]) -> None:
     table = Table(title="training throughput", title_justify="left")
-    columns = ("case", "tokens/s", "supervised/s", "rows/s", "step s (p50, p90)", "data", "utilisation", "peak GiB", "layers recomputed", "warm-up s")
+    columns = (
+        "case",
+        "tokens/s",
+        "supervised/s",
+        "rows/s",
+        "step s (p50, p90)",
+        "data",
+        "utilisation",
+        "peak GiB",
+        "layers recomputed",
+        "warm-up s",
+    )
     for column in columns:
         table.add_column(column, justify="left" if column == "case" else "right")
     for found in results:
         if "error" in found:
             table.add_row(name_case(found), "–", *[""] * (len(columns) - 3), "failed")
             continue
-        times, used = found["step_seconds"], found["model_flops_utilisation"]
+        times = found["step_seconds"]
+        used = found["model_flops_utilisation"]
         table.add_row(
-            name_case(found), f"{found['real_tokens_per_second']:,.0f}", f"{found['supervised_tokens_per_second']:,.0f}", f"{found['samples_per_second']:,.1f}",
-            f"{times['p50']:.3f}, {times['p90']:.3f}", f"{found['data_wait_fraction']:.1%}", "?" if used is None else f"{used:.0%}",
-            f"{found['peak_memory_bytes'] / 2**30:.2f}", f"{found['recomputed_layers']} of {found['layers']}", f"{found['warm_up_seconds']:.1f}",
-        )  # fmt: skip
+            name_case(found),
+            f"{found['real_tokens_per_second']:,.0f}",
+            f"{found['supervised_tokens_per_second']:,.0f}",
+            f"{found['samples_per_second']:,.1f}",
+            f"{times['p50']:.3f}, {times['p90']:.3f}",
+            f"{found['data_wait_fraction']:.1%}",
+            "?" if used is None else f"{used:.0%}",
+            f"{found['peak_memory_bytes'] / 2**30:.2f}",
+            f"{found['recomputed_layers']} of {found['layers']}",
+            f"{found['warm_up_seconds']:.1f}",
+        )
     Console(highlight=False, width=None if sys.stdout.isatty() else 180).print(table)
     first = next((found for found in results if "error" not in found), None)
     if first:
-        where = f"utilisation of {first['peak_flops'] / 1e12:,.2f} TFLOP/s ({first['peak_source']})" if first["peak_flops"] else first["peak_source"]
-        console.print(f"{first['device']}, {first['dtype']}, attention {first['attention']}; {where}; formula: --help")
+        where = (
+            f"utilisation of {first['peak_flops'] / 1e12:,.2f} TFLOP/s ({first['peak_source']})"
+            if first["peak_flops"]
+            else first["peak_source"]
+        )
+        console.print(
+            f"{first['device']}, {first['dtype']}, attention {first['attention']}; {where};"
+            " formula: --help"
+        )
 
 
 def draw(results: list[dict], path: Path) -> None:
@@ -238,13 +405,23 @@ def draw(results: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     good = [found for found in results if "error" not in found]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 1.2 + 0.5 * len(good) + 0.8), layout="constrained", sharey=True)
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(11, 1.2 + 0.5 * len(good) + 0.8), layout="constrained", sharey=True
+    )
     places = np.arange(len(good))
     bars = left.barh(places, [found["real_tokens_per_second"] for found in good], height=0.6)
     left.bar_label(bars, fmt="{:,.0f}", padding=3)
     left.margins(x=0.18)
-    right.boxplot([found["step_seconds"]["all"] for found in good], positions=places, orientation="horizontal", widths=0.5, manage_ticks=False)
-    left.set(xlabel="tokens per second", yticks=places, yticklabels=[name_case(found) for found in good])
+    right.boxplot(
+        [found["step_seconds"]["all"] for found in good],
+        positions=places,
+        orientation="horizontal",
+        widths=0.5,
+        manage_ticks=False,
+    )
+    left.set(
+        xlabel="tokens per second", yticks=places, yticklabels=[name_case(found) for found in good]
+    )
     left.invert_yaxis()
     right.set(xlabel="seconds of a step (median, quartiles, range)", xlim=(0, None))
     for axes in (left, right):

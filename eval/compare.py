@@ -1,11 +1,14 @@
-"""Compare prediction files of the same questions: exact McNemar test, paired bootstrap interval, per subject with Holm
-correction, and which questions were fixed or broken. Needs neither torch nor a GPU.
+"""Compare prediction files of the same questions: exact McNemar test, paired bootstrap interval,
+per subject with Holm correction, and which questions were fixed or broken. Needs neither torch nor
+a GPU.
 
     python eval/compare.py base.jsonl tuned.jsonl --output comparison.json
 
-As a gate (a merge, another engine, another dtype must answer alike), every further file is held against the first:
+As a gate (a merge, another engine, another dtype must answer alike), every further file is held
+against the first:
 
-    python eval/compare.py adapter.jsonl merged.jsonl vllm.jsonl --max_disagreement 0.01 --max_mean_difference 0.05
+    python eval/compare.py adapter.jsonl merged.jsonl vllm.jsonl --max_disagreement 0.01 \\
+        --max_mean_difference 0.05
 
 Exit code 1 where a bound is broken, 2 for files that cannot be compared.
 """
@@ -28,15 +31,33 @@ console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isat
 
 def show(first: Path, second: Path, comparison: dict) -> None:
     table = Table(title=escape(f"A {first}\nB {second}"), title_justify="left")
-    for column in ("subject", "n", "A", "B", "difference", "95 % interval", "McNemar p", "Holm p", "only A", "only B"):
+    for column in (
+        "subject",
+        "n",
+        "A",
+        "B",
+        "difference",
+        "95 % interval",
+        "McNemar p",
+        "Holm p",
+        "only A",
+        "only B",
+    ):
         table.add_column(column, justify="left" if column == "subject" else "right")
     for name, part in [("all", comparison), *comparison["per_subject"].items()]:
         low, high = part["difference_ci95"]
         table.add_row(
-            escape(name), str(part["n"]), f"{part['accuracy_a']:.1%}", f"{part['accuracy_b']:.1%}", f"{100 * part['difference']:+.1f}",
-            f"{100 * low:+.1f} to {100 * high:+.1f}", f"{part['mcnemar_p']:.2g}", f"{part['holm_p']:.2g}" if "holm_p" in part else "",
-            str(part["only_a_right"]), str(part["only_b_right"]),
-        )  # fmt: skip
+            escape(name),
+            str(part["n"]),
+            f"{part['accuracy_a']:.1%}",
+            f"{part['accuracy_b']:.1%}",
+            f"{100 * part['difference']:+.1f}",
+            f"{100 * low:+.1f} to {100 * high:+.1f}",
+            f"{part['mcnemar_p']:.2g}",
+            f"{part['holm_p']:.2g}" if "holm_p" in part else "",
+            str(part["only_a_right"]),
+            str(part["only_b_right"]),
+        )
     console.print(table)
     counts = {name: part["n"] for name, part in comparison["outcomes"].items() if name != "all"}
     console.print(", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items()))
@@ -44,41 +65,89 @@ def show(first: Path, second: Path, comparison: dict) -> None:
 
 def check_bounds(first: Path, second: Path, agreement: dict, arguments: argparse.Namespace) -> bool:
     """Print how alike two files are; False where a bound is broken."""
-    differing, mean = 1 - agreement["same_prediction"], agreement.get("mean_logprob_difference")
+    differing = 1 - agreement["same_prediction"]
+    mean = agreement.get("mean_logprob_difference")
     broken = arguments.max_disagreement is not None and differing > arguments.max_disagreement
     if arguments.max_mean_difference is not None:
         if mean is None:
-            raise ConfigError(f"--max_mean_difference: {first} and {second} have no option_logprobs in common; leave it out")
+            raise ConfigError(
+                f"--max_mean_difference: {first} and {second} have no option_logprobs in common;"
+                " leave it out"
+            )
         broken |= mean > arguments.max_mean_difference
-    distance = "" if mean is None else f", log-probabilities {mean:.4f} nats apart on average, {agreement['max_logprob_difference']:.4f} at most"
-    console.print(f"{'FAILED' if broken else 'ok'}: {second} answers {differing:.2%} of the questions otherwise than {first}{distance}")
+    distance = (
+        ""
+        if mean is None
+        else (
+            f", log-probabilities {mean:.4f} nats apart on average,"
+            f" {agreement['max_logprob_difference']:.4f} at most"
+        )
+    )
+    console.print(
+        f"{'FAILED' if broken else 'ok'}: {second} answers {differing:.2%} of the questions"
+        f" otherwise than {first}{distance}"
+    )
     return not broken
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("predictions", type=Path, nargs="+", help="two files of eval/predict.py; more with the bounds")
-    parser.add_argument("--output", type=Path, help="comparison file to write (.json); with more than two files, one object by file name")
-    parser.add_argument("--common", action="store_true", help="compare the questions that stand in both files, where they differ")
-    parser.add_argument("--any_prompt", action="store_true", help="compare although the prompts differ")
-    parser.add_argument("--max_disagreement", type=float, help="gate: share of questions that may be answered otherwise, as 0.01")
-    parser.add_argument("--max_mean_difference", type=float, help="gate: mean distance of the options' log-probabilities in nats, as 0.05")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "predictions",
+        type=Path,
+        nargs="+",
+        help="two files of eval/predict.py; more with the bounds",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="comparison file to write (.json); with more than two files, one object by file name",
+    )
+    parser.add_argument(
+        "--common",
+        action="store_true",
+        help="compare the questions that stand in both files, where they differ",
+    )
+    parser.add_argument(
+        "--any_prompt", action="store_true", help="compare although the prompts differ"
+    )
+    parser.add_argument(
+        "--max_disagreement",
+        type=float,
+        help="gate: share of questions that may be answered otherwise, as 0.01",
+    )
+    parser.add_argument(
+        "--max_mean_difference",
+        type=float,
+        help="gate: mean distance of the options' log-probabilities in nats, as 0.05",
+    )
     arguments = parser.parse_args()
     gated = arguments.max_disagreement is not None or arguments.max_mean_difference is not None
     if len(arguments.predictions) < 2 or (len(arguments.predictions) > 2 and not gated):
-        raise ConfigError(f"got {len(arguments.predictions)} files; expected two, or more with --max_disagreement or --max_mean_difference")
+        raise ConfigError(
+            f"got {len(arguments.predictions)} files; expected two, or more with --max_disagreement"
+            " or --max_mean_difference"
+        )
     check_new(arguments.output)
     first, *others = arguments.predictions
-    rows, comparisons, passed = read_all_predictions(arguments.predictions), {}, True
+    rows = read_all_predictions(arguments.predictions)
+    comparisons = {}
+    passed = True
     for path in others:
-        comparison = compare_predictions(rows[first], rows[path], arguments.common, arguments.any_prompt)
+        comparison = compare_predictions(
+            rows[first], rows[path], arguments.common, arguments.any_prompt
+        )
         comparisons[str(path)] = comparison
         if not gated:
             show(first, path, comparison)
         else:
             passed &= check_bounds(first, path, comparison["agreement"], arguments)
     if arguments.output:
-        write_json(arguments.output, comparisons if len(others) > 1 else next(iter(comparisons.values())))
+        write_json(
+            arguments.output, comparisons if len(others) > 1 else next(iter(comparisons.values()))
+        )
     return 0 if passed else 1
 
 

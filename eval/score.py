@@ -1,5 +1,5 @@
-"""Score prediction files: accuracy with 95 % Wilson interval, per subject, calibration, position bias; text scores for open
-answers. Needs neither torch nor a GPU.
+"""Score prediction files: accuracy with 95 % Wilson interval, per subject, calibration, position
+bias; text scores for open answers. Needs neither torch nor a GPU.
 
     python eval/score.py predictions.jsonl [MORE.jsonl] --output metrics.json
 """
@@ -21,12 +21,17 @@ from medqlora.runs import check_new, write_atomic, write_json
 
 def show(path: Path, metrics: dict, console: Console) -> None:
     if "perplexity" in metrics:
-        console.print(f"{path}: perplexity {metrics['perplexity']:.4f} over {metrics['tokens']} tokens of {metrics['n']} texts")
+        console.print(
+            f"{path}: perplexity {metrics['perplexity']:.4f} over {metrics['tokens']} tokens of"
+            f" {metrics['n']} texts"
+        )
         return
     names = ("exact_match", "f1", "rouge_l") if "f1" in metrics else ("accuracy",)
     table = Table(title=escape(str(path)), title_justify="left")
     for column in ("subject", "n", *names, *(["95 % interval"] if names == ("accuracy",) else [])):
-        table.add_column(column.replace("_", " "), justify="left" if column == "subject" else "right")
+        table.add_column(
+            column.replace("_", " "), justify="left" if column == "subject" else "right"
+        )
     for name, scores in [("all", metrics), *metrics["per_subject"].items()]:
         cells = [f"{scores[key]:.1%}" for key in names]
         if names == ("accuracy",):
@@ -41,13 +46,20 @@ def describe(metrics: dict) -> list[str]:
     facts = [f"unparsed {metrics['unparsed']}"]
     if metrics["truncated"]:
         facts.append(f"prompts cut to fit {metrics['truncated']}")
-    for key, name in (("letter_mass", "letter mass"), ("ece", "calibration error"), ("brier", "Brier score")):
+    for key, name in (
+        ("letter_mass", "letter mass"),
+        ("ece", "calibration error"),
+        ("brier", "Brier score"),
+    ):
         if metrics.get(key) is not None:
             facts.append(f"{name} {metrics[key]:.3f}")
     if metrics.get("near_ties"):
         facts.append(f"answers within {NEAR_TIE} nats of another {metrics['near_ties']}")
     if "flip_rate" in metrics.get("position_bias", {}):
-        facts.append(f"answers that change with the order of options {metrics['position_bias']['flip_rate']:.1%}")
+        facts.append(
+            "answers that change with the order of options"
+            f" {metrics['position_bias']['flip_rate']:.1%}"
+        )
     return facts
 
 
@@ -55,27 +67,49 @@ def write_submission(path: Path, predictions: Path) -> None:
     """MedMCQA's form for its hidden test: id and the number of the option, from 1."""
     rows = read_predictions(predictions, labelled=False)
     if rows.kind != "choice" or None in rows.prediction:
-        raise PredictionError(f"{predictions}: a submission needs an option for every question; {rows.prediction.count(None)} have none")
-    lines = [f"{id},{LETTERS.index(letter) + 1}" for id, letter in zip(rows.ids, rows.prediction, strict=True)]
+        raise PredictionError(
+            f"{predictions}: a submission needs an option for every question;"
+            f" {rows.prediction.count(None)} have none"
+        )
+    lines = [
+        f"{id},{LETTERS.index(letter) + 1}"
+        for id, letter in zip(rows.ids, rows.prediction, strict=True)
+    ]
     write_atomic(path, "\n".join(["id,Prediction (correct option)", *lines]) + "\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("predictions", type=Path, nargs="+", help="files of eval/predict.py")
-    parser.add_argument("--output", type=Path, help="metrics file to write (.json); with several files, one object by file name")
-    parser.add_argument("--submission", type=Path, help="write a MedMCQA test submission (.csv) of the one file given instead of scoring")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="metrics file to write (.json); with several files, one object by file name",
+    )
+    parser.add_argument(
+        "--submission",
+        type=Path,
+        help="write a MedMCQA test submission (.csv) of the one file given instead of scoring",
+    )
     arguments = parser.parse_args()
     console = Console(highlight=False, soft_wrap=True)
     if arguments.submission:
         if len(arguments.predictions) > 1:
-            raise PredictionError(f"--submission {arguments.submission}: expected one predictions file, got {len(arguments.predictions)}")
+            raise PredictionError(
+                f"--submission {arguments.submission}: expected one predictions file, got"
+                f" {len(arguments.predictions)}"
+            )
         check_new(arguments.submission, "--submission")
         write_submission(arguments.submission, arguments.predictions[0])
         console.print(f"submission for {arguments.predictions[0]} in {arguments.submission}")
         return
     check_new(arguments.output)
-    metrics = {str(path): score_predictions(rows) for path, rows in read_all_predictions(arguments.predictions).items()}
+    metrics = {
+        str(path): score_predictions(rows)
+        for path, rows in read_all_predictions(arguments.predictions).items()
+    }
     for path in arguments.predictions:
         show(path, metrics[str(path)], console)
     if arguments.output:

@@ -1,6 +1,7 @@
-"""Print the lowest versions that setup.cfg promises, as requirements for pip: the tests run with these too.
+"""Print the lowest versions that setup.cfg promises, as requirements for pip: the tests run with
+these too.
 
-    pip install $(python launch/lowest_versions.py)
+pip install $(python launch/lowest_versions.py)
 """
 
 import configparser

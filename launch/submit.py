@@ -1,9 +1,12 @@
 """Fill launch/slurm_train.sbatch in for one recipe and submit it to Slurm.
 
-    python launch/submit.py --accelerate_config accelerate_configs/ddp.yaml --config recipes/configs/llama3-8b_medmcqa.yaml \\
-        --output_dir runs/llama3 --nodes 8 --gpus_per_node 8 --time 12:00:00 --partition gpu --training.global_batch_tokens 524288 --dry_run
+    python launch/submit.py --accelerate_config accelerate_configs/ddp.yaml \\
+        --config recipes/configs/llama3-8b_medmcqa.yaml \\
+        --output_dir runs/llama3 --nodes 8 --gpus_per_node 8 --time 12:00:00 --partition gpu \\
+        --training.global_batch_tokens 524288 --dry_run
 
---dry_run prints the script instead of submitting it. Run from the root of the checkout, with the environment active.
+--dry_run prints the script instead of submitting it. Run from the root of the checkout, with the
+environment active.
 """
 
 import argparse
@@ -25,20 +28,59 @@ TEMPLATE = Path(__file__).parent / "slurm_train.sbatch"
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--accelerate_config", type=Path, required=True, help="strategy; its numbers of machines and processes are replaced")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--accelerate_config",
+        type=Path,
+        required=True,
+        help="strategy; its numbers of machines and processes are replaced",
+    )
     parser.add_argument("--config", type=Path, required=True, help="recipe YAML")
-    parser.add_argument("--output_dir", type=Path, required=True, help="run folder, on a filesystem that all nodes share")
-    parser.add_argument("--recipe", type=Path, default=Path("recipes/sft_qlora.py"), help="default %(default)s")
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        required=True,
+        help="run folder, on a filesystem that all nodes share",
+    )
+    parser.add_argument(
+        "--recipe", type=Path, default=Path("recipes/sft_qlora.py"), help="default %(default)s"
+    )
     parser.add_argument("--nodes", type=int, default=1, help="default %(default)s")
-    parser.add_argument("--gpus_per_node", type=int, default=1, help="processes per node, one per GPU; default %(default)s")
-    parser.add_argument("--cpu", action="store_true", help="no GPUs: --gpus_per_node counts processes only")
-    parser.add_argument("--cpus_per_gpu", type=int, default=8, help="cores per process, not with --cpu; default %(default)s")
-    parser.add_argument("--time", default="24:00:00", help="limit, [DAYS-]HH:MM:SS; two minutes before it the job requeues itself; default %(default)s")
+    parser.add_argument(
+        "--gpus_per_node",
+        type=int,
+        default=1,
+        help="processes per node, one per GPU; default %(default)s",
+    )
+    parser.add_argument(
+        "--cpu", action="store_true", help="no GPUs: --gpus_per_node counts processes only"
+    )
+    parser.add_argument(
+        "--cpus_per_gpu",
+        type=int,
+        default=8,
+        help="cores per process, not with --cpu; default %(default)s",
+    )
+    parser.add_argument(
+        "--time",
+        default="24:00:00",
+        help=(
+            "limit, [DAYS-]HH:MM:SS; two minutes before it the job requeues itself; default"
+            " %(default)s"
+        ),
+    )
     parser.add_argument("--job_name", help="default: the recipe YAML's name")
     parser.add_argument("--partition", help="Slurm partition")
     parser.add_argument("--account", help="Slurm account")
-    parser.add_argument("--sbatch", action="append", default=[], metavar="DIRECTIVE", help="further directive, e.g. --sbatch=--mem=0; may be repeated")
+    parser.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="DIRECTIVE",
+        help="further directive, e.g. --sbatch=--mem=0; may be repeated",
+    )
     parser.add_argument("--dry_run", action="store_true", help="print the script, submit nothing")
     return parser.parse_known_args()
 
@@ -48,7 +90,10 @@ def main() -> None:
     config = load_config(arguments.config, overrides)
     ranks = arguments.nodes * arguments.gpus_per_node
     if min(arguments.nodes, arguments.gpus_per_node) < 1:
-        raise ConfigError(f"--nodes {arguments.nodes} --gpus_per_node {arguments.gpus_per_node}: expected 1 or more of each")
+        raise ConfigError(
+            f"--nodes {arguments.nodes} --gpus_per_node {arguments.gpus_per_node}: expected 1 or"
+            " more of each"
+        )
     if not re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", arguments.time):
         raise ConfigError(f"--time {arguments.time}: expected [DAYS-]HH:MM:SS")
     for path in (arguments.accelerate_config, arguments.recipe):
@@ -56,9 +101,13 @@ def main() -> None:
             raise ConfigError(f"{path}: no such file; give its path from the root of the checkout")
     tree = yaml.safe_load(arguments.accelerate_config.read_text(encoding="utf-8"))
     if not isinstance(tree, dict) or (tree.get("distributed_type") == "NO" and ranks > 1):
-        raise ConfigError(f"--accelerate_config {arguments.accelerate_config} is for one process, {ranks} are asked for; use ddp, zero or fsdp2")
+        raise ConfigError(
+            f"--accelerate_config {arguments.accelerate_config} is for one process, {ranks} are"
+            " asked for; use ddp, zero or fsdp2"
+        )
     environ = launch_environ(tree)
-    dtype = DTYPES.get(config.model.dtype, DTYPES["bfloat16"])  # auto: of the GPUs, which this machine may not have
+    # auto: of the GPUs, which this machine may not have
+    dtype = DTYPES.get(config.model.dtype, DTYPES["bfloat16"])
     check_strategy(read_strategy(environ, ranks), config, dtype, environ)
     batch = describe_batch(config.training, config.data.max_length, ranks)
     check_run(arguments.output_dir, config, resume=True)
@@ -68,37 +117,62 @@ def main() -> None:
         print(script, end="")
         return
     try:
-        done = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["sbatch", "--parsable"], input=script, capture_output=True, text=True, check=True
+        )
     except FileNotFoundError:
-        raise ConfigError("sbatch was not found; submit from a machine of the cluster, or look at the script with --dry_run") from None
+        raise ConfigError(
+            "sbatch was not found; submit from a machine of the cluster, or look at the script with"
+            " --dry_run"
+        ) from None
     except subprocess.CalledProcessError as error:
         raise ConfigError(f"sbatch refused the job: {error.stderr.strip()}") from None
     job = done.stdout.strip()
     name = arguments.job_name or arguments.config.stem
-    print(f"job {job}: {ranks} processes; output {name}-{job}.out, logs of each rank in {arguments.output_dir}/launch/")
+    print(
+        f"job {job}: {ranks} processes; output {name}-{job}.out, logs of each rank in"
+        f" {arguments.output_dir}/launch/"
+    )
 
 
 def fill(arguments: argparse.Namespace) -> str:
     """The template with its directives and arguments."""
     wanted = {
-        "job-name": arguments.job_name or arguments.config.stem, "nodes": str(arguments.nodes), "time": arguments.time,
-        "partition": arguments.partition, "account": arguments.account,
-        "cpus-per-task": None if arguments.cpu else str(arguments.gpus_per_node * arguments.cpus_per_gpu),
+        "job-name": arguments.job_name or arguments.config.stem,
+        "nodes": str(arguments.nodes),
+        "time": arguments.time,
+        "partition": arguments.partition,
+        "account": arguments.account,
+        "cpus-per-task": (
+            None if arguments.cpu else str(arguments.gpus_per_node * arguments.cpus_per_gpu)
+        ),
         "gpus-per-node": None if arguments.cpu else str(arguments.gpus_per_node),
-    }  # fmt: skip
+    }
     lines = TEMPLATE.read_text(encoding="utf-8").splitlines()
-    lines = [line for line in lines if not any(line.startswith(f"#SBATCH --{key}=") for key in wanted)]
+    lines = [
+        line for line in lines if not any(line.startswith(f"#SBATCH --{key}=") for key in wanted)
+    ]
     first = next(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
     given = [f"#SBATCH --{key}={value}" for key, value in wanted.items() if value is not None]
     lines[first:first] = given
     last = max(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
-    lines[last + 1 : last + 1] = [f"#SBATCH {directive}" for directive in arguments.sbatch]  # Slurm takes the last of two
+    # Slurm takes the last of two
+    lines[last + 1 : last + 1] = [f"#SBATCH {directive}" for directive in arguments.sbatch]
     return "\n".join(lines) + "\n"
 
 
 def describe(arguments: argparse.Namespace, ranks: int, batch: str, overrides: list[str]) -> str:
-    """What the numbers come to, and the arguments that the template would get on its command line."""
-    recipe = [str(arguments.accelerate_config), str(arguments.recipe), "--config", str(arguments.config), "--output_dir", str(arguments.output_dir)]
+    """What the numbers come to, and the arguments that the template would get on its command
+    line.
+    """
+    recipe = [
+        str(arguments.accelerate_config),
+        str(arguments.recipe),
+        "--config",
+        str(arguments.config),
+        "--output_dir",
+        str(arguments.output_dir),
+    ]
     return (
         f"# {ranks} processes = {arguments.nodes} node(s) x {arguments.gpus_per_node}; {batch}\n"
         f"export MEDQLORA_PROCESSES_PER_NODE={arguments.gpus_per_node}\n"

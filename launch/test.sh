@@ -6,4 +6,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/install.sh
 install_medqlora test || exit $?
 ruff check .
+ruff format --check --quiet .
 exec python -m pytest "$@"

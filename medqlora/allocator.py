@@ -1,4 +1,6 @@
-"""CUDA's caching allocator: how it is asked to keep little more than what lives, and what it would reserve for a forecast step."""
+"""CUDA's caching allocator: how it is asked to keep little more than what lives, and what it would
+reserve for a forecast step.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +11,28 @@ from collections.abc import MutableMapping
 from typing import NamedTuple
 
 MIB = 2**20
-BLOCK = 512  # bytes: every tensor is rounded up to a multiple (c10/core/AllocatorConfig.h, kMinBlockSize)
-SMALL_PAGE, LARGE_PAGE = 2 * MIB, 20 * MIB  # Expandable segments grow by these, for tensors up to 1 MiB and for larger ones.
+# bytes: every tensor is rounded up to a multiple (c10/core/AllocatorConfig.h, kMinBlockSize)
+BLOCK = 512
+SMALL_PAGE = 2 * MIB
+# Expandable segments grow by these, for tensors up to 1 MiB and for larger ones.
+LARGE_PAGE = 20 * MIB
 EXPAND = "expandable_segments:True"
-# torch 2.11 and newer read both; older versions and other tools know only the second, which is the one that we set.
+# torch 2.11 and newer read both; older versions and other tools know only the second, which is the
+# one that we set.
 VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def prefer_expandable_segments(environ: MutableMapping[str, str]) -> None:
-    """Ask for segments that grow, before torch is imported: without them more memory is reserved than is in use. What a user has set
-    stays; Windows has no such segments."""
+    """Ask for segments that grow, before torch is imported: without them more memory is reserved
+    than is in use. What a user has set stays; Windows has no such segments."""
     if sys.platform == "linux" and not any(environ.get(name) for name in VARIABLES):
         environ[VARIABLES[1]] = EXPAND
 
 
 def segments_expand() -> bool:
-    """Whether this process's GPU allocator has segments that grow, read off a real allocation; a GPU that is not here is taken to."""
+    """Whether this process's GPU allocator has segments that grow, read off a real allocation; a
+    GPU that is not here is taken to.
+    """
     import torch
 
     if not torch.cuda.is_available():
@@ -36,16 +44,18 @@ def segments_expand() -> bool:
 
 
 class Reserve(NamedTuple):
-    """Bytes that the allocator takes of a GPU. plenty: where nothing is short; short: where memory runs out, and it gives back, which
-    takes time, every segment (with expandable segments every page) in which nothing lives."""
+    """Bytes that the allocator takes of a GPU. plenty: where nothing is short; short: where memory
+    runs out, and it gives back, which takes time, every segment (with expandable segments every
+    page) in which nothing lives."""
 
     plenty: int
     short: int
 
 
 def replay_allocator(events: list[tuple[int, int]], expandable: bool = False) -> Reserve:
-    """What the caching allocator would reserve for this sequence of (number, bytes; 0 frees): best fit in two pools, blocks
-    split and joined within their segment (c10/cuda/CUDACachingAllocator.cpp).
+    """What the caching allocator would reserve for this sequence of (number, bytes; 0 frees): best
+    fit in two pools, blocks split and joined within their segment
+    (c10/cuda/CUDACachingAllocator.cpp).
 
     expandable: one segment per pool, which grows at its end.
     """
@@ -54,7 +64,8 @@ def replay_allocator(events: list[tuple[int, int]], expandable: bool = False) ->
     held: dict[int, tuple[int, int, int, int]] = {}  # number -> pool, size, segment, offset
     reserved = segments = 0
     sizes: list[int] = []  # Each fixed segment has this many bytes.
-    living: Counter[tuple[int, int]] = Counter()  # Each page, or fixed segment, holds this many blocks.
+    # Each page, or fixed segment, holds this many blocks.
+    living: Counter[tuple[int, int]] = Counter()
     used = most = 0  # So many bytes of pages and segments hold something, now and at most.
 
     def find_pages(pool: int, size: int, segment: int, offset: int) -> dict[tuple[int, int], int]:
@@ -62,7 +73,9 @@ def replay_allocator(events: list[tuple[int, int]], expandable: bool = False) ->
         if not expandable:
             return {(-1, segment): sizes[segment]}
         page = (SMALL_PAGE, LARGE_PAGE)[pool]
-        return {(pool, place): page for place in range(offset // page, (offset + size - 1) // page + 1)}
+        return {
+            (pool, place): page for place in range(offset // page, (offset + size - 1) // page + 1)
+        }
 
     for number, wanted in events:
         if not wanted:
@@ -77,17 +90,30 @@ def replay_allocator(events: list[tuple[int, int]], expandable: bool = False) ->
         if at < len(free[pool]):
             size, segment, offset = free[pool].pop(at)
         elif expandable:
-            page, segment = (SMALL_PAGE, LARGE_PAGE)[pool], -1
-            last = next((block for block in free[pool] if block[2] + block[0] == ends[pool]), (0, segment, ends[pool]))
+            page = (SMALL_PAGE, LARGE_PAGE)[pool]
+            segment = -1
+            last = next(
+                (block for block in free[pool] if block[2] + block[0] == ends[pool]),
+                (0, segment, ends[pool]),
+            )
             if last[0]:
                 free[pool].remove(last)
             grown = -(-(wanted - last[0]) // page) * page
-            size, offset = last[0] + grown, last[2]
+            size = last[0] + grown
+            offset = last[2]
             ends[pool] += grown
             reserved += grown
         else:
-            size = SMALL_PAGE if not pool else LARGE_PAGE if wanted < 10 * MIB else -(-wanted // (2 * MIB)) * 2 * MIB
-            segment, offset, segments = segments, 0, segments + 1
+            size = (
+                SMALL_PAGE
+                if not pool
+                else LARGE_PAGE
+                if wanted < 10 * MIB
+                else -(-wanted // (2 * MIB)) * 2 * MIB
+            )
+            segment = segments
+            offset = 0
+            segments = segments + 1
             sizes.append(size)
             reserved += size
         rest = size - wanted
@@ -104,7 +130,12 @@ def replay_allocator(events: list[tuple[int, int]], expandable: bool = False) ->
 
 def release_block(free: tuple[list, list], pool: int, size: int, segment: int, offset: int) -> None:
     """Put a block back, joined with its free neighbours."""
-    for block in [b for b in free[pool] if b[1] == segment and (b[2] + b[0] == offset or offset + size == b[2])]:
+    for block in [
+        b
+        for b in free[pool]
+        if b[1] == segment and (b[2] + b[0] == offset or offset + size == b[2])
+    ]:
         free[pool].remove(block)
-        size, offset = size + block[0], min(offset, block[2])
+        size = size + block[0]
+        offset = min(offset, block[2])
     bisect.insort(free[pool], (size, segment, offset))

@@ -1,4 +1,6 @@
-"""Checkpoints that are complete or not there: write aside, hash, rename; find the newest complete one."""
+"""Checkpoints that are complete or not there: write aside, hash, rename; find the newest complete
+one.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """adapter: tensors by PEFT name; optimizer: its state_dict; state: step, best loss and what else the loop keeps."""
+    """adapter: tensors by PEFT name; optimizer: its state_dict; state: step, best loss and what
+    else the loop keeps.
+    """
 
     path: Path
     adapter: dict[str, torch.Tensor]
@@ -50,14 +54,20 @@ def sync(path: Path) -> None:
 
 
 def save_checkpoint(
-    folder: Path, step: int, adapter: dict[str, torch.Tensor], optimizer: dict[str, Any], state: dict[str, Any], keep: int
+    folder: Path,
+    step: int,
+    adapter: dict[str, torch.Tensor],
+    optimizer: dict[str, Any],
+    state: dict[str, Any],
+    keep: int,
 ) -> Path:
     """Write `folder/step-N`, then prune all but the newest `keep` complete ones.
 
     Raises:
         CheckpointError: the disk refused; nothing that was there before is touched.
     """
-    target, aside = folder / f"step-{step}", folder / f".step-{step}.tmp"
+    target = folder / f"step-{step}"
+    aside = folder / f".step-{step}.tmp"
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -67,8 +77,13 @@ def save_checkpoint(
         torch.save(optimizer, states)
         (aside / "optimizer.pt").write_bytes(states.getbuffer())
         (aside / "state.json").write_text(json.dumps({**state, "step": step}), encoding="utf-8")
-        files = {path.name: {"bytes": path.stat().st_size, "sha256": hash_file(path)} for path in sorted(aside.iterdir())}
-        (aside / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=2), encoding="utf-8")
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+            for path in sorted(aside.iterdir())
+        }
+        (aside / MANIFEST).write_text(
+            json.dumps({"step": step, "files": files}, indent=2), encoding="utf-8"
+        )
         for path in aside.iterdir():
             sync(path)
         if target.exists():  # an incomplete or damaged one of the same step
@@ -78,7 +93,10 @@ def save_checkpoint(
     except OSError as error:
         with contextlib.suppress(OSError):
             shutil.rmtree(aside)
-        raise CheckpointError(f"checkpoint {target} cannot be written: {error.strerror or error}; free space and continue with --resume") from None
+        raise CheckpointError(
+            f"checkpoint {target} cannot be written: {error.strerror or error}; free space and"
+            " continue with --resume"
+        ) from None
     for old in list_checkpoints(folder)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return target
@@ -86,12 +104,18 @@ def save_checkpoint(
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """step-N folders, newest first, complete or not."""
-    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()] if folder.is_dir() else []
+    found = (
+        [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
+        if folder.is_dir()
+        else []
+    )
     return sorted(found, key=lambda path: -int(path.name[5:]))
 
 
 def find_problem(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None if every file has the size and hash of its manifest."""
+    """What is wrong with a checkpoint, or None if every file has the size and hash of its
+    manifest.
+    """
     try:
         files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
         for name, facts in files.items():

@@ -9,8 +9,9 @@ from dataclasses import replace
 
 from medqlora.examples import Example, MultipleChoice, Passage, Removal
 
-# A stem this long (normalised characters) is the same question whatever its options: MedQA ships each question with
-# four and with five options. Shorter stems ("Which is true?") are shared by different questions.
+# A stem this long (normalised characters) is the same question whatever its options: MedQA ships
+# each question with four and with five options. Shorter stems ("Which is true?") are shared by
+# different questions.
 SELF_TELLING_STEM = 80
 
 
@@ -47,11 +48,17 @@ def clean(example: Example, lowercase: bool = False) -> Example:
         changes["explanation"] = normalise_paragraphs(example.explanation, lowercase)
     else:
         changes["answer"] = normalise_paragraphs(example.answer, lowercase)
-    return example if all(getattr(example, name) == value for name, value in changes.items()) else replace(example, **changes)
+    return (
+        example
+        if all(getattr(example, name) == value for name, value in changes.items())
+        else replace(example, **changes)
+    )
 
 
 def squash(text: str) -> str:
-    """Letters, digits and signs that change a value, case-folded: "pH < 7.35!" and "PH <7.35" are one."""
+    """Letters, digits and signs that change a value, case-folded: "pH < 7.35!" and "PH <7.35" are
+    one.
+    """
     folded = unicodedata.normalize("NFKC", text).casefold()
     return re.sub(r"[^\w<>=+%/.-]+", "", folded).strip(".")
 
@@ -74,19 +81,33 @@ def normalized_key(example: Example) -> Hashable:
 
 
 def deduplicate(examples: Iterable[Example], how: str) -> tuple[list[Example], list[Removal]]:
-    """Keep the first of each group of equal examples; `how` is none, exact or normalized (config.Data)."""
+    """Keep the first of each group of equal examples; `how` is none, exact or normalized
+    (config.Data).
+    """
     if how == "none":
         return list(examples), []
     key: Callable[[Example], Hashable] = {"exact": exact_key, "normalized": normalized_key}[how]
     if how == "normalized":  # two answers to one open question are two rows to learn from
-        key = lambda e: (normalized_key(e), squash(getattr(e, "answer", None) or "") if not isinstance(e, MultipleChoice) else "")  # noqa: E731
-    first, kept, removals = {}, [], []
+
+        def key(e):
+            return (
+                normalized_key(e),
+                squash(getattr(e, "answer", None) or "")
+                if not isinstance(e, MultipleChoice)
+                else "",
+            )
+
+    first = {}
+    kept = []
+    removals = []
     for example in examples:
         seen = first.setdefault(key(example), example)
         if seen is example:
             kept.append(example)
         else:
-            removals.append(Removal(example.source, example.id, f"duplicate ({how}) of {seen.source}"))
+            removals.append(
+                Removal(example.source, example.id, f"duplicate ({how}) of {seen.source}")
+            )
     return kept, removals
 
 
@@ -94,24 +115,33 @@ def contamination_keys(example: Example) -> list[Hashable]:
     keys = [normalized_key(example)]
     if not isinstance(example, Passage):
         stem = squash(example.question)
-        keys += [("stem", stem)] if len(stem) >= SELF_TELLING_STEM or not isinstance(example, MultipleChoice) else []
+        keys += (
+            [("stem", stem)]
+            if len(stem) >= SELF_TELLING_STEM or not isinstance(example, MultipleChoice)
+            else []
+        )
     return keys
 
 
-def decontaminate(train: Iterable[Example], evaluation: Iterable[Example]) -> tuple[list[Example], list[Removal]]:
+def decontaminate(
+    train: Iterable[Example], evaluation: Iterable[Example]
+) -> tuple[list[Example], list[Removal]]:
     """Remove training examples that stand in an evaluation set.
 
-    A multiple-choice question stands there if normalised stem and sorted options do, or a stem of at least
-    SELF_TELLING_STEM characters does; an open question if its normalised question does.
+    A multiple-choice question stands there if normalised stem and sorted options do, or a stem of
+    at least SELF_TELLING_STEM characters does; an open question if its normalised question does.
     """
     held_out = {key: example for example in evaluation for key in contamination_keys(example)}
     if not held_out:
         return list(train), []
-    kept, removals = [], []
+    kept = []
+    removals = []
     for example in train:
         hit = next((held_out[key] for key in contamination_keys(example) if key in held_out), None)
         if hit is None:
             kept.append(example)
         else:
-            removals.append(Removal(example.source, example.id, f"stands in evaluation data: {hit.source}"))
+            removals.append(
+                Removal(example.source, example.id, f"stands in evaluation data: {hit.source}")
+            )
     return kept, removals

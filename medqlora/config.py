@@ -1,7 +1,7 @@
 """One YAML file + command-line overrides -> one typed, frozen configuration.
 
-Every numeric fact of an experiment has its default here and nowhere else. The resolved configuration is saved in
-the run folder and is itself valid input.
+Every numeric fact of an experiment has its default here and nowhere else. The resolved
+configuration is saved in the run folder and is itself valid input.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from pydantic import (
 
 
 class UserError(ValueError):
-    """A mistake the user can mend. The message is one line: what was got, what was expected, what to do."""
+    """A mistake the user can mend. The message is one line: what was got, what was expected, what
+    to do.
+    """
 
 
 class ConfigError(UserError):
@@ -46,10 +48,12 @@ class Model(Section):
     double_quantization: bool = True
     """Quantize the 4-bit block constants too (saves about 0.4 bit per weight)."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Compute dtype. auto: bfloat16 where the hardware has it, else float16 on a GPU and float32 on a CPU."""
+    """Compute dtype. auto: bfloat16 where the hardware has it, else float16 on a GPU and float32 on
+    a CPU.
+    """
     attention: Literal["auto", "varlen", "flash", "grouped", "flex", "sdpa"] = "auto"
-    """Attention backend; auto takes the first of varlen, flash and grouped that works; varlen and flash need a GPU of 2020 or later,
-    grouped runs everywhere."""
+    """Attention backend; auto takes the first of varlen, flash and grouped that works; varlen and
+    flash need a GPU of 2020 or later, grouped runs everywhere."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave off unless you have read that code."""
     upcast_embeddings: bool = False
@@ -70,16 +74,22 @@ class Lora(Section):
 
 
 class DataEntry(Section):
-    format: Literal["medmcqa", "medqa", "pubmedqa", "medquad", "mmlu", "headqa", "mcq", "qa", "text"]
+    format: Literal[
+        "medmcqa", "medqa", "pubmedqa", "medquad", "mmlu", "headqa", "mcq", "qa", "text"
+    ]
     """Layout of the records. mcq and qa are the generic ones and take `columns`."""
     path: str | None = None
     """File, folder or hub id; a dataset with a well-known hub home needs none."""
     split: str | None = None
     """Split name; default train for training data, validation for evaluation data."""
     weight: float = Field(1.0, gt=0)
-    """Times each row is seen per epoch: 0.5 draws a new half every epoch, 2 shows each row twice."""
+    """Times each row is seen per epoch: 0.5 draws a new half every epoch, 2 shows each row
+    twice.
+    """
     share: float | None = Field(None, gt=0, lt=1)
-    """Instead of weight: this entry's part of the mixture's rows, e.g. 0.15 general beside 0.85 medical."""
+    """Instead of weight: this entry's part of the mixture's rows, e.g. 0.15 general beside 0.85
+    medical.
+    """
     limit: int | None = Field(None, ge=1)
     """Read only the first rows."""
     columns: dict[str, str | list[str]] = {}
@@ -89,7 +99,9 @@ class DataEntry(Section):
     revision: str | None = None
     """Hub commit or tag of the dataset."""
     test_pmids: str | None = None
-    """pubmedqa: file with the 500 official test PMIDs (.txt, or the official test_ground_truth.json)."""
+    """pubmedqa: file with the 500 official test PMIDs (.txt, or the official
+    test_ground_truth.json).
+    """
 
 
 class Data(Section):
@@ -102,13 +114,19 @@ class Data(Section):
     prompt_style: Literal["auto", "chat", "plain", "lm_eval"] = "auto"
     """auto: the model's chat template where it has one, plain otherwise."""
     completion: Literal["letter", "letter_text", "explanation", "text"] = "letter"
-    """What the model learns to write for a multiple-choice question. Open questions are always text."""
+    """What the model learns to write for a multiple-choice question. Open questions are always
+    text.
+    """
     max_length: int = Field(1024, ge=16)
-    """Longest row in tokens; context and explanation are cut to fit, question, options and answer never."""
+    """Longest row in tokens; context and explanation are cut to fit, question, options and answer
+    never.
+    """
     drop_invalid: bool = False
     """Drop and list invalid rows instead of stopping at the first."""
     deduplicate: Literal["none", "exact", "normalized"] = "exact"
-    """Which repeated training rows to drop; normalized ignores case, punctuation and option order."""
+    """Which repeated training rows to drop; normalized ignores case, punctuation and option
+    order.
+    """
     decontaminate: bool = True
     """Remove training rows that stand in any evaluation or test entry."""
     lowercase: bool = False
@@ -122,9 +140,14 @@ class Data(Section):
 
 
 def check_checkpointing(value: str) -> str:
-    if value in ("auto", "none", "full", "offload") or re.fullmatch(r"(every|first)_[1-9]\d*", value):
+    if value in ("auto", "none", "full", "offload") or re.fullmatch(
+        r"(every|first)_[1-9]\d*", value
+    ):
         return value
-    raise ValueError("expected auto, none, full, offload, every_K (every K-th layer recomputed, e.g. every_2) or first_K (the first K layers)")
+    raise ValueError(
+        "expected auto, none, full, offload, every_K (every K-th layer recomputed, e.g. every_2) or"
+        " first_K (the first K layers)"
+    )
 
 
 class Training(Section):
@@ -133,9 +156,13 @@ class Training(Section):
     max_steps: int | None = Field(None, ge=1)
     """Stop after this many optimizer steps, whatever epochs says."""
     global_batch_tokens: int = Field(16_384, ge=1)
-    """Tokens per optimizer step over all processes; a multiple of max_tokens_per_batch x processes."""
+    """Tokens per optimizer step over all processes; a multiple of max_tokens_per_batch x
+    processes.
+    """
     max_tokens_per_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = 4_096
-    """Tokens per micro-batch on one process; accumulation is derived from the two. auto: by forecast, the fastest that fits."""
+    """Tokens per micro-batch on one process; accumulation is derived from the two. auto: by
+    forecast, the fastest that fits.
+    """
     lr: float = Field(2e-4, gt=0)
     """Peak learning rate."""
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"
@@ -149,11 +176,12 @@ class Training(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are clipped to this global norm."""
     gradient_checkpointing: Annotated[str, Field()] = "auto"
-    """Decoder layers recomputed in the backward pass: none, full, every_K (every K-th), first_K; offload: full, what layers
-    begin from waits in the host's memory (for long rows on a GPU); auto: by forecast, the fastest that fits."""
+    """Decoder layers recomputed in the backward pass: none, full, every_K (every K-th), first_K;
+    offload: full, what layers begin from waits in the host's memory (for long rows on a GPU); auto:
+    by forecast, the fastest that fits."""
     deterministic: bool = False
-    """On a GPU, use kernels that give the same bits in every run, where torch has them; they are slower. A resumed run is then expected
-    to repeat an uninterrupted one to the bit."""
+    """On a GPU, use kernels that give the same bits in every run, where torch has them; they are
+    slower. A resumed run is then expected to repeat an uninterrupted one to the bit."""
     compile: bool | Literal["auto"] = "auto"
     """Norms and gated activations as one kernel each, by torch's compiler; auto: on a GPU."""
     loss_chunk_tokens: int = Field(1_024, ge=1)
@@ -182,20 +210,33 @@ class Config(Section):
 
     @model_validator(mode="after")
     def check_budgets(self) -> Config:
-        data, training = self.data, self.training
-        if training.max_tokens_per_batch != "auto" and data.max_length > training.max_tokens_per_batch:
+        data = self.data
+        training = self.training
+        if (
+            training.max_tokens_per_batch != "auto"
+            and data.max_length > training.max_tokens_per_batch
+        ):
             raise ValueError(
-                f"data.max_length {data.max_length} is over training.max_tokens_per_batch "
-                f"{training.max_tokens_per_batch}: a row must fit a micro-batch; lower the first or raise the second"
+                f"data.max_length {data.max_length} is over training.max_tokens_per_batch"
+                f" {training.max_tokens_per_batch}: a row must fit a micro-batch; lower the first"
+                " or raise the second"
             )
         if training.early_stopping_patience and not (training.eval_steps and data.eval):
-            raise ValueError("training.early_stopping_patience needs training.eval_steps and data.eval")
+            raise ValueError(
+                "training.early_stopping_patience needs training.eval_steps and data.eval"
+            )
         if self.lora.variant == "dora" and self.model.quantization == "int8":
-            raise ValueError("lora.variant dora needs the base's weights at the start, which model.quantization int8 hides; use nf4 or lora")
+            raise ValueError(
+                "lora.variant dora needs the base's weights at the start, which model.quantization"
+                " int8 hides; use nf4 or lora"
+            )
         if sum(entry.share or 0 for entry in data.train) >= 1 or (
             data.train and all(entry.share for entry in data.train)
         ):
-            raise ValueError("data.train: shares must sum to less than 1, with at least one entry without a share")
+            raise ValueError(
+                "data.train: shares must sum to less than 1, with at least one entry without a"
+                " share"
+            )
         return self
 
 
@@ -207,7 +248,8 @@ def change(config: Config, section: str, **values: Any) -> Config:
 def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     """Read a YAML file, apply ``--section.key VALUE`` overrides, validate.
 
-    Paths that begin with ./ or ../ in the file are relative to the file; on the command line, to the working folder.
+    Paths that begin with ./ or ../ in the file are relative to the file; on the command line, to
+    the working folder.
 
     Raises:
         ConfigError: one line with the file's line or the flag, and the nearest valid key.
@@ -215,13 +257,20 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-        tree, root = yaml.safe_load(text) or {}, yaml.compose(text, Loader=yaml.SafeLoader)
+        tree = yaml.safe_load(text) or {}
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
     except OSError as error:
-        raise ConfigError(f"config {path}: {error.strerror}; give the path of a YAML file with --config") from None
+        raise ConfigError(
+            f"config {path}: {error.strerror}; give the path of a YAML file with --config"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(
+            f"config {path}: not valid YAML: {' '.join(str(error).split())}"
+        ) from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"config {path}: expected sections (model, data, …), got {type(tree).__name__}")
+        raise ConfigError(
+            f"config {path}: expected sections (model, data, …), got {type(tree).__name__}"
+        )
     tree = resolve_paths(tree, path.parent)
     flags = {}
     for keys, value in parse_overrides(list(overrides)):
@@ -262,7 +311,10 @@ def parse_overrides(arguments: list[str]) -> list[tuple[tuple[str, ...], Any]]:
     while arguments:
         flag, _, value = arguments.pop(0).partition("=")
         if not re.fullmatch(r"--[A-Za-z_]\w*(\.\w+)+", flag):
-            raise ConfigError(f"argument {flag!r}: expected --section.key VALUE, e.g. --training.lr 1e-4 (see --help)")
+            raise ConfigError(
+                f"argument {flag!r}: expected --section.key VALUE, e.g. --training.lr 1e-4 (see"
+                " --help)"
+            )
         if not _:
             if not arguments or arguments[0].startswith("--"):
                 raise ConfigError(f"argument {flag}: no value; expected {flag} VALUE")
@@ -270,7 +322,9 @@ def parse_overrides(arguments: list[str]) -> list[tuple[tuple[str, ...], Any]]:
         try:
             parsed.append((tuple(flag[2:].split(".")), yaml.safe_load(value)))
         except yaml.YAMLError:
-            raise ConfigError(f"argument {flag}: value {value!r} is not valid YAML; quote it") from None
+            raise ConfigError(
+                f"argument {flag}: value {value!r} is not valid YAML; quote it"
+            ) from None
     return parsed
 
 
@@ -283,7 +337,9 @@ def set_key(tree: Any, keys: tuple[str, ...], value: Any) -> None:
                 raise ConfigError(f"argument {flag}: {key} is not an index below {len(tree)}")
             key = int(key)
         elif not isinstance(tree, dict):
-            raise ConfigError(f"argument {flag}: {'.'.join(keys[:i])} is a value, it has no key {key}")
+            raise ConfigError(
+                f"argument {flag}: {'.'.join(keys[:i])} is a value, it has no key {key}"
+            )
         if last:
             tree[key] = value
         elif isinstance(tree, dict):
@@ -300,7 +356,8 @@ def find_line(node: yaml.Node, loc: tuple) -> int:
             found = [(k, v) for k, v in node.value if k.value == str(key)]
             if not found:
                 break
-            line, node = found[0][0].start_mark.line + 1, found[0][1]
+            line = found[0][0].start_mark.line + 1
+            node = found[0][1]
         elif isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
             node = node.value[key]
             line = node.start_mark.line + 1
@@ -312,7 +369,12 @@ def find_line(node: yaml.Node, loc: tuple) -> int:
 def describe(error: ValidationError, locate: typing.Callable[[tuple], str]) -> str:
     """First problem of a pydantic error as one line."""
     problem = error.errors()[0]
-    loc = tuple(part for part in problem["loc"] if isinstance(part, int) or not re.search(r"[\[\s]|^literal|^list|^str$|^constrained-", part))
+    loc = tuple(
+        part
+        for part in problem["loc"]
+        if isinstance(part, int)
+        or not re.search(r"[\[\s]|^literal|^list|^str$|^constrained-", part)
+    )
     name = ".".join(map(str, loc))
     if problem["type"] == "extra_forbidden":
         valid = list(section_fields(loc[:-1]))
@@ -326,7 +388,11 @@ def describe(error: ValidationError, locate: typing.Callable[[tuple], str]) -> s
     message = problem["msg"].removeprefix("Value error, ")
     if not loc:
         return f"config: {message}"
-    got = problem["input"] if isinstance(problem["input"], (str, int, float, bool, type(None))) else type(problem["input"]).__name__
+    got = (
+        problem["input"]
+        if isinstance(problem["input"], (str, int, float, bool, type(None)))
+        else type(problem["input"]).__name__
+    )
     return f"{locate(loc)}: {name} got {got!r}; {message[0].lower() + message[1:]}"
 
 
@@ -339,7 +405,14 @@ def section_fields(loc: tuple) -> dict:
         field = section.model_fields.get(part)
         if field is None:
             return {}
-        section = next((t for t in flatten_types(field.annotation) if isinstance(t, type) and issubclass(t, Section)), None)
+        section = next(
+            (
+                t
+                for t in flatten_types(field.annotation)
+                if isinstance(t, type) and issubclass(t, Section)
+            ),
+            None,
+        )
         if section is None:
             return {}
     return section.model_fields
@@ -354,7 +427,9 @@ def flatten_types(annotation: Any) -> typing.Iterator[Any]:
 
 
 def all_keys() -> dict[str, Any]:
-    """Every `section.key` with its pydantic field, in order; used for --help and for suggestions."""
+    """Every `section.key` with its pydantic field, in order; used for --help and for
+    suggestions.
+    """
     return {
         f"{name}.{key}": field
         for name, section in Config.model_fields.items()
@@ -366,7 +441,14 @@ def help_text() -> str:
     """One line per key: name, allowed values, default, meaning."""
     lines = []
     for key, field in all_keys().items():
-        choices = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is Literal else ()
+        choices = (
+            typing.get_args(field.annotation)
+            if typing.get_origin(field.annotation) is Literal
+            else ()
+        )
         default = "required" if field.is_required() else f"default {field.default!r}"
-        lines.append(f"  --{key} {'|'.join(choices) or 'VALUE'}  ({default})\n      {' '.join((field.description or '').split())}")
+        lines.append(
+            f"  --{key} {'|'.join(choices) or 'VALUE'}  ({default})\n     "
+            f" {' '.join((field.description or '').split())}"
+        )
     return "\n".join(lines)

@@ -1,9 +1,11 @@
-"""Norms and gated activations that keep less for the backward pass than the models' own, with the same results.
+"""Norms and gated activations that keep less for the backward pass than the models' own, with the
+same results.
 
-A norm as transformers writes it keeps its input in float32, a gated activation keeps gate, up, act(gate) and their product. Here a norm
-keeps its input as it came, and act(gate) is computed again: of the 180 KB per token that a layer of Llama-3-8B keeps where it is not
-recomputed, 44 go. Liger and Unsloth do the same in Triton; these are plain operations, for any device, and torch's compiler can make
-one kernel of each (compile_layers).
+A norm as transformers writes it keeps its input in float32, a gated activation keeps gate, up,
+act(gate) and their product. Here a norm keeps its input as it came, and act(gate) is computed
+again: of the 180 KB per token that a layer of Llama-3-8B keeps where it is not recomputed, 44 go.
+Liger and Unsloth do the same in Triton; these are plain operations, for any device, and torch's
+compiler can make one kernel of each (compile_layers).
 """
 
 from __future__ import annotations
@@ -17,17 +19,27 @@ from dataclasses import astuple, dataclass
 import torch
 import torch.nn.functional as F
 
-# Norms by what they compute: weight * normalised, cast before the product, or (1 + weight) * normalised, cast after it.
+# Norms by what they compute: weight * normalised, cast before the product, or (1 + weight) *
+# normalised, cast after it.
 PLAIN = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm"}
 OFFSET = {"GemmaRMSNorm", "Gemma2RMSNorm"}
 GATED = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "GemmaMLP", "Gemma2MLP"}
 JOINED = {"Phi3MLP"}  # gate and up are one linear map
-ACTIVATIONS = {"silu": (F.silu, torch.ops.aten.silu_backward), "gelu_pytorch_tanh": (
-    lambda x: F.gelu(x, approximate="tanh"), lambda gradient, x: torch.ops.aten.gelu_backward(gradient, x, approximate="tanh"))}  # fmt: skip
+ACTIVATIONS = {
+    "silu": (F.silu, torch.ops.aten.silu_backward),
+    "gelu_pytorch_tanh": (
+        lambda x: F.gelu(x, approximate="tanh"),
+        lambda gradient, x: torch.ops.aten.gelu_backward(gradient, x, approximate="tanh"),
+    ),
+}
 
 
-def normalise(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """x / sqrt(mean(x^2) + eps) times a weight, and 1 / sqrt(...) float32 (Zhang and Sennrich, 2019, arXiv 1910.07467); x [..., width]."""
+def normalise(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, offset: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x / sqrt(mean(x^2) + eps) times a weight, and 1 / sqrt(...) float32 (Zhang and Sennrich,
+    2019, arXiv 1910.07467); x [..., width].
+    """
     wide = x.float()
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     if offset:
@@ -35,10 +47,18 @@ def normalise(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: bool) -
     return weight * (wide * scale).to(x.dtype), scale
 
 
-def normalise_backward(gradient: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, offset: bool) -> torch.Tensor:
-    gradient = gradient.float() * (1.0 + weight.float()) if offset else (gradient * weight).to(x.dtype).float()
+def normalise_backward(
+    gradient: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, offset: bool
+) -> torch.Tensor:
+    gradient = (
+        gradient.float() * (1.0 + weight.float())
+        if offset
+        else (gradient * weight).to(x.dtype).float()
+    )
     normalised = x.float() * scale
-    return (scale * (gradient - normalised * (gradient * normalised).mean(-1, keepdim=True))).to(x.dtype)
+    return (scale * (gradient - normalised * (gradient * normalised).mean(-1, keepdim=True))).to(
+        x.dtype
+    )
 
 
 def gate(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
@@ -46,15 +66,17 @@ def gate(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
     return ACTIVATIONS[activation][0](gate) * up
 
 
-def gate_backward(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.Tensor]:
+def gate_backward(
+    gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     act, derive = ACTIVATIONS[activation]
     return derive(gradient * up, gate), gradient * act(gate)
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The four functions above, as they are or compiled. Their arguments are detached: a compiled function would be made anew for
-    arguments with a gradient and for such without."""
+    """The four functions above, as they are or compiled. Their arguments are detached: a compiled
+    function would be made anew for arguments with a gradient and for such without."""
 
     normalise: Callable = normalise
     normalise_backward: Callable = normalise_backward
@@ -74,7 +96,9 @@ def outline_norm_backward(gradient: torch.Tensor, x: torch.Tensor, *_) -> torch.
     return make_empty(x)
 
 
-def outline_gate_backward(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, *_) -> tuple[torch.Tensor, torch.Tensor]:
+def outline_gate_backward(
+    gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, *_
+) -> tuple[torch.Tensor, torch.Tensor]:
     return make_empty(gate), make_empty(up)
 
 
@@ -92,20 +116,27 @@ def outline_kernels(model: torch.nn.Module) -> None:
 class Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
-        y, scale = module.kernels.normalise(flatten(x), module.weight, epsilon(module), type(module).__name__ in OFFSET)
-        ctx.module = module  # not its weight: a strategy may hold that elsewhere until the layer's backward pass
+        y, scale = module.kernels.normalise(
+            flatten(x), module.weight, epsilon(module), type(module).__name__ in OFFSET
+        )
+        # not its weight: a strategy may hold that elsewhere until the layer's backward pass
+        ctx.module = module
         ctx.save_for_backward(x, scale)
         return y.view(x.shape)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         module, (x, scale) = ctx.module, ctx.saved_tensors
-        out = module.kernels.normalise_backward(flatten(gradient), flatten(x), scale, module.weight, type(module).__name__ in OFFSET)
+        out = module.kernels.normalise_backward(
+            flatten(gradient), flatten(x), scale, module.weight, type(module).__name__ in OFFSET
+        )
         return out.view(x.shape), None
 
 
 def flatten(x: torch.Tensor) -> torch.Tensor:
-    """[..., width] -> [tokens, width]: compiled kernels then see few shapes, and are made few times."""
+    """[..., width] -> [tokens, width]: compiled kernels then see few shapes, and are made few
+    times.
+    """
     return x.detach().flatten(0, -2)
 
 
@@ -118,12 +149,16 @@ class GatedActivation(torch.autograd.Function):
     def forward(ctx, gate: torch.Tensor, up: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
         ctx.module = module
         ctx.save_for_backward(gate, up)
-        return module.kernels.gate(flatten(gate), flatten(up), module.lean_activation).view(gate.shape)
+        return module.kernels.gate(flatten(gate), flatten(up), module.lean_activation).view(
+            gate.shape
+        )
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         saved = map(flatten, ctx.saved_tensors)
-        parts = ctx.module.kernels.gate_backward(flatten(gradient), *saved, ctx.module.lean_activation)
+        parts = ctx.module.kernels.gate_backward(
+            flatten(gradient), *saved, ctx.module.lean_activation
+        )
         return *(part.view(gradient.shape) for part in parts), None
 
 
@@ -145,18 +180,27 @@ def draw_kept(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
     if x.is_meta:
         return torch.empty(x.shape, dtype=torch.bool, device=x.device)
     generator = torch.Generator(x.device).manual_seed(seed)
-    if x.device.type == "cpu":  # bernoulli_ takes twice as long there as whole numbers from 0 to 2^31 - 1
-        return torch.empty(x.shape, dtype=torch.int32).random_(generator=generator) >= round(p * 2**31)
-    return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p, generator=generator)
+    # bernoulli_ takes twice as long there as whole numbers from 0 to 2^31 - 1
+    if x.device.type == "cpu":
+        return torch.empty(x.shape, dtype=torch.int32).random_(generator=generator) >= round(
+            p * 2**31
+        )
+    return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(
+        1 - p, generator=generator
+    )
 
 
 def draw_seed() -> int:
-    """From torch's own generator on the CPU: nothing waits for a GPU, and recomputed layers draw the same again."""
+    """From torch's own generator on the CPU: nothing waits for a GPU, and recomputed layers draw
+    the same again.
+    """
     return int(torch.randint(2**62, ()))
 
 
 class DroppedLinear(torch.autograd.Function):
-    """dropout(x) W^T that keeps x, which other products keep too, and a seed, instead of the dropped input and a mask."""
+    """dropout(x) W^T that keeps x, which other products keep too, and a seed, instead of the
+    dropped input and a mask.
+    """
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, p: float) -> torch.Tensor:
@@ -168,7 +212,8 @@ class DroppedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         x, weight = ctx.saved_tensors
-        kept, gradient = draw_kept(x, ctx.p, ctx.seed), gradient / (1 - ctx.p)
+        kept = draw_kept(x, ctx.p, ctx.seed)
+        gradient = gradient / (1 - ctx.p)
         grad_weight = gradient.t() @ (x * kept) if ctx.needs_input_grad[1] else None
         grad_x = (gradient @ weight).mul_(kept) if ctx.needs_input_grad[0] else None
         return grad_x, grad_weight, None
@@ -199,8 +244,11 @@ class SeededDropout(torch.nn.Module):
 
 
 def lean_layers(model: torch.nn.Module) -> int:
-    """Give a frozen model's norms and gated activations the forms above, where their kind is known; -> how many."""
-    config, changed = model.config.get_text_config(), 0
+    """Give a frozen model's norms and gated activations the forms above, where their kind is known;
+    -> how many.
+    """
+    config = model.config.get_text_config()
+    changed = 0
     activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
     for module in model.modules():
         kind = type(module).__name__
@@ -208,7 +256,9 @@ def lean_layers(model: torch.nn.Module) -> int:
             module.forward = types.MethodType(forward_norm, module)
         elif kind in GATED | JOINED and activation in ACTIVATIONS:
             module.lean_activation = activation
-            module.forward = types.MethodType(forward_gated if kind in GATED else forward_joined, module)
+            module.forward = types.MethodType(
+                forward_gated if kind in GATED else forward_joined, module
+            )
         else:
             continue
         module.kernels = Kernels()
@@ -222,15 +272,20 @@ def wants_compiling(device: torch.device, when: bool | str) -> bool:
 
 
 def compile_layers(model: torch.nn.Module, device: torch.device, when: bool | str) -> bool:
-    """Let torch's compiler (Triton on a GPU, C++ on a CPU) make one kernel of each norm and gated activation that lean_layers has
-    changed; -> whether it did. Where it cannot, a warning says why, and they stay as they are. Intermediate results are not rounded
-    then. when: training.compile."""
+    """Let torch's compiler (Triton on a GPU, C++ on a CPU) make one kernel of each norm and gated
+    activation that lean_layers has changed; -> whether it did. Where it cannot, a warning says why,
+    and they stay as they are. Intermediate results are not rounded then. when: training.compile."""
     if not wants_compiling(device, when):
         return False
     try:
         kernels = compile_kernels(device)
-    except Exception as error:  # noqa: BLE001  whatever a compiler, a missing one or its driver may raise
-        warnings.warn(f"training.compile: torch.compile does not work here ({' '.join(str(error).split())[:200]}); going on without", stacklevel=2)
+    # whatever a compiler, a missing one or its driver may raise
+    except Exception as error:  # noqa: BLE001
+        warnings.warn(
+            "training.compile: torch.compile does not work here"
+            f" ({' '.join(str(error).split())[:200]}); going on without",
+            stacklevel=2,
+        )
         return False
     for module in model.modules():
         if hasattr(module, "kernels"):
@@ -240,7 +295,9 @@ def compile_layers(model: torch.nn.Module, device: torch.device, when: bool | st
 
 @functools.cache
 def compile_kernels(device: torch.device) -> Kernels:
-    """Compiled on first use for each dtype and width, for all lengths; tried here on a few numbers."""
+    """Compiled on first use for each dtype and width, for all lengths; tried here on a few
+    numbers.
+    """
     kernels = Kernels(*map(compile_for_all_lengths, astuple(Kernels())))
     x = torch.ones(2, 8, device=device)
     with torch.no_grad():
@@ -251,23 +308,29 @@ def compile_kernels(device: torch.device) -> Kernels:
 
 
 def forget_base(argument):
-    """A tensor that is no view, with the same memory: for a view the compiler would also look at the shape of what it is a view of."""
+    """A tensor that is no view, with the same memory: for a view the compiler would also look at
+    the shape of what it is a view of.
+    """
     if torch.is_tensor(argument) and argument._base is not None and argument.is_contiguous():
         return torch.ops.aten._unsafe_view(argument, argument.shape)
     return argument
 
 
 def compile_for_all_lengths(function: Callable) -> Callable:
-    """A compiled function of tensors [tokens, width]. torch's compiler would otherwise make one variant for the first number of tokens
-    and another for all numbers; it makes eight at most, and then goes on without compiling, in silence."""
+    """A compiled function of tensors [tokens, width]. torch's compiler would otherwise make one
+    variant for the first number of tokens and another for all numbers; it makes eight at most, and
+    then goes on without compiling, in silence.
+    """
     compiled = torch.compile(function)
 
     def run(*arguments):
-        if len(arguments[0]) == 1:  # The compiler would make a variant of its own for a single token.
+        # The compiler would make a variant of its own for a single token.
+        if len(arguments[0]) == 1:
             return function(*arguments)
         arguments = [forget_base(argument) for argument in arguments]
         for argument in arguments:
-            if torch.is_tensor(argument):  # The last dimension is the width; a kernel that knows it is faster.
+            # The last dimension is the width; a kernel that knows it is faster.
+            if torch.is_tensor(argument):
                 torch._dynamo.mark_static(argument, argument.dim() - 1)
                 if argument.dim() == 2:
                     torch._dynamo.maybe_mark_dynamic(argument, 0)

@@ -1,7 +1,9 @@
-"""Prediction rows: what they hold, how they are read into columns, and a journal that a kill cannot damage.
+"""Prediction rows: what they hold, how they are read into columns, and a journal that a kill cannot
+damage.
 
-A predictions file is JSON lines, one row per example (keys in README). While it is being made, finished batches are
-appended to journals in `FILE.parts/`, one line per batch: a line is whole or it is not there.
+A predictions file is JSON lines, one row per example (keys in README). While it is being made,
+finished batches are appended to journals in `FILE.parts/`, one line per batch: a line is whole or
+it is not there.
 """
 
 from __future__ import annotations
@@ -31,11 +33,18 @@ class PredictionError(UserError):
     """A predictions file or journal that cannot be used."""
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 KINDS = ("choice", "open", "text")
-REQUIRED = {"choice": ("id", "gold", "prediction"), "open": ("id", "gold", "prediction"), "text": ("id", "logprob", "tokens")}
-NEGATION = re.compile(r"\b(?:not|no|never|none|neither|nor|except|false|incorrect|least|without)\b|n't\b")  # of lower-cased text
+REQUIRED = {
+    "choice": ("id", "gold", "prediction"),
+    "open": ("id", "gold", "prediction"),
+    "text": ("id", "logprob", "tokens"),
+}
+# of lower-cased text
+NEGATION = re.compile(
+    r"\b(?:not|no|never|none|neither|nor|except|false|incorrect|least|without)\b|n't\b"
+)
 NUMBER = re.compile(r"\d")
 
 
@@ -43,9 +52,10 @@ NUMBER = re.compile(r"\d")
 class Predictions:
     """The rows of one file as columns; entry i of each belongs to row i.
 
-    logprobs float64 [rows, options]: natural log, NaN where a row has fewer options or none; confidence float64 [rows]: the
-    model's probability of its own prediction (among the options, or its share of the votes), NaN where unknown; extras: rows
-    that carry permutations, samples' votes or cloze normalisations, by number; offsets [rows]: where the line starts.
+    logprobs float64 [rows, options]: natural log, NaN where a row has fewer options or none;
+    confidence float64 [rows]: the model's probability of its own prediction (among the options, or
+    its share of the votes), NaN where unknown; extras: rows that carry permutations, samples' votes
+    or cloze normalisations, by number; offsets [rows]: where the line starts.
     """
 
     path: Path
@@ -70,16 +80,26 @@ class Predictions:
     @property
     def right(self) -> np.ndarray:
         """bool [rows]; a row without a prediction is wrong."""
-        return np.array([p is not None and p == g for p, g in zip(self.prediction, self.gold, strict=True)], bool)
+        return np.array(
+            [p is not None and p == g for p, g in zip(self.prediction, self.gold, strict=True)],
+            bool,
+        )
 
     def column(self, name: str) -> list[str]:
         return [value or "none" for value in self.columns[name]]
 
 
 TYPES: dict[str, Any] = {
-    "option_logprobs": dict, "options": list, "question": str, "letter_mass": (int, float), "permutations": dict, "predictions": dict,
-    "votes": dict, "bytes": (int, float), "words": (int, float),
-}  # fmt: skip
+    "option_logprobs": dict,
+    "options": list,
+    "question": str,
+    "letter_mass": (int, float),
+    "permutations": dict,
+    "predictions": dict,
+    "votes": dict,
+    "bytes": (int, float),
+    "words": (int, float),
+}
 COLUMNS = ("dataset", "subject", "topic", "choice_type", "engine", "model", "prompt_sha256")
 EXTRAS = ("permutations", "votes", "predictions")
 
@@ -87,20 +107,24 @@ EXTRAS = ("permutations", "votes", "predictions")
 def read_predictions(path: Path, labelled: bool = True) -> Predictions:
     """Read and check a predictions file.
 
-    Raises:
-        PredictionError: file and line of the first row that cannot be scored: not JSON, a key missing, an id that is
-            missing or stands twice, no label (where `labelled`), a letter outside the options, a probability that is no number.
+    Raises: PredictionError: file and line of the first row that cannot be scored: not JSON, a key
+        missing, an id that is missing or stands twice, no label (where `labelled`), a letter
+        outside the options, a probability that is no number.
     """
     try:
         file = path.open("rb")
     except OSError as error:
-        raise PredictionError(f"{path}: cannot be read ({error.strerror}); give a file of eval/predict.py") from None
+        raise PredictionError(
+            f"{path}: cannot be read ({error.strerror}); give a file of eval/predict.py"
+        ) from None
     with file:
         return collect_lines(path, file, labelled)
 
 
 def read_all_predictions(paths: Sequence[Path]) -> dict[Path, Predictions]:
-    """Several files, read beside each other: parsing takes nearly all of the time of every command that reads them."""
+    """Several files, read beside each other: parsing takes nearly all of the time of every command
+    that reads them.
+    """
     if len(paths) < 2:
         return {path: read_predictions(path) for path in paths}
     with ProcessPoolExecutor(min(len(paths), os.cpu_count() or 1)) as pool:
@@ -109,14 +133,17 @@ def read_all_predictions(paths: Sequence[Path]) -> dict[Path, Predictions]:
 
 def collect_rows(rows: Iterable[dict[str, Any]], labelled: bool = True) -> Predictions:
     """The same from rows in memory."""
-    return collect_lines(Path("predictions"), (json.dumps(row).encode() + b"\n" for row in rows), labelled)
+    return collect_lines(
+        Path("predictions"), (json.dumps(row).encode() + b"\n" for row in rows), labelled
+    )
 
 
 def collect_lines(path: Path, lines: Iterable[bytes], labelled: bool) -> Predictions:
     found = Predictions(path, "choice", columns={name: [] for name in COLUMNS})
     seen: dict[str, int] = {}
     scores: list[list[float]] = []
-    masses, confidences = [], []
+    masses = []
+    confidences = []
     offset = 0
     for number, line in enumerate(lines, 1):
         row = parse_line(path, number, line)
@@ -124,7 +151,10 @@ def collect_lines(path: Path, lines: Iterable[bytes], labelled: bool) -> Predict
             found.kind = row.get("kind", "choice")
         problem = check_row(row, found.kind, labelled)
         if problem is None and row["id"] in seen:
-            problem = f"id {row['id']} stands on line {seen[row['id']]} too; every question may stand once"
+            problem = (
+                f"id {row['id']} stands on line {seen[row['id']]} too; every question may stand"
+                " once"
+            )
         if problem is not None:
             raise PredictionError(f"{path} line {number}: {problem}")
         seen[row["id"]] = number
@@ -134,7 +164,9 @@ def collect_lines(path: Path, lines: Iterable[bytes], labelled: bool) -> Predict
             values.append(None if value is None else sys.intern(str(value)))
         short = found.kind == "choice"
         found.gold.append(sys.intern(row["gold"]) if short and row["gold"] else row.get("gold"))
-        found.prediction.append(sys.intern(row["prediction"]) if short and row["prediction"] else row.get("prediction"))
+        found.prediction.append(
+            sys.intern(row["prediction"]) if short and row["prediction"] else row.get("prediction")
+        )
         options = row.get("option_logprobs") or {}
         letters = LETTERS[: len(row.get("options") or options)]
         scores.append([options.get(letter, np.nan) for letter in letters] if options else [])
@@ -166,9 +198,14 @@ def parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except UnicodeDecodeError:
-        raise PredictionError(f"{path} line {number}: not UTF-8; expected a file of eval/predict.py") from None
+        raise PredictionError(
+            f"{path} line {number}: not UTF-8; expected a file of eval/predict.py"
+        ) from None
     except json.JSONDecodeError:
-        raise PredictionError(f"{path} line {number}: not valid JSON; was the file cut short? Run eval/predict.py again") from None
+        raise PredictionError(
+            f"{path} line {number}: not valid JSON; was the file cut short? Run eval/predict.py"
+            " again"
+        ) from None
     if not isinstance(row, dict):
         raise PredictionError(f"{path} line {number}: expected an object, got {type(row).__name__}")
     return row
@@ -177,7 +214,10 @@ def parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
 def check_row(row: dict[str, Any], kind: str, labelled: bool) -> str | None:
     """What is wrong with a row, or None."""
     if row.get("kind", "choice") != kind or kind not in KINDS:
-        return f"kind is {row.get('kind')!r} in a file of kind {kind!r}; one file holds one kind of {', '.join(KINDS)}"
+        return (
+            f"kind is {row.get('kind')!r} in a file of kind {kind!r}; one file holds one kind of"
+            f" {', '.join(KINDS)}"
+        )
     for key in REQUIRED[kind]:
         if key not in row:
             return f'no "{key}"; expected a row of eval/predict.py'
@@ -187,7 +227,11 @@ def check_row(row: dict[str, Any], kind: str, labelled: bool) -> str | None:
         if row.get(key) is not None and not isinstance(row[key], types):
             return f"{key} is {str(row[key])[:40]!r}; expected a row of eval/predict.py"
     if kind == "text":
-        bad = [key for key in ("logprob", "tokens") if not isinstance(row[key], (int, float)) or row[key] != row[key]]
+        bad = [
+            key
+            for key in ("logprob", "tokens")
+            if not isinstance(row[key], (int, float)) or row[key] != row[key]
+        ]
         return f"{bad[0]} is {row[bad[0]]!r}; expected a number" if bad else None
     if labelled and row["gold"] is None:
         return "no label (gold is null); a split with hidden answers cannot be scored"
@@ -196,16 +240,27 @@ def check_row(row: dict[str, Any], kind: str, labelled: bool) -> str | None:
             return f"{key} is {row[key]!r}; expected a text or null"
     options = row.get("option_logprobs") or {}
     if kind == "choice":
-        letters = LETTERS[: len(row["options"])] if row.get("options") else "".join(options) or LETTERS
+        letters = (
+            LETTERS[: len(row["options"])] if row.get("options") else "".join(options) or LETTERS
+        )
         for key in ("gold", "prediction"):
             if row[key] is not None and row[key] not in list(letters):
                 return f"{key} is {row[key]!r}, which is not one of the options {letters}"
     if options and row["prediction"] is not None and row["prediction"] not in options:
         return f"prediction is {row['prediction']!r}, of which option_logprobs says nothing"
     for order, values in (row.get("permutations") or {}).items():
-        shown = sorted(order) == list(LETTERS[: len(order)]) and isinstance(values, list) and len(values) == len(order)
-        if not shown or not all(value is None or isinstance(value, (int, float)) for value in values):
-            return f"permutations {order!r} is {str(values)[:40]}; expected a number for each letter of an order"
+        shown = (
+            sorted(order) == list(LETTERS[: len(order)])
+            and isinstance(values, list)
+            and len(values) == len(order)
+        )
+        if not shown or not all(
+            value is None or isinstance(value, (int, float)) for value in values
+        ):
+            return (
+                f"permutations {order!r} is {str(values)[:40]}; expected a number for each letter"
+                " of an order"
+            )
     for letter, value in options.items():
         if not isinstance(value, (int, float)) or value != value or value > 1e-3:
             return f"option_logprobs {letter} is {value!r}; expected a log-probability"
@@ -218,7 +273,9 @@ def find_confidence(row: dict[str, Any], options: dict[str, float]) -> float:
         return np.nan
     if options:
         top = max(options.values())
-        return math.exp(options[prediction] - top) / sum(math.exp(value - top) for value in options.values())
+        return math.exp(options[prediction] - top) / sum(
+            math.exp(value - top) for value in options.values()
+        )
     votes = row.get("votes") or {}
     return votes[prediction] / sum(votes.values()) if prediction in votes else np.nan
 
@@ -233,7 +290,7 @@ def read_rows(path: Path, offsets: Sequence[int]) -> list[dict[str, Any]]:
     return rows
 
 
-# ---- journal ---------------------------------------------------------------------------------------------------------
+# ---- journal -------------------------------------------------------------------------------------
 
 
 def hash_id(id: str) -> int:
@@ -244,8 +301,8 @@ def hash_id(id: str) -> int:
 def make_cells(ids: Sequence[str], size: int) -> list[list[int]]:
     """Split examples into batches by a hash of their ids: about `size` to twice as many in each.
 
-    A batch does not depend on the number of shards, nor on what was done before a crash. So neither do its numbers: floating
-    point sums depend on what is computed together.
+    A batch does not depend on the number of shards, nor on what was done before a crash. So neither
+    do its numbers: floating point sums depend on what is computed together.
     """
     count = 1 << max(0, (len(ids) // size).bit_length() - 1)
     cells: list[list[int]] = [[] for _ in range(count)]
@@ -257,7 +314,8 @@ def make_cells(ids: Sequence[str], size: int) -> list[list[int]]:
 class Journal:
     """Finished batches of one predictions file, from all shards.
 
-    Use as a context manager; `append` is durable when it returns. Every shard writes to a file of its own and reads all.
+    Use as a context manager; `append` is durable when it returns. Every shard writes to a file of
+    its own and reads all.
     """
 
     def __init__(self, output: Path, shard: int = 0, shards: int = 1):
@@ -270,12 +328,17 @@ class Journal:
             self.folder.mkdir(exist_ok=True)
             self.file = self.path.open("ab")
         except OSError as error:
-            raise PredictionError(f"{self.path} cannot be written: {error.strerror}; choose another --output") from None
+            raise PredictionError(
+                f"{self.path} cannot be written: {error.strerror}; choose another --output"
+            ) from None
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self.file.close()
-            raise PredictionError(f"{self.path}: another process is writing this shard; wait for it, or give another --shard") from None
+            raise PredictionError(
+                f"{self.path}: another process is writing this shard; wait for it, or give another"
+                " --shard"
+            ) from None
         size = self.path.stat().st_size
         whole = find_whole(self.path)
         if whole < size:  # a line cut short by a kill or a full disk
@@ -305,23 +368,31 @@ class Journal:
             with contextlib.suppress(OSError):
                 self.file.truncate(start)
             raise PredictionError(
-                f"{self.path} cannot be written: {error.strerror}; earlier batches are kept, free space and run the same command again"
+                f"{self.path} cannot be written: {error.strerror}; earlier batches are kept, free"
+                " space and run the same command again"
             ) from None
 
     def finish(self, output: Path, rows: list[dict[str, Any]]) -> None:
-        """Write the finished file and remove the parts that it holds all rows of; two shards may do so at once."""
+        """Write the finished file and remove the parts that it holds all rows of; two shards may do
+        so at once.
+        """
         write_atomic(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         keys = {row["key"] for row in rows}
         for part in self.folder.glob("*.jsonl"):
             with contextlib.suppress(OSError):
-                if all(line.strip() and parse_batch(line).keys() <= keys and parse_batch(line) for line in part.read_bytes().splitlines()):
+                if all(
+                    line.strip() and parse_batch(line).keys() <= keys and parse_batch(line)
+                    for line in part.read_bytes().splitlines()
+                ):
                     part.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.folder.rmdir()
 
 
 def parse_batch(line: bytes) -> dict[str, dict[str, Any]]:
-    """Rows of a journal's line by their key; nothing for a line that is not whole (another shard's in flight) or not ours."""
+    """Rows of a journal's line by their key; nothing for a line that is not whole (another shard's
+    in flight) or not ours.
+    """
     try:
         rows = json.loads(line)
         return {row["key"]: row for row in rows}

@@ -1,4 +1,6 @@
-"""Data entries -> clean, separated, tokenized rows, kept in a cache that is named by a hash of all that made them."""
+"""Data entries -> clean, separated, tokenized rows, kept in a cache that is named by a hash of all
+that made them.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,15 @@ import numpy as np
 
 from medqlora.cleaning import clean, decontaminate, deduplicate
 from medqlora.config import Config, Data, DataEntry
-from medqlora.examples import DataError, Example, MultipleChoice, Passage, Removal, locate_file, read_examples
+from medqlora.examples import (
+    DataError,
+    Example,
+    MultipleChoice,
+    Passage,
+    Removal,
+    locate_file,
+    read_examples,
+)
 from medqlora.packing import Plan, load_arrays, make_plan, save_arrays
 from medqlora.runs import hash_json
 from medqlora.tokens import Encoder, TokenTable, encode_examples, fingerprint
@@ -27,9 +37,10 @@ DEFAULT_SPLIT = {"train": "train", "eval": "validation", "test": "test"}
 
 @dataclass(frozen=True)
 class Prepared:
-    """train, eval: tokenized rows (eval None without data.eval); repeats float [rows]: times each training row is seen per
-    epoch; test: labelled multiple-choice examples; removals: everything dropped; mixture: rows, tokens per source; hashes:
-    of data, prompt, tokenizer; folders: of the tables in the cache."""
+    """train, eval: tokenized rows (eval None without data.eval); repeats float [rows]: times each
+    training row is seen per epoch; test: labelled multiple-choice examples; removals: everything
+    dropped; mixture: rows, tokens per source; hashes: of data, prompt, tokenizer; folders: of the
+    tables in the cache."""
 
     train: TokenTable
     eval: TokenTable | None
@@ -52,23 +63,34 @@ def check_entries(data: Data) -> None:
         DataError
     """
     if not data.train:
-        raise DataError("data.train is empty; give at least one entry, e.g. {format: medmcqa, path: FILE}")
+        raise DataError(
+            "data.train is empty; give at least one entry, e.g. {format: medmcqa, path: FILE}"
+        )
     homes: dict[Any, str] = {}
     for role in ("train", "eval", "test"):
         for index, entry in enumerate(getattr(data, role)):
             split = entry.split or DEFAULT_SPLIT[role]
             path = locate_file(entry, split)
-            # One PubMedQA file is divided by the official PMIDs, so there the split tells files apart.
-            home = (path.resolve(), split if entry.format == "pubmedqa" else "") if path else (entry.path or entry.format, split)
+            # One PubMedQA file is divided by the official PMIDs, so there the split tells files
+            # apart.
+            home = (
+                (path.resolve(), split if entry.format == "pubmedqa" else "")
+                if path
+                else (entry.path or entry.format, split)
+            )
             if role != "train" and home in homes:
-                raise DataError(f"{name_entry(role, index)} is the same data as {homes[home]} ({home[0]}); evaluate on other data")
+                raise DataError(
+                    f"{name_entry(role, index)} is the same data as {homes[home]} ({home[0]});"
+                    " evaluate on other data"
+                )
             if role == "train":
                 homes[home] = name_entry(role, index)
 
 
 def read_role(data: Data, role: str) -> tuple[list[list[Example]], list[Removal]]:
     """Clean examples of each entry of data.train, data.eval or data.test."""
-    entries, removals = [], []
+    entries = []
+    removals = []
     for index, entry in enumerate(getattr(data, role)):
         examples, dropped = read_examples(entry, DEFAULT_SPLIT[role], data.drop_invalid)
         if not examples:
@@ -76,9 +98,15 @@ def read_role(data: Data, role: str) -> tuple[list[list[Example]], list[Removal]
         examples = [clean(example, data.lowercase) for example in examples]
         hidden = [e for e in examples if not isinstance(e, Passage) and e.answer is None]
         if hidden and role != "train":
-            raise DataError(f"{name_entry(role, index)}: {hidden[0].source}: no label; a split with hidden answers cannot be evaluated on")
+            raise DataError(
+                f"{name_entry(role, index)}: {hidden[0].source}: no label; a split with hidden"
+                " answers cannot be evaluated on"
+            )
         if hidden and not data.drop_invalid:
-            raise DataError(f"{name_entry(role, index)}: {hidden[0].source}: no label; drop such rows with --data.drop_invalid true")
+            raise DataError(
+                f"{name_entry(role, index)}: {hidden[0].source}: no label; drop such rows with"
+                " --data.drop_invalid true"
+            )
         removals += dropped + [Removal(e.source, e.id, "no label") for e in hidden]
         entries.append([e for e in examples if isinstance(e, Passage) or e.answer is not None])
     return entries, removals
@@ -86,7 +114,9 @@ def read_role(data: Data, role: str) -> tuple[list[list[Example]], list[Removal]
 
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """Millions of small objects are made here and none of them in a cycle: looking for cycles would take a quarter of the time."""
+    """Millions of small objects are made here and none of them in a cycle: looking for cycles would
+    take a quarter of the time.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -97,7 +127,9 @@ def without_collection() -> Iterator[None]:
 
 
 @without_collection()
-def prepare(config: Config, encoder: Encoder, report: Callable[[str], None] = lambda stage: None) -> Prepared:
+def prepare(
+    config: Config, encoder: Encoder, report: Callable[[str], None] = lambda stage: None
+) -> Prepared:
     """Read, clean, separate and tokenize everything the config names; `report` is told each stage.
 
     Raises:
@@ -110,12 +142,24 @@ def prepare(config: Config, encoder: Encoder, report: Callable[[str], None] = la
     eval_entries, dropped = read_role(data, "eval")
     test_entries, dropped_test = read_role(data, "test")
     removals += dropped + dropped_test
-    held_out = [example for entries in (eval_entries, test_entries) for examples in entries for example in examples]
+    held_out = [
+        example
+        for entries in (eval_entries, test_entries)
+        for examples in entries
+        for example in examples
+    ]
     test = [example for examples in test_entries for example in examples]
-    if other := next((example for example in test if not isinstance(example, MultipleChoice)), None):
-        raise DataError(f"data.test: {other.source}: not a multiple-choice question; put open answers and text in data.eval")
+    if other := next(
+        (example for example in test if not isinstance(example, MultipleChoice)), None
+    ):
+        raise DataError(
+            f"data.test: {other.source}: not a multiple-choice question; put open answers and text"
+            " in data.eval"
+        )
 
-    origin = {id(example): index for index, examples in enumerate(train_entries) for example in examples}
+    origin = {
+        id(example): index for index, examples in enumerate(train_entries) for example in examples
+    }
     train = [example for examples in train_entries for example in examples]
     report(f"cleaning {len(train):,} rows")
     train, dropped = deduplicate(train, data.deduplicate)
@@ -124,7 +168,9 @@ def prepare(config: Config, encoder: Encoder, report: Callable[[str], None] = la
         train, dropped = decontaminate(train, held_out)
         removals += dropped
     if not train:
-        raise DataError("data.train: every row was removed as duplicate or as part of the evaluation data")
+        raise DataError(
+            "data.train: every row was removed as duplicate or as part of the evaluation data"
+        )
 
     report(f"tokenizing {len(train):,} rows")
     folders = {}
@@ -140,7 +186,11 @@ def prepare(config: Config, encoder: Encoder, report: Callable[[str], None] = la
         held = [example for examples in eval_entries for example in examples]
         folders["eval"], eval_table, dropped = tokenize(encoder, held, data, hash_examples(held))
         removals += dropped
-    hashes = {"data_sha256": data_sha256, "prompt_sha256": fingerprint(encoder), "tokenizer_sha256": hash_tokenizer(encoder)}
+    hashes = {
+        "data_sha256": data_sha256,
+        "prompt_sha256": fingerprint(encoder),
+        "tokenizer_sha256": hash_tokenizer(encoder),
+    }
     mixture = describe_mixture(data.train, source, repeats, table.lengths)
     return Prepared(table, eval_table, repeats, test, removals, mixture, hashes, folders)
 
@@ -156,22 +206,32 @@ def count_repeats(entries: list[DataEntry], source: np.ndarray) -> np.ndarray:
     return weights[source]
 
 
-def describe_mixture(entries: list[DataEntry], source: np.ndarray, repeats: np.ndarray, lengths: np.ndarray) -> list[dict]:
+def describe_mixture(
+    entries: list[DataEntry], source: np.ndarray, repeats: np.ndarray, lengths: np.ndarray
+) -> list[dict]:
     return [
         {
-            "entry": name_entry("train", index), "format": entry.format, "path": entry.path, "rows": int((source == index).sum()),
+            "entry": name_entry("train", index),
+            "format": entry.format,
+            "path": entry.path,
+            "rows": int((source == index).sum()),
             "rows_per_epoch": round(float(repeats[source == index].sum())),
             "row_share": float(repeats[source == index].sum() / repeats.sum()),
-            "token_share": float((repeats * lengths)[source == index].sum() / (repeats * lengths).sum()),
+            "token_share": float(
+                (repeats * lengths)[source == index].sum() / (repeats * lengths).sum()
+            ),
         }
         for index, entry in enumerate(entries)
-    ]  # fmt: skip
+    ]
 
 
 def hash_examples(examples: list[Example]) -> str:
     """SHA-256 over everything but where the examples stood."""
     digest = hashlib.sha256()
-    read = {kind: attrgetter(*(field.name for field in fields(kind) if field.name != "source")) for kind in {type(e) for e in examples}}
+    read = {
+        kind: attrgetter(*(field.name for field in fields(kind) if field.name != "source"))
+        for kind in {type(e) for e in examples}
+    }
     for example in examples:
         digest.update(repr((type(example).__name__, read[type(example)](example))).encode())
     return digest.hexdigest()
@@ -179,35 +239,64 @@ def hash_examples(examples: list[Example]) -> str:
 
 def hash_tokenizer(encoder: Encoder) -> str:
     backend = getattr(encoder.tokenizer, "backend_tokenizer", None)
-    facts = backend.to_str() if backend is not None else json.dumps(sorted(encoder.tokenizer.get_vocab().items()))
+    facts = (
+        backend.to_str()
+        if backend is not None
+        else json.dumps(sorted(encoder.tokenizer.get_vocab().items()))
+    )
     return hashlib.sha256(f"{facts}{encoder.tokenizer.chat_template}".encode()).hexdigest()
 
 
-def tokenize(encoder: Encoder, examples: list[Example], data: Data, sha256: str) -> tuple[str, TokenTable, list[Removal]]:
-    """encode_examples, from the cache where the same was done before; -> name of the cache folder too."""
-    key = hash_json([
-        sha256, hash_tokenizer(encoder), fingerprint(encoder), data.max_length, data.drop_invalid,
-    ])  # fmt: skip
+def tokenize(
+    encoder: Encoder, examples: list[Example], data: Data, sha256: str
+) -> tuple[str, TokenTable, list[Removal]]:
+    """encode_examples, from the cache where the same was done before; -> name of the cache folder
+    too.
+    """
+    key = hash_json(
+        [
+            sha256,
+            hash_tokenizer(encoder),
+            fingerprint(encoder),
+            data.max_length,
+            data.drop_invalid,
+        ]
+    )
     folder = Path(data.cache_dir).expanduser() / f"tokens-{key[:24]}"
     if not (folder / "names.npy").is_file():
         table, removals = encode_examples(encoder, examples, data.max_length, data.drop_invalid)
-        notes = np.array(json.dumps({"names": list(table.names), "removals": [asdict(r) for r in removals]}))
-        save_arrays(folder, {"ids": table.ids, "offsets": table.offsets, "prompt_lengths": table.prompt_lengths, "names": notes})
+        notes = np.array(
+            json.dumps({"names": list(table.names), "removals": [asdict(r) for r in removals]})
+        )
+        save_arrays(
+            folder,
+            {
+                "ids": table.ids,
+                "offsets": table.offsets,
+                "prompt_lengths": table.prompt_lengths,
+                "names": notes,
+            },
+        )
     return folder.name, *load_table(folder)
 
 
 def load_table(folder: Path) -> tuple[TokenTable, list[Removal]]:
     notes = json.loads(str(np.load(folder / "names.npy")))
     arrays = load_arrays(folder, ["ids", "offsets", "prompt_lengths"])
-    return TokenTable(**arrays, names=notes["names"]), [Removal(**removal) for removal in notes["removals"]]
+    return TokenTable(**arrays, names=notes["names"]), [
+        Removal(**removal) for removal in notes["removals"]
+    ]
 
 
 def save_prepared(data: Data, prepared: Prepared) -> str:
     """Keep what other processes need in the cache; -> name of the folder, for load_prepared."""
     facts = {
-        "folders": prepared.folders, "hashes": prepared.hashes, "mixture": prepared.mixture,
-        "test": [asdict(example) for example in prepared.test], "removals": [asdict(removal) for removal in prepared.removals],
-    }  # fmt: skip
+        "folders": prepared.folders,
+        "hashes": prepared.hashes,
+        "mixture": prepared.mixture,
+        "test": [asdict(example) for example in prepared.test],
+        "removals": [asdict(removal) for removal in prepared.removals],
+    }
     key = hash_json([facts, hashlib.sha256(prepared.repeats.tobytes()).hexdigest()])
     folder = Path(data.cache_dir).expanduser() / f"prepared-{key[:24]}"
     if not folder.is_dir():
@@ -220,22 +309,47 @@ def load_prepared(data: Data, name: str) -> Prepared:
     cache = Path(data.cache_dir).expanduser()
     facts = json.loads(str(np.load(cache / name / "facts.npy")))
     tables = {role: load_table(cache / folder)[0] for role, folder in facts["folders"].items()}
-    test = [MultipleChoice(**{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}) for row in facts["test"]]
+    test = [
+        MultipleChoice(
+            **{
+                key: tuple(value) if isinstance(value, list) else value
+                for key, value in row.items()
+            }
+        )
+        for row in facts["test"]
+    ]
     removals = [Removal(**removal) for removal in facts["removals"]]
     repeats = load_arrays(cache / name, ["repeats"])["repeats"]
-    return Prepared(tables["train"], tables.get("eval"), repeats, test, removals, facts["mixture"], facts["hashes"], facts["folders"])
+    return Prepared(
+        tables["train"],
+        tables.get("eval"),
+        repeats,
+        test,
+        removals,
+        facts["mixture"],
+        facts["hashes"],
+        facts["folders"],
+    )
 
 
 def prepare_plan(config: Config, prepared: Prepared, ranks: int) -> tuple[Plan, str]:
     """The training plan (memory-mapped from the cache) and its name, which holds its hash."""
-    training, data = config.training, config.data
+    training = config.training
+    data = config.data
     settings = {
-        "capacity": training.max_tokens_per_batch, "global_tokens": training.global_batch_tokens, "ranks": ranks,
-        "epochs": training.epochs, "max_steps": training.max_steps, "window": data.packing_window, "seed": training.seed,
+        "capacity": training.max_tokens_per_batch,
+        "global_tokens": training.global_batch_tokens,
+        "ranks": ranks,
+        "epochs": training.epochs,
+        "max_steps": training.max_steps,
+        "window": data.packing_window,
+        "seed": training.seed,
         "packing": data.packing,
-    }  # fmt: skip
+    }
     lengths = prepared.train.lengths
-    key = hash_json([settings, hashlib.sha256(lengths.tobytes() + prepared.repeats.tobytes()).hexdigest()])
+    key = hash_json(
+        [settings, hashlib.sha256(lengths.tobytes() + prepared.repeats.tobytes()).hexdigest()]
+    )
     folder = Path(data.cache_dir).expanduser() / f"plan-{key[:24]}"
     if not folder.is_dir():
         plan = make_plan(lengths, repeats=prepared.repeats, **settings)
@@ -245,9 +359,17 @@ def prepare_plan(config: Config, prepared: Prepared, ranks: int) -> tuple[Plan, 
 
 def load_plan(data: Data, name: str) -> Plan:
     """The plan of that name in the cache, memory-mapped."""
-    return Plan(**load_arrays(Path(data.cache_dir).expanduser() / name, [field.name for field in fields(Plan)]))
+    return Plan(
+        **load_arrays(
+            Path(data.cache_dir).expanduser() / name, [field.name for field in fields(Plan)]
+        )
+    )
 
 
 def count_reasons(removals: list[Removal]) -> dict[str, int]:
     """How many were dropped for each kind of reason."""
-    return dict(Counter(removal.reason.partition(":")[0].partition(" of ")[0] for removal in removals).most_common())
+    return dict(
+        Counter(
+            removal.reason.partition(":")[0].partition(" of ")[0] for removal in removals
+        ).most_common()
+    )

@@ -1,6 +1,7 @@
 """Example -> messages and completion, in named styles, and the exact inverse for answers.
 
-Training, evaluation and serving all render here. The fingerprint of the prompt travels with the adapter.
+Training, evaluation and serving all render here. The fingerprint of the prompt travels with the
+adapter.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ class PromptError(UserError):
 INSTRUCTIONS = {  # chat only: plain text shows by its own form what comes next
     "letter": "Answer with the letter of the correct option.",
     "letter_text": "Answer with the letter and the text of the correct option.",
-    "explanation": 'Explain briefly, then give the letter of the correct option on a last line: "Answer: <letter>".',
+    "explanation": (
+        'Explain briefly, then give the letter of the correct option on a last line: "Answer:'
+        ' <letter>".'
+    ),
 }
 
 
@@ -27,8 +31,9 @@ INSTRUCTIONS = {  # chat only: plain text shows by its own form what comes next
 class Prompt:
     """What the model reads and what it should write.
 
-    `user` is the text of the one user turn (chat) or the whole text up to the answer (plain, lm_eval). `completion`
-    is None where the example has no known answer; in the text styles it carries its leading space.
+    `user` is the text of the one user turn (chat) or the whole text up to the answer (plain,
+    lm_eval). `completion` is None where the example has no known answer; in the text styles it
+    carries its leading space.
     """
 
     user: str
@@ -39,20 +44,27 @@ class Prompt:
 
 
 def render(
-    example: Example, style: str, completion: str, context: str | None = None, explanation: str | None = None
+    example: Example,
+    style: str,
+    completion: str,
+    context: str | None = None,
+    explanation: str | None = None,
 ) -> Prompt:
     """Render an example.
 
-    Args:
-        style: "chat", "plain" or "lm_eval".
-        completion: "letter", "letter_text", "explanation" or "text" (see config.Data), or "cloze": the question without its
-            options, answered by the text of one.
-        context, explanation: shortened texts to use instead of the example's own (truncation).
+    Args: style: "chat", "plain" or "lm_eval". completion: "letter", "letter_text", "explanation" or
+        "text" (see config.Data), or "cloze": the question without its options, answered by the text
+        of one. context, explanation: shortened texts to use instead of the example's own
+        (truncation).
 
     Raises:
         PromptError: the style or completion does not exist for such an example.
     """
-    context = "\n".join(example.context) if context is None and not isinstance(example, Passage) else context
+    context = (
+        "\n".join(example.context)
+        if context is None and not isinstance(example, Passage)
+        else context
+    )
     if isinstance(example, Passage):
         return Prompt(user="", completion=example.text, chat=False)
     if style == "lm_eval":
@@ -60,34 +72,53 @@ def render(
     chat = style == "chat"
     if isinstance(example, OpenAnswer):
         user = f"{context}\n\n{example.question}" if context else example.question
-        user = user if chat else f"{f'Context: {context}' + chr(10) if context else ''}Question: {example.question}\nAnswer:"
+        user = (
+            user
+            if chat
+            else (
+                f"{f'Context: {context}' + chr(10) if context else ''}Question:"
+                f" {example.question}\nAnswer:"
+            )
+        )
         return Prompt(user, with_space(example.answer, chat), chat)
     if completion == "text":
-        raise PromptError(f"{example.dataset}: completion text is for open questions; use letter, letter_text or explanation")
+        raise PromptError(
+            f"{example.dataset}: completion text is for open questions; use letter, letter_text or"
+            " explanation"
+        )
     if completion == "explanation":
         explanation = example.explanation if explanation is None else explanation
     lines = [f"Context: {context}"] if context else []
     lines += [f"Question: {example.question}"]
     if completion == "cloze":
         answer = None if example.answer is None else example.options[example.answer]
-        return Prompt("\n".join(lines if chat else [*lines, "Answer:"]), with_space(answer, chat), chat)
-    lines += [f"{letter}. {option}" for letter, option in zip(LETTERS, example.options, strict=False)]
+        return Prompt(
+            "\n".join(lines if chat else [*lines, "Answer:"]), with_space(answer, chat), chat
+        )
+    lines += [
+        f"{letter}. {option}" for letter, option in zip(LETTERS, example.options, strict=False)
+    ]
     if chat:
         lines += ["", INSTRUCTIONS[completion]]
     else:
         lines += ["Explanation:" if completion == "explanation" else "Answer:"]
-    return Prompt("\n".join(lines), with_space(render_answer(example, completion, explanation), chat), chat)
+    return Prompt(
+        "\n".join(lines), with_space(render_answer(example, completion, explanation), chat), chat
+    )
 
 
 def with_space(completion: str | None, chat: bool) -> str | None:
     return completion if chat or completion is None else f" {completion}"
 
 
-def render_answer(example: MultipleChoice, completion: str, explanation: str | None = None) -> str | None:
+def render_answer(
+    example: MultipleChoice, completion: str, explanation: str | None = None
+) -> str | None:
     """The completion's text, without a leading space; None for an unlabelled example."""
     if example.answer is None:
         return None
-    letter, text = LETTERS[example.answer], example.options[example.answer]
+    letter = LETTERS[example.answer]
+    text = example.options[example.answer]
     if completion == "letter":
         return letter
     if completion == "letter_text":
@@ -95,32 +126,61 @@ def render_answer(example: MultipleChoice, completion: str, explanation: str | N
     return f"{explanation}\nAnswer: {letter}" if explanation else f"Answer: {letter}"
 
 
-def render_lm_eval(example: MultipleChoice | OpenAnswer, context: str, completion: str = "letter") -> Prompt:
-    """lm-evaluation-harness 0.4.13's own prompts for medmcqa, medqa_4options, pubmedqa, mmlu and headqa, character by
-    character; its headqa, and what it calls continuation elsewhere, are cloze."""
+def render_lm_eval(
+    example: MultipleChoice | OpenAnswer, context: str, completion: str = "letter"
+) -> Prompt:
+    """lm-evaluation-harness 0.4.13's own prompts for medmcqa, medqa_4options, pubmedqa, mmlu and
+    headqa, character by character; its headqa, and what it calls continuation elsewhere, are
+    cloze."""
     if isinstance(example, OpenAnswer):
-        raise PromptError(f"{example.dataset}: style lm_eval knows multiple-choice questions only; use plain or chat")
+        raise PromptError(
+            f"{example.dataset}: style lm_eval knows multiple-choice questions only; use plain or"
+            " chat"
+        )
     if example.dataset == "headqa" and completion != "cloze":
-        raise PromptError("headqa: style lm_eval asks without the options; use --scoring cloze, or style plain or chat")
+        raise PromptError(
+            "headqa: style lm_eval asks without the options; use --scoring cloze, or style plain or"
+            " chat"
+        )
     right = None if example.answer is None else example.options[example.answer]
     if example.dataset == "pubmedqa":
-        return Prompt(f"Abstract: {context}\nQuestion: {example.question}\nAnswer:", with_space(right, False), chat=False)
+        return Prompt(
+            f"Abstract: {context}\nQuestion: {example.question}\nAnswer:",
+            with_space(right, False),
+            chat=False,
+        )
     if context:
-        raise PromptError(f"{example.dataset}: style lm_eval has no place for a question's context; use plain or chat")
+        raise PromptError(
+            f"{example.dataset}: style lm_eval has no place for a question's context; use plain or"
+            " chat"
+        )
     if completion == "cloze":
-        return Prompt(f"Question: {example.question}\nAnswer:", with_space(right, False), chat=False)
-    options = [f"{letter}. {option}" for letter, option in zip(LETTERS, example.options, strict=False)]
+        return Prompt(
+            f"Question: {example.question}\nAnswer:", with_space(right, False), chat=False
+        )
+    options = [
+        f"{letter}. {option}" for letter, option in zip(LETTERS, example.options, strict=False)
+    ]
     answer = None if example.answer is None else f" {LETTERS[example.answer]}"
     if example.dataset == "mmlu":
         subject = (example.subject or "medicine").replace("_", " ")
         lead = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
-        return Prompt("\n".join([example.question.strip(), *options, "Answer:"]), answer, chat=False, lead=lead)
-    head = [f"Question: {example.question}"] + (["Choices:"] if example.dataset == "medmcqa" else [])
+        return Prompt(
+            "\n".join([example.question.strip(), *options, "Answer:"]),
+            answer,
+            chat=False,
+            lead=lead,
+        )
+    head = [f"Question: {example.question}"] + (
+        ["Choices:"] if example.dataset == "medmcqa" else []
+    )
     return Prompt("\n".join([*head, *options, "Answer:"]), answer, chat=False)
 
 
 def candidates(example: MultipleChoice, style: str, completion: str = "letter") -> list[str]:
-    """The completions that stand for each option when the model's choice is read from probabilities."""
+    """The completions that stand for each option when the model's choice is read from
+    probabilities.
+    """
     if completion == "cloze" or (style == "lm_eval" and example.dataset == "pubmedqa"):
         texts = list(example.options)
     else:
@@ -128,7 +188,10 @@ def candidates(example: MultipleChoice, style: str, completion: str = "letter") 
     return texts if style == "chat" else [f" {text}" for text in texts]
 
 
-NAMED = r"(?i:\b(?:WORD)\b(?:\s+(?:is|would be))?)\s*:?\s*(?:\\boxed\{|[*(\[\s])*([LETTERS])(?![\w'])REST"
+NAMED = (
+    r"(?i:\b(?:WORD)\b(?:\s+(?:is|would"
+    r" be))?)\s*:?\s*(?:\\boxed\{|[*(\[\s])*([LETTERS])(?![\w'])REST"
+)
 # What may not follow a letter: a second one ("B or D"); a word that makes "A" an article; a denial.
 SECOND = r"(?!\W*(?:,|/|&|\bor\b|\band\b)\s*(?:[LETTERS]\b|(?:and|or)\b))"
 ARTICLE = r"(?!(?<=A) +[a-zA-Z])"
@@ -138,18 +201,24 @@ DENIED = r"(?!\W*(?i:is|are|was|can|cannot|isn't)\b)"
 def parse_answer(text: str, options: tuple[str, ...], completion: str = "letter") -> int | None:
     """Generated text -> index of the option, or None where no option was named. Never a guess.
 
-    Read in this order: a letter that opens the text (unless it is an explanation), the last "answer is B" or "Answer: B", the
-    only "option B", a text that is one option, word for word. The inverse of `render_answer`:
-    parse_answer(render_answer(example, c), example.options, c) == example.answer.
+    Read in this order: a letter that opens the text (unless it is an explanation), the last "answer
+    is B" or "Answer: B", the only "option B", a text that is one option, word for word. The inverse
+    of `render_answer`: parse_answer(render_answer(example, c), example.options, c) ==
+    example.answer.
     """
     letters = LETTERS[: len(options)]
     text = text.strip()
     if completion != "explanation":
-        opening = re.match(rf"[*(\[\s]*([{letters}])(?:[.):\]*]|,(?!\s*[{letters}]\b)|\s*$|\s*\n)", text)
+        opening = re.match(
+            rf"[*(\[\s]*([{letters}])(?:[.):\]*]|,(?!\s*[{letters}]\b)|\s*$|\s*\n)", text
+        )
         if opening:
             return letters.index(opening[1])
     stated, mentioned = (
-        re.findall(NAMED.replace("WORD", words).replace("REST", SECOND + more).replace("LETTERS", letters), text)
+        re.findall(
+            NAMED.replace("WORD", words).replace("REST", SECOND + more).replace("LETTERS", letters),
+            text,
+        )
         for words, more in (("answer", ARTICLE), ("choice|option", DENIED))
     )
     if stated or len(set(mentioned)) == 1:
@@ -160,10 +229,29 @@ def parse_answer(text: str, options: tuple[str, ...], completion: str = "letter"
     return same[0] if len(same) == 1 else None
 
 
-# Renders that together show every rule above; their ids are the prompt's fingerprint (see tokens.fingerprint).
+# Renders that together show every rule above; their ids are the prompt's fingerprint (see
+# tokens.fingerprint).
 PROBES = (
-    MultipleChoice("p1", "Which?", ("one", "two", "three", "four"), 2, "medmcqa", "probe", explanation="Because."),
-    MultipleChoice("p2", "Which?", ("one", "two", "three", "four", "five"), 4, "medqa", "probe", explanation="Because."),
-    MultipleChoice("p3", "Is it?", ("yes", "no", "maybe"), 1, "pubmedqa", "probe", context=("Seen.", "Found.")),
+    MultipleChoice(
+        "p1",
+        "Which?",
+        ("one", "two", "three", "four"),
+        2,
+        "medmcqa",
+        "probe",
+        explanation="Because.",
+    ),
+    MultipleChoice(
+        "p2",
+        "Which?",
+        ("one", "two", "three", "four", "five"),
+        4,
+        "medqa",
+        "probe",
+        explanation="Because.",
+    ),
+    MultipleChoice(
+        "p3", "Is it?", ("yes", "no", "maybe"), 1, "pubmedqa", "probe", context=("Seen.", "Found.")
+    ),
     OpenAnswer("p4", "What?", "That.", "medquad", "probe"),
 )

@@ -43,11 +43,15 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             aside.unlink()
-        raise RunError(f"cannot write {path}: {error.strerror or error}; free space or choose another place") from None
+        raise RunError(
+            f"cannot write {path}: {error.strerror or error}; free space or choose another place"
+        ) from None
 
 
 def check_new(path: Path | None, flag: str = "--output") -> None:
-    """Raises RunError where a file to be written exists, or its folder does not: before any work, nothing is written over."""
+    """Raises RunError where a file to be written exists, or its folder does not: before any work,
+    nothing is written over.
+    """
     if path is not None and path.exists():
         raise RunError(f"{flag} {path} exists; give a new file name")
     if path is not None and not path.parent.is_dir():
@@ -57,7 +61,9 @@ def check_new(path: Path | None, flag: str = "--output") -> None:
 
 
 def check_picture(path: Path | None) -> None:
-    """Raises RunError where --plot names a file that exists, a format that is not drawn, or matplotlib is missing."""
+    """Raises RunError where --plot names a file that exists, a format that is not drawn, or
+    matplotlib is missing.
+    """
     if path is None:
         return
     check_new(path, "--plot")
@@ -78,27 +84,37 @@ def write_json_lines(path: Path, rows: list[dict]) -> None:
 def check_run(folder: Path, config: Config, resume: bool) -> None:
     """Say what is wrong with the output folder before any work is done; nothing is written.
 
-    Raises:
-        RunError: the folder holds something and `resume` is off, or it holds a run of another configuration.
+    Raises: RunError: the folder holds something and `resume` is off, or it holds a run of another
+        configuration.
     """
     saved = folder / "config.yaml"
     if folder.exists() and not folder.is_dir():
         raise RunError(f"--output_dir {folder} is a file; give a folder")
     if saved.is_file():
         if not resume:
-            raise RunError(f"--output_dir {folder} holds a run; continue it with --resume or choose another folder")
+            raise RunError(
+                f"--output_dir {folder} holds a run; continue it with --resume or choose another"
+                " folder"
+            )
         try:
             before = yaml.safe_load(saved.read_text(encoding="utf-8"))
         except yaml.YAMLError:
-            raise RunError(f"{saved} is not valid YAML; the run cannot be resumed, choose another --output_dir") from None
+            raise RunError(
+                f"{saved} is not valid YAML; the run cannot be resumed, choose another --output_dir"
+            ) from None
         # A run of an older version lacks the keys that are new; what it did is their default.
         with contextlib.suppress(ValidationError):
             before = yaml.safe_load(dump_config(Config.model_validate(before)))
         for key, old, new in list_differences(before, yaml.safe_load(dump_config(config))):
             if key not in FREE_TO_CHANGE:
-                raise RunError(f"--resume: {key} was {old!r} in {saved}, now {new!r}; give the same value or another --output_dir")
+                raise RunError(
+                    f"--resume: {key} was {old!r} in {saved}, now {new!r}; give the same value or"
+                    " another --output_dir"
+                )
     elif folder.is_dir() and any(path.name != LAUNCH for path in folder.iterdir()):
-        raise RunError(f"--output_dir {folder} is not empty and holds no run; choose another folder")
+        raise RunError(
+            f"--output_dir {folder} is not empty and holds no run; choose another folder"
+        )
 
 
 def open_run(folder: Path, config: Config) -> None:
@@ -110,18 +126,29 @@ def open_run(folder: Path, config: Config) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(f"--output_dir {folder} cannot be made: {error.strerror}; choose another folder") from None
+        raise RunError(
+            f"--output_dir {folder} cannot be made: {error.strerror}; choose another folder"
+        ) from None
     write_atomic(folder / "config.yaml", dump_config(config))
 
 
 # What a resumed run may change: nothing that the remaining steps' losses depend on.
-FREE_TO_CHANGE = {"training.save_steps", "training.keep_checkpoints", "training.log_with", "data.cache_dir"}
+FREE_TO_CHANGE = {
+    "training.save_steps",
+    "training.keep_checkpoints",
+    "training.log_with",
+    "data.cache_dir",
+}
 
 
 def list_differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
     if isinstance(old, dict) and isinstance(new, dict):
         names = list(dict.fromkeys([*old, *new]))
-        return [d for n in names for d in list_differences(old.get(n), new.get(n), f"{key}.{n}" if key else n)]
+        return [
+            d
+            for n in names
+            for d in list_differences(old.get(n), new.get(n), f"{key}.{n}" if key else n)
+        ]
     return [] if old == new else [(key, old, new)]
 
 
@@ -130,7 +157,9 @@ def append_line(path: Path, row: dict) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
     except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror}; free space and continue with --resume") from None
+        raise RunError(
+            f"cannot write {path}: {error.strerror}; free space and continue with --resume"
+        ) from None
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -157,14 +186,25 @@ def check_disk(folder: Path, needed: int, purpose: str) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise RunError(
-            f"--output_dir {folder}: {purpose} needs {needed / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free; free space, "
-            "choose another folder, or lower training.keep_checkpoints"
+            f"--output_dir {folder}: {purpose} needs {needed / 2**20:,.0f} MiB, {free / 2**20:,.0f}"
+            " MiB are free; free space, choose another folder, or lower training.keep_checkpoints"
         )
 
 
 def read_versions() -> dict[str, str]:
     """Versions of Python and of the packages that numbers depend on."""
-    packages = ("medqlora", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "deepspeed", "flash-attn", "vllm")
+    packages = (
+        "medqlora",
+        "torch",
+        "transformers",
+        "peft",
+        "accelerate",
+        "bitsandbytes",
+        "datasets",
+        "deepspeed",
+        "flash-attn",
+        "vllm",
+    )
     versions = {"python": platform.python_version()}
     for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -174,7 +214,13 @@ def read_versions() -> dict[str, str]:
 
 def name_command(script: str, arguments: list[str]) -> list[str]:
     """A command as it is recorded: of absolute paths, which are one machine's, the last part."""
-    return [script, *(Path(argument).name if Path(argument).is_absolute() else argument for argument in arguments)]
+    return [
+        script,
+        *(
+            Path(argument).name if Path(argument).is_absolute() else argument
+            for argument in arguments
+        ),
+    ]
 
 
 def describe_environment() -> dict[str, Any]:
@@ -185,23 +231,38 @@ def describe_environment() -> dict[str, Any]:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             facts = torch.cuda.get_device_properties(index)
-            gpus.append({"name": facts.name, "memory_bytes": facts.total_memory, "capability": f"{facts.major}.{facts.minor}"})
+            gpus.append(
+                {
+                    "name": facts.name,
+                    "memory_bytes": facts.total_memory,
+                    "capability": f"{facts.major}.{facts.minor}",
+                }
+            )
     return {
         "versions": read_versions(),
         "git_commit": read_commit(),
         "hardware": {
-            "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-            "memory_bytes": psutil.virtual_memory().total, "gpus": gpus, "cuda": torch.version.cuda,
+            "cpu": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "memory_bytes": psutil.virtual_memory().total,
+            "gpus": gpus,
+            "cuda": torch.version.cuda,
         },
-    }  # fmt: skip
+    }
 
 
 def read_commit() -> str | None:
-    """Commit of the source tree this package runs from, with "-dirty" where files differ; None outside a checkout."""
+    """Commit of the source tree this package runs from, with "-dirty" where files differ; None
+    outside a checkout.
+    """
     folder = Path(__file__).parent
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run(["git", "status", "--porcelain"], cwd=folder, capture_output=True, text=True, check=True).stdout
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain"], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + ("-dirty" if dirty.strip() else "")
@@ -212,7 +273,9 @@ def hash_json(tree: Any) -> str:
 
 
 class MemoryMeter:
-    """Peak memory in bytes: what tensors take of a GPU where one trains, else this process's resident memory."""
+    """Peak memory in bytes: what tensors take of a GPU where one trains, else this process's
+    resident memory.
+    """
 
     def __init__(self, cuda: bool):
         self.cuda, self.process = cuda, psutil.Process()
@@ -251,8 +314,16 @@ class MemoryMeter:
 
 
 def read_peak_resident() -> int:
-    """Highest resident memory of this process in bytes. Linux's getrusage would count what the parent held at the fork."""
+    """Highest resident memory of this process in bytes. Linux's getrusage would count what the
+    parent held at the fork.
+    """
     status = Path("/proc/self/status")
     if status.is_file():
-        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return next(
+            int(line.split()[1]) * 1024
+            for line in status.read_text().splitlines()
+            if line.startswith("VmHWM")
+        )
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )

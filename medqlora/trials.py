@@ -1,4 +1,6 @@
-"""Optimizer steps on made-up rows, with the recipe's own modules: what benchmarks time and measure."""
+"""Optimizer steps on made-up rows, with the recipe's own modules: what benchmarks time and
+measure.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +23,27 @@ from medqlora.packing import Plan, collate
 from medqlora.strategies import Strategy, wrap
 from medqlora.tokens import TokenTable
 
-# Dense 16-bit tensor rates of the makers' data sheets, in FLOP/s; the first of these words that the device's name holds.
+# Dense 16-bit tensor rates of the makers' data sheets, in FLOP/s; the first of these words that the
+# device's name holds.
 PEAK_FLOPS = {
-    "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10": 125e12,
-    "RTX 4090": 165e12, "RTX 3090": 71e12, "T4": 65e12,
-}  # fmt: skip
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "T4": 65e12,
+}
 
 
 def draw_lengths(rows: int, longest: int, seed: int) -> np.ndarray:
-    """Row lengths like MedMCQA's with a chat prompt and Llama-3's tokenizer: log-normal, mean about 97 tokens (its first 3,006
-    rows), int64 [rows]."""
+    """Row lengths like MedMCQA's with a chat prompt and Llama-3's tokenizer: log-normal, mean about
+    97 tokens (its first 3,006 rows), int64 [rows]."""
     return np.random.default_rng(seed).lognormal(4.45, 0.5, rows).clip(32, longest).astype(np.int64)
 
 
@@ -38,7 +51,12 @@ def make_table(lengths: np.ndarray, labelled: int, vocabulary: int, seed: int) -
     """Rows of random tokens, the last `labelled` of each supervised."""
     ids = np.random.default_rng(seed).integers(vocabulary, size=int(lengths.sum()), dtype=np.int32)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return TokenTable(ids, offsets, np.maximum(1, lengths - labelled).astype(np.int32), [f"row-{i}" for i in range(len(lengths))])
+    return TokenTable(
+        ids,
+        offsets,
+        np.maximum(1, lengths - labelled).astype(np.int32),
+        [f"row-{i}" for i in range(len(lengths))],
+    )
 
 
 @dataclass
@@ -58,20 +76,29 @@ class Trial:
 
     def __init__(self, config: Config, architecture: PretrainedConfig | None, device: torch.device):
         """architecture: random weights of this shape; None: the weights of config.model.base."""
-        self.config, self.device = config, device
+        self.config = config
+        self.device = device
         self.dtype = choose_dtype(config.model.dtype, device)
         if architecture is None:
             base, self.backend = load_base(config.model, device)
         else:
             base = make_base(architecture, config.model, device, self.dtype)
-            self.backend = choose_backend(config.model.attention, device, self.dtype, base.config).backend
+            self.backend = choose_backend(
+                config.model.attention, device, self.dtype, base.config
+            ).backend
             base.set_attn_implementation(IMPLEMENTATIONS[self.backend])
         self.compiled = compile_layers(base, device, config.training.compile)
         self.model = attach_adapter(base, config.lora, config.training.seed)
         self.layers = base.config.get_text_config().num_hidden_layers
         self.recomputed = set_checkpointing(base, config.training.gradient_checkpointing)
         loss_model = AnswerLoss(self.model, config.training.loss_chunk_tokens)
-        self.trainer = wrap(Strategy("one"), loss_model, lambda weights: make_optimizer(config.training, weights), config.training.max_grad_norm, self.dtype)  # fmt: skip
+        self.trainer = wrap(
+            Strategy("one"),
+            loss_model,
+            lambda weights: make_optimizer(config.training, weights),
+            config.training.max_grad_norm,
+            self.dtype,
+        )
         self.vocabulary = base.config.get_text_config().vocab_size
 
     def synchronize(self) -> None:
@@ -81,7 +108,9 @@ class Trial:
     def step(self, table: TokenTable, plan: Plan, number: int) -> StepTimes:
         """One step of the plan, as the recipe takes it."""
         self.synchronize()
-        began, waited, losses = time.perf_counter(), 0.0, []
+        began = time.perf_counter()
+        waited = 0.0
+        losses = []
         batches = plan.micro_batches(number)
         rows = np.concatenate(batches)
         targets = int(table.supervised[rows].sum())
@@ -97,12 +126,19 @@ class Trial:
         loss = torch.stack(losses).sum().item() / targets
         self.trainer.step(self.config.training.lr)
         self.synchronize()
-        return StepTimes(time.perf_counter() - began, waited, int(table.lengths[rows].sum()), targets, len(rows), loss)
+        return StepTimes(
+            time.perf_counter() - began,
+            waited,
+            int(table.lengths[rows].sum()),
+            targets,
+            len(rows),
+            loss,
+        )
 
 
 def count_flops(trial: Trial, recomputed: int) -> float:
-    """Floating-point operations per token of a step: (4 + 2 x recomputed layers / layers) for each weight of the decoder layers' linear
-    maps, adapters included; see bench/throughput.py."""
+    """Floating-point operations per token of a step: (4 + 2 x recomputed layers / layers) for each
+    weight of the decoder layers' linear maps, adapters included; see bench/throughput.py."""
     total = 0
     for layer in find_layers(unwrap(trial.model)):
         for module in layer.modules():
@@ -111,14 +147,22 @@ def count_flops(trial: Trial, recomputed: int) -> float:
     return (4 + 2 * recomputed / trial.layers) * total
 
 
-def find_peak(device: torch.device, dtype: torch.dtype, given: float | None) -> tuple[float | None, str]:
+def find_peak(
+    device: torch.device, dtype: torch.dtype, given: float | None
+) -> tuple[float | None, str]:
     """FLOP/s that utilisation is measured against, and where the number is from."""
     if given:
         return given * 1e12, "--peak_tflops"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        known = next((rate for key, rate in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
-        return (known, "data sheet, dense 16-bit") if known and dtype is not torch.float32 else (None, "unknown; give --peak_tflops")
+        known = next(
+            (rate for key, rate in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None
+        )
+        return (
+            (known, "data sheet, dense 16-bit")
+            if known and dtype is not torch.float32
+            else (None, "unknown; give --peak_tflops")
+        )
     a = torch.randn(2048, 2048).to(dtype)
     times = []
     for _ in range(4):

@@ -1,9 +1,11 @@
-"""Merge an adapter into its base, shard by shard, and check that the merged model is the one that was trained.
+"""Merge an adapter into its base, shard by shard, and check that the merged model is the one that
+was trained.
 
     python recipes/merge_adapter.py --adapter runs/mine/adapter --output merged
 
-The default merges into the dequantized weights: the weights that training multiplied with. `--base_weights original` merges
-into the 16-bit base, which is another model (its logits differ from the trained one's; the printed figure says by how much).
+The default merges into the dequantized weights: the weights that training multiplied with.
+`--base_weights original` merges into the 16-bit base, which is another model (its logits differ
+from the trained one's; the printed figure says by how much).
 """
 
 import argparse
@@ -35,24 +37,40 @@ from medqlora.models import (
     read_model_config,
     resolve_base,
     sample_weights,
-)  # fmt: skip
+)
 from medqlora.prompts import PROBES, PromptError, render
 from medqlora.tokens import encode_prefixes, encode_text, make_encoder
 
-# Mean relative error of the prompts' logits: rounding of merged weights to the compute dtype is all that may differ. A single
-# prompt's may be several times as large in 16 bits.
+# Mean relative error of the prompts' logits: rounding of merged weights to the compute dtype is all
+# that may differ. A single prompt's may be several times as large in 16 bits.
 BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 INT8_BOUND = 5e-2  # int8 training also rounds activations, which no merged weight can show
 console = Console(highlight=False, soft_wrap=True)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--adapter", type=Path, required=True, help="adapter folder of a run")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
-    parser.add_argument("--base", help="folder or hub id of the base (default: the one the adapter names)")
-    parser.add_argument("--base_weights", choices=["dequantized", "original"], default="dequantized", help="default dequantized")
-    parser.add_argument("--verify", choices=["true", "false"], default="true", help="compare logits with base + adapter (default true)")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder to write; must not exist"
+    )
+    parser.add_argument(
+        "--base", help="folder or hub id of the base (default: the one the adapter names)"
+    )
+    parser.add_argument(
+        "--base_weights",
+        choices=["dequantized", "original"],
+        default="dequantized",
+        help="default dequantized",
+    )
+    parser.add_argument(
+        "--verify",
+        choices=["true", "false"],
+        default="true",
+        help="compare logits with base + adapter (default true)",
+    )
     return parser.parse_args()
 
 
@@ -65,13 +83,18 @@ def main() -> None:
     card = read_adapter_card(arguments.adapter)
     base_id = arguments.base or card.get("base")
     if base_id is None:
-        raise MergeError(f"--adapter {arguments.adapter} does not name its base; give it with --base")
+        raise MergeError(
+            f"--adapter {arguments.adapter} does not name its base; give it with --base"
+        )
     revision = None if Path(base_id).is_dir() else card.get("revision")
     config = read_model_config(base_id, revision)
     check_adapter(arguments.adapter, config)
     base = resolve_base(base_id, revision)
     if card.get("base_sha256") not in (None, sample_weights(base)):
-        raise MergeError(f"--base {base_id}: its weights are not those the adapter was trained on ({card['base']}); give that model")
+        raise MergeError(
+            f"--base {base_id}: its weights are not those the adapter was trained on"
+            f" ({card['base']}); give that model"
+        )
 
     steps = merge(arguments.adapter, base, arguments.output, config, card, arguments.base_weights)
     total = next(steps)[1]
@@ -85,44 +108,74 @@ def main() -> None:
 def verify(arguments: argparse.Namespace, card: dict, base: Path) -> None:
     """Logits of the merged model against base + adapter, one model in memory at a time."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder = make_encoder(load_tokenizer(str(base)), card.get("prompt_style", "auto"), card.get("completion", "letter"))
+    encoder = make_encoder(
+        load_tokenizer(str(base)),
+        card.get("prompt_style", "auto"),
+        card.get("completion", "letter"),
+    )
     prompts = []
     for probe in PROBES:
         try:
             prompts.append(render(probe, encoder.style, encoder.completion))
         except PromptError:
             continue
-    rows = encode_prefixes(encoder, prompts) + [encode_text(encoder.tokenizer, text) for text in VERIFY_TEXTS]
-    settings = {key: card[key] for key in ("quantization", "double_quantization", "dtype") if key in card}
+    rows = encode_prefixes(encoder, prompts) + [
+        encode_text(encoder.tokenizer, text) for text in VERIFY_TEXTS
+    ]
+    settings = {
+        key: card[key] for key in ("quantization", "double_quantization", "dtype") if key in card
+    }
     reference = read_logits(Model(base=str(base), **settings), arguments.adapter, rows, device)
     dtype = choose_dtype(card.get("dtype", "auto"), device)
-    merged = read_logits(Model(base=str(arguments.output), quantization="none", dtype=card.get("dtype", "auto")), None, rows, device)
+    merged = read_logits(
+        Model(base=str(arguments.output), quantization="none", dtype=card.get("dtype", "auto")),
+        None,
+        rows,
+        device,
+    )
     figures = compare_logits(reference, merged)
     console.print(
-        f"merged against base + adapter: relative logit error mean {figures['mean_relative_error']:.1e}, largest "
-        f"{figures['max_relative_error']:.1e}; same most likely token on {figures['same_top_token']:.0%} of {len(rows)} prompts"
+        "merged against base + adapter: relative logit error mean"
+        f" {figures['mean_relative_error']:.1e}, largest {figures['max_relative_error']:.1e}; same"
+        f" most likely token on {figures['same_top_token']:.0%} of {len(rows)} prompts"
     )
     bound = max(BOUNDS[dtype], INT8_BOUND) if card.get("quantization") == "int8" else BOUNDS[dtype]
     if arguments.base_weights == "dequantized" and figures["mean_relative_error"] > bound:
-        raise MergeError(f"the merged model in {arguments.output} is not the trained one: mean relative logit error over {bound:.0e}; do not use it")
+        raise MergeError(
+            f"the merged model in {arguments.output} is not the trained one: mean relative logit"
+            f" error over {bound:.0e}; do not use it"
+        )
     if arguments.base_weights == "original" and card.get("quantization", "none") != "none":
-        console.print("the original base is not the quantized one that was trained on; that difference is the figure above")
+        console.print(
+            "the original base is not the quantized one that was trained on; that difference is the"
+            " figure above"
+        )
 
 
 VERIFY_TEXTS = (
-    "A 54-year-old man with diabetes presents with chest pain that radiates to the left arm. The most likely diagnosis is",
+    (
+        "A 54-year-old man with diabetes presents with chest pain that radiates to the left arm."
+        " The most likely diagnosis is"
+    ),
     "The half-life of a drug that is eliminated by first-order kinetics depends on",
-    "Question: Which electrolyte falls first?\nA. Sodium\nB. Potassium\nC. Calcium\nD. Chloride\nAnswer:",
+    (
+        "Question: Which electrolyte falls first?\nA. Sodium\nB. Potassium\nC. Calcium\nD."
+        " Chloride\nAnswer:"
+    ),
 )
 
 
 @torch.inference_mode()
-def read_logits(settings: Model, adapter: Path | None, rows: list[list[int]], device: torch.device) -> list[torch.Tensor]:
+def read_logits(
+    settings: Model, adapter: Path | None, rows: list[list[int]], device: torch.device
+) -> list[torch.Tensor]:
     model, backend = load_base(settings, device)
     model = load_adapter(model, adapter) if adapter else model
     model.eval()
     causal = unwrap(model)
-    logits = [compute_logits(causal, run_packed(causal, backend, [row])[-1:])[0].cpu() for row in rows]
+    logits = [
+        compute_logits(causal, run_packed(causal, backend, [row])[-1:])[0].cpu() for row in rows
+    ]
     del model, causal
     gc.collect()
     return logits

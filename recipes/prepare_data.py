@@ -1,6 +1,8 @@
-"""Read, clean, separate, tokenize and plan a recipe's data without training: find mistakes early, fill the cache.
+"""Read, clean, separate, tokenize and plan a recipe's data without training: find mistakes early,
+fill the cache.
 
-    python recipes/prepare_data.py --config recipes/configs/NAME.yaml [--show 3] [--removed removed.jsonl]
+    python recipes/prepare_data.py --config recipes/configs/NAME.yaml \\
+        [--show 3] [--removed removed.jsonl]
 """
 
 import argparse
@@ -23,35 +25,60 @@ console = Console(highlight=False, soft_wrap=True)
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog="configuration keys:\n" + help_text()
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="configuration keys:\n" + help_text(),
     )
-    parser.add_argument("--config", type=Path, default=Path(__file__).parent / "configs" / "demo.yaml", help="YAML file (default: demo)")
-    parser.add_argument("--processes", type=int, default=1, help="plan for this many training processes (default 1)")
-    parser.add_argument("--show", type=int, default=1, help="print this many rows, supervised part in bold (default 1)")
-    parser.add_argument("--removed", type=Path, help="write every removed row with its reason to this file (.jsonl)")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=Path(__file__).parent / "configs" / "demo.yaml",
+        help="YAML file (default: demo)",
+    )
+    parser.add_argument(
+        "--processes", type=int, default=1, help="plan for this many training processes (default 1)"
+    )
+    parser.add_argument(
+        "--show",
+        type=int,
+        default=1,
+        help="print this many rows, supervised part in bold (default 1)",
+    )
+    parser.add_argument(
+        "--removed", type=Path, help="write every removed row with its reason to this file (.jsonl)"
+    )
     arguments, overrides = parser.parse_known_args()
     config = load_config(arguments.config, overrides)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # rows are tokenized in threads of our own
-    tokenizer = load_tokenizer(config.model.base, config.model.revision, config.model.trust_remote_code)
-    prepared = prepare(config, make_encoder(tokenizer, config.data.prompt_style, config.data.completion))
-    budget = list_budgets(config.training, config.data.max_length, arguments.processes)[0]  # for auto the largest
+    # rows are tokenized in threads of our own
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    tokenizer = load_tokenizer(
+        config.model.base, config.model.revision, config.model.trust_remote_code
+    )
+    prepared = prepare(
+        config, make_encoder(tokenizer, config.data.prompt_style, config.data.completion)
+    )
+    # for auto the largest
+    budget = list_budgets(config.training, config.data.max_length, arguments.processes)[0]
     config = change(config, "training", max_tokens_per_batch=budget)
     plan, _ = prepare_plan(config, prepared, arguments.processes)
     for source in prepared.mixture:
         console.print(
-            f"{source['entry']} {source['format']} {source['path'] or ''}: {source['rows']:,} rows, {source['rows_per_epoch']:,} per epoch, "
-            f"{source['row_share']:.1%} of rows, {source['token_share']:.1%} of tokens"
+            f"{source['entry']} {source['format']} {source['path'] or ''}: {source['rows']:,} rows,"
+            f" {source['rows_per_epoch']:,} per epoch, {source['row_share']:.1%} of rows,"
+            f" {source['token_share']:.1%} of tokens"
         )
     for reason, count in count_reasons(prepared.removals).items():
         console.print(f"removed {count:,}: {reason}")
     if arguments.removed:
         write_json_lines(arguments.removed, [asdict(removal) for removal in prepared.removals])
-    table, bins = prepared.train, len(plan.bins) - 1
+    table = prepared.train
+    bins = len(plan.bins) - 1
     placed = int(table.lengths[plan.rows].sum())
     supervised = int((table.lengths - table.prompt_lengths).sum())
     console.print(
-        f"{len(table.lengths):,} rows of {table.lengths.mean():.0f} tokens (longest {table.lengths.max()}), {supervised:,} supervised; "
-        f"{len(plan):,} steps, {bins:,} micro-batches, {placed / (bins * budget):.2%} filled"
+        f"{len(table.lengths):,} rows of {table.lengths.mean():.0f} tokens (longest"
+        f" {table.lengths.max()}), {supervised:,} supervised; {len(plan):,} steps, {bins:,}"
+        f" micro-batches, {placed / (bins * budget):.2%} filled"
     )
     for row in range(min(arguments.show, len(table.lengths))):
         ids = table.ids[table.offsets[row] : table.offsets[row + 1]].tolist()

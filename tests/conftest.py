@@ -12,11 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, LlamaConfig, Phi3Config, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    LlamaConfig,
+    Phi3Config,
+    Qwen2Config,
+)
 
 torch.set_num_threads(1)  # the models here are so small that threads only wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"  # the same for the scripts that tests start
-os.environ["TORCHDYNAMO_DISABLE"] = "1"  # bitsandbytes imports torch's compiler at every start otherwise, for functions that nothing calls
+# bitsandbytes imports torch's compiler at every start otherwise, for functions that nothing calls
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "recipes" / "demo"
@@ -28,7 +36,9 @@ def real(path: str) -> Path:
     """A real data file, or a skip that says how to get one."""
     found = DATA / path
     if not found.exists():
-        pytest.skip(f"real data {path} is not here; set MEDQLORA_TEST_DATA to the folder that has it")
+        pytest.skip(
+            f"real data {path} is not here; set MEDQLORA_TEST_DATA to the folder that has it"
+        )
     return found
 
 
@@ -53,13 +63,23 @@ def demo_tokenizer():
 
 
 SMALL = {
-    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 ARCHITECTURES = {
     "llama": lambda: LlamaConfig(**SMALL),
     "qwen2": lambda: Qwen2Config(**SMALL),
-    "gemma2": lambda: Gemma2Config(**SMALL, head_dim=16, sliding_window=16, query_pre_attn_scalar=16),
+    "gemma2": lambda: Gemma2Config(
+        **SMALL, head_dim=16, sliding_window=16, query_pre_attn_scalar=16
+    ),
     "phi3": lambda: Phi3Config(**SMALL, sliding_window=24),
 }
 
@@ -87,7 +107,8 @@ def run_inside(script: Path, arguments: list[str], monkeypatch) -> tuple[int, st
     """Run a script in this process (imports cost seconds); -> exit code, stderr."""
     monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    out, err = io.StringIO(), io.StringIO()
+    out = io.StringIO()
+    err = io.StringIO()
     code = 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -101,13 +122,26 @@ def run_inside(script: Path, arguments: list[str], monkeypatch) -> tuple[int, st
 
 
 def pytest_configure(config) -> None:
-    """Tests are of the CPU, on a machine with a GPU too: some compare runs bit by bit, others start two processes. Only -m gpu shows it."""
+    """Tests are of the CPU, on a machine with a GPU too: some compare runs bit by bit, others start
+    two processes. Only -m gpu shows it.
+    """
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-# Files that take minutes, or wait for other programs, begin first when the tests run on several cores.
-LONGEST = ("test_readme", "test_lowest_versions", "test_gpu", "test_slurm", "test_strategies", "test_processes", "test_vllm", "test_end_to_end", "test_predict")
+# Files that take minutes, or wait for other programs, begin first when the tests run on several
+# cores.
+LONGEST = (
+    "test_readme",
+    "test_lowest_versions",
+    "test_gpu",
+    "test_slurm",
+    "test_strategies",
+    "test_processes",
+    "test_vllm",
+    "test_end_to_end",
+    "test_predict",
+)
 
 
 def pytest_collection_modifyitems(items: list) -> None:

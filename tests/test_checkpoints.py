@@ -7,13 +7,26 @@ import time
 import pytest
 import torch
 
-from medqlora.checkpoints import CheckpointError, find_problem, list_checkpoints, load_newest, save_checkpoint
+from medqlora.checkpoints import (
+    CheckpointError,
+    find_problem,
+    list_checkpoints,
+    load_newest,
+    save_checkpoint,
+)
 
 ADAPTER = {"a": torch.arange(6.0).view(2, 3)}
 
 
 def save(folder, step, keep=2):
-    return save_checkpoint(folder, step, ADAPTER, {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": []}, {"best_loss": 0.5}, keep)
+    return save_checkpoint(
+        folder,
+        step,
+        ADAPTER,
+        {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": []},
+        {"best_loss": 0.5},
+        keep,
+    )
 
 
 def test_round_trip_and_pruning(tmp_path):
@@ -33,7 +46,9 @@ def flip(path):
     path.write_bytes(bytes(content))
 
 
-@pytest.mark.parametrize("name", ["adapter.safetensors", "optimizer.pt", "state.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["adapter.safetensors", "optimizer.pt", "state.json", "manifest.json"]
+)
 @pytest.mark.parametrize("damage", ["cut", "flip", "missing"])
 def test_damaged_checkpoint_is_skipped_with_a_warning(tmp_path, name, damage):
     save(tmp_path, 1)
@@ -46,7 +61,8 @@ def test_damaged_checkpoint_is_skipped_with_a_warning(tmp_path, name, damage):
         flip(path)
     checkpoint, warnings = load_newest(tmp_path)
     if name == "manifest.json" and damage == "flip" and checkpoint.state["step"] == 2:
-        return  # the flipped bit was in white space or a redundant place; every file still has its hash
+        # the flipped bit was in white space or a redundant place; every file still has its hash
+        return
     assert checkpoint.state["step"] == 1
     assert len(warnings) == 1
     assert "step-2" in warnings[0]
@@ -72,14 +88,18 @@ def test_full_disk_leaves_earlier_checkpoints(tmp_path, monkeypatch):
 def test_kill_in_the_middle_of_saves_never_leaves_a_broken_newest(tmp_path):
     """kill -9 a process that does nothing but save, at random moments."""
     code = (
-        "import sys, torch, itertools; from pathlib import Path; from medqlora.checkpoints import save_checkpoint\n"
-        "for step in itertools.count(int(sys.argv[2])):\n"
-        "    save_checkpoint(Path(sys.argv[1]), step, {'a': torch.full((300_000,), float(step))}, {}, {}, 2)\n"
-        "    print(step, flush=True)"
+        "import sys, torch, itertools; from pathlib import Path; from medqlora.checkpoints import"
+        " save_checkpoint\nfor step in itertools.count(int(sys.argv[2])):\n   "
+        " save_checkpoint(Path(sys.argv[1]), step, {'a': torch.full((300_000,), float(step))}, {},"
+        " {}, 2)\n    print(step, flush=True)"
     )
     newest = 0
     for attempt in range(4):
-        process = subprocess.Popen([sys.executable, "-c", code, tmp_path, str(newest + 1)], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, tmp_path, str(newest + 1)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         process.stdout.readline()
         time.sleep(0.05 + 0.037 * attempt)
         process.send_signal(signal.SIGKILL)

@@ -18,12 +18,16 @@ def write(tmp_path):
 
 
 def test_defaults_and_overrides(write):
-    config = load_config(write(BASE + "training:\n  lr: 1e-4\n"), ["--training.seed", "3", "--lora.r=8"])
+    config = load_config(
+        write(BASE + "training:\n  lr: 1e-4\n"), ["--training.seed", "3", "--lora.r=8"]
+    )
     assert (config.training.lr, config.training.seed, config.lora.r) == (1e-4, 3, 8)
 
 
 def test_resolved_config_is_valid_input(write, tmp_path):
-    config = load_config(write(BASE + "data:\n  train: [{format: medqa, path: ./a.jsonl, weight: 2}]\n"))
+    config = load_config(
+        write(BASE + "data:\n  train: [{format: medqa, path: ./a.jsonl, weight: 2}]\n")
+    )
     saved = tmp_path / "resolved.yaml"
     saved.write_text(dump_config(config))
     assert load_config(saved) == config
@@ -33,11 +37,19 @@ def test_resolved_config_is_valid_input(write, tmp_path):
 @pytest.mark.parametrize(
     ("text", "flags", "parts"),
     [
-        (BASE + "training:\n  lrr: 1\n", [], ["c.yaml line 4", "training.lrr", "did you mean training.lr?"]),
+        (
+            BASE + "training:\n  lrr: 1\n",
+            [],
+            ["c.yaml line 4", "training.lrr", "did you mean training.lr?"],
+        ),
         (BASE + "lr: 1\n", [], ["line 3", "unknown key lr", "training.lr"]),
         (BASE + "training:\n  lr: fast\n", [], ["line 4", "training.lr", "'fast'", "number"]),
         ("model:\n  base: x\n  quantization: nf5\n", [], ["line 3", "nf5", "'nf4'"]),
-        (BASE + "data:\n  train:\n  - format: medqa\n    paht: y\n", [], ["line 6", "data.train.0.paht", "path"]),
+        (
+            BASE + "data:\n  train:\n  - format: medqa\n    paht: y\n",
+            [],
+            ["line 6", "data.train.0.paht", "path"],
+        ),
         (BASE, ["--training.lrr", "1"], ["--training.lrr", "did you mean training.lr"]),
         (BASE, ["--training.lr", "abc"], ["--training.lr", "'abc'"]),
         (BASE, ["--training.lr"], ["no value"]),
@@ -87,12 +99,17 @@ def test_dump_is_plain_yaml(write):
 
 def test_a_run_of_an_older_version_can_be_resumed(write, tmp_path):
     """Its config.yaml lacks the keys that came later; what it did is their default."""
-    config = load_config(write(BASE + "data:\n  train: [{format: medqa, path: a.jsonl}]\n"), ["--model.base", "./base"])
+    config = load_config(
+        write(BASE + "data:\n  train: [{format: medqa, path: a.jsonl}]\n"),
+        ["--model.base", "./base"],
+    )
     tree = yaml.safe_load(dump_config(config))
     del tree["training"]["deterministic"], tree["lora"]["variant"]
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(tree))
     check_run(tmp_path / "run", config, resume=True)
-    other = config.model_copy(update={"training": config.training.model_copy(update={"deterministic": True})})
+    other = config.model_copy(
+        update={"training": config.training.model_copy(update={"deterministic": True})}
+    )
     with pytest.raises(RunError, match=r"training.deterministic was False"):
         check_run(tmp_path / "run", other, resume=True)

@@ -1,4 +1,6 @@
-"""What torch's compiler makes of our norms and gated activations for GPUs that are not here: one Triton kernel each."""
+"""What torch's compiler makes of our norms and gated activations for GPUs that are not here: one
+Triton kernel each.
+"""
 
 import contextlib
 import types
@@ -19,16 +21,30 @@ from torch.utils._pytree import tree_map
 from medqlora import layers
 
 INTERFACE = "torch._dynamo.device_interface.CudaInterface"
-X, WEIGHT, SCALE = ((4096, 4096), torch.bfloat16), ((4096,), torch.bfloat16), ((4096, 1), torch.float32)
+X = ((4096, 4096), torch.bfloat16)
+WEIGHT = ((4096,), torch.bfloat16)
+SCALE = ((4096, 1), torch.float32)
 PIECES = {
     "norm": (lambda x, weight: layers.normalise(x, weight, 1e-6, False), [X, WEIGHT]),
     "norm with offset": (lambda x, weight: layers.normalise(x, weight, 1e-6, True), [X, WEIGHT]),
-    "norm backward": (lambda g, x, scale, weight: layers.normalise_backward(g, x, scale, weight, False), [X, X, SCALE, WEIGHT]),
-    "norm with offset backward": (lambda g, x, scale, weight: layers.normalise_backward(g, x, scale, weight, True), [X, X, SCALE, WEIGHT]),
+    "norm backward": (
+        lambda g, x, scale, weight: layers.normalise_backward(g, x, scale, weight, False),
+        [X, X, SCALE, WEIGHT],
+    ),
+    "norm with offset backward": (
+        lambda g, x, scale, weight: layers.normalise_backward(g, x, scale, weight, True),
+        [X, X, SCALE, WEIGHT],
+    ),
     "silu gate": (lambda gate, up: layers.gate(gate, up, "silu"), [X, X]),
-    "silu gate backward": (lambda g, gate, up: layers.gate_backward(g, gate, up, "silu"), [X, X, X]),
+    "silu gate backward": (
+        lambda g, gate, up: layers.gate_backward(g, gate, up, "silu"),
+        [X, X, X],
+    ),
     "gelu gate": (lambda gate, up: layers.gate(gate, up, "gelu_pytorch_tanh"), [X, X]),
-    "gelu gate backward": (lambda g, gate, up: layers.gate_backward(g, gate, up, "gelu_pytorch_tanh"), [X, X, X]),
+    "gelu gate backward": (
+        lambda g, gate, up: layers.gate_backward(g, gate, up, "gelu_pytorch_tanh"),
+        [X, X, X],
+    ),
 }
 
 
@@ -36,15 +52,31 @@ PIECES = {
 def play_gpu(capability: tuple[int, int]):
     """Let the compiler believe in a GPU of this compute capability."""
     facts = types.SimpleNamespace(
-        major=capability[0], minor=capability[1], multi_processor_count=108, regs_per_multiprocessor=65_536, max_threads_per_multi_processor=2_048,
-        max_threads_per_block=1_024, warp_size=32, total_memory=80 * 2**30, shared_memory_per_block=49_152, shared_memory_per_block_optin=166_912,
-        shared_memory_per_multiprocessor=167_936, L2_cache_size=40 * 2**20, name="a GPU that is not here",
-    )  # fmt: skip
+        major=capability[0],
+        minor=capability[1],
+        multi_processor_count=108,
+        regs_per_multiprocessor=65_536,
+        max_threads_per_multi_processor=2_048,
+        max_threads_per_block=1_024,
+        warp_size=32,
+        total_memory=80 * 2**30,
+        shared_memory_per_block=49_152,
+        shared_memory_per_block_optin=166_912,
+        shared_memory_per_multiprocessor=167_936,
+        L2_cache_size=40 * 2**20,
+        name="a GPU that is not here",
+    )
     answers = {
-        "torch.cuda.get_device_properties": facts, "torch.cuda.get_device_capability": capability, "torch.cuda.current_device": 0, "torch.cuda.device_count": 1,
-        f"{INTERFACE}.get_device_properties": facts, f"{INTERFACE}.Worker.get_device_properties": facts, "torch._inductor.scheduler.has_triton": True,
-        f"{INTERFACE}.get_compute_capability": 10 * capability[0] + capability[1], "torch.utils._triton.triton_hash_with_backend": "none",
-    }  # fmt: skip
+        "torch.cuda.get_device_properties": facts,
+        "torch.cuda.get_device_capability": capability,
+        "torch.cuda.current_device": 0,
+        "torch.cuda.device_count": 1,
+        f"{INTERFACE}.get_device_properties": facts,
+        f"{INTERFACE}.Worker.get_device_properties": facts,
+        "torch._inductor.scheduler.has_triton": True,
+        f"{INTERFACE}.get_compute_capability": 10 * capability[0] + capability[1],
+        "torch.utils._triton.triton_hash_with_backend": "none",
+    }
     with contextlib.ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(mock.patch(name, lambda *_, answer=answer: answer))
@@ -54,22 +86,39 @@ def play_gpu(capability: tuple[int, int]):
 
 
 def count_tokens(mode: FakeTensorMode):
-    """A number of tokens that the compiler does not know, as torch.compile sees lengths that change."""
+    """A number of tokens that the compiler does not know, as torch.compile sees lengths that
+    change.
+    """
     sizes = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
     return mode.from_tensor(torch.empty(4096, device="meta"), symbolic_context=sizes).shape[0]
 
 
 def generate(function, arguments, capability: tuple[int, int], any_length: bool) -> str:
-    """The code that Inductor writes for a function of tensors of these shapes and dtypes; any_length: for every number of tokens."""
+    """The code that Inductor writes for a function of tensors of these shapes and dtypes;
+    any_length: for every number of tokens.
+    """
 
     def move(value):
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda") if torch.is_tensor(value) else value
+        return (
+            torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
+            if torch.is_tensor(value)
+            else value
+        )
 
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    with mode, torch.no_grad():  # traced for a CPU, because a CPU build of torch cannot write into CUDA tensors, not even fake ones
+    # traced for a CPU, because a CPU build of torch cannot write into CUDA tensors, not even fake
+    # ones
+    with mode, torch.no_grad():
         tokens = count_tokens(mode) if any_length else 4096
-        inputs = [torch.empty((tokens, *shape[1:]) if len(shape) == 2 else shape, dtype=dtype) for shape, dtype in arguments]
-        traced = make_fx(lambda tokens, *tensors: function(*tensors), decomposition_table=select_decomp_table(), tracing_mode="real")(tokens, *inputs)
+        inputs = [
+            torch.empty((tokens, *shape[1:]) if len(shape) == 2 else shape, dtype=dtype)
+            for shape, dtype in arguments
+        ]
+        traced = make_fx(
+            lambda tokens, *tensors: function(*tensors),
+            decomposition_table=select_decomp_table(),
+            tracing_mode="real",
+        )(tokens, *inputs)
         inputs = [tokens, *map(move, inputs)]
         for node in traced.graph.nodes:
             node.meta = tree_map(move, node.meta) if "val" in node.meta else node.meta

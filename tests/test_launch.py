@@ -14,13 +14,24 @@ from conftest import ROOT, real, run_inside, run_script
 from safetensors.torch import save_file
 from transformers import Gemma2Config, LlamaConfig, Phi3Config
 
-PREFLIGHT, SUBMIT = ROOT / "launch" / "preflight.py", ROOT / "launch" / "submit.py"
+PREFLIGHT = ROOT / "launch" / "preflight.py"
+SUBMIT = ROOT / "launch" / "submit.py"
 CONFIGS = ROOT / "accelerate_configs"
 DEMO_YAML = ROOT / "recipes" / "configs" / "demo.yaml"
 
 
 def preflight(output, *more, config=DEMO_YAML, accelerate=CONFIGS / "cpu.yaml"):
-    arguments = ["--config", config, "--accelerate_config", accelerate, "--output_dir", output, "--data.cache_dir", output.parent / "cache", *more]
+    arguments = [
+        "--config",
+        config,
+        "--accelerate_config",
+        accelerate,
+        "--output_dir",
+        output,
+        "--data.cache_dir",
+        output.parent / "cache",
+        *more,
+    ]
     return run_script(PREFLIGHT, *arguments)
 
 
@@ -28,7 +39,18 @@ def preflight(output, *more, config=DEMO_YAML, accelerate=CONFIGS / "cpu.yaml"):
 def test_preflight_of_the_demonstration(tmp_path):
     done = preflight(tmp_path / "run")
     assert done.returncode == 0, done.stdout + done.stderr
-    for part in ("recipe keys", "accelerate keys", "dtype, storage", "batch", "model", "data", "disk", "memory", "rendezvous", "two steps"):
+    for part in (
+        "recipe keys",
+        "accelerate keys",
+        "dtype, storage",
+        "batch",
+        "model",
+        "data",
+        "disk",
+        "memory",
+        "rendezvous",
+        "two steps",
+    ):
         assert part in done.stdout
     assert "isolates rows" in done.stdout
     assert "GiB predicted per process at" in done.stdout
@@ -38,15 +60,22 @@ def test_preflight_of_the_demonstration(tmp_path):
 
 PUBLISHED = {
     "llama3-8b": lambda: LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-        max_position_embeddings=8192, rope_theta=500000.0,
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        rope_theta=500000.0,
     ),
     "gemma2-2b": lambda: Gemma2Config(),
     "phi3-mini": lambda: Phi3Config(
-        max_position_embeddings=131072, original_max_position_embeddings=4096,
+        max_position_embeddings=131072,
+        original_max_position_embeddings=4096,
         rope_scaling={"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.5] * 48},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.slow
@@ -61,10 +90,23 @@ def test_preflight_of_published_architectures_without_their_weights(tmp_path, na
     (tmp_path / "fsdp2.yaml").write_text(yaml.safe_dump(strategy))
     data = json.dumps([{"format": "medmcqa", "path": str(real("medmcqa/train_partial.jsonl"))}])
     config = tmp_path / "recipe.yaml"
-    config.write_text(yaml.safe_dump({"model": {"base": str(base)}, "data": {"prompt_style": "plain"}}))
+    config.write_text(
+        yaml.safe_dump({"model": {"base": str(base)}, "data": {"prompt_style": "plain"}})
+    )
     began = time.perf_counter()
-    done = preflight(tmp_path / "run", "--data.train", data, "--data.drop_invalid", "true", "--training.global_batch_tokens", "65536",
-                     "--training.max_tokens_per_batch", "8192", config=config, accelerate=tmp_path / "fsdp2.yaml")  # fmt: skip
+    done = preflight(
+        tmp_path / "run",
+        "--data.train",
+        data,
+        "--data.drop_invalid",
+        "true",
+        "--training.global_batch_tokens",
+        "65536",
+        "--training.max_tokens_per_batch",
+        "8192",
+        config=config,
+        accelerate=tmp_path / "fsdp2.yaml",
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert time.perf_counter() - began < 20
     assert "65,536 tokens per step = 8 x 1 micro-batch(es) of 8,192" in done.stdout
@@ -75,11 +117,24 @@ def test_preflight_of_published_architectures_without_their_weights(tmp_path, na
 MISTAKES = {
     "recipe key": (["--training.lrr", "1"], {}, "did you mean training.lr"),
     "accelerate key": ([], {"num_gpus": 2}, "num_gpus"),
-    "machines": ([], {"num_processes": 3, "num_machines": 2, "distributed_type": "MULTI_GPU"}, "not a multiple of num_machines"),
+    "machines": (
+        [],
+        {"num_processes": 3, "num_machines": 2, "distributed_type": "MULTI_GPU"},
+        "not a multiple of num_machines",
+    ),
     "data": (["--data.train.0.path", "/nowhere.jsonl"], {}, "no file or folder"),
-    "master": ([], {"num_processes": 2, "num_machines": 2, "distributed_type": "MULTI_GPU", "main_process_ip": "192.0.2.1", "main_process_port": 29500},
-               "it must be machine 0's"),
-}  # fmt: skip
+    "master": (
+        [],
+        {
+            "num_processes": 2,
+            "num_machines": 2,
+            "distributed_type": "MULTI_GPU",
+            "main_process_ip": "192.0.2.1",
+            "main_process_port": 29500,
+        },
+        "it must be machine 0's",
+    ),
+}
 
 
 @pytest.mark.slow
@@ -105,12 +160,28 @@ def meet(*machines: list[str]) -> list[tuple[int, str]]:
     port = free_port()
     started = [
         subprocess.Popen(
-            [sys.executable, str(PREFLIGHT), "--rendezvous", f"127.0.0.1:{port}", "--num_machines", "2", "--seconds", "6", *more],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+            [
+                sys.executable,
+                str(PREFLIGHT),
+                "--rendezvous",
+                f"127.0.0.1:{port}",
+                "--num_machines",
+                "2",
+                "--seconds",
+                "6",
+                *more,
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
         )
         for more in machines
-    ]  # fmt: skip
-    return [(process.returncode, shown.strip().splitlines()[-1]) for process, (shown, _) in [(p, p.communicate(timeout=60)) for p in started]]
+    ]
+    return [
+        (process.returncode, shown.strip().splitlines()[-1])
+        for process, (shown, _) in [(p, p.communicate(timeout=60)) for p in started]
+    ]
 
 
 @pytest.mark.slow
@@ -124,35 +195,81 @@ def test_machines_meet_or_say_who_is_missing(tmp_path):
     assert (code, "cannot reach machine 0" in line) == (2, True)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-    for code, line in meet(["--machine_rank", "0", "--shared_folder", str(tmp_path / "a")], ["--machine_rank", "1", "--shared_folder", str(tmp_path / "b")]):
+    for code, line in meet(
+        ["--machine_rank", "0", "--shared_folder", str(tmp_path / "a")],
+        ["--machine_rank", "1", "--shared_folder", str(tmp_path / "b")],
+    ):
         assert (code, "does not see" in line) == (2, True)
 
 
-# ---- Slurm --------------------------------------------------------------------------------------------------------------
+# ---- Slurm ---------------------------------------------------------------------------------------
 
 
 def submit(*more: str):
-    return run_script(SUBMIT, "--accelerate_config", CONFIGS / "ddp.yaml", "--config", "recipes/configs/llama3-8b_medmcqa.yaml",
-                      "--output_dir", "runs/mine", "--nodes", "8", "--gpus_per_node", "8", *more)  # fmt: skip
+    return run_script(
+        SUBMIT,
+        "--accelerate_config",
+        CONFIGS / "ddp.yaml",
+        "--config",
+        "recipes/configs/llama3-8b_medmcqa.yaml",
+        "--output_dir",
+        "runs/mine",
+        "--nodes",
+        "8",
+        "--gpus_per_node",
+        "8",
+        *more,
+    )
 
 
 def test_dry_run_for_64_gpus(tmp_path):
-    done = submit("--partition", "gpu", "--time", "2-00:00:00", "--sbatch=--mem=0", "--dry_run", "--training.global_batch_tokens", "1048576",
-                  "--data.train", '[{format: medmcqa, path: "a b.jsonl"}]')  # fmt: skip
+    done = submit(
+        "--partition",
+        "gpu",
+        "--time",
+        "2-00:00:00",
+        "--sbatch=--mem=0",
+        "--dry_run",
+        "--training.global_batch_tokens",
+        "1048576",
+        "--data.train",
+        '[{format: medmcqa, path: "a b.jsonl"}]',
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     directives = [line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")]
-    for directive in ("nodes=8", "gpus-per-node=8", "ntasks-per-node=1", "time=2-00:00:00", "partition=gpu", "requeue", "signal=B:USR1@120", "mem=0"):
+    for directive in (
+        "nodes=8",
+        "gpus-per-node=8",
+        "ntasks-per-node=1",
+        "time=2-00:00:00",
+        "partition=gpu",
+        "requeue",
+        "signal=B:USR1@120",
+        "mem=0",
+    ):
         assert directives.count(directive) == 1, directive
     assert len({directive.partition("=")[0] for directive in directives}) == len(directives)
-    assert "# 64 processes = 8 node(s) x 8; 1,048,576 tokens per step = 64 x 2 micro-batch(es) of 8,192" in lines
+    assert (
+        "# 64 processes = 8 node(s) x 8; 1,048,576 tokens per step = 64 x 2 micro-batch(es) of"
+        " 8,192" in lines
+    )
     script = tmp_path / "filled.sbatch"
     script.write_text(done.stdout)
     assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
-    shown = subprocess.run(["bash", "-c", next(line for line in lines if line.startswith("set -- ")) + '; printf "%s\n" "$@"'],
-                           capture_output=True, text=True, check=True).stdout.splitlines()  # fmt: skip
+    shown = subprocess.run(
+        [
+            "bash",
+            "-c",
+            next(line for line in lines if line.startswith("set -- ")) + '; printf "%s\n" "$@"',
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
     assert shown[:2] == [str(CONFIGS / "ddp.yaml"), "recipes/sft_qlora.py"]
-    assert shown[-1] == '[{format: medmcqa, path: "a b.jsonl"}]'  # one argument, blanks and quotes as they were
+    # one argument, blanks and quotes as they were
+    assert shown[-1] == '[{format: medmcqa, path: "a b.jsonl"}]'
 
 
 @pytest.mark.parametrize(
@@ -164,7 +281,15 @@ def test_dry_run_for_64_gpus(tmp_path):
         (["--recipe", "recipes/none.py"], "no such file"),
         (["--training.lrr", "1"], "did you mean training.lr"),
         (["--accelerate_config", str(CONFIGS / "one_gpu.yaml")], "is for one process"),
-        (["--accelerate_config", str(CONFIGS / "zero3.yaml"), "--training.optimizer", "adamw_8bit"], "8-bit states"),
+        (
+            [
+                "--accelerate_config",
+                str(CONFIGS / "zero3.yaml"),
+                "--training.optimizer",
+                "adamw_8bit",
+            ],
+            "8-bit states",
+        ),
     ],
 )
 def test_submission_that_could_not_run_is_refused(more, message):
@@ -179,7 +304,7 @@ def test_submission_without_slurm_says_so(monkeypatch, tmp_path):
     assert (done.returncode, "sbatch was not found" in done.stderr) == (2, True)
 
 
-# ---- the scaling page ---------------------------------------------------------------------------------------------------
+# ---- the scaling page ----------------------------------------------------------------------------
 
 
 def test_scaling_page_holds_the_scripts_tables(monkeypatch, tmp_path):
@@ -188,5 +313,3 @@ def test_scaling_page_holds_the_scripts_tables(monkeypatch, tmp_path):
     (tmp_path / "page.md").write_text("nothing")
     code, complaint = run_inside(script, ["--check", tmp_path / "page.md"], monkeypatch)
     assert (code, complaint.count("\n")) == (2, 1)
-
-

@@ -1,4 +1,6 @@
-"""Lean norms and gated activations against transformers' own: the same values, the same gradients, less kept."""
+"""Lean norms and gated activations against transformers' own: the same values, the same gradients,
+less kept.
+"""
 
 import shutil
 from pathlib import Path
@@ -10,7 +12,15 @@ from transformers import GPT2Config, GPT2Model
 
 from medqlora.attention import DOCUMENTS
 from medqlora.config import Lora
-from medqlora.layers import Dropped, DroppedLinear, SeededDropout, compile_kernels, compile_layers, draw_kept, lean_layers
+from medqlora.layers import (
+    Dropped,
+    DroppedLinear,
+    SeededDropout,
+    compile_kernels,
+    compile_layers,
+    draw_kept,
+    lean_layers,
+)
 from medqlora.models import attach_adapter
 
 
@@ -42,23 +52,31 @@ def test_lean_layers_compute_the_same(architecture, dtype):
     assert lean_layers(model) == norms + 2
     after = run(model, x)
     assert torch.equal(before[0], after[0])
-    scale, tolerance = before[1].abs().max(), 1e-5 if dtype is torch.float32 else 2e-2
+    scale = before[1].abs().max()
+    tolerance = 1e-5 if dtype is torch.float32 else 2e-2
     assert (before[1] - after[1]).abs().max() <= tolerance * scale
-    assert after[2] < (1.0 if dtype is torch.float32 else 0.9) * before[2]  # in float32 a norm needs no wider copy
+    # in float32 a norm needs no wider copy
+    assert after[2] < (1.0 if dtype is torch.float32 else 0.9) * before[2]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch's compiler needs a C++ compiler on a CPU")
+@pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch's compiler needs a C++ compiler on a CPU"
+)
 def test_compiled_layers_compute_the_same(tmp_path):
-    """In a process of its own: tests run without torch's compiler, see conftest. Lengths change, as packed batches do."""
+    """In a process of its own: tests run without torch's compiler, see conftest. Lengths change, as
+    packed batches do.
+    """
     (tmp_path / "compare.py").write_text(f"""
 import os, sys, torch, torch._dynamo
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_layers import build_model, compile_layers, lean_layers, run
 os.environ["TORCHDYNAMO_DISABLE"] = "0"
-model = build_model("gemma2").requires_grad_(False).model  # its norms have an offset; the plain kind is tried by compile_kernels
+# The norms of Gemma have an offset; the plain kind is tried by compile_kernels.
+model = build_model("gemma2").requires_grad_(False).model
 lean_layers(model)
-inputs = [torch.randn(1, length, 64, generator=torch.Generator().manual_seed(0)) for length in (24, 31, 17, 40)]
+seeded = lambda: torch.Generator().manual_seed(0)
+inputs = [torch.randn(1, length, 64, generator=seeded()) for length in (24, 31, 17, 40)]
 before = [run(model, x) for x in inputs]
 assert compile_layers(model, torch.device("cpu"), True)
 for x, (out, gradient, kept) in zip(inputs, before):
@@ -66,17 +84,22 @@ for x, (out, gradient, kept) in zip(inputs, before):
     assert (out - after[0]).abs().max() <= 1e-5 * out.abs().max()
     assert (gradient - after[1]).abs().max() <= 1e-5 * gradient.abs().max()
     assert after[2] == kept
-assert 4 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 20, torch._dynamo.utils.counters["stats"]
+stats = torch._dynamo.utils.counters["stats"]
+assert 4 <= stats["unique_graphs"] <= 20, stats
 """)
     done = run_script(tmp_path / "compare.py")
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch's compiler needs a C++ compiler on a CPU")
+@pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch's compiler needs a C++ compiler on a CPU"
+)
 def test_compiled_layers_are_made_few_times(tmp_path):
-    """torch's compiler goes on without compiling after eight variants of a function, in silence. Qwen3 has norms of two widths;
-    training, scoring and generating see packed and padded batches of many lengths, and single tokens."""
+    """torch's compiler goes on without compiling after eight variants of a function, in silence.
+    Qwen3 has norms of two widths; training, scoring and generating see packed and padded batches of
+    many lengths, and single tokens.
+    """
     (tmp_path / "count.py").write_text(f"""
 import os, sys, torch
 sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -140,15 +163,20 @@ def test_gradients_are_those_of_finite_differences(architecture):
     assert torch.autograd.gradcheck(lambda h: layer.mlp(h), x, atol=1e-4)
 
 
-# ---- dropout that keeps a seed -------------------------------------------------------------------------------------------
+# ---- dropout that keeps a seed -------------------------------------------------------------------
 
 
 def test_dropped_linear_is_dropout_before_a_linear_map():
-    x, weight = torch.randn(50, 8, dtype=torch.float64, requires_grad=True), torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(50, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
     torch.manual_seed(3)
     out = DroppedLinear.apply(x, weight, 0.3)
     torch.manual_seed(3)
-    assert torch.equal(out, torch.nn.functional.linear(x * draw_kept(x, 0.3, int(torch.randint(2**62, ()))), weight) / 0.7)
+    assert torch.equal(
+        out,
+        torch.nn.functional.linear(x * draw_kept(x, 0.3, int(torch.randint(2**62, ()))), weight)
+        / 0.7,
+    )
 
     def again(x, weight):
         torch.manual_seed(3)
@@ -158,9 +186,11 @@ def test_dropped_linear_is_dropout_before_a_linear_map():
 
 
 def test_dropout_drops_the_share_it_is_told_and_only_in_training():
-    dropout, x = SeededDropout(0.2), torch.ones(400, 500)
+    dropout = SeededDropout(0.2)
+    x = torch.ones(400, 500)
     torch.manual_seed(0)
-    first, second = dropout(x), dropout(x)
+    first = dropout(x)
+    second = dropout(x)
     assert (first == 0).float().mean().item() == pytest.approx(0.2, abs=0.01)
     assert first.mean().item() == pytest.approx(1, abs=0.01)
     assert not torch.equal(first, second)
@@ -170,9 +200,12 @@ def test_dropout_drops_the_share_it_is_told_and_only_in_training():
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 def test_dropout_keeps_no_mask_and_is_the_same_when_layers_are_recomputed(variant):
     """What autograd keeps with dropout is what it keeps without, but for DoRA's dropped input."""
-    kept, gradients = {}, {}
+    kept = {}
+    gradients = {}
     for dropout, recomputed in ((0.0, False), (0.1, False), (0.1, True)):
-        model = attach_adapter(build_model("llama", DOCUMENTS), Lora(r=4, dropout=dropout, variant=variant), 0).train()
+        model = attach_adapter(
+            build_model("llama", DOCUMENTS), Lora(r=4, dropout=dropout, variant=variant), 0
+        ).train()
         if recomputed:
             model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
         storages = {}
@@ -183,10 +216,16 @@ def test_dropout_keeps_no_mask_and_is_the_same_when_layers_are_recomputed(varian
 
         torch.manual_seed(7)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            out = model.get_base_model().model(input_ids=torch.arange(3, 99)[None], attention_mask=None, use_cache=False).last_hidden_state
+            out = (
+                model.get_base_model()
+                .model(input_ids=torch.arange(3, 99)[None], attention_mask=None, use_cache=False)
+                .last_hidden_state
+            )
         out.square().sum().backward()
         kept[dropout, recomputed] = sum(storages.values())
-        gradients[dropout, recomputed] = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        gradients[dropout, recomputed] = torch.cat(
+            [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        )
     if variant == "lora":
         assert kept[0.1, False] <= 1.01 * kept[0.0, False]
     assert torch.equal(gradients[0.1, False], gradients[0.1, True])

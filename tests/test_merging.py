@@ -1,4 +1,6 @@
-"""Merged is adapter + the weights that were trained on; a wrong base is refused; memory stays at a few tensors."""
+"""Merged is adapter + the weights that were trained on; a wrong base is refused; memory stays at a
+few tensors.
+"""
 
 import json
 import shutil
@@ -44,10 +46,15 @@ def make_adapter(base, folder, quantization, **lora):
         if "magnitude" in name:
             parameter.data.mul_(1.2)
     card = {
-        "base": str(base), "architecture_sha256": architecture_hash(AutoConfig.from_pretrained(base)), "dtype": "float32",
-        "base_sha256": sample_weights(base), "quantization": quantization, "double_quantization": True, "prompt_style": "plain",
+        "base": str(base),
+        "architecture_sha256": architecture_hash(AutoConfig.from_pretrained(base)),
+        "dtype": "float32",
+        "base_sha256": sample_weights(base),
+        "quantization": quantization,
+        "double_quantization": True,
+        "prompt_style": "plain",
         "completion": "letter",
-    }  # fmt: skip
+    }
     save_adapter(folder, model, card)
     return model, card
 
@@ -73,7 +80,14 @@ def test_merged_is_the_trained_model(tmp_path, architecture, variant, quantizati
     bound = 0.05 if quantization == "int8" else 1e-4
     base = make_base(tmp_path / "base", architecture)
     trained, card = make_adapter(base, tmp_path / "adapter", quantization, variant=variant)
-    for _ in merge(tmp_path / "adapter", base, tmp_path / "merged", AutoConfig.from_pretrained(base), card, "dequantized"):
+    for _ in merge(
+        tmp_path / "adapter",
+        base,
+        tmp_path / "merged",
+        AutoConfig.from_pretrained(base),
+        card,
+        "dequantized",
+    ):
         pass
     figures = compare_logits(logits(trained), logits(load_plain(tmp_path / "merged")))
     assert figures["max_relative_error"] < bound
@@ -85,9 +99,18 @@ def test_original_base_is_another_model_after_nf4_training(tmp_path):
     trained, card = make_adapter(base, tmp_path / "adapter", "nf4")
     errors = {}
     for kind in ("dequantized", "original"):
-        for _ in merge(tmp_path / "adapter", base, tmp_path / kind, AutoConfig.from_pretrained(base), card, kind):
+        for _ in merge(
+            tmp_path / "adapter",
+            base,
+            tmp_path / kind,
+            AutoConfig.from_pretrained(base),
+            card,
+            kind,
+        ):
             pass
-        errors[kind] = compare_logits(logits(trained), logits(load_plain(tmp_path / kind)))["mean_relative_error"]
+        errors[kind] = compare_logits(logits(trained), logits(load_plain(tmp_path / kind)))[
+            "mean_relative_error"
+        ]
     assert errors["dequantized"] < 1e-4 < 0.02 < errors["original"]
 
 
@@ -95,24 +118,45 @@ def test_original_base_is_another_model_after_nf4_training(tmp_path):
 def test_shards_tokenizer_and_config_are_carried(tmp_path, tied):
     base = make_base(tmp_path / "base", tied=tied, shard="150KB")
     trained, card = make_adapter(base, tmp_path / "adapter", "none")
-    for _ in merge(tmp_path / "adapter", base, tmp_path / "merged", AutoConfig.from_pretrained(base), card, "dequantized"):
+    for _ in merge(
+        tmp_path / "adapter",
+        base,
+        tmp_path / "merged",
+        AutoConfig.from_pretrained(base),
+        card,
+        "dequantized",
+    ):
         pass
     names = [path.name for path in list_shards(base)]
     assert len(names) > 2
     assert [path.name for path in list_shards(tmp_path / "merged")] == names
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")  # without this project's code
     assert stock.config.tie_word_embeddings is tied
-    assert ("lm_head.weight" in {key for path in list_shards(tmp_path / "merged") for key in load_file(path)}) is not tied
-    assert compare_logits(logits(trained), logits(load_plain(tmp_path / "merged")))["max_relative_error"] < 1e-4
-    assert AutoTokenizer.from_pretrained(tmp_path / "merged")("Which?") == AutoTokenizer.from_pretrained(base)("Which?")
-    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert (
+        "lm_head.weight"
+        in {key for path in list_shards(tmp_path / "merged") for key in load_file(path)}
+    ) is not tied
+    assert (
+        compare_logits(logits(trained), logits(load_plain(tmp_path / "merged")))[
+            "max_relative_error"
+        ]
+        < 1e-4
+    )
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged")(
+        "Which?"
+    ) == AutoTokenizer.from_pretrained(base)("Which?")
+    assert "quantization_config" not in json.loads(
+        (tmp_path / "merged" / "config.json").read_text()
+    )
 
 
 def test_quantized_modules_are_those_the_library_quantizes(tmp_path):
     for tied in (True, False):
         base = make_base(tmp_path / f"base{tied}", tied=tied)
         model = load_base(Model(base=str(base), quantization="nf4", dtype="float32"), CPU)[0]
-        found = {name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+        found = {
+            name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"
+        }
         assert quantized_modules(AutoConfig.from_pretrained(base)) == found
 
 
@@ -120,9 +164,24 @@ def test_wrong_shapes_leave_nothing_behind(tmp_path):
     base = make_base(tmp_path / "base")
     _, card = make_adapter(base, tmp_path / "adapter", "none")
     path = tmp_path / "adapter" / "adapter_model.safetensors"
-    save_file({key: value[:, :-1].contiguous() if "lora_A" in key else value for key, value in load_file(path).items()}, path)
+    save_file(
+        {
+            key: value[:, :-1].contiguous() if "lora_A" in key else value
+            for key, value in load_file(path).items()
+        },
+        path,
+    )
     with pytest.raises(MergeError, match="not the base"):
-        list(merge(tmp_path / "adapter", base, tmp_path / "merged", AutoConfig.from_pretrained(base), card, "original"))
+        list(
+            merge(
+                tmp_path / "adapter",
+                base,
+                tmp_path / "merged",
+                AutoConfig.from_pretrained(base),
+                card,
+                "original",
+            )
+        )
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
 
 
@@ -137,8 +196,20 @@ def test_command_verifies_and_refuses_another_base(tmp_path):
     assert (again.returncode, "exists" in again.stderr) == (2, True)
     shutil.copytree(base, tmp_path / "sibling")
     weights = load_file(tmp_path / "sibling" / "model.safetensors")
-    save_file({key: value + 0.01 for key, value in weights.items()}, tmp_path / "sibling" / "model.safetensors", {"format": "pt"})
-    other = run_script(script, "--adapter", tmp_path / "adapter", "--output", tmp_path / "x", "--base", tmp_path / "sibling")
+    save_file(
+        {key: value + 0.01 for key, value in weights.items()},
+        tmp_path / "sibling" / "model.safetensors",
+        {"format": "pt"},
+    )
+    other = run_script(
+        script,
+        "--adapter",
+        tmp_path / "adapter",
+        "--output",
+        tmp_path / "x",
+        "--base",
+        tmp_path / "sibling",
+    )
     assert (other.returncode, other.stderr.count("\n")) == (2, 1)
     assert "not those the adapter was trained on" in other.stderr
     assert not (tmp_path / "x").exists()
@@ -156,7 +227,9 @@ from medqlora.runs import read_peak_resident
 folder = Path(sys.argv[1])
 before = psutil.Process().memory_info().rss
 config = AutoConfig.from_pretrained(folder / "base")
-for _ in merge(folder / "adapter", folder / "base", folder / "merged", config, read_adapter_card(folder / "adapter"), "dequantized"):
+card = read_adapter_card(folder / "adapter")
+work = merge(folder / "adapter", folder / "base", folder / "merged", config, card, "dequantized")
+for _ in work:
     pass
 print(read_peak_resident() - before)
 """
@@ -164,18 +237,33 @@ print(read_peak_resident() - before)
 
 @pytest.mark.slow
 def test_memory_of_merging_a_sharded_gigabyte(tmp_path):
-    """Peak resident memory under 600 MB above the interpreter's, for a 1 GB model in four shards."""
+    """Peak resident memory under 600 MB above the interpreter's, for a 1 GB model in four
+    shards.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=32_000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=9, num_attention_heads=16,
-                         num_key_value_heads=4, tie_word_embeddings=False)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=9,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+    )
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "base", max_shard_size="260MB")
     assert sum(path.stat().st_size for path in (tmp_path / "base").glob("*.safetensors")) > 1e9
     assert len(list_shards(tmp_path / "base")) >= 4
     adapted = attach_adapter(model, Lora(r=8), 0)
-    card = {"base": "x", "architecture_sha256": architecture_hash(config), "quantization": "nf4", "double_quantization": True, "dtype": "bfloat16"}
+    card = {
+        "base": "x",
+        "architecture_sha256": architecture_hash(config),
+        "quantization": "nf4",
+        "double_quantization": True,
+        "dtype": "bfloat16",
+    }
     save_adapter(tmp_path / "adapter", adapted, card)
     assert adapter_weights(adapted)
     del model, adapted
@@ -187,5 +275,8 @@ def test_memory_of_merging_a_sharded_gigabyte(tmp_path):
 def test_loaded_adapter_equals_the_trained_one(tmp_path):
     base = make_base(tmp_path / "base")
     trained, _ = make_adapter(base, tmp_path / "adapter", "nf4")
-    loaded = load_adapter(load_base(Model(base=str(base), quantization="nf4", dtype="float32"), CPU)[0], tmp_path / "adapter")
+    loaded = load_adapter(
+        load_base(Model(base=str(base), quantization="nf4", dtype="float32"), CPU)[0],
+        tmp_path / "adapter",
+    )
     assert compare_logits(logits(trained), logits(loaded))["max_relative_error"] == 0

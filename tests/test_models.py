@@ -30,14 +30,16 @@ from medqlora.models import (
     sample_weights,
     save_adapter,
     set_checkpointing,
-)  # fmt: skip
+)
 from medqlora.optimizers import learning_rate, make_optimizer, restore_pages
 
 CPU = torch.device("cpu")
 
 
 def load(quantization="nf4", dtype="float32", **settings):
-    return load_base(Model(base=str(DEMO / "base"), quantization=quantization, dtype=dtype, **settings), CPU)[0]
+    return load_base(
+        Model(base=str(DEMO / "base"), quantization=quantization, dtype=dtype, **settings), CPU
+    )[0]
 
 
 def run_gradients(model):
@@ -60,7 +62,9 @@ def test_every_storage_trains(quantization):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_evaluating_first_does_not_change_the_gradients(dtype):
-    """bitsandbytes repacks 4-bit weights at the first evaluation on an AVX512-BF16 CPU and then loses input gradients."""
+    """bitsandbytes repacks 4-bit weights at the first evaluation on an AVX512-BF16 CPU and then
+    loses input gradients.
+    """
     fresh = run_gradients(attach_adapter(load(dtype=dtype), Lora(r=4), 0))
     model = attach_adapter(load(dtype=dtype), Lora(r=4), 0)
     model.eval()
@@ -71,7 +75,10 @@ def test_evaluating_first_does_not_change_the_gradients(dtype):
 
 def test_embeddings_stay_in_the_compute_dtype_unless_asked():
     assert load(dtype="bfloat16").get_input_embeddings().weight.dtype == torch.bfloat16
-    assert load(dtype="bfloat16", upcast_embeddings=True).get_input_embeddings().weight.dtype == torch.float32
+    assert (
+        load(dtype="bfloat16", upcast_embeddings=True).get_input_embeddings().weight.dtype
+        == torch.float32
+    )
 
 
 def test_adapter_targets_attention_and_mlp_not_the_head():
@@ -83,7 +90,8 @@ def test_adapter_targets_attention_and_mlp_not_the_head():
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2", "phi3"])
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 def test_adapter_size_is_known_without_weights(architecture, variant):
-    model, lora = build_model(architecture), Lora(r=4, variant=variant)
+    model = build_model(architecture)
+    lora = Lora(r=4, variant=variant)
     config = model.config
     base = model.num_parameters()
     adapter = sum(p.numel() for p in attach_adapter(model, lora, 0).parameters() if p.requires_grad)
@@ -91,7 +99,9 @@ def test_adapter_size_is_known_without_weights(architecture, variant):
 
 
 def test_adapter_initialisation_follows_the_seed():
-    first, second, other = (adapter_weights(attach_adapter(build_model("llama"), Lora(r=4), seed)) for seed in (1, 1, 2))
+    first, second, other = (
+        adapter_weights(attach_adapter(build_model("llama"), Lora(r=4), seed)) for seed in (1, 1, 2)
+    )
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert any(not torch.equal(first[key], other[key]) for key in first)
 
@@ -101,7 +111,9 @@ def test_unknown_target_is_refused():
         attach_adapter(build_model("llama"), Lora(target_modules=["query"]), 0)
 
 
-@pytest.mark.parametrize(("mode", "expected"), [("none", 0), ("full", 4), ("every_2", 2), ("every_3", 2), ("first_3", 3)])
+@pytest.mark.parametrize(
+    ("mode", "expected"), [("none", 0), ("full", 4), ("every_2", 2), ("every_3", 2), ("first_3", 3)]
+)
 def test_checkpointing_recomputes_the_layers_asked_for(mode, expected):
     model = build_model("llama", DOCUMENTS, num_hidden_layers=4)
     assert set_checkpointing(model, mode) == expected
@@ -132,7 +144,10 @@ def test_peft_itself_reads_the_adapter(tmp_path):
 
     model = save(tmp_path)
     other = PeftModel.from_pretrained(load(), tmp_path / "adapter")
-    assert all(torch.equal(value, adapter_weights(other)[key]) for key, value in adapter_weights(model).items())
+    assert all(
+        torch.equal(value, adapter_weights(other)[key])
+        for key, value in adapter_weights(model).items()
+    )
 
 
 def test_changed_adapter_file_is_seen(tmp_path):
@@ -150,7 +165,10 @@ def test_adapter_for_another_base_is_refused(tmp_path):
     with pytest.raises(ModelError, match="trained on demo"):
         load_adapter(build_model("llama"), tmp_path / "adapter")
     with pytest.raises(ModelError, match="does not fit"):
-        restore_adapter(attach_adapter(build_model("llama"), Lora(r=8), 0), adapter_weights(attach_adapter(build_model("llama"), Lora(r=4), 0)))
+        restore_adapter(
+            attach_adapter(build_model("llama"), Lora(r=8), 0),
+            adapter_weights(attach_adapter(build_model("llama"), Lora(r=4), 0)),
+        )
 
 
 def test_base_is_recognised_by_its_weights(tmp_path):
@@ -170,7 +188,12 @@ def test_bad_models_are_refused_before_weights_load(tmp_path):
     (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"x")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({}))
-    for name, message in (("empty", "no config.json"), ("pickled", "no .safetensors"), ("adapter", "this is an adapter"), ("no", "no such folder")):
+    for name, message in (
+        ("empty", "no config.json"),
+        ("pickled", "no .safetensors"),
+        ("adapter", "this is an adapter"),
+        ("no", "no such folder"),
+    ):
         with pytest.raises(ModelError, match=message):
             read_model_config(str(tmp_path / name))
     with pytest.raises(ModelError, match="512 positions"):
@@ -203,15 +226,23 @@ def test_optimizers_step(optimizer):
 
 
 def test_paged_states_are_paged_again_after_loading(monkeypatch):
-    """bitsandbytes loads the states of its paged optimizers as plain tensors; the next step is the same either way."""
+    """bitsandbytes loads the states of its paged optimizers as plain tensors; the next step is the
+    same either way.
+    """
     pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
     start = torch.randn(100, 100)
     runs = [[torch.nn.Parameter(start.clone())] for _ in range(2)]
-    trainers = [make_optimizer(Training(optimizer="paged_adamw_8bit", lr=1e-2), weights) for weights in runs]
+    trainers = [
+        make_optimizer(Training(optimizer="paged_adamw_8bit", lr=1e-2), weights) for weights in runs
+    ]
     pages = []
     make = trainers[1].get_state_buffer
-    monkeypatch.setattr(trainers[1], "get_state_buffer", lambda weight, dtype: pages.append(make(weight, dtype)) or pages[-1])
+    monkeypatch.setattr(
+        trainers[1],
+        "get_state_buffer",
+        lambda weight, dtype: pages.append(make(weight, dtype)) or pages[-1],
+    )
     for step in range(2):
         if step == 1:
             trainers[1].load_state_dict(trainers[0].state_dict())

@@ -5,7 +5,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medqlora.packing import PlanError, cap_batches, collate, derive_accumulation, fit_bins, load_arrays, make_plan, save_arrays
+from medqlora.packing import (
+    PlanError,
+    cap_batches,
+    collate,
+    derive_accumulation,
+    fit_bins,
+    load_arrays,
+    make_plan,
+    save_arrays,
+)
 from medqlora.tokens import TokenTable
 
 
@@ -26,8 +35,13 @@ def test_bins_hold_every_row_once_and_never_overflow(lengths, capacity):
 
 @given(lengths_strategy, st.integers(64, 300))
 def test_best_fit_is_within_its_known_bound(lengths, capacity):
-    """Best-fit decreasing needs at most 11/9 of the optimum + 4 bins (Johnson 1973); the optimum is at least the volume."""
-    assert len(fit_bins(lengths, capacity)) <= 11 / 9 * (-(-lengths.sum() // capacity)) + 4 or lengths.max() * 2 > capacity
+    """Best-fit decreasing needs at most 11/9 of the optimum + 4 bins (Johnson 1973); the optimum is
+    at least the volume.
+    """
+    assert (
+        len(fit_bins(lengths, capacity)) <= 11 / 9 * (-(-lengths.sum() // capacity)) + 4
+        or lengths.max() * 2 > capacity
+    )
 
 
 @settings(deadline=None)
@@ -36,20 +50,32 @@ def test_plan_shows_every_row_once_per_epoch(lengths, ranks, accumulation, seed,
     ranks = ranks if packing else 1
     if len(lengths) < ranks:
         return
-    settings = {"capacity": 64, "global_tokens": 64 * ranks * accumulation, "ranks": ranks, "seed": seed, "packing": packing, "window": 50}
+    settings = {
+        "capacity": 64,
+        "global_tokens": 64 * ranks * accumulation,
+        "ranks": ranks,
+        "seed": seed,
+        "packing": packing,
+        "window": 50,
+    }
     plan = make_plan(lengths, **settings)
     if ranks == 1:
         assert sorted(plan.rows) == list(range(len(lengths)))
     shown = []
     for step in range(len(plan)):
         of_ranks = [plan.micro_batches(step, rank, ranks) for rank in range(ranks)]
-        assert len({len(batches) for batches in of_ranks}) == 1, "ranks run the same number of micro-batches"
+        assert len({len(batches) for batches in of_ranks}) == 1, (
+            "ranks run the same number of micro-batches"
+        )
         for rows in (rows for batches in of_ranks for rows in batches):
             assert lengths[rows].sum() <= 64
             shown += rows.tolist()
     assert len(shown) == len(set(shown))
     again = make_plan(lengths, **settings)
-    assert all(np.array_equal(getattr(plan, name), getattr(again, name)) for name in ("rows", "bins", "steps", "epochs"))
+    assert all(
+        np.array_equal(getattr(plan, name), getattr(again, name))
+        for name in ("rows", "bins", "steps", "epochs")
+    )
 
 
 def test_medmcqa_size_is_planned_fast_and_full():
@@ -68,13 +94,19 @@ def test_ranks_get_equal_tokens():
     lengths = medmcqa_like(20_000)
     plan = make_plan(lengths, capacity=4096, global_tokens=4096 * 8, ranks=4)
     for step in range(len(plan) - 1):
-        tokens = [sum(lengths[rows].sum() for rows in plan.micro_batches(step, rank, 4)) for rank in range(4)]
+        tokens = [
+            sum(lengths[rows].sum() for rows in plan.micro_batches(step, rank, 4))
+            for rank in range(4)
+        ]
         assert max(tokens) / min(tokens) < 1.02
 
 
 def test_seed_and_epoch_change_the_order():
     lengths = medmcqa_like(500)
-    plans = [make_plan(lengths, capacity=2048, global_tokens=2048, seed=seed, epochs=2) for seed in (0, 1)]
+    plans = [
+        make_plan(lengths, capacity=2048, global_tokens=2048, seed=seed, epochs=2)
+        for seed in (0, 1)
+    ]
     assert not np.array_equal(plans[0].rows[:400], plans[1].rows[:400])
     assert not np.array_equal(plans[0].rows[:400], plans[0].rows[500:900])
     assert plans[0].epochs[-1] == 2
@@ -118,7 +150,12 @@ def test_cap_batches_says_when_one_row_is_too_much():
 
 
 def test_collate_exact():
-    table = TokenTable(np.array([1, 2, 3, 4, 5, 6, 7], np.int32), np.array([0, 3, 7]), np.array([2, 1], np.int32), ["a", "b"])
+    table = TokenTable(
+        np.array([1, 2, 3, 4, 5, 6, 7], np.int32),
+        np.array([0, 3, 7]),
+        np.array([2, 1], np.int32),
+        ["a", "b"],
+    )
     batch = collate(table, np.array([1, 0]))
     assert batch["input_ids"].tolist() == [[4, 5, 6, 7, 1, 2, 3]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2]]

@@ -1,4 +1,6 @@
-"""The journal under kills, changing shards and full disks; reading files that are wrong in one place."""
+"""The journal under kills, changing shards and full disks; reading files that are wrong in one
+place.
+"""
 
 import errno
 import json
@@ -10,10 +12,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medqlora.predictions import Journal, PredictionError, collect_rows, hash_id, make_cells, read_predictions, read_rows
+from medqlora.predictions import (
+    Journal,
+    PredictionError,
+    collect_rows,
+    hash_id,
+    make_cells,
+    read_predictions,
+    read_rows,
+)
 
 
-@given(st.lists(st.text(min_size=1), unique=True, max_size=300), st.integers(1, 64), st.integers(1, 5))
+@given(
+    st.lists(st.text(min_size=1), unique=True, max_size=300), st.integers(1, 64), st.integers(1, 5)
+)
 def test_cells_are_a_partition_that_shards_do_not_change(ids, size, shards):
     cells = make_cells(ids, size)
     assert sorted(number for cell in cells for number in cell) == list(range(len(ids)))
@@ -21,15 +33,20 @@ def test_cells_are_a_partition_that_shards_do_not_change(ids, size, shards):
     assert sum(len(cells[shard::shards]) for shard in range(shards)) == len(cells)
     where = {ids[number]: index for index, cell in enumerate(cells) for number in cell}
     again = make_cells(ids[::-1], size)
-    assert all(where[ids[::-1][number]] == index for index, cell in enumerate(again) for number in cell)
+    assert all(
+        where[ids[::-1][number]] == index for index, cell in enumerate(again) for number in cell
+    )
 
 
 def test_hash_is_the_same_on_every_machine():
-    assert hash_id("demo-test-0000") == 131723212439740675  # the first 15 hexadecimal digits of its SHA-256
+    # the first 15 hexadecimal digits of its SHA-256
+    assert hash_id("demo-test-0000") == 131723212439740675
 
 
 def rows_of(*keys: str) -> list[dict]:
-    return [{"key": key, "id": key, "gold": "A", "prediction": "A", "text": "é\n\u2028"} for key in keys]
+    return [
+        {"key": key, "id": key, "gold": "A", "prediction": "A", "text": "é\n\u2028"} for key in keys
+    ]
 
 
 def test_what_is_appended_is_there_again(tmp_path):
@@ -41,7 +58,11 @@ def test_what_is_appended_is_there_again(tmp_path):
         assert set(journal.read()) == {"a", "b", "c"}
     with Journal(output, 0, 3) as journal:
         journal.finish(output, list(journal.read().values()))
-    assert [row["id"] for row in map(json.loads, output.read_text().split("\n")[:-1])] == ["a", "b", "c"]
+    assert [row["id"] for row in map(json.loads, output.read_text().split("\n")[:-1])] == [
+        "a",
+        "b",
+        "c",
+    ]
     assert list(tmp_path.iterdir()) == [output]
 
 
@@ -68,7 +89,9 @@ def test_full_disk_keeps_earlier_batches(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
 
         monkeypatch.setattr("os.fsync", full)
-        with pytest.raises(PredictionError, match="No space left on device; earlier batches are kept"):
+        with pytest.raises(
+            PredictionError, match="No space left on device; earlier batches are kept"
+        ):
             journal.append(rows_of("b"))
         monkeypatch.undo()
         journal.append(rows_of("c"))
@@ -83,17 +106,28 @@ def hold(output, ready, leave):
 
 def test_two_processes_do_not_write_one_shard(tmp_path):
     context = multiprocessing.get_context("spawn")
-    ready, leave = context.Event(), context.Event()
+    ready = context.Event()
+    leave = context.Event()
     other = context.Process(target=hold, args=(tmp_path / "p.jsonl", ready, leave))
     other.start()
     assert ready.wait(30)
-    with pytest.raises(PredictionError, match="another process is writing this shard"), Journal(tmp_path / "p.jsonl"):
+    with (
+        pytest.raises(PredictionError, match="another process is writing this shard"),
+        Journal(tmp_path / "p.jsonl"),
+    ):
         pass
     leave.set()
     other.join(30)
 
 
-GOOD = {"id": "q1", "gold": "A", "prediction": "B", "subject": None, "option_logprobs": {"A": -1.5, "B": -0.5}, "letter_mass": 0.8}
+GOOD = {
+    "id": "q1",
+    "gold": "A",
+    "prediction": "B",
+    "subject": None,
+    "option_logprobs": {"A": -1.5, "B": -0.5},
+    "letter_mass": 0.8,
+}
 
 
 @pytest.mark.parametrize(
@@ -106,13 +140,28 @@ GOOD = {"id": "q1", "gold": "A", "prediction": "B", "subject": None, "option_log
         (json.dumps(GOOD | {"id": ""}), "line 2: id is ''"),
         (json.dumps(GOOD | {"id": 7}), "line 2: id is 7"),
         (json.dumps(GOOD | {"id": "q2", "gold": None}), "line 2: no label"),
-        (json.dumps(GOOD | {"id": "q2", "gold": "E"}), "line 2: gold is 'E', which is not one of the options AB"),
+        (
+            json.dumps(GOOD | {"id": "q2", "gold": "E"}),
+            "line 2: gold is 'E', which is not one of the options AB",
+        ),
         (json.dumps(GOOD | {"id": "q2", "gold": "AB"}), "line 2: gold is 'AB'"),
         (json.dumps(GOOD | {"id": "q2", "prediction": "C"}), "line 2: prediction is 'C'"),
-        (json.dumps(GOOD | {"id": "q2", "prediction": 1}), "line 2: prediction is 1; expected a text"),
-        (json.dumps(GOOD | {"id": "q2", "option_logprobs": {"A": float("nan"), "B": -1}}), "line 2: option_logprobs A is nan"),
-        (json.dumps(GOOD | {"id": "q2", "option_logprobs": {"A": 3.0, "B": -1}}), "line 2: option_logprobs A is 3.0"),
-        (json.dumps(GOOD | {"id": "q2", "kind": "open"}), "line 2: kind is 'open' in a file of kind 'choice'"),
+        (
+            json.dumps(GOOD | {"id": "q2", "prediction": 1}),
+            "line 2: prediction is 1; expected a text",
+        ),
+        (
+            json.dumps(GOOD | {"id": "q2", "option_logprobs": {"A": float("nan"), "B": -1}}),
+            "line 2: option_logprobs A is nan",
+        ),
+        (
+            json.dumps(GOOD | {"id": "q2", "option_logprobs": {"A": 3.0, "B": -1}}),
+            "line 2: option_logprobs A is 3.0",
+        ),
+        (
+            json.dumps(GOOD | {"id": "q2", "kind": "open"}),
+            "line 2: kind is 'open' in a file of kind 'choice'",
+        ),
     ],
 )
 def test_bad_rows_are_named(tmp_path, line, message):
@@ -134,13 +183,23 @@ def test_bad_files(tmp_path):
         read_predictions(tmp_path / "bytes.jsonl")
 
 
-options = st.dictionaries(st.sampled_from("ABCDE"), st.floats(-50, 0), min_size=1).map(lambda d: dict(zip(string.ascii_uppercase, d.values(), strict=False)))
+options = st.dictionaries(st.sampled_from("ABCDE"), st.floats(-50, 0), min_size=1).map(
+    lambda d: dict(zip(string.ascii_uppercase, d.values(), strict=False))
+)
 
 
 @given(st.lists(st.tuples(options, st.text()), min_size=1, max_size=20))
 def test_columns_hold_what_rows_hold(drawn):
-    rows = [{"id": f"q{i}", "gold": "A", "prediction": max(logprobs, key=logprobs.get), "option_logprobs": logprobs, "question": text}
-            for i, (logprobs, text) in enumerate(drawn)]  # fmt: skip
+    rows = [
+        {
+            "id": f"q{i}",
+            "gold": "A",
+            "prediction": max(logprobs, key=logprobs.get),
+            "option_logprobs": logprobs,
+            "question": text,
+        }
+        for i, (logprobs, text) in enumerate(drawn)
+    ]
     found = collect_rows(rows)
     for i, row in enumerate(rows):
         values = list(row["option_logprobs"].values())
@@ -154,13 +213,21 @@ def test_columns_hold_what_rows_hold(drawn):
 def test_rows_are_found_again_by_offset(tmp_path):
     path = tmp_path / "p.jsonl"
     rows = [GOOD | {"id": f"q{i}", "question": "é" * i} for i in range(5)]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     found = read_predictions(path)
     assert read_rows(path, [found.offsets[3], found.offsets[1]]) == [rows[3], rows[1]]
 
 
 def test_features_of_questions():
-    texts = ["Which is NOT a cause?", "All EXCEPT one", "Which drug isn't safe?", "Knot in 5 days", "A noted cause"]
+    texts = [
+        "Which is NOT a cause?",
+        "All EXCEPT one",
+        "Which drug isn't safe?",
+        "Knot in 5 days",
+        "A noted cause",
+    ]
     found = collect_rows([GOOD | {"id": str(i), "question": text} for i, text in enumerate(texts)])
     assert found.negated == [True, True, True, False, False]
     assert found.numeric == [False, False, False, True, False]

@@ -11,7 +11,15 @@ from medqlora.examples import DataError
 from medqlora.preparation import count_reasons, prepare, prepare_plan
 from medqlora.tokens import make_encoder
 
-QUESTION = {"id": "a", "question": "Which of these is right?", "opa": "1", "opb": "2", "opc": "3", "opd": "4", "cop": 4}
+QUESTION = {
+    "id": "a",
+    "question": "Which of these is right?",
+    "opa": "1",
+    "opb": "2",
+    "opc": "3",
+    "opd": "4",
+    "cop": 4,
+}
 
 
 @pytest.fixture
@@ -22,20 +30,35 @@ def make(tmp_path, demo_tokenizer):
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
             return str(path)
 
-        entries = [{"format": "medmcqa", "path": write(f"train{i}", rows), **more} for i, (rows, more) in enumerate(train)]
+        entries = [
+            {"format": "medmcqa", "path": write(f"train{i}", rows), **more}
+            for i, (rows, more) in enumerate(train)
+        ]
         held_out = [{"format": "medmcqa", "path": write("eval", evaluation)}] if evaluation else []
-        config = Config(model={"base": "x"}, data={"train": entries, "eval": held_out, "cache_dir": str(tmp_path / "cache"), **data})
+        config = Config(
+            model={"base": "x"},
+            data={"train": entries, "eval": held_out, "cache_dir": str(tmp_path / "cache"), **data},
+        )
         return config, prepare(config, make_encoder(demo_tokenizer))
 
     return make
 
 
 def rows(count, start=0):
-    return [QUESTION | {"id": str(i), "question": f"Which is number {i}?"} for i in range(start, start + count)]
+    return [
+        QUESTION | {"id": str(i), "question": f"Which is number {i}?"}
+        for i in range(start, start + count)
+    ]
 
 
 def test_training_rows_of_the_evaluation_set_are_removed_and_listed(make):
-    same = QUESTION | {"id": "x", "question": "which of THESE is right", "opa": "4", "opd": "1", "cop": 1}
+    same = QUESTION | {
+        "id": "x",
+        "question": "which of THESE is right",
+        "opa": "4",
+        "opd": "1",
+        "cop": 1,
+    }
     _, prepared = make([([*rows(5), same], {})], [QUESTION])
     assert "x" not in prepared.train.names
     assert [(r.id, "eval.jsonl line 1" in r.reason) for r in prepared.removals] == [("x", True)]
@@ -85,9 +108,14 @@ def test_duplicates_and_unlabelled_rows(make):
 
 def test_no_test_question_of_the_demonstration_is_in_its_training_data():
     def questions(name):
-        return {json.loads(line)["question"] for line in (DEMO / "data" / f"{name}.jsonl").read_text().splitlines()}
+        return {
+            json.loads(line)["question"]
+            for line in (DEMO / "data" / f"{name}.jsonl").read_text().splitlines()
+        }
 
-    train, validation, test = questions("train"), questions("validation"), questions("test")
+    train = questions("train")
+    validation = questions("validation")
+    test = questions("test")
     assert len(train) >= 2000
     assert len(validation) >= 300
     assert len(test) >= 500

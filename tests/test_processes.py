@@ -1,4 +1,6 @@
-"""Processes that fail, die, differ or never come: one clear line, code 2 everywhere, no hang, nothing lost."""
+"""Processes that fail, die, differ or never come: one clear line, code 2 everywhere, no hang,
+nothing lost.
+"""
 
 import contextlib
 import json
@@ -22,34 +24,89 @@ STEPS = 24
 
 def flags(output: Path, cache: Path, *more: str) -> list[str]:
     return [
-        "--output_dir", str(output), "--data.cache_dir", str(cache), "--data.test", "[]", "--data.eval", "[]",
-        "--data.train.0.limit", "600", "--training.epochs", "9", "--training.gradient_checkpointing", "none", "--training.max_steps", str(STEPS), "--training.max_tokens_per_batch", "512",
-        "--training.global_batch_tokens", "2048", "--training.save_steps", "4", "--model.dtype", "float32", *more,
-    ]  # fmt: skip
+        "--output_dir",
+        str(output),
+        "--data.cache_dir",
+        str(cache),
+        "--data.test",
+        "[]",
+        "--data.eval",
+        "[]",
+        "--data.train.0.limit",
+        "600",
+        "--training.epochs",
+        "9",
+        "--training.gradient_checkpointing",
+        "none",
+        "--training.max_steps",
+        str(STEPS),
+        "--training.max_tokens_per_batch",
+        "512",
+        "--training.global_batch_tokens",
+        "2048",
+        "--training.save_steps",
+        "4",
+        "--model.dtype",
+        "float32",
+        *more,
+    ]
 
 
-def start_ranks(commands: list[list[str]], environments: list[dict] | None = None) -> list[subprocess.Popen]:
+def start_ranks(
+    commands: list[list[str]], environments: list[dict] | None = None
+) -> list[subprocess.Popen]:
     """One process per command, as a launcher would start them, each to be looked at by itself."""
     with socket.create_server(("127.0.0.1", 0)) as found:
         port = found.getsockname()[1]
     ranks = []
     for rank, command in enumerate(commands):
-        environment = os.environ | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(commands)), "LOCAL_WORLD_SIZE": str(len(commands)),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        } | ((environments or [{}] * len(commands))[rank])  # fmt: skip
-        ranks.append(subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        environment = (
+            os.environ
+            | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(len(commands)),
+                "LOCAL_WORLD_SIZE": str(len(commands)),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            | ((environments or [{}] * len(commands))[rank])
+        )
+        ranks.append(
+            subprocess.Popen(
+                [sys.executable, *command],
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
     return ranks
 
 
-def finish_ranks(ranks: list[subprocess.Popen], seconds: float = 120) -> tuple[list[int], list[str], list[str]]:
+def finish_ranks(
+    ranks: list[subprocess.Popen], seconds: float = 120
+) -> tuple[list[int], list[str], list[str]]:
     shown = [rank.communicate(timeout=seconds) for rank in ranks]
     return [rank.returncode for rank in ranks], [out for out, _ in shown], [err for _, err in shown]
 
 
 def complaints(text: str) -> list[str]:
-    noise = ("Warning", "warnings.warn", "[W", "[E", "return func", "Setting accelerator to CPU", "Failed to load CPU")
-    return [line for line in text.splitlines() if line.strip() and not any(word in line for word in noise)]
+    noise = (
+        "Warning",
+        "warnings.warn",
+        "[W",
+        "[E",
+        "return func",
+        "Setting accelerator to CPU",
+        "Failed to load CPU",
+    )
+    return [
+        line
+        for line in text.splitlines()
+        if line.strip() and not any(word in line for word in noise)
+    ]
 
 
 OTHER_TORCH = """
@@ -61,8 +118,16 @@ sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 FAILING = {
-    "batch arithmetic": (["--training.global_batch_tokens", "1536"], {}, "not a multiple of max_tokens_per_batch 512 x 2"),
-    "missing data, found by rank 0 alone": (["--data.train.0.path", "/nowhere.jsonl"], {}, "no file or folder"),
+    "batch arithmetic": (
+        ["--training.global_batch_tokens", "1536"],
+        {},
+        "not a multiple of max_tokens_per_batch 512 x 2",
+    ),
+    "missing data, found by rank 0 alone": (
+        ["--data.train.0.path", "/nowhere.jsonl"],
+        {},
+        "no file or folder",
+    ),
     "fp16 engine": ([], {"ACCELERATE_MIXED_PRECISION": "fp16"}, "the recipe owns the dtype"),
     "a run of another recipe": (["--resume", "--training.lr", "1e-9"], {}, "training.lr was"),
 }
@@ -77,7 +142,9 @@ def test_mistake_ends_all_ranks_with_code_2_and_one_line_of_rank_0(tmp_path, mis
         from medqlora.config import dump_config, load_config
 
         overrides = flags(tmp_path / "run", tmp_path / "cache")[2:]
-        (tmp_path / "run" / "config.yaml").write_text(dump_config(load_config(ROOT / "recipes" / "configs" / "demo.yaml", overrides)))
+        (tmp_path / "run" / "config.yaml").write_text(
+            dump_config(load_config(ROOT / "recipes" / "configs" / "demo.yaml", overrides))
+        )
     command = [str(RECIPE), *flags(tmp_path / "run", tmp_path / "cache", *more)]
     codes, _, errors = finish_ranks(start_ranks([command] * 2, [environment] * 2))
     assert codes == [2, 2], errors
@@ -95,7 +162,9 @@ def test_different_packages_and_different_configurations_are_named(tmp_path):
     assert codes == [2, 2], errors
     assert "rank 1 on" in complaints(errors[0])[0]
     assert "has torch 1.0, rank 0" in complaints(errors[0])[0]
-    codes, _, errors = finish_ranks(start_ranks([[str(RECIPE), *common], [str(RECIPE), *common, "--training.lr", "1e-5"]]))
+    codes, _, errors = finish_ranks(
+        start_ranks([[str(RECIPE), *common], [str(RECIPE), *common, "--training.lr", "1e-5"]])
+    )
     assert codes == [2, 2], errors
     assert "has config" in complaints(errors[0])[0]
 
@@ -167,23 +236,47 @@ def test_others_wait_on_a_file_longer_than_a_collective_may_take(tmp_path):
 
 @pytest.mark.slow
 def test_failure_of_the_one_that_works_reaches_those_that_wait(tmp_path):
-    codes, shown, errors = finish_ranks(start_ranks([["-c", WAITING, str(tmp_path / "cache"), "fail"]] * 2))
+    codes, shown, errors = finish_ranks(
+        start_ranks([["-c", WAITING, str(tmp_path / "cache"), "fail"]] * 2)
+    )
     assert codes == [0, 0], errors
     assert [text.splitlines()[-1] for text in shown] == ["line 7: no label"] * 2
 
 
-# ---- faults under the launcher --------------------------------------------------------------------------------------------
+# ---- faults under the launcher -------------------------------------------------------------------
 
 
 def launch(output: Path, cache: Path, *more: str, restarts: int = 0, **options) -> subprocess.Popen:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_configs" / "ddp.yaml",
-               "--main_process_port", "0", "--max_restarts", restarts, RECIPE, *flags(output, cache, *more)]  # fmt: skip
-    return subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        ROOT / "accelerate_configs" / "ddp.yaml",
+        "--main_process_port",
+        "0",
+        "--max_restarts",
+        restarts,
+        RECIPE,
+        *flags(output, cache, *more),
+    ]
+    return subprocess.Popen(
+        list(map(str, command)),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
 
 
 def read_losses(run: Path) -> list[tuple[int, float]]:
     path = run / "train_log.jsonl"
-    return [(row["step"], row["loss"]) for row in map(json.loads, path.read_text().splitlines())] if path.exists() else []
+    return (
+        [(row["step"], row["loss"]) for row in map(json.loads, path.read_text().splitlines())]
+        if path.exists()
+        else []
+    )
 
 
 def wait_for_steps(process: subprocess.Popen, run: Path, count: int) -> None:
@@ -227,7 +320,9 @@ def test_killed_rank_ends_the_job_in_seconds_and_is_named(uninterrupted, tmp_pat
 
 @pytest.mark.slow
 def test_elastic_restart_resumes_and_equals_the_uninterrupted_run(uninterrupted, tmp_path):
-    """Two kills of a random rank at random moments; the launcher was told no more than --max_restarts."""
+    """Two kills of a random rank at random moments; the launcher was told no more than
+    --max_restarts.
+    """
     process = launch(tmp_path / "run", uninterrupted / "cache", restarts=4)
     for steps in (5, 12):
         wait_for_steps(process, tmp_path / "run", steps)
@@ -242,7 +337,9 @@ def test_elastic_restart_resumes_and_equals_the_uninterrupted_run(uninterrupted,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "whom"), [(signal.SIGTERM, "launcher"), (signal.SIGUSR1, "one rank")])
+@pytest.mark.parametrize(
+    ("number", "whom"), [(signal.SIGTERM, "launcher"), (signal.SIGUSR1, "one rank")]
+)
 def test_preemption_writes_a_checkpoint_and_resumes_alone(uninterrupted, tmp_path, number, whom):
     process = launch(tmp_path / "run", uninterrupted / "cache", "--training.save_steps", "1000")
     wait_for_steps(process, tmp_path / "run", 5)
@@ -273,22 +370,41 @@ def interrupted(uninterrupted, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["full disk", "no folder"])
-def test_checkpoint_that_cannot_be_written_is_said_once_and_earlier_ones_stay(uninterrupted, interrupted, tmp_path, fault):
-    """The operating system itself refuses: a limit on the size of files stands for the full disk."""
+def test_checkpoint_that_cannot_be_written_is_said_once_and_earlier_ones_stay(
+    uninterrupted, interrupted, tmp_path, fault
+):
+    """The operating system itself refuses: a limit on the size of files stands for the full
+    disk.
+    """
     run = tmp_path / "run"
     shutil.copytree(interrupted, run)
     (saved,) = (run / "checkpoints").iterdir()
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
-    common = [str(RECIPE), *flags(run, uninterrupted / "cache", "--resume", "--training.save_steps", "1")]
+    common = [
+        str(RECIPE),
+        *flags(run, uninterrupted / "cache", "--resume", "--training.save_steps", "1"),
+    ]
     if fault == "full disk":
-        limit = (1_500_000, 1_500_000)  # bytes: more than the adapter, less than the optimizer's states
-        resource_limit = f"import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, {limit})\n"
-        command = ["-c", resource_limit + "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')", *common]
+        # bytes: more than the adapter, less than the optimizer's states
+        limit = (1_500_000, 1_500_000)
+        resource_limit = (
+            "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+            f" resource.setrlimit(resource.RLIMIT_FSIZE, {limit})\n"
+        )
+        command = [
+            "-c",
+            resource_limit
+            + "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0],"
+            " run_name='__main__')",
+            *common,
+        ]
         message = "cannot be written: "
     else:
         shutil.move(run / "checkpoints", tmp_path / "kept")
         (run / "checkpoints").write_text("not a folder")
-        saved, command, message = tmp_path / "kept" / saved.name, common, "cannot be written: "
+        saved = tmp_path / "kept" / saved.name
+        command = common
+        message = "cannot be written: "
     codes, _, errors = finish_ranks(start_ranks([command] * 2))
     assert codes == [2, 2], errors
     assert len(complaints(errors[0])) == 1, errors[0]
@@ -297,6 +413,5 @@ def test_checkpoint_that_cannot_be_written_is_said_once_and_earlier_ones_stay(un
     assert complaints(errors[1]) == []
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
     if fault == "full disk":
-        assert [path.name for path in (run / "checkpoints").iterdir()] == [saved.name]  # nothing half written is left
-
-
+        # nothing half written is left
+        assert [path.name for path in (run / "checkpoints").iterdir()] == [saved.name]

@@ -24,7 +24,9 @@ SKIPPED = {
 def commands() -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    found = [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+    found = [
+        line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")
+    ]
     return [line for line in found if not line.startswith(tuple(SKIPPED))]
 
 
@@ -36,19 +38,38 @@ def test_readme_has_commands():
 def test_files_named_in_commands_exist():
     for command in commands():
         for word in shlex.split(command):
-            if re.fullmatch(r"(recipes|eval|launch|accelerate_configs)/[\w./-]+\.(py|sh|yaml|jsonl)", word):
+            if re.fullmatch(
+                r"(recipes|eval|launch|accelerate_configs)/[\w./-]+\.(py|sh|yaml|jsonl)", word
+            ):
                 assert (ROOT / word).exists(), f"{word} in: {command}"
 
 
 @pytest.mark.slow
 def test_commands_run(tmp_path):
     copy = tmp_path / "copy"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv*", "runs", ".git", "__pycache__", ".*_cache", "*.egg-info"))
+    shutil.copytree(
+        ROOT,
+        copy,
+        ignore=shutil.ignore_patterns(
+            ".venv*", "runs", ".git", "__pycache__", ".*_cache", "*.egg-info"
+        ),
+    )
     binaries = Path(sys.executable).parent
-    environment = os.environ | {"PATH": f"{binaries}:{os.environ['PATH']}", "VIRTUAL_ENV": str(binaries.parent), "PYTHONPATH": str(copy),
-                                "MEDQLORA_SKIP_INSTALL": "1"}  # fmt: skip
+    environment = os.environ | {
+        "PATH": f"{binaries}:{os.environ['PATH']}",
+        "VIRTUAL_ENV": str(binaries.parent),
+        "PYTHONPATH": str(copy),
+        "MEDQLORA_SKIP_INSTALL": "1",
+    }
     for command in commands():
-        done = subprocess.run(["bash", "-c", command], cwd=copy, env=environment, capture_output=True, text=True, timeout=900)
+        done = subprocess.run(
+            ["bash", "-c", command],
+            cwd=copy,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     metrics = json.loads((copy / "runs" / "demo" / "metrics.json").read_text())
     assert metrics["accuracy"] >= 0.8
@@ -62,16 +83,44 @@ def test_commands_run(tmp_path):
 def test_what_users_type_first(tmp_path):
     """Word for word, without a single argument."""
     copy = tmp_path / "copy"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv*", "runs", ".git", "__pycache__", ".*_cache", "*.egg-info", "results"))
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(copy)}
+    shutil.copytree(
+        ROOT,
+        copy,
+        ignore=shutil.ignore_patterns(
+            ".venv*", "runs", ".git", "__pycache__", ".*_cache", "*.egg-info", "results"
+        ),
+    )
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(copy),
+    }
     for command in ("python bench/memory.py", "python bench/throughput.py"):
-        done = subprocess.run(["bash", "-c", command], cwd=copy, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            ["bash", "-c", command],
+            cwd=copy,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
         assert "recipes/demo/base" in done.stdout or "tokens/s" in done.stdout
-    process = subprocess.Popen(["bash", "-c", "exec accelerate launch recipes/sft_qlora.py"], cwd=copy, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        ["bash", "-c", "exec accelerate launch recipes/sft_qlora.py"],
+        cwd=copy,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     log = copy / "runs" / "demo" / "train_log.jsonl"
     began = time.monotonic()
-    while process.poll() is None and time.monotonic() - began < 300 and not (log.is_file() and len(log.read_text().splitlines()) >= 3):
+    while (
+        process.poll() is None
+        and time.monotonic() - began < 300
+        and not (log.is_file() and len(log.read_text().splitlines()) >= 3)
+    ):
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGTERM)  # a step later it ends with a checkpoint
     printed, _ = process.communicate(timeout=120)

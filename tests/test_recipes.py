@@ -22,7 +22,9 @@ def test_recipe_loads_and_its_arithmetic_works(path):
     assert config.data.train
     for ranks in (1, 2, 4):
         if ranks == 1 or path.stem != "demo":
-            derive_accumulation(config.training.global_batch_tokens, config.training.max_tokens_per_batch, ranks)
+            derive_accumulation(
+                config.training.global_batch_tokens, config.training.max_tokens_per_batch, ranks
+            )
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -34,7 +36,9 @@ def test_recipe_states_only_what_differs(path):
     for name, section in tree.items():
         fields = Config.model_fields[name].annotation.model_fields
         for key, value in section.items():
-            assert fields[key].is_required() or fields[key].default != value, f"{name}.{key} is the default"
+            assert fields[key].is_required() or fields[key].default != value, (
+                f"{name}.{key} is the default"
+            )
 
 
 @pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)

@@ -1,4 +1,6 @@
-"""What is asked and how answers are read: against transformers' own logits, and against the reference harness's record."""
+"""What is asked and how answers are read: against transformers' own logits, and against the
+reference harness's record.
+"""
 
 import dataclasses
 
@@ -16,7 +18,17 @@ from medqlora.engines.interface import Sampling
 from medqlora.examples import LETTERS, MultipleChoice, OpenAnswer, Passage, read_examples
 from medqlora.models import load_base
 from medqlora.prompts import PromptError, candidates, parse_answer, render
-from medqlora.scoring import Method, ScoringError, answer, ask, choose_orders, count_common, find_nearest, predict, reorder
+from medqlora.scoring import (
+    Method,
+    ScoringError,
+    answer,
+    ask,
+    choose_orders,
+    count_common,
+    find_nearest,
+    predict,
+    reorder,
+)
 from medqlora.tokens import encode_text, make_encoder, prefix_text
 
 CPU = torch.device("cpu")
@@ -34,22 +46,38 @@ def rows_of(engine, encoder, asked, shared, method):
 
 
 def reference(model, prefix, options):
-    """Sum of log-probabilities of each option's tokens after the prefix, one unpacked row at a time."""
+    """Sum of log-probabilities of each option's tokens after the prefix, one unpacked row at a
+    time.
+    """
     values = []
     for option in options:
         ids = torch.tensor([prefix + option])
         with torch.no_grad():
             logprobs = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
-        values.append(sum(logprobs[len(prefix) - 1 + i, token].item() for i, token in enumerate(option)))
+        values.append(
+            sum(logprobs[len(prefix) - 1 + i, token].item() for i, token in enumerate(option))
+        )
     return values
 
 
 @pytest.mark.parametrize("folder", ["demo", "stories260k"])
-@pytest.mark.parametrize("method", [Method(), Method(scoring="cloze"), Method(num_fewshot=2), Method(num_fewshot=2, fewshot="nearest")], ids=str)
+@pytest.mark.parametrize(
+    "method",
+    [
+        Method(),
+        Method(scoring="cloze"),
+        Method(num_fewshot=2),
+        Method(num_fewshot=2, fewshot="nearest"),
+    ],
+    ids=str,
+)
 def test_scores_equal_transformers(folder, method):
-    """Letters of one and of several tokens, option texts, shared few-shot prefixes: each against a plain forward pass."""
+    """Letters of one and of several tokens, option texts, shared few-shot prefixes: each against a
+    plain forward pass.
+    """
     path = DEMO / "base" if folder == "demo" else real("models/stories260k")
-    examples, pool = read_examples(DEMO_TEST, "test")[0], read_examples(DEMO_TRAIN, "train")[0]
+    examples = read_examples(DEMO_TEST, "test")[0]
+    pool = read_examples(DEMO_TRAIN, "train")[0]
     encoder = make_encoder(AutoTokenizer.from_pretrained(path), "plain")
     asked, shared = ask(encoder, examples, method, pool, 512)
     assert (shared > 40) is (method.num_fewshot > 0 and method.fewshot == "fixed")
@@ -64,20 +92,33 @@ def test_scores_equal_transformers(folder, method):
             assert row["prediction"] == LETTERS[int(np.argmax(expected))]
             assert row["letter_mass"] == pytest.approx(np.exp(expected).sum(), rel=1e-4)
         else:
-            per_character = [value / len(option) for value, option in zip(expected, entry.example.options, strict=True)]
-            assert row["prediction"] == row["predictions"]["character"] == LETTERS[int(np.argmax(per_character))]
+            per_character = [
+                value / len(option)
+                for value, option in zip(expected, entry.example.options, strict=True)
+            ]
+            assert (
+                row["prediction"]
+                == row["predictions"]["character"]
+                == LETTERS[int(np.argmax(per_character))]
+            )
             assert row["predictions"]["raw"] == LETTERS[int(np.argmax(expected))]
 
 
 @pytest.mark.parametrize("task", ["medmcqa", "medqa", "pubmedqa"])
 def test_equal_to_the_reference_harness(task):
-    """All questions of the three files in style lm_eval against what lm-evaluation-harness 0.4.13 computed for them in
-    float32 (bench/peers/lm_eval_scores.py --record): the same predictions, log-likelihoods within 1e-4. The model reads 512
-    tokens, so that most MedQA prompts are cut from the left."""
-    files = {"medmcqa": "medmcqa/validation_part.jsonl", "medqa": "medqa/dev_4_options.jsonl", "pubmedqa": "pubmedqa/pqal_train.json"}
+    """All questions of the three files in style lm_eval against what lm-evaluation-harness 0.4.13
+    computed for them in float32 (bench/peers/lm_eval_scores.py --record): the same predictions,
+    log-likelihoods within 1e-4. The model reads 512 tokens, so that most MedQA prompts are cut from
+    the left."""
+    files = {
+        "medmcqa": "medmcqa/validation_part.jsonl",
+        "medqa": "medqa/dev_4_options.jsonl",
+        "pubmedqa": "pubmedqa/pqal_train.json",
+    }
     path = real("models/stories260k")
     examples, _ = read_examples(DataEntry(format=task, path=str(real(files[task]))), "all")
-    recorded = np.load(ROOT / "tests" / "recorded" / "lm_eval_0.4.13_stories260k.npz")[task]  # [questions, options]
+    # [questions, options]
+    recorded = np.load(ROOT / "tests" / "recorded" / "lm_eval_0.4.13_stories260k.npz")[task]
     encoder = make_encoder(AutoTokenizer.from_pretrained(path), "lm_eval")
     rows = answer(HfEngine(*load(path)), encoder, examples, "m", 512)
     found = np.array([list(row["option_logprobs"].values()) for row in rows])
@@ -88,9 +129,13 @@ def test_equal_to_the_reference_harness(task):
 
 
 def test_prompts_that_are_too_long():
-    """Style lm_eval cuts from the left; other styles cut the context, never question, options or answer."""
+    """Style lm_eval cuts from the left; other styles cut the context, never question, options or
+    answer.
+    """
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "base")
-    example = MultipleChoice("q", "Which one?", ("yes", "no"), 0, "mcq", "here", context=("word " * 400, "end"))
+    example = MultipleChoice(
+        "q", "Which one?", ("yes", "no"), 0, "mcq", "here", context=("word " * 400, "end")
+    )
     with pytest.raises(PromptError, match="no place for a question's context"):
         ask(make_encoder(tokenizer, "lm_eval"), [example], Method(), (), 100)
     wordy = dataclasses.replace(example, question="word " * 400, context=())
@@ -108,31 +153,46 @@ def test_prompts_that_are_too_long():
     generating = Method(scoring="generate", max_new_tokens=20)
     asked, _ = ask(make_encoder(tokenizer, "lm_eval"), [wordy], generating, (), 100)
     assert len(asked[0].requests[0].prefix) == 80
-    assert HfEngine(*load(DEMO / "base")).generate([asked[0].requests[0].prefix], Sampling(20, (0,), str))
+    assert HfEngine(*load(DEMO / "base")).generate(
+        [asked[0].requests[0].prefix], Sampling(20, (0,), str)
+    )
     with pytest.raises(ScoringError, match="without its context, the model has room for 8"):
         ask(make_encoder(tokenizer, "plain"), [example], Method(), (), 8)
 
 
 @pytest.mark.parametrize("style", ["plain", "lm_eval"])
 def test_option_tokens_are_those_of_the_whole_text(tokenizer, style):
-    """Prompt and option encoded together, cut at the prompt's length, as the reference harness does."""
+    """Prompt and option encoded together, cut at the prompt's length, as the reference harness
+    does.
+    """
     encoder = make_encoder(tokenizer, style)
-    examples = [MultipleChoice("q", "Is it?", ("α-blocker", "no"), 0, "medmcqa", "s"), MultipleChoice("p", "Is it?", ("yes", "no", "maybe"), 0, "pubmedqa", "s", context=("Seen.",))]
+    examples = [
+        MultipleChoice("q", "Is it?", ("α-blocker", "no"), 0, "medmcqa", "s"),
+        MultipleChoice(
+            "p", "Is it?", ("yes", "no", "maybe"), 0, "pubmedqa", "s", context=("Seen.",)
+        ),
+    ]
     asked, _ = ask(encoder, examples, Method(), (), None)
     for entry, example in zip(asked, examples, strict=True):
         prompt = render(example, style, "letter")
         (request,) = entry.requests
         for option, text in zip(request.options, candidates(example, style), strict=True):
-            whole = [*encoder.leading_ids, *encode_text(tokenizer, prefix_text(encoder, prompt) + text)]
+            whole = [
+                *encoder.leading_ids,
+                *encode_text(tokenizer, prefix_text(encoder, prompt) + text),
+            ]
             assert request.prefix + option == whole
 
 
 @pytest.mark.parametrize("style", ["chat", "plain", "lm_eval"])
 def test_few_shot_text(tokenizer, style):
-    """Worked examples are whole training rows before the question, and never a question that is asked."""
+    """Worked examples are whole training rows before the question, and never a question that is
+    asked.
+    """
     if style == "chat" and not tokenizer.chat_template:
         pytest.skip("no chat template")
-    examples, pool = read_examples(DEMO_TEST, "test")[0][:3], read_examples(DEMO_TRAIN, "train")[0][:20]
+    examples = read_examples(DEMO_TEST, "test")[0][:3]
+    pool = read_examples(DEMO_TRAIN, "train")[0][:20]
     encoder = make_encoder(tokenizer, style)
     asked, _shared = ask(encoder, examples, Method(num_fewshot=2), [*pool[:2], examples[0]], None)
     text = tokenizer.decode(asked[1].requests[0].prefix)
@@ -144,16 +204,25 @@ def test_few_shot_text(tokenizer, style):
         order = sorted(pool[:2], key=lambda shot: text.index(shot.question))
         for shot in order:
             prompt = render(shot, "chat", "letter")
-            messages += [{"role": "user", "content": prompt.user}, {"role": "assistant", "content": prompt.completion}]
+            messages += [
+                {"role": "user", "content": prompt.user},
+                {"role": "assistant", "content": prompt.completion},
+            ]
         messages.append({"role": "user", "content": render(examples[1], "chat", "letter").user})
-        whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024")
+        whole = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024"
+        )
         assert asked[1].requests[0].prefix == encode_text(tokenizer, whole)
     with pytest.raises(ScoringError, match="--num_fewshot 5: 2 labelled examples are left of 3"):
         ask(encoder, examples, Method(num_fewshot=5), [*pool[:2], examples[0]], None)
 
 
 def test_nearest_examples():
-    pool = ["fever and cough after travel", "broken bone in the hand", "vitamin C deficiency scurvy gums"]
+    pool = [
+        "fever and cough after travel",
+        "broken bone in the hand",
+        "vitamin C deficiency scurvy gums",
+    ]
     assert find_nearest(pool, ["bleeding gums, which vitamin deficiency?"], 1) == [[2]]
     assert find_nearest(pool, ["a broken hand with fever"], 2)[0][-1] == 1
 
@@ -173,7 +242,11 @@ def test_orders_show_every_option(n, permutations):
         assert sorted(shown.options) == sorted(example.options)
         assert shown.options[shown.answer] == example.options[example.answer]
     whole = orders[: len(orders) // n * n]  # rotations: each option at each position equally often
-    assert all(column.count(option) == len(whole) // n for column in zip(*whole, strict=True) for option in range(n))
+    assert all(
+        column.count(option) == len(whole) // n
+        for column in zip(*whole, strict=True)
+        for option in range(n)
+    )
 
 
 def test_permuted_scores_are_averaged_per_option(demo_tokenizer):
@@ -184,14 +257,19 @@ def test_permuted_scores_are_averaged_per_option(demo_tokenizer):
     asked, shared = ask(encoder, examples, method, (), 512)
     rows = rows_of(engine, encoder, asked, shared, method)
     for example in examples[:5]:
-        row, chances = rows[example.id], {letter: [] for letter in "ABCD"}
+        row = rows[example.id]
+        chances = {letter: [] for letter in "ABCD"}
         for order, logprobs in row["permutations"].items():
-            shown = dataclasses.replace(example, options=tuple(example.options[LETTERS.index(letter)] for letter in order))
+            shown = dataclasses.replace(
+                example, options=tuple(example.options[LETTERS.index(letter)] for letter in order)
+            )
             alone = answer(engine, encoder, [shown], "m", 512)[0]["option_logprobs"]
             assert logprobs == pytest.approx(list(alone.values()), abs=1e-4)
             for letter, value in zip(order, logprobs, strict=True):
                 chances[letter].append(np.exp(value))
-        assert {k: np.exp(v) for k, v in row["option_logprobs"].items()} == pytest.approx({k: np.mean(v) for k, v in chances.items()})
+        assert {k: np.exp(v) for k, v in row["option_logprobs"].items()} == pytest.approx(
+            {k: np.mean(v) for k, v in chances.items()}
+        )
 
 
 def test_generated_answers_are_parsed_or_left_open(demo_tokenizer):
@@ -228,7 +306,9 @@ def test_samples_vote(demo_tokenizer):
     for row in rows.values():
         assert len(row["samples"]) == 5
         parsed = [parse_answer(text, tuple(row["options"])) for text in row["samples"]]
-        assert row["votes"] == {letter: n for i, letter in enumerate("ABCD") if (n := parsed.count(i))}
+        assert row["votes"] == {
+            letter: n for i, letter in enumerate("ABCD") if (n := parsed.count(i))
+        }
         if row["votes"]:
             assert row["votes"][row["prediction"]] == max(row["votes"].values())
         else:
@@ -240,10 +320,22 @@ def test_perplexity_asks_for_every_token_once():
     tokenizer = AutoTokenizer.from_pretrained(path)
     encoder = make_encoder(tokenizer, "plain")
     text = "Once upon a time there was a little girl who had a fever. " * 30
-    (short, long), _ = ask(encoder, [Passage("a", text[:200], "text", "s"), Passage("b", text, "text", "s")], Method(scoring="perplexity"), (), 128)
-    assert [token for request in long.requests for token in request.options[0]] == encode_text(tokenizer, text)
-    assert all(len(request.prefix) + len(request.options[0]) - 1 <= 128 for request in long.requests)
-    row = rows_of(HfEngine(*load(path), 512), encoder, [short], 0, Method(scoring="perplexity"))["a"]
+    (short, long), _ = ask(
+        encoder,
+        [Passage("a", text[:200], "text", "s"), Passage("b", text, "text", "s")],
+        Method(scoring="perplexity"),
+        (),
+        128,
+    )
+    assert [token for request in long.requests for token in request.options[0]] == encode_text(
+        tokenizer, text
+    )
+    assert all(
+        len(request.prefix) + len(request.options[0]) - 1 <= 128 for request in long.requests
+    )
+    row = rows_of(HfEngine(*load(path), 512), encoder, [short], 0, Method(scoring="perplexity"))[
+        "a"
+    ]
     plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     ids = torch.tensor([[tokenizer.bos_token_id, *encode_text(tokenizer, text[:200])]])
     with torch.no_grad():
@@ -255,10 +347,25 @@ def test_perplexity_asks_for_every_token_once():
 @pytest.mark.parametrize(
     ("example", "method", "message"),
     [
-        (OpenAnswer("o", "What?", "That.", "qa", "s"), Method(), "--scoring letters is for multiple-choice questions; this data holds open questions: use generate"),
+        (
+            OpenAnswer("o", "What?", "That.", "qa", "s"),
+            Method(),
+            (
+                "--scoring letters is for multiple-choice questions; this data holds open"
+                " questions: use generate"
+            ),
+        ),
         (Passage("t", "text", "text", "s"), Method(scoring="generate"), "use perplexity"),
-        (MultipleChoice("q", "?", ("a", "b"), 0, "mcq", "s"), Method(scoring="generate", samples=3), "would be 3 equal answers; set --temperature"),
-        (MultipleChoice("q", "?", ("yes", "no", "maybe"), 0, "pubmedqa", "s"), Method(permutations=3, scoring="cloze"), "show their options"),
+        (
+            MultipleChoice("q", "?", ("a", "b"), 0, "mcq", "s"),
+            Method(scoring="generate", samples=3),
+            "would be 3 equal answers; set --temperature",
+        ),
+        (
+            MultipleChoice("q", "?", ("yes", "no", "maybe"), 0, "pubmedqa", "s"),
+            Method(permutations=3, scoring="cloze"),
+            "show their options",
+        ),
     ],
 )
 def test_methods_that_do_not_fit(demo_tokenizer, example, method, message):
@@ -281,6 +388,11 @@ def test_key_tells_every_change(demo_tokenizer):
     def key(example, run="r", **changes) -> str:
         return ask(encoder, [example], Method(**changes))[0][0].key(run)
 
-    changed = [key(example, "other"), key(dataclasses.replace(example, id="p")), key(dataclasses.replace(example, question="Who?")), key(example, scoring="cloze")]
+    changed = [
+        key(example, "other"),
+        key(dataclasses.replace(example, id="p")),
+        key(dataclasses.replace(example, question="Who?")),
+        key(example, scoring="cloze"),
+    ]
     changed.append(key(dataclasses.replace(example, answer=1)))  # a corrected label is a new row
     assert len({key(example), *changed}) == 6

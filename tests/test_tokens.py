@@ -23,10 +23,27 @@ from medqlora.tokens import (
     prefix_text,
 )
 
-MCQ = MultipleChoice("q1", "Which falls?", ("Na", "K", "Ca", "Cl"), 2, "medmcqa", "f line 1", explanation="Calcium falls.")
-OPEN = OpenAnswer("q2", "What is sepsis?", "A dysregulated response to infection.", "medquad", "f line 2")
-PUBMEDQA = MultipleChoice("q3", "Does it help?", ("yes", "no", "maybe"), 0, "pubmedqa", "f line 3",
-                          context=tuple(f"Sentence {i} of the abstract." for i in range(60)))  # fmt: skip
+MCQ = MultipleChoice(
+    "q1",
+    "Which falls?",
+    ("Na", "K", "Ca", "Cl"),
+    2,
+    "medmcqa",
+    "f line 1",
+    explanation="Calcium falls.",
+)
+OPEN = OpenAnswer(
+    "q2", "What is sepsis?", "A dysregulated response to infection.", "medquad", "f line 2"
+)
+PUBMEDQA = MultipleChoice(
+    "q3",
+    "Does it help?",
+    ("yes", "no", "maybe"),
+    0,
+    "pubmedqa",
+    "f line 3",
+    context=tuple(f"Sentence {i} of the abstract." for i in range(60)),
+)
 
 # What the model must learn to write, spelled out: completion and end token, nothing else.
 SUPERVISED = {
@@ -52,13 +69,23 @@ def test_supervised_ids_are_completion_and_end_token(name, style):
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_threads_give_the_rows_of_one_after_the_other(name, monkeypatch):
-    """Rows that are cut, rows that cannot fit and plain ones, in small batches on all threads, and each alone."""
+    """Rows that are cut, rows that cannot fit and plain ones, in small batches on all threads, and
+    each alone.
+    """
     monkeypatch.setattr("medqlora.tokens.BATCH", 3)
     long = replace(MCQ, question="Which of them falls? " * 40)
-    examples = [replace(example, id=str(i)) for i in range(60) for example in [(MCQ, PUBMEDQA, OPEN, long)[i % 4]]]
+    examples = [
+        replace(example, id=str(i))
+        for i in range(60)
+        for example in [(MCQ, PUBMEDQA, OPEN, long)[i % 4]]
+    ]
     encoder = make_encoder(real_tokenizer(name))
     table, removals = encode_examples(encoder, examples, 128, drop=True)
-    alone = [encode_examples(encoder, [example], 128)[0] for example in examples if example.question is not long.question]
+    alone = [
+        encode_examples(encoder, [example], 128)[0]
+        for example in examples
+        if example.question is not long.question
+    ]
     assert table.ids.tolist() == [token for row in alone for token in row.ids]
     assert list(table.names) == [row.names[0] for row in alone]
     assert [removal.id for removal in removals] == [str(i) for i in range(3, 60, 4)]
@@ -90,14 +117,22 @@ def test_training_prefix_is_the_inference_prefix(tokenizer, style, completion):
     for example in (MCQ, PUBMEDQA):
         table, _ = encode_examples(encoder, [example], 4096)
         trained = table.ids[: table.prompt_lengths[0]].tolist()
-        assert trained == encode_prefixes(encoder, [render(replace(example, answer=None), style, completion)])[0]
+        assert (
+            trained
+            == encode_prefixes(encoder, [render(replace(example, answer=None), style, completion)])[
+                0
+            ]
+        )
 
 
 def test_chat_prefix_is_the_template_with_one_bos(tokenizer):
     encoder = make_encoder(tokenizer, "chat")
     prompt = render(MCQ, "chat", "letter")
     expected = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt.user}], add_generation_prompt=True, return_dict=True, date_string="26 Jul 2024"
+        [{"role": "user", "content": prompt.user}],
+        add_generation_prompt=True,
+        return_dict=True,
+        date_string="26 Jul 2024",
     )["input_ids"]
     ids = encode_prefixes(encoder, [prompt])[0]
     assert ids == expected
@@ -105,8 +140,12 @@ def test_chat_prefix_is_the_template_with_one_bos(tokenizer):
         assert ids.count(tokenizer.bos_token_id) == expected.count(tokenizer.bos_token_id)
 
 
-REAL = [("medqa", "medqa/dev_4_options.jsonl"), ("medmcqa", "medmcqa/validation_part.jsonl"),
-        ("pubmedqa", "pubmedqa/pqal_train.json"), ("medquad", "medquad/medquad.jsonl")]  # fmt: skip
+REAL = [
+    ("medqa", "medqa/dev_4_options.jsonl"),
+    ("medmcqa", "medmcqa/validation_part.jsonl"),
+    ("pubmedqa", "pubmedqa/pqal_train.json"),
+    ("medquad", "medquad/medquad.jsonl"),
+]
 
 
 @pytest.mark.parametrize(("format", "path"), REAL)
@@ -120,7 +159,9 @@ def test_real_rows_decode_to_their_answer(tokenizer, format, path, style):
     prefixes = encode_prefixes(encoder, prompts)
     completions = encode_completions(encoder, prompts, [prompt.completion for prompt in prompts])
     for prompt, prefix, completion in zip(prompts, prefixes, completions, strict=True):
-        whole = tokenizer(prefix_text(encoder, prompt) + prompt.completion, add_special_tokens=False)["input_ids"]
+        whole = tokenizer(
+            prefix_text(encoder, prompt) + prompt.completion, add_special_tokens=False
+        )["input_ids"]
         if style == "plain":
             whole = [*encoder.leading_ids, *whole]
         assert prefix + completion == whole
@@ -131,9 +172,15 @@ def test_candidates_are_distinct_and_continue_the_prefix(tokenizer):
         encoder = make_encoder(tokenizer, style)
         for example in (MCQ, PUBMEDQA):
             prompt = render(example, style, "letter")
-            (options,) = encode_candidates(encoder, [prompt], encode_prefixes(encoder, [prompt]), [candidates(example, style)])
+            (options,) = encode_candidates(
+                encoder, [prompt], encode_prefixes(encoder, [prompt]), [candidates(example, style)]
+            )
             assert len({tuple(option) for option in options}) == len(options)
-            trained = encode_completions(encoder, [render(example, style, "letter")], [render(example, style, "letter").completion])[0]
+            trained = encode_completions(
+                encoder,
+                [render(example, style, "letter")],
+                [render(example, style, "letter").completion],
+            )[0]
             assert options[example.answer] == trained
 
 
@@ -175,7 +222,9 @@ def test_row_without_answer_is_never_silent(tokenizer):
 
 def test_passages_are_split_and_supervised_from_their_second_token(tokenizer):
     encoder = make_encoder(tokenizer)
-    table, _ = encode_examples(encoder, [Passage("p", "The heart pumps blood. " * 60, "text", "f")], 64)
+    table, _ = encode_examples(
+        encoder, [Passage("p", "The heart pumps blood. " * 60, "text", "f")], 64
+    )
     assert len(table.lengths) > 3
     assert table.lengths.max() <= 64
     assert set(table.prompt_lengths) == {1}
@@ -183,15 +232,24 @@ def test_passages_are_split_and_supervised_from_their_second_token(tokenizer):
 
 
 def test_fingerprint_tells_prompts_apart(tokenizer):
-    prints = {fingerprint(make_encoder(tokenizer, style, completion)) for style in ("chat", "plain", "lm_eval")
-              for completion in ("letter", "letter_text")}  # fmt: skip
+    prints = {
+        fingerprint(make_encoder(tokenizer, style, completion))
+        for style in ("chat", "plain", "lm_eval")
+        for completion in ("letter", "letter_text")
+    }
     assert len(prints) == 5  # lm_eval has one completion
-    assert fingerprint(make_encoder(tokenizer, "chat")) == fingerprint(make_encoder(tokenizer, "auto"))
+    assert fingerprint(make_encoder(tokenizer, "chat")) == fingerprint(
+        make_encoder(tokenizer, "auto")
+    )
 
 
 @settings(max_examples=60, deadline=None)
-@given(question=st.text(min_size=1, max_size=80), options=st.lists(st.text(min_size=1, max_size=30), min_size=2, max_size=5),
-       answer=st.integers(0, 1), style=st.sampled_from(["plain", "lm_eval"]))  # fmt: skip
+@given(
+    question=st.text(min_size=1, max_size=80),
+    options=st.lists(st.text(min_size=1, max_size=30), min_size=2, max_size=5),
+    answer=st.integers(0, 1),
+    style=st.sampled_from(["plain", "lm_eval"]),
+)
 def test_any_text_keeps_prefix_and_end(demo_tokenizer, question, options, answer, style):
     example = MultipleChoice("q", question, tuple(options), answer, "medqa", "f")
     encoder = make_encoder(demo_tokenizer, style)
@@ -204,7 +262,9 @@ def test_any_text_keeps_prefix_and_end(demo_tokenizer, question, options, answer
 
 
 def test_template_that_writes_two_beginnings_is_refused(monkeypatch):
-    """Llama-3's template writes BOS; one that writes it twice would shift every position of every prompt."""
+    """Llama-3's template writes BOS; one that writes it twice would shift every position of every
+    prompt.
+    """
     tokenizer = copy.deepcopy(real_tokenizer("llama-3"))
     make_encoder(tokenizer, "chat")
     tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template

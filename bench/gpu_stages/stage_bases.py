@@ -1,4 +1,6 @@
-"""The adapter's gradients on every kind of base, dtype and recomputation, against the same weights dense in float32."""
+"""The adapter's gradients on every kind of base, dtype and recomputation, against the same weights
+dense in float32.
+"""
 
 import os
 import sys
@@ -20,19 +22,34 @@ from medqlora.stages import Stage, relative_error
 from medqlora.trials import make_table
 
 SHAPE = LlamaConfig(
-    hidden_size=512, intermediate_size=1408, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2, vocab_size=1000, pad_token_id=0,
-    bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
+    hidden_size=512,
+    intermediate_size=1408,
+    num_hidden_layers=3,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    vocab_size=1000,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 LENGTHS = np.array([70, 33, 120, 9, 64, 64])
-# All gradients together may have these relative errors; int8 rounds what comes in to 8 bits as well.
+# All gradients together may have these relative errors; int8 rounds what comes in to 8 bits as
+# well.
 LIMITS = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 INT8_LIMIT = 0.1
-SAME_LIMIT = 1e-2  # Recomputed gradients may differ from kept ones, because attention sums in any order on a GPU.
+# Recomputed gradients may differ from kept ones, because attention sums in any order on a GPU.
+SAME_LIMIT = 1e-2
 
 
 def main() -> int:
     stage = Stage.from_arguments(sys.argv[1:], __doc__)
-    dtypes = ["float32", "bfloat16"] if stage.small else ["bfloat16", "float16"] if stage.dtype is torch.bfloat16 else ["float16"]
+    dtypes = (
+        ["float32", "bfloat16"]
+        if stage.small
+        else ["bfloat16", "float16"]
+        if stage.dtype is torch.bfloat16
+        else ["float16"]
+    )
     for quantization in ("nf4", "fp4", "int8", "none"):
         for dtype in dtypes:
             check_base(stage, quantization, dtype, "lora")
@@ -51,15 +68,25 @@ def check_base(stage: Stage, quantization: str, dtype: str, variant: str) -> Non
     expected = read_gradients(stage, dense, "none", variant, "grouped")
     case = f"{quantization}, {dtype}, {variant}, attention {backend}"
     kept = read_gradients(stage, base, "none", variant, backend)
-    stage.check(f"gradients, {case}", relative_error(kept, expected), INT8_LIMIT if quantization == "int8" else LIMITS[compute])
+    stage.check(
+        f"gradients, {case}",
+        relative_error(kept, expected),
+        INT8_LIMIT if quantization == "int8" else LIMITS[compute],
+    )
     for mode in ("full", "offload"):
-        stage.check(f"gradients with {mode} against none, {case}", relative_error(read_gradients(stage, base, mode, variant, backend), kept), SAME_LIMIT)
+        stage.check(
+            f"gradients with {mode} against none, {case}",
+            relative_error(read_gradients(stage, base, mode, variant, backend), kept),
+            SAME_LIMIT,
+        )
 
 
 def copy_dense(base: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """transformers' own model in float32 with the weights that a quantized base multiplies with."""
     with torch.device(device):
-        dense = AutoModelForCausalLM.from_config(SHAPE, dtype=torch.float32, attn_implementation=IMPLEMENTATIONS["grouped"])
+        dense = AutoModelForCausalLM.from_config(
+            SHAPE, dtype=torch.float32, attn_implementation=IMPLEMENTATIONS["grouped"]
+        )
     ours = dict(base.named_modules())
     with torch.no_grad():
         for name, module in dense.named_modules():
@@ -82,7 +109,9 @@ def dequantize(linear: torch.nn.Module) -> torch.Tensor:
     return weight.float()
 
 
-def read_gradients(stage: Stage, base: torch.nn.Module, mode: str, variant: str, backend: str) -> torch.Tensor:
+def read_gradients(
+    stage: Stage, base: torch.nn.Module, mode: str, variant: str, backend: str
+) -> torch.Tensor:
     """Of a seeded adapter, all in one vector; the adapter is taken off again."""
     model = attach_adapter(base, Lora(r=8, variant=variant), 0)
     generator = torch.Generator().manual_seed(1)
@@ -93,9 +122,13 @@ def read_gradients(stage: Stage, base: torch.nn.Module, mode: str, variant: str,
         layer.gradient_checkpointing = False
     set_checkpointing(base, mode)
     table = make_table(LENGTHS, 5, SHAPE.vocab_size, 0)
-    loss = AnswerLoss(model.train(), 1024)(**move_batch(collate(table, np.arange(len(LENGTHS))), backend, stage.device))
+    loss = AnswerLoss(model.train(), 1024)(
+        **move_batch(collate(table, np.arange(len(LENGTHS))), backend, stage.device)
+    )
     loss.backward()
-    found = torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.requires_grad])
+    found = torch.cat(
+        [weight.grad.flatten() for weight in model.parameters() if weight.requires_grad]
+    )
     model.unload()
     return found
 

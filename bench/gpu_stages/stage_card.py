@@ -46,7 +46,12 @@ def read_driver() -> str | None:
     """Name, driver and limits as nvidia-smi says them."""
     wanted = "name,driver_version,power.limit,clocks.max.sm,memory.total"
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(["nvidia-smi", f"--query-gpu={wanted}", "--format=csv,noheader"], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["nvidia-smi", f"--query-gpu={wanted}", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
     return None
 
 

@@ -1,4 +1,6 @@
-"""The transformers engine: options scored with a shared beginning and without, the same numbers and the rates; text generated."""
+"""The transformers engine: options scored with a shared beginning and without, the same numbers and
+the rates; text generated.
+"""
 
 import os
 import sys
@@ -32,15 +34,21 @@ def main() -> int:
     backend = choose_backend("auto", stage.device, dtype, architecture).backend
     base.set_attn_implementation(IMPLEMENTATIONS[backend])
     engine = HfEngine(base, backend)
-    stage.figure("attention", {"backend": backend, "nested": engine.nested, "sharing": engine.sharing})
-    stage.check("segments cannot be nested or shared", float(not (engine.nested and engine.sharing)), 0)
+    stage.figure(
+        "attention", {"backend": backend, "nested": engine.nested, "sharing": engine.sharing}
+    )
+    stage.check(
+        "segments cannot be nested or shared", float(not (engine.nested and engine.sharing)), 0
+    )
     score(stage, engine, dtype)
     generate(stage, engine)
     return stage.finish()
 
 
 def score(stage: Stage, engine: HfEngine, dtype: torch.dtype) -> None:
-    """Questions of 60 to 180 tokens after 600 shared ones, four options of one and of two tokens."""
+    """Questions of 60 to 180 tokens after 600 shared ones, four options of one and of two
+    tokens.
+    """
     count, shared = (12, 64) if stage.small else (384, 600)
     draw = np.random.default_rng(0)
     beginning = draw.integers(3, 400, shared).tolist()
@@ -55,7 +63,11 @@ def score(stage: Stage, engine: HfEngine, dtype: torch.dtype) -> None:
         found[name] = np.array(engine.score(requests, length))
         stage.synchronize()
         stage.figure(f"{name}: questions per second", count / (time.perf_counter() - began))
-    stage.check("shared beginning against plain, log-probabilities", float(abs(found["shared"] - found["plain"]).max()), 20 * TOLERANCE[dtype])
+    stage.check(
+        "shared beginning against plain, log-probabilities",
+        float(abs(found["shared"] - found["plain"]).max()),
+        20 * TOLERANCE[dtype],
+    )
 
 
 def generate(stage: Stage, engine: HfEngine) -> None:
@@ -63,7 +75,9 @@ def generate(stage: Stage, engine: HfEngine) -> None:
     draw = np.random.default_rng(1)
     prompts = [draw.integers(3, 400, int(draw.integers(20, 100))).tolist() for _ in range(rows)]
     lengths = []
-    sampling = Sampling(max_new_tokens=tokens, stop_ids=(2,), decode=lambda ids: lengths.append(len(ids)) or "")
+    sampling = Sampling(
+        max_new_tokens=tokens, stop_ids=(2,), decode=lambda ids: lengths.append(len(ids)) or ""
+    )
     began = time.perf_counter()
     answers = engine.generate(prompts, sampling)
     stage.figure("generated tokens per second", sum(lengths) / (time.perf_counter() - began))

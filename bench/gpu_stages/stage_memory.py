@@ -1,4 +1,6 @@
-"""Memory of training steps, measured beside the forecast: what tensors take at their peak, and what the allocator reserves for it."""
+"""Memory of training steps, measured beside the forecast: what tensors take at their peak, and what
+the allocator reserves for it.
+"""
 
 import gc
 import os
@@ -21,54 +23,93 @@ from medqlora.stages import Stage
 from medqlora.trials import Trial, make_table
 
 ARCHITECTURES = Path(__file__).parent.parent / "architectures"
-LARGE = 30 * 2**30  # A GPU of more bytes holds all cases; a smaller one gets fewer layers and tokens.
+# A GPU of more bytes holds all cases; a smaller one gets fewer layers and tokens.
+LARGE = 30 * 2**30
 LAYERS = 8  # Llama-3-8B has 32, all alike.
-PEAK_LIMIT, RESERVED_LIMIT = 0.03, 0.08  # The relative errors of a forecast may be as large.
+PEAK_LIMIT = 0.03
+RESERVED_LIMIT = 0.08  # The relative errors of a forecast may be as large.
 LABELLED = 2  # So many tokens of each row are supervised.
 CASES = {
-    "none": ("none", 0.0, "nf4"), "full": ("full", 0.0, "nf4"), "offload": ("offload", 0.0, "nf4"), "none, dropout 0.1": ("none", 0.1, "nf4"), "none, int8": ("none", 0.0, "int8"),
+    "none": ("none", 0.0, "nf4"),
+    "full": ("full", 0.0, "nf4"),
+    "offload": ("offload", 0.0, "nf4"),
+    "none, dropout 0.1": ("none", 0.1, "nf4"),
+    "none, int8": ("none", 0.0, "int8"),
     "none, 16 bits": ("none", 0.0, "none"),
-}  # fmt: skip
+}
 
 
 def main() -> int:
     stage = Stage.from_arguments(sys.argv[1:], __doc__)
     large = stage.memory > LARGE
-    architecture, lengths = stage.choose_shape(ARCHITECTURES, LAYERS if large else 2), stage.choose_lengths(8_192 if large else 2_048)
+    architecture = stage.choose_shape(ARCHITECTURES, LAYERS if large else 2)
+    lengths = stage.choose_lengths(8_192 if large else 2_048)
     for case, (mode, dropout, quantization) in CASES.items():
-        compare(stage, case, stage.make_config(lengths, 2, mode, dropout, quantization), architecture, lengths)
+        compare(
+            stage,
+            case,
+            stage.make_config(lengths, 2, mode, dropout, quantization),
+            architecture,
+            lengths,
+        )
     return stage.finish()
 
 
-def compare(stage: Stage, case: str, config: Config, architecture: PretrainedConfig, lengths: tuple[int, ...]) -> None:
+def compare(
+    stage: Stage,
+    case: str,
+    config: Config,
+    architecture: PretrainedConfig,
+    lengths: tuple[int, ...],
+) -> None:
     batch = Batch(lengths, LABELLED * len(lengths))
     forecast = forecast_step(config, architecture, stage.device, stage.dtype, torch.uint8, batch)
     if stage.small:  # A CPU has no allocator to ask, so the same step is followed on real tensors.
-        real = forecast_step(config, architecture, stage.device, stage.dtype, torch.uint8, batch, place=stage.device)
-        peak, reserved = real.peak, real.reserved.plenty
+        real = forecast_step(
+            config, architecture, stage.device, stage.dtype, torch.uint8, batch, place=stage.device
+        )
+        peak = real.peak
+        reserved = real.reserved.plenty
     else:
         peak, reserved = measure(stage, config, architecture, lengths)
     predicted = (forecast.reserved if segments_expand() else forecast.reserved_fixed).plenty
-    stage.figure(case, {
-        "predicted_peak_bytes": forecast.peak, "measured_peak_bytes": peak, "predicted_reserved_bytes": predicted, "measured_reserved_bytes": reserved,
-        "predicted_host_bytes": forecast.host, "by_category": forecast.by_category,
-    })  # fmt: skip
+    stage.figure(
+        case,
+        {
+            "predicted_peak_bytes": forecast.peak,
+            "measured_peak_bytes": peak,
+            "predicted_reserved_bytes": predicted,
+            "measured_reserved_bytes": reserved,
+            "predicted_host_bytes": forecast.host,
+            "by_category": forecast.by_category,
+        },
+    )
     stage.check(f"{case}: relative error of the peak", abs(forecast.peak / peak - 1), PEAK_LIMIT)
-    stage.check(f"{case}: relative error of what is reserved", abs(predicted / reserved - 1), RESERVED_LIMIT)
+    stage.check(
+        f"{case}: relative error of what is reserved", abs(predicted / reserved - 1), RESERVED_LIMIT
+    )
 
 
-def measure(stage: Stage, config: Config, architecture: PretrainedConfig, lengths: tuple[int, ...]) -> tuple[int, int]:
-    """Highest allocated and reserved bytes of two optimizer steps of two micro-batches, above what was there before."""
+def measure(
+    stage: Stage, config: Config, architecture: PretrainedConfig, lengths: tuple[int, ...]
+) -> tuple[int, int]:
+    """Highest allocated and reserved bytes of two optimizer steps of two micro-batches, above what
+    was there before.
+    """
     gc.collect()
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
-    before, kept = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    before = torch.cuda.memory_allocated()
+    kept = torch.cuda.memory_reserved()
     trial = Trial(config, architecture, stage.device)
-    for module in trial.model.modules():  # What int8's outliers keep depends on the data and is not forecast.
+    # What int8's outliers keep depends on the data and is not forecast.
+    for module in trial.model.modules():
         if hasattr(getattr(module, "state", None), "threshold"):
             module.state.threshold = 0.0
     table = make_table(np.tile(lengths, 4), LABELLED, trial.vocabulary, 0)
-    plan = make_plan(table.lengths, capacity=sum(lengths), global_tokens=2 * sum(lengths), epochs=1, seed=0)
+    plan = make_plan(
+        table.lengths, capacity=sum(lengths), global_tokens=2 * sum(lengths), epochs=1, seed=0
+    )
     torch.cuda.empty_cache()  # Loading leaves blocks that training does not need.
     torch.cuda.reset_peak_memory_stats()
     for step in range(2):

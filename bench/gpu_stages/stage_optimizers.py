@@ -1,4 +1,6 @@
-"""Every optimizer, saved as a checkpoint saves it and loaded again: the next step is the same to the bit, paged states are paged again."""
+"""Every optimizer, saved as a checkpoint saves it and loaded again: the next step is the same to
+the bit, paged states are paged again.
+"""
 
 import io
 import os
@@ -18,7 +20,13 @@ from medqlora.optimizers import make_optimizer
 from medqlora.stages import Stage
 from medqlora.strategies import Replicated, Strategy, wrap
 
-SHAPE = LlamaConfig(hidden_size=1024, intermediate_size=2048, num_hidden_layers=1, num_attention_heads=8, vocab_size=500)
+SHAPE = LlamaConfig(
+    hidden_size=1024,
+    intermediate_size=2048,
+    num_hidden_layers=1,
+    num_attention_heads=8,
+    vocab_size=500,
+)
 
 
 def main() -> int:
@@ -29,11 +37,15 @@ def main() -> int:
 
 
 def check_optimizer(stage: Stage, optimizer: str) -> None:
-    whole, resumed = make_trainer(stage, optimizer), make_trainer(stage, optimizer)
+    whole = make_trainer(stage, optimizer)
+    resumed = make_trainer(stage, optimizer)
     for step in range(3):
         take_step(whole, step)
     file = io.BytesIO()
-    states = {name: {key: v.cpu() if torch.is_tensor(v) else v for key, v in some.items()} for name, some in whole.read_states().items()}
+    states = {
+        name: {key: v.cpu() if torch.is_tensor(v) else v for key, v in some.items()}
+        for name, some in whole.read_states().items()
+    }
     torch.save(states, file)
     file.seek(0)
     resumed.write_states(torch.load(file, weights_only=True, map_location="cpu"))
@@ -41,20 +53,38 @@ def check_optimizer(stage: Stage, optimizer: str) -> None:
     take_step(whole, 3)
     take_step(resumed, 3)
     pairs = zip(whole.weights.values(), resumed.weights.values(), strict=True)
-    stage.check(f"{optimizer}: largest difference after loading and a step", max(float((a - b).detach().abs().max()) for a, b in pairs), 0.0)
+    stage.check(
+        f"{optimizer}: largest difference after loading and a step",
+        max(float((a - b).detach().abs().max()) for a, b in pairs),
+        0.0,
+    )
     if optimizer.startswith("paged"):
         paged = [count_paged(trainer) for trainer in (whole, resumed)]
         stage.figure("paged states", {"before saving": paged[0], "after loading": paged[1]})
         stage.check("paged states lost by loading", paged[0] - paged[1], 0)
-        stage.check("paged optimizer without paged states on a GPU", float(stage.device.type == "cuda" and not paged[0]), 0)
+        stage.check(
+            "paged optimizer without paged states on a GPU",
+            float(stage.device.type == "cuda" and not paged[0]),
+            0,
+        )
     stage.figure(f"{optimizer}: seconds per step", stage.time(lambda: take_step(whole, 4)))
 
 
 def make_trainer(stage: Stage, optimizer: str) -> Replicated:
-    dtype = torch.float32 if stage.dtype is torch.float16 else stage.dtype  # float16's loss scale is tried elsewhere.
+    # float16's loss scale is tried elsewhere.
+    dtype = torch.float32 if stage.dtype is torch.float16 else stage.dtype
     torch.manual_seed(0)
-    model = attach_adapter(make_base(SHAPE, Model(base="random"), stage.device, dtype), Lora(r=128), 0)  # Its tensors are large enough to be paged.
-    return wrap(Strategy("one"), AnswerLoss(model, 16), lambda weights: make_optimizer(Training(optimizer=optimizer), weights), 1.0, dtype)
+    # Its tensors are large enough to be paged.
+    model = attach_adapter(
+        make_base(SHAPE, Model(base="random"), stage.device, dtype), Lora(r=128), 0
+    )
+    return wrap(
+        Strategy("one"),
+        AnswerLoss(model, 16),
+        lambda weights: make_optimizer(Training(optimizer=optimizer), weights),
+        1.0,
+        dtype,
+    )
 
 
 def take_step(trainer: Replicated, number: int) -> None:

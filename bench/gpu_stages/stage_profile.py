@@ -1,4 +1,6 @@
-"""Where the time of a training step goes: kernels by kind, the 25 longest, and how much of the step the GPU waits."""
+"""Where the time of a training step goes: kernels by kind, the 25 longest, and how much of the step
+the GPU waits.
+"""
 
 import os
 import sys
@@ -18,12 +20,28 @@ from medqlora.trials import Trial, make_table
 
 ARCHITECTURES = Path(__file__).parent.parent / "architectures"
 LARGE = 30 * 2**30  # A GPU of more bytes holds eight layers with nothing recomputed.
-LAYERS, LONGEST = 8, 25
+LAYERS = 8
+LONGEST = 25
 # The first kind with a word that a kernel's or operation's name holds is its kind.
 KINDS = (
     ("dequantization", ("dequant", "gemm_4bit", "quantiz")),
     ("attention", ("flash", "fmha", "attention", "varlen")),
-    ("matrix products", ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk", "::mm", "::addmm", "::bmm", "::linear", "::matmul")),
+    (
+        "matrix products",
+        (
+            "gemm",
+            "nvjet",
+            "cutlass",
+            "xmma",
+            "cublas",
+            "splitk",
+            "::mm",
+            "::addmm",
+            "::bmm",
+            "::linear",
+            "::matmul",
+        ),
+    ),
     ("optimizer", ("adam", "multi_tensor", "foreach")),
     ("copies", ("memcpy", "memset", "::copy_", "::index_select", "gather", "::cat")),
 )
@@ -31,32 +49,54 @@ KINDS = (
 
 def main() -> int:
     stage = Stage.from_arguments(sys.argv[1:], __doc__)
-    architecture, lengths = stage.choose_shape(ARCHITECTURES, LAYERS if stage.memory > LARGE else 2), stage.choose_lengths(8_192)
-    config, tokens = stage.make_config(lengths), sum(lengths)
+    architecture = stage.choose_shape(ARCHITECTURES, LAYERS if stage.memory > LARGE else 2)
+    lengths = stage.choose_lengths(8_192)
+    config = stage.make_config(lengths)
+    tokens = sum(lengths)
     trial = Trial(config, architecture, stage.device)
     table = make_table(np.tile(lengths, 5), 2, trial.vocabulary, 0)
     plan = make_plan(table.lengths, capacity=tokens, global_tokens=tokens, epochs=1, seed=0)
     for number in range(3):
         trial.step(table, plan, number)
     unprofiled = trial.step(table, plan, 3).seconds
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if stage.device.type == "cuda" else [])
+    activities = [ProfilerActivity.CPU] + (
+        [ProfilerActivity.CUDA] if stage.device.type == "cuda" else []
+    )
     with profile(activities=activities, record_shapes=True) as recorded:
         trial.step(table, plan, 4)
-    by_kind, by_name, launches = collect(recorded.events(), config.lora.r, on_gpu=stage.device.type == "cuda")
+    by_kind, by_name, launches = collect(
+        recorded.events(), config.lora.r, on_gpu=stage.device.type == "cuda"
+    )
     busy = sum(by_kind.values())
-    stage.figure("seconds", {"step": unprofiled, "busy": busy, "by_kind": dict(by_kind.most_common())})
+    stage.figure(
+        "seconds", {"step": unprofiled, "busy": busy, "by_kind": dict(by_kind.most_common())}
+    )
     stage.figure("idle share", max(0.0, 1 - busy / unprofiled))
     stage.figure("launches", launches)
-    stage.figure("longest", [{"name": name[:160], "kind": kind, "seconds": seconds} for (name, kind), seconds in by_name.most_common(LONGEST)])
+    stage.figure(
+        "longest",
+        [
+            {"name": name[:160], "kind": kind, "seconds": seconds}
+            for (name, kind), seconds in by_name.most_common(LONGEST)
+        ],
+    )
     stage.check("profile without a single kernel", float(not launches), 0)
     return stage.finish()
 
 
 def collect(events, rank: int, on_gpu: bool) -> tuple[Counter, Counter, int]:
-    """Seconds by kind, by (name, kind), and the number of kernels; on a CPU of operations, without those they call."""
-    by_kind, by_name, launches = Counter(), Counter(), 0
+    """Seconds by kind, by (name, kind), and the number of kernels; on a CPU of operations, without
+    those they call.
+    """
+    by_kind = Counter()
+    by_name = Counter()
+    launches = 0
     for event in events:
-        found = [(kernel.name, kernel.duration / 1e6) for kernel in event.kernels] if on_gpu else [(event.name, event.self_cpu_time_total / 1e6)]
+        found = (
+            [(kernel.name, kernel.duration / 1e6) for kernel in event.kernels]
+            if on_gpu
+            else [(event.name, event.self_cpu_time_total / 1e6)]
+        )
         for name, seconds in found:
             kind = classify(f"{name} {event.name}".lower(), event.input_shapes, rank)
             by_kind[kind] += seconds
@@ -66,8 +106,13 @@ def collect(events, rank: int, on_gpu: bool) -> tuple[Counter, Counter, int]:
 
 
 def classify(name: str, shapes: list, rank: int) -> str:
-    kind = next((kind for kind, words in KINDS if any(word in name for word in words)), "pointwise and other")
-    adapter = any(rank in shape for shape in shapes if isinstance(shape, (list, tuple)) and len(shape) == 2)
+    kind = next(
+        (kind for kind, words in KINDS if any(word in name for word in words)),
+        "pointwise and other",
+    )
+    adapter = any(
+        rank in shape for shape in shapes if isinstance(shape, (list, tuple)) and len(shape) == 2
+    )
     return "adapter's products" if kind == "matrix products" and adapter else kind
 
 

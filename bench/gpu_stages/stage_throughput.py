@@ -1,4 +1,6 @@
-"""Tokens per second of whole training steps: nothing recomputed, everything recomputed, without compiled pieces, offloaded."""
+"""Tokens per second of whole training steps: nothing recomputed, everything recomputed, without
+compiled pieces, offloaded.
+"""
 
 import os
 import sys
@@ -19,18 +21,34 @@ from medqlora.stages import Stage
 from medqlora.trials import Trial, count_flops, find_peak, make_table
 
 ARCHITECTURES = Path(__file__).parent.parent / "architectures"
-WHOLE, FEW_LAYERS = 60 * 2**30, 4  # A GPU of more bytes holds all 32 layers with nothing recomputed; a smaller one gets few.
-WARM_UP, STEPS = 2, 5
+WHOLE = 60 * 2**30
+# A GPU of more bytes holds all 32 layers with nothing recomputed; a smaller one gets few.
+FEW_LAYERS = 4
+WARM_UP = 2
+STEPS = 5
 
 
 def main() -> int:
     stage = Stage.from_arguments(sys.argv[1:], __doc__)
     architecture = stage.choose_shape(ARCHITECTURES, 32 if stage.memory > WHOLE else FEW_LAYERS)
     lengths = stage.choose_lengths(8_192)
-    config, tokens = stage.make_config(lengths), sum(lengths)
+    config = stage.make_config(lengths)
+    tokens = sum(lengths)
     trial = Trial(config, architecture, stage.device)
-    stage.figure("model", {"shape": "small Llama" if stage.small else "llama3-8b", "layers": trial.layers, "quantization": "nf4", "lora_r": config.lora.r,
-                           "dtype": config.model.dtype, "attention": trial.backend, "compiled": trial.compiled, "tokens": tokens, "row_tokens": lengths[0]})  # fmt: skip
+    stage.figure(
+        "model",
+        {
+            "shape": "small Llama" if stage.small else "llama3-8b",
+            "layers": trial.layers,
+            "quantization": "nf4",
+            "lora_r": config.lora.r,
+            "dtype": config.model.dtype,
+            "attention": trial.backend,
+            "compiled": trial.compiled,
+            "tokens": tokens,
+            "row_tokens": lengths[0],
+        },
+    )
     table = make_table(np.tile(lengths, WARM_UP + STEPS), 2, trial.vocabulary, 0)
     plan = make_plan(table.lengths, capacity=tokens, global_tokens=tokens, epochs=1, seed=0)
     base = unwrap(trial.model)
@@ -58,10 +76,17 @@ def measure(stage: Stage, trial: Trial, table, plan, recomputed: int) -> dict:
     flops = count_flops(trial, recomputed) * steps[0].tokens / seconds
     peak, source = find_peak(stage.device, trial.dtype, None)
     return {
-        "tokens_per_second": steps[0].tokens / seconds, "step_seconds": [step.seconds for step in steps], "recomputed_layers": recomputed,
-        "model_flops_per_second": flops, "model_flops_utilisation": flops / peak if peak else None, "peak_source": source,
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if stage.device.type == "cuda" else None, "loss": steps[-1].loss,
-    }  # fmt: skip
+        "tokens_per_second": steps[0].tokens / seconds,
+        "step_seconds": [step.seconds for step in steps],
+        "recomputed_layers": recomputed,
+        "model_flops_per_second": flops,
+        "model_flops_utilisation": flops / peak if peak else None,
+        "peak_source": source,
+        "peak_memory_bytes": (
+            torch.cuda.max_memory_allocated() if stage.device.type == "cuda" else None
+        ),
+        "loss": steps[-1].loss,
+    }
 
 
 if __name__ == "__main__":

@@ -2,23 +2,43 @@
 
     python bench/peers/build_base.py --tokenizer DIR --output DIR [--shape 1b]
 
-The shape of SmolLM2-135M with 13 of its 30 layers (74 million parameters with a vocabulary of 49,000), or that of Llama-3.2-1B, and the given
-tokenizer.
+The shape of SmolLM2-135M with 13 of its 30 layers (74 million parameters with a vocabulary of
+49,000), or that of Llama-3.2-1B, and the given tokenizer.
 """
 
 import argparse
 from pathlib import Path
 
 SHAPES = {
-    "74m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 13, "num_attention_heads": 9, "num_key_value_heads": 3},
-    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "74m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 13,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    },
+    "1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
 }
-LEAST_WORDS = {"74m": 0, "1b": 32_000}  # A head of a tiny vocabulary would cost nothing, so it is made larger than the tokenizer's.
+# A head of a tiny vocabulary would cost nothing, so it is made larger than the tokenizer's.
+LEAST_WORDS = {"74m": 0, "1b": 32_000}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a tokenizer with 32k tokens or more")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        required=True,
+        help="folder of a tokenizer with 32k tokens or more",
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--shape", choices=list(SHAPES), default="74m", help="default %(default)s")
     arguments = parser.parse_args()
@@ -29,10 +49,14 @@ def main() -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=max(len(tokenizer), LEAST_WORDS[arguments.shape]), **SHAPES[arguments.shape], max_position_embeddings=8192, tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            vocab_size=max(len(tokenizer), LEAST_WORDS[arguments.shape]),
+            **SHAPES[arguments.shape],
+            max_position_embeddings=8192,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
         )
-    )  # fmt: skip
+    )
     model.to(torch.bfloat16).save_pretrained(arguments.output)
     tokenizer.save_pretrained(arguments.output)
 

@@ -1,6 +1,7 @@
-"""LLaMA-Factory's own training of the settings in a file, timed. sft.py runs this with the interpreter of its environment.
+"""LLaMA-Factory's own training of the settings in a file, timed. sft.py runs this with the
+interpreter of its environment.
 
-    PYTHON bench/peers/llamafactory_train.py SETTINGS.json FIGURES.json
+PYTHON bench/peers/llamafactory_train.py SETTINGS.json FIGURES.json
 """
 
 import json
@@ -20,13 +21,18 @@ def main() -> None:
         """When each step ended, its loss, and what the packs hold."""
 
         def on_train_begin(self, args, state, control, train_dataloader=None, **_):
-            if torch.cuda.is_available():  # peaks are those of training, as the recipe's are: loading is not counted
+            # peaks are those of training, as the recipe's are: loading is not counted
+            if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             else:
                 Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
             packs = train_dataloader.dataset
-            found["tokens"] = sum(sum(place != 0 for place in pack["attention_mask"]) for pack in packs)
-            found["supervised"] = sum(sum(label != -100 for label in pack["labels"]) for pack in packs)
+            found["tokens"] = sum(
+                sum(place != 0 for place in pack["attention_mask"]) for pack in packs
+            )
+            found["supervised"] = sum(
+                sum(label != -100 for label in pack["labels"]) for pack in packs
+            )
 
         def on_step_end(self, *_, **__):
             found["times"].append(time.perf_counter())
@@ -40,7 +46,9 @@ def main() -> None:
         found["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     else:  # as medqlora.runs.read_peak_resident, which this interpreter may not have
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        found["peak_memory_bytes"] = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+        found["peak_memory_bytes"] = next(
+            int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")
+        )
     Path(sys.argv[2]).write_text(json.dumps(found), encoding="utf-8")
 
 

@@ -1,4 +1,6 @@
-"""The vLLM engine: offline batches with prefix caching, for a merged checkpoint or a base with a LoRA adapter."""
+"""The vLLM engine: offline batches with prefix caching, for a merged checkpoint or a base with a
+LoRA adapter.
+"""
 
 from __future__ import annotations
 
@@ -19,27 +21,42 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM allocates for
 class VllmEngine:
     """vLLM's LLM, fed with token ids.
 
-    Option log-probabilities come from `logprob_token_ids` (vLLM 0.16 and newer: one request per question). Older versions
-    can only be asked with `allowed_token_ids`: the ranking is the same, but values are relative to the options, so that the
-    letter mass is always 1; `exact` tells which.
+    Option log-probabilities come from `logprob_token_ids` (vLLM 0.16 and newer: one request per
+    question). Older versions can only be asked with `allowed_token_ids`: the ranking is the same,
+    but values are relative to the options, so that the letter mass is always 1; `exact` tells
+    which.
     """
 
     name = "vllm"
 
     def __init__(
-        self, model: str, adapter: Path | None = None, dtype: str = "auto", revision: str | None = None, max_length: int | None = None,
-        gpu_memory: float = 0.9, tensor_parallel: int = 1, seed: int = 0, prefix_caching: bool = True,
-    ):  # fmt: skip
-        """dtype: auto, float32, bfloat16 or float16; gpu_memory: share of the card; max_length: tokens a row may have; prefix_caching: off
-        where repeated prompts are to be timed.
+        self,
+        model: str,
+        adapter: Path | None = None,
+        dtype: str = "auto",
+        revision: str | None = None,
+        max_length: int | None = None,
+        gpu_memory: float = 0.9,
+        tensor_parallel: int = 1,
+        seed: int = 0,
+        prefix_caching: bool = True,
+    ):
+        """dtype: auto, float32, bfloat16 or float16; gpu_memory: share of the card; max_length:
+        tokens a row may have; prefix_caching: off where repeated prompts are to be timed.
 
-        Raises:
-            EngineError: vLLM is not installed or does not start, a dtype or adapter it cannot serve.
+        Raises: EngineError: vLLM is not installed or does not start, a dtype or adapter it cannot
+            serve.
         """
         if importlib.util.find_spec("vllm") is None:
-            raise EngineError("--engine vllm: the vllm package is not installed here; pip install 'medqlora[vllm]', or use --engine hf")
+            raise EngineError(
+                "--engine vllm: the vllm package is not installed here; pip install"
+                " 'medqlora[vllm]', or use --engine hf"
+            )
         if dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise EngineError(f"--engine vllm: --dtype {dtype} is not served; merge the adapter (recipes/merge_adapter.py), or use --engine hf")
+            raise EngineError(
+                f"--engine vllm: --dtype {dtype} is not served; merge the adapter"
+                " (recipes/merge_adapter.py), or use --engine hf"
+            )
         import torch
         from vllm import LLM, SamplingParams
 
@@ -47,18 +64,30 @@ class VllmEngine:
         settings: dict[str, Any] = {} if self.exact else {"logprobs_mode": "processed_logprobs"}
         rank = check_adapter_config(adapter) if adapter else 0
         if adapter:
-            settings |= {"enable_lora": True, "max_lora_rank": min(r for r in LORA_RANKS if r >= rank)}
+            settings |= {
+                "enable_lora": True,
+                "max_lora_rank": min(r for r in LORA_RANKS if r >= rank),
+            }
         try:
             self.llm = LLM(
-                model=str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model, revision=revision, dtype=dtype, seed=seed,
-                max_model_len=None if max_length is None else max_length + 1, gpu_memory_utilization=gpu_memory,
-                tensor_parallel_size=tensor_parallel, enable_prefix_caching=prefix_caching, generation_config="vllm",
-                enforce_eager=not torch.cuda.is_available(), disable_log_stats=True, **settings,
-            )  # fmt: skip
+                model=str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model,
+                revision=revision,
+                dtype=dtype,
+                seed=seed,
+                max_model_len=None if max_length is None else max_length + 1,
+                gpu_memory_utilization=gpu_memory,
+                tensor_parallel_size=tensor_parallel,
+                enable_prefix_caching=prefix_caching,
+                generation_config="vllm",
+                enforce_eager=not torch.cuda.is_available(),
+                disable_log_stats=True,
+                **settings,
+            )
         except (ValueError, RuntimeError, OSError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
             raise EngineError(f"--engine vllm: vLLM did not start with {model}: {reason}") from None
-        self.lora, self.adapters = None, adapter is not None
+        self.lora = None
+        self.adapters = adapter is not None
         if adapter:
             from vllm.lora.request import LoRARequest
 
@@ -66,7 +95,8 @@ class VllmEngine:
             self.unproven = learned_anything(adapter)
 
     def score(self, requests: Sequence[Request], shared: int = 0) -> list[list[float]]:
-        """See interface.Engine. Options of several tokens cost further requests; prefix caching reads what is shared once.
+        """See interface.Engine. Options of several tokens cost further requests; prefix caching
+        reads what is shared once.
 
         Raises:
             EngineError: the adapter changes nothing although it holds learned weights.
@@ -76,8 +106,10 @@ class VllmEngine:
         return self.score_with(requests, self.lora)
 
     def score_with(self, requests: Sequence[Request], lora: Any) -> list[list[float]]:
-        """One prompt for each text that tokens are asked after: a question's prefix, and what options of several tokens add
-        to it. Long options (texts) are scored as part of the prompt instead, which vLLM cannot do with adapters enabled."""
+        """One prompt for each text that tokens are asked after: a question's prefix, and what
+        options of several tokens add to it. Long options (texts) are scored as part of the prompt
+        instead, which vLLM cannot do with adapters enabled.
+        """
         asked: dict[tuple[int, ...], list[int]] = {}  # text -> tokens asked for after it
         whole: list[tuple[int, int]] = []  # options scored as part of the prompt
         for number, request in enumerate(requests):
@@ -89,23 +121,46 @@ class VllmEngine:
                     asked.setdefault((*request.prefix, *option[:at]), []).append(token)
         prompts = [list(text) for text in asked]
         settings = [self.limit_to(sorted(set(tokens))) for tokens in asked.values()]
-        prompts += [requests[number].prefix + requests[number].options[index][:-1] for number, index in whole]
-        settings += [self.limit_to([requests[number].options[index][-1]], prompt_logprobs=0) for number, index in whole]
-        if not self.exact and any(len(option) > 1 for request in requests for option in request.options):
-            raise EngineError("--engine vllm: this version cannot score options of several tokens; install vLLM 0.16 or newer, or use --engine hf")
+        prompts += [
+            requests[number].prefix + requests[number].options[index][:-1]
+            for number, index in whole
+        ]
+        settings += [
+            self.limit_to([requests[number].options[index][-1]], prompt_logprobs=0)
+            for number, index in whole
+        ]
+        if not self.exact and any(
+            len(option) > 1 for request in requests for option in request.options
+        ):
+            raise EngineError(
+                "--engine vllm: this version cannot score options of several tokens; install vLLM"
+                " 0.16 or newer, or use --engine hf"
+            )
         outputs = self.run(prompts, settings, lora)
-        after = {text: output.outputs[0].logprobs[0] for text, output in zip(asked, outputs[: len(asked)], strict=True)}
+        after = {
+            text: output.outputs[0].logprobs[0]
+            for text, output in zip(asked, outputs[: len(asked)], strict=True)
+        }
         prompted = dict(zip(whole, outputs[len(asked) :], strict=True))
         scores = []
         for number, request in enumerate(requests):
             values = []
             for index, option in enumerate(request.options):
                 if (number, index) in prompted:
-                    output, start = prompted[number, index], len(request.prefix)
-                    value = sum(output.prompt_logprobs[start + at][token].logprob for at, token in enumerate(option[:-1]))
+                    output = prompted[number, index]
+                    start = len(request.prefix)
+                    value = sum(
+                        output.prompt_logprobs[start + at][token].logprob
+                        for at, token in enumerate(option[:-1])
+                    )
                     values.append(value + output.outputs[0].logprobs[0][option[-1]].logprob)
                 else:
-                    values.append(sum(after[(*request.prefix, *option[:at])][token].logprob for at, token in enumerate(option)))
+                    values.append(
+                        sum(
+                            after[(*request.prefix, *option[:at])][token].logprob
+                            for at, token in enumerate(option)
+                        )
+                    )
             scores.append(values)
         return scores
 
@@ -113,26 +168,41 @@ class VllmEngine:
         """Settings that give the log-probabilities of these tokens as the next one."""
         from vllm import SamplingParams
 
-        known = {"logprob_token_ids": tokens} if self.exact else {"allowed_token_ids": tokens, "logprobs": len(tokens)}
+        known = (
+            {"logprob_token_ids": tokens}
+            if self.exact
+            else {"allowed_token_ids": tokens, "logprobs": len(tokens)}
+        )
         return SamplingParams(max_tokens=1, temperature=0, detokenize=False, **known, **more)
 
     def run(self, prompts: Sequence[list[int]], settings: list[Any], lora: Any) -> list[Any]:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
-            return self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], settings, use_tqdm=False, lora_request=lora)
+            return self.llm.generate(
+                [{"prompt_token_ids": ids} for ids in prompts],
+                settings,
+                use_tqdm=False,
+                lora_request=lora,
+            )
         except EngineDeadError:
-            raise EngineError("--engine vllm: vLLM's engine process died, its own message stands above; try --engine hf") from None
+            raise EngineError(
+                "--engine vllm: vLLM's engine process died, its own message stands above; try"
+                " --engine hf"
+            ) from None
         except ValueError as error:
             raise EngineError(f"--engine vllm: {str(error).splitlines()[0][:300]}") from None
 
     def prove_adapter(self, requests: Sequence[Request]) -> None:
-        """An adapter that vLLM loads but does not apply would pass as a tuned model: its scores are the base's."""
-        base, tuned = self.score_with(requests, None), self.score_with(requests, self.lora)
+        """An adapter that vLLM loads but does not apply would pass as a tuned model: its scores are
+        the base's.
+        """
+        base = self.score_with(requests, None)
+        tuned = self.score_with(requests, self.lora)
         if base == tuned:
             raise EngineError(
-                "--engine vllm: the adapter changes no score, so vLLM does not apply it to this model; merge it (recipes/merge_adapter.py) "
-                "and give the merged folder as --model"
+                "--engine vllm: the adapter changes no score, so vLLM does not apply it to this"
+                " model; merge it (recipes/merge_adapter.py) and give the merged folder as --model"
             )
         self.unproven = False
 
@@ -141,12 +211,21 @@ class VllmEngine:
         from vllm import SamplingParams
 
         settings = [
-            SamplingParams(n=sampling.samples, temperature=sampling.temperature, max_tokens=sampling.max_new_tokens, detokenize=False,
-                           stop_token_ids=list(sampling.stop_ids), seed=sampling.seed + number)
+            SamplingParams(
+                n=sampling.samples,
+                temperature=sampling.temperature,
+                max_tokens=sampling.max_new_tokens,
+                detokenize=False,
+                stop_token_ids=list(sampling.stop_ids),
+                seed=sampling.seed + number,
+            )
             for number in range(len(prefixes))
-        ]  # fmt: skip
+        ]
         outputs = self.run(prefixes, settings, self.lora)
-        return [[decode_answer(list(answer.token_ids), sampling) for answer in output.outputs] for output in outputs]
+        return [
+            [decode_answer(list(answer.token_ids), sampling) for answer in output.outputs]
+            for output in outputs
+        ]
 
 
 def check_adapter_config(adapter: Path) -> int:
@@ -154,13 +233,20 @@ def check_adapter_config(adapter: Path) -> int:
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     for key, what in (("use_dora", "DoRA"), ("modules_to_save", "modules_to_save")):
         if config.get(key):
-            raise EngineError(f"--engine vllm: adapter {adapter} uses {what}, which vLLM does not serve; merge it first (recipes/merge_adapter.py)")
+            raise EngineError(
+                f"--engine vllm: adapter {adapter} uses {what}, which vLLM does not serve; merge it"
+                " first (recipes/merge_adapter.py)"
+            )
     if config["r"] > LORA_RANKS[-1]:
-        raise EngineError(f"--engine vllm: adapter {adapter} has rank {config['r']}, vLLM serves up to {LORA_RANKS[-1]}; merge it first")
+        raise EngineError(
+            f"--engine vllm: adapter {adapter} has rank {config['r']}, vLLM serves up to"
+            f" {LORA_RANKS[-1]}; merge it first"
+        )
     return config["r"]
 
 
 def learned_anything(adapter: Path) -> bool:
     """Whether any B matrix differs from the zeros that training starts with."""
     with safe_open(adapter / "adapter_model.safetensors", framework="np") as weights:
-        return any(weights.get_tensor(name).any() for name in weights.keys() if "lora_B" in name)  # noqa: SIM118 - not a dict
+        # not a dict
+        return any(weights.get_tensor(name).any() for name in weights.keys() if "lora_B" in name)  # noqa: SIM118

@@ -2,10 +2,12 @@
 
     python recipes/demo/make_dataset.py --output_dir recipes/demo/data
 
-    python recipes/demo/make_dataset.py --full --output_dir vocabulary   # all tables; the base model's words come from it
+    # all tables; the base model's words come from it
+    python recipes/demo/make_dataset.py --full --output_dir vocabulary
 
-Every answer follows from a table below (public adult reference ranges, textbook associations), so the set shows that
-fine-tuning teaches *something checkable*. It is a demonstration, not a medical resource: do not use it for care.
+Every answer follows from a table below (public adult reference ranges, textbook associations), so
+the set shows that fine-tuning teaches *something checkable*. It is a demonstration, not a medical
+resource: do not use it for care.
 """
 
 import argparse
@@ -36,54 +38,118 @@ VALUE_STEMS = [
     "In a {person} aged {age} the {name} is {value} {unit}. Which finding is this?",
 ]
 TERM_STEMS = [
-    "A {person}, {age}, has a {name} of {value} {unit}, {side} {low} to {high}. What is this called?",
-    "In a {person} aged {age} the {name} is {value} {unit}, {side} its range of {low} to {high}. Which term fits?",
+    "A {person}, {age}, has a {name} of {value} {unit}, {side} {low} to {high}."
+    " What is this called?",
+    "In a {person} aged {age} the {name} is {value} {unit}, {side} its range of {low} to {high}."
+    " Which term fits?",
 ]
 # kind: (question stems with {key}, [(key, right option)])
 PAIRS = {
     "Vitamins": (
-        ["Lack of {key} leads to which disease in this {person}, {age}?", "A {person} of {age} lacks {key}. What follows?"],
-        [("vitamin C", "Scurvy"), ("vitamin D", "Rickets"), ("thiamine", "Beriberi"), ("niacin", "Pellagra"),
-         ("vitamin A", "Night blindness"), ("iodine", "Goitre"), ("vitamin K", "Bleeding tendency"),
-         ("vitamin B12", "Megaloblastic anaemia")],
+        [
+            "Lack of {key} leads to which disease in this {person}, {age}?",
+            "A {person} of {age} lacks {key}. What follows?",
+        ],
+        [
+            ("vitamin C", "Scurvy"),
+            ("vitamin D", "Rickets"),
+            ("thiamine", "Beriberi"),
+            ("niacin", "Pellagra"),
+            ("vitamin A", "Night blindness"),
+            ("iodine", "Goitre"),
+            ("vitamin K", "Bleeding tendency"),
+            ("vitamin B12", "Megaloblastic anaemia"),
+        ],
     ),
     "Toxicology": (
-        ["A {person}, {age}, took too much {key}. Which antidote is given?",
-         "Which antidote is right for {key} poisoning in a {person} aged {age}?"],
-        [("paracetamol", "Acetylcysteine"), ("morphine", "Naloxone"), ("heparin", "Protamine"), ("warfarin", "Phytomenadione"),
-         ("diazepam", "Flumazenil"), ("methanol", "Fomepizole"), ("iron", "Desferrioxamine"), ("digoxin", "Digoxin antibody"),
-         ("carbon monoxide", "Oxygen"), ("organophosphate", "Atropine")],
+        [
+            "A {person}, {age}, took too much {key}. Which antidote is given?",
+            "Which antidote is right for {key} poisoning in a {person} aged {age}?",
+        ],
+        [
+            ("paracetamol", "Acetylcysteine"),
+            ("morphine", "Naloxone"),
+            ("heparin", "Protamine"),
+            ("warfarin", "Phytomenadione"),
+            ("diazepam", "Flumazenil"),
+            ("methanol", "Fomepizole"),
+            ("iron", "Desferrioxamine"),
+            ("digoxin", "Digoxin antibody"),
+            ("carbon monoxide", "Oxygen"),
+            ("organophosphate", "Atropine"),
+        ],
     ),
     "Endocrinology": (
-        ["A {person} of {age} makes too little {key}. Which gland has failed?",
-         "Which gland makes {key}? The patient is a {person} aged {age}."],
-        [("insulin", "Pancreas"), ("thyroxine", "Thyroid"), ("cortisol", "Adrenal cortex"), ("adrenaline", "Adrenal medulla"),
-         ("melatonin", "Pineal"), ("prolactin", "Anterior pituitary"), ("oxytocin", "Posterior pituitary"),
-         ("parathormone", "Parathyroid")],
+        [
+            "A {person} of {age} makes too little {key}. Which gland has failed?",
+            "Which gland makes {key}? The patient is a {person} aged {age}.",
+        ],
+        [
+            ("insulin", "Pancreas"),
+            ("thyroxine", "Thyroid"),
+            ("cortisol", "Adrenal cortex"),
+            ("adrenaline", "Adrenal medulla"),
+            ("melatonin", "Pineal"),
+            ("prolactin", "Anterior pituitary"),
+            ("oxytocin", "Posterior pituitary"),
+            ("parathormone", "Parathyroid"),
+        ],
     ),
     "Microbiology": (
-        ["A {person}, {age}, has {key}. Which organism is the cause?", "What causes {key}, seen in a {person} aged {age}?"],
-        [("tetanus", "Clostridium tetani"), ("tuberculosis", "Mycobacterium tuberculosis"), ("cholera", "Vibrio cholerae"),
-         ("syphilis", "Treponema pallidum"), ("malaria", "Plasmodium"), ("whooping cough", "Bordetella pertussis"),
-         ("anthrax", "Bacillus anthracis"), ("plague", "Yersinia pestis"), ("diphtheria", "Corynebacterium diphtheriae"),
-         ("leprosy", "Mycobacterium leprae")],
+        [
+            "A {person}, {age}, has {key}. Which organism is the cause?",
+            "What causes {key}, seen in a {person} aged {age}?",
+        ],
+        [
+            ("tetanus", "Clostridium tetani"),
+            ("tuberculosis", "Mycobacterium tuberculosis"),
+            ("cholera", "Vibrio cholerae"),
+            ("syphilis", "Treponema pallidum"),
+            ("malaria", "Plasmodium"),
+            ("whooping cough", "Bordetella pertussis"),
+            ("anthrax", "Bacillus anthracis"),
+            ("plague", "Yersinia pestis"),
+            ("diphtheria", "Corynebacterium diphtheriae"),
+            ("leprosy", "Mycobacterium leprae"),
+        ],
     ),
     "Anatomy": (
-        ["The {key} of a {person}, {age}, is injured. Which function is lost?",
-         "A {person} of {age} has a cut {key}. What fails?"],
-        [("optic nerve", "Sight"), ("olfactory nerve", "Smell"), ("facial nerve", "Facial expression"),
-         ("vestibulocochlear nerve", "Hearing"), ("hypoglossal nerve", "Tongue movement"),
-         ("trigeminal nerve", "Facial sensation"), ("phrenic nerve", "Movement of the diaphragm"),
-         ("accessory nerve", "Shrugging of the shoulder")],
+        [
+            "The {key} of a {person}, {age}, is injured. Which function is lost?",
+            "A {person} of {age} has a cut {key}. What fails?",
+        ],
+        [
+            ("optic nerve", "Sight"),
+            ("olfactory nerve", "Smell"),
+            ("facial nerve", "Facial expression"),
+            ("vestibulocochlear nerve", "Hearing"),
+            ("hypoglossal nerve", "Tongue movement"),
+            ("trigeminal nerve", "Facial sensation"),
+            ("phrenic nerve", "Movement of the diaphragm"),
+            ("accessory nerve", "Shrugging of the shoulder"),
+        ],
     ),
-}  # fmt: skip
+}
 DEMO_RANGES = ("serum sodium", "serum potassium", "fasting glucose", "platelet count")
 NORMAL = "Within the reference range"
-PEOPLE = ["man", "woman", "teacher", "farmer", "nurse", "student", "driver", "cook", "painter", "baker"]
+PEOPLE = [
+    "man",
+    "woman",
+    "teacher",
+    "farmer",
+    "nurse",
+    "student",
+    "driver",
+    "cook",
+    "painter",
+    "baker",
+]
 
 
 def choose_tables(full: bool) -> tuple[list, dict]:
-    """The demonstration asks four measurements and the first five facts of each kind: what a tiny model learns in two minutes."""
+    """The demonstration asks four measurements and the first five facts of each kind: what a tiny
+    model learns in two minutes.
+    """
     if full:
         return RANGES, PAIRS
     ranges = [row for row in RANGES if row[0] in DEMO_RANGES]
@@ -101,26 +167,50 @@ def make_value_question(rng: random.Random, ranges: list) -> dict:
     }[kind]
     value = f"{rng.uniform(*span):.{decimals}f}"
     right = {"low": low_term, "normal": NORMAL, "high": high_term}[kind]
-    if not {"low": float(value) < low, "normal": low <= float(value) <= high, "high": float(value) > high}[kind]:
+    if not {
+        "low": float(value) < low,
+        "normal": low <= float(value) <= high,
+        "high": float(value) > high,
+    }[kind]:
         return make_value_question(rng, ranges)  # rounding crossed the limit
     other = rng.choice([term for row in ranges if row[0] != name for term in row[5:]])
-    stem = rng.choice(VALUE_STEMS).format(age=rng.randint(18, 90), person=rng.choice(PEOPLE), name=name, value=value, unit=unit)
+    stem = rng.choice(VALUE_STEMS).format(
+        age=rng.randint(18, 90), person=rng.choice(PEOPLE), name=name, value=value, unit=unit
+    )
     explanation = f"The reference range of {name} is {low} to {high} {unit}; {value} is {kind}."
-    return finish(rng, stem, right, [t for t in (low_term, NORMAL, high_term) if t != right] + [other], explanation,
-                  "Laboratory values", name)  # fmt: skip
+    return finish(
+        rng,
+        stem,
+        right,
+        [t for t in (low_term, NORMAL, high_term) if t != right] + [other],
+        explanation,
+        "Laboratory values",
+        name,
+    )
 
 
 def make_term_question(rng: random.Random, ranges: list) -> dict:
     """A value outside its range; the question tells on which side, the term is to be known."""
     name, unit, low, high, decimals, low_term, high_term = rng.choice(ranges)
     side = rng.choice(["below", "above"])
-    value = f"{rng.uniform(low * 0.4, low * 0.9) if side == 'below' else rng.uniform(high * 1.1, high * 2):.{decimals}f}"
+    bounds = (low * 0.4, low * 0.9) if side == "below" else (high * 1.1, high * 2)
+    value = f"{rng.uniform(*bounds):.{decimals}f}"
     right, opposite = (low_term, high_term) if side == "below" else (high_term, low_term)
     others = rng.sample([term for row in ranges if row[0] != name for term in row[5:]], 2)
     stem = rng.choice(TERM_STEMS).format(
-        age=rng.randint(18, 90), person=rng.choice(PEOPLE), name=name, value=value, unit=unit, low=low, high=high, side=side
+        age=rng.randint(18, 90),
+        person=rng.choice(PEOPLE),
+        name=name,
+        value=value,
+        unit=unit,
+        low=low,
+        high=high,
+        side=side,
     )
-    explanation = f"The reference range of {name} is {low} to {high} {unit}; {value} is {side} it: {right.lower()}."
+    explanation = (
+        f"The reference range of {name} is {low} to {high} {unit};"
+        f" {value} is {side} it: {right.lower()}."
+    )
     return finish(rng, stem, right, [opposite, *others], explanation, "Laboratory values", name)
 
 
@@ -134,42 +224,81 @@ def make_pair_question(rng: random.Random, kinds: dict) -> dict:
 
 
 def make_general_question(rng: random.Random, ranges: list, kinds: dict) -> dict:
-    """Find a term among four: no clinical fact, but practice in answering by letter. In the generic mcq format."""
-    terms = [term for row in ranges for term in row[5:]] + [value for _, pairs in kinds.values() for _, value in pairs]
+    """Find a term among four: no clinical fact, but practice in answering by letter. In the generic
+    mcq format.
+    """
+    terms = [term for row in ranges for term in row[5:]] + [
+        value for _, pairs in kinds.values() for _, value in pairs
+    ]
     options = rng.sample(terms, 4)
     right = rng.randrange(4)
-    stem = rng.choice(["Which option says {}?", "Which one is {}?", "Look for {}. Where is it?", "Find {} in this list."])
-    return {"question": stem.format(options[right]), "options": options, "answer": "ABCD"[right], "subject": "General"}
+    stem = rng.choice(
+        [
+            "Which option says {}?",
+            "Which one is {}?",
+            "Look for {}. Where is it?",
+            "Find {} in this list.",
+        ]
+    )
+    return {
+        "question": stem.format(options[right]),
+        "options": options,
+        "answer": "ABCD"[right],
+        "subject": "General",
+    }
 
 
 def finish(rng, question, right, wrong, explanation, subject, topic) -> dict:
     options = [right, *wrong]
     rng.shuffle(options)
     return {
-        "question": question, "opa": options[0], "opb": options[1], "opc": options[2], "opd": options[3],
-        "cop": options.index(right) + 1, "exp": explanation, "subject_name": subject, "topic_name": topic,
+        "question": question,
+        "opa": options[0],
+        "opb": options[1],
+        "opc": options[2],
+        "opd": options[3],
+        "cop": options.index(right) + 1,
+        "exp": explanation,
+        "subject_name": subject,
+        "topic_name": topic,
         "choice_type": "single",
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "data", help="folder to write to")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path(__file__).parent / "data", help="folder to write to"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the generator (default 0)")
-    parser.add_argument("--full", action="store_true", help="use all tables, half of the questions about measurements")
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="use all tables, half of the questions about measurements",
+    )
     arguments = parser.parse_args()
     sizes = {"test": 600, "validation": 300, "train": 4000}
     ranges, kinds = choose_tables(arguments.full)
-    rng, seen = random.Random(arguments.seed), set()
+    rng = random.Random(arguments.seed)
+    seen = set()
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     for split, size in sizes.items():
         rows = []
         while len(rows) < size:
             if arguments.full:
-                row = make_value_question(rng, ranges) if rng.choice([True, False]) else make_pair_question(rng, kinds)
+                row = (
+                    make_value_question(rng, ranges)
+                    if rng.choice([True, False])
+                    else make_pair_question(rng, kinds)
+                )
             else:
-                row = make_term_question(rng, ranges) if rng.random() < 0.15 else make_pair_question(rng, kinds)
-            if row["question"] not in seen:  # no question text stands in two splits, or twice in one
+                row = (
+                    make_term_question(rng, ranges)
+                    if rng.random() < 0.15
+                    else make_pair_question(rng, kinds)
+                )
+            # no question text stands in two splits, or twice in one
+            if row["question"] not in seen:
                 seen.add(row["question"])
                 rows.append({"id": f"demo-{split}-{len(rows):04d}", **row})
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
