@@ -24,15 +24,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from medqlora.config import UserError, load_config
-from medqlora.runs import (
-    RunError,
-    check_new,
-    describe_environment,
-    name_command,
-    read_peak_resident,
-    write_json,
-)
+from medqlora.core.config_loading import load_config
+from medqlora.core.environment import describe_environment, name_command, read_peak_resident
+from medqlora.core.errors import RunError, UserError
+from medqlora.core.files import check_new, write_json
 
 ROWS = 182_822  # MedMCQA's training split
 ROOT = Path(__file__).parents[1]
@@ -212,8 +207,8 @@ def make_rows(path: Path, count: int) -> None:
 
 def configure(arguments: argparse.Namespace):
     """Config and encoder of our side."""
-    from medqlora.models import load_tokenizer
-    from medqlora.tokens import make_encoder
+    from medqlora.model.base import load_tokenizer
+    from medqlora.prompts.chat_template import make_encoder
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # as the recipes do
     data = json.dumps([{"format": "medmcqa", "path": str(arguments.work / "rows.jsonl")}])
@@ -249,11 +244,12 @@ def configure(arguments: argparse.Namespace):
 
 def time_stages(arguments: argparse.Namespace) -> dict:
     """The functions that prepare() calls, one by one; tokenizing renders again, in its threads."""
-    from medqlora.cleaning import clean, deduplicate
-    from medqlora.examples import read_examples
-    from medqlora.packing import make_plan, save_arrays
-    from medqlora.prompts import render
-    from medqlora.tokens import encode_examples
+    from medqlora.batches.cache import save_arrays
+    from medqlora.batches.plan import make_plan
+    from medqlora.data.cleaning import clean, deduplicate
+    from medqlora.data.reading import read_examples
+    from medqlora.prompts.encoding import encode_examples
+    from medqlora.prompts.styles import render
 
     config, encoder = configure(arguments)
     marks = [time.perf_counter()]
@@ -294,7 +290,8 @@ def time_stages(arguments: argparse.Namespace) -> dict:
 
 def prepare_whole(arguments: argparse.Namespace) -> dict:
     """prepare() and prepare_plan(), as a recipe calls them."""
-    from medqlora.preparation import prepare, prepare_plan
+    from medqlora.batches.cache import prepare_plan
+    from medqlora.batches.pipeline import prepare
 
     config, encoder = configure(arguments)
     began = time.perf_counter()

@@ -27,8 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medqlora.config import ConfigError, UserError
-from medqlora.runs import write_json
+from medqlora.core.errors import ConfigError, UserError
+from medqlora.core.files import write_json
 
 ROOT = Path(__file__).parent.parent
 FOLDER = Path(__file__).parent / "gpu_stages"

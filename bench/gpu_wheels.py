@@ -15,7 +15,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from medqlora.config import ConfigError, UserError
+from medqlora.core.errors import ConfigError, UserError
 
 MOST = 64 * 2**20  # bytes
 PYTHON = "3.12"

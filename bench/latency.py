@@ -40,11 +40,14 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from medqlora.config import DataEntry, Model, UserError
+from medqlora.core.config import DataEntry, Model
+from medqlora.core.environment import describe_environment, name_command
+from medqlora.core.errors import UserError
+from medqlora.core.files import check_new, write_json
+from medqlora.data.reading import read_examples
 from medqlora.engines.hf import HfEngine, plain_generation
 from medqlora.engines.interface import Request
-from medqlora.examples import read_examples
-from medqlora.latency import (
+from medqlora.engines.latency import (
     LatencyError,
     Served,
     describe,
@@ -52,10 +55,11 @@ from medqlora.latency import (
     parse_objectives,
     summarize,
 )
-from medqlora.models import list_constants, load_base, load_tokenizer
-from medqlora.runs import check_new, describe_environment, name_command, write_json
-from medqlora.scoring import Method, ask
-from medqlora.tokens import make_encoder
+from medqlora.evaluation.method import Method
+from medqlora.evaluation.questions import ask
+from medqlora.model.base import load_base, load_tokenizer
+from medqlora.model.quantization import list_constants
+from medqlora.prompts.chat_template import make_encoder
 
 QUESTIONS = Path(__file__).parents[1] / "recipes" / "demo" / "data" / "test.jsonl"
 START_SECONDS = 600  # that a server may take to load

@@ -36,7 +36,7 @@ import huggingface_hub
 import numpy as np
 import psutil
 
-from medqlora.allocator import prefer_expandable_segments
+from medqlora.core.environment import prefer_expandable_segments
 
 prefer_expandable_segments(os.environ)  # torch reads it when it is imported.
 
@@ -47,34 +47,32 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
 
-from medqlora.allocator import segments_expand
-from medqlora.config import Config, ConfigError, UserError, change, load_config
-from medqlora.hardware import choose_dtype
-from medqlora.memory import (
+from medqlora.batches.plan import list_budgets, make_plan
+from medqlora.core.config import Config
+from medqlora.core.config_loading import change, load_config
+from medqlora.core.environment import describe_environment, name_command
+from medqlora.core.errors import ConfigError, UserError
+from medqlora.core.files import check_new, check_picture, write_json
+from medqlora.model.base import check_length
+from medqlora.model.hardware import choose_dtype
+from medqlora.model.random_base import count_parameters
+from medqlora.training.memory.allocator import segments_expand
+from medqlora.training.memory.architectures import forecast_serving, read_architecture
+from medqlora.training.memory.estimate import assume_labelled, forecast_plan, make_batch
+from medqlora.training.memory.longest import least_memory, longest_sequence
+from medqlora.training.memory.planner import cost_of_attention, plan_step
+from medqlora.training.memory.setting import (
     CONTEXT,
-    GIB,
     KERNELS,
     MARGIN,
-    ForecastError,
     Setting,
     StepPlan,
-    assume_labelled,
-    cost_of_attention,
-    forecast_plan,
-    forecast_serving,
-    least_memory,
-    longest_sequence,
-    make_batch,
     parse_size,
-    plan_step,
-    read_architecture,
     usable,
 )
-from medqlora.models import check_length, count_parameters
-from medqlora.packing import list_budgets, make_plan
-from medqlora.runs import check_new, check_picture, describe_environment, name_command, write_json
-from medqlora.strategies import Strategy, check_strategy, choose_storage
-from medqlora.trials import Trial, make_table
+from medqlora.training.memory.tracker import GIB, ForecastError
+from medqlora.training.strategies.launch import Strategy, check_strategy, choose_storage
+from medqlora.training.trial import Trial, make_table
 
 DEMO = Path(__file__).parent.parent / "recipes" / "configs" / "demo.yaml"
 ARCHITECTURES = Path(__file__).parent / "architectures"

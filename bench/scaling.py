@@ -20,19 +20,16 @@ from pathlib import Path
 
 import torch
 
-from medqlora.config import ConfigError, UserError, load_config
-from medqlora.memory import (
-    CONTEXT,
-    Forecast,
-    assume_labelled,
-    divide,
-    forecast_step,
-    make_batch,
-    read_architecture,
-    usable,
-)
-from medqlora.runs import write_atomic
-from medqlora.strategies import Strategy
+from medqlora.core.config_loading import load_config
+from medqlora.core.errors import ConfigError, UserError
+from medqlora.core.files import write_atomic
+from medqlora.training.memory.architectures import read_architecture
+from medqlora.training.memory.estimate import assume_labelled, make_batch
+from medqlora.training.memory.forecast import forecast_step
+from medqlora.training.memory.setting import CONTEXT, usable
+from medqlora.training.memory.sharding import divide
+from medqlora.training.memory.tracker import Forecast
+from medqlora.training.strategies.launch import Strategy
 
 ROOT = Path(__file__).parents[1]
 CUDA = torch.device("cuda")

@@ -21,8 +21,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from medqlora.config import UserError
-from medqlora.runs import check_new, describe_environment, write_json
+from medqlora.core.environment import describe_environment
+from medqlora.core.errors import UserError
+from medqlora.core.files import check_new, write_json
 
 ROOT = Path(__file__).parent.parent
 STRATEGIES = ("one", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2")

@@ -16,8 +16,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from medqlora.config import ConfigError, UserError
-from medqlora.runs import write_atomic
+from medqlora.core.errors import ConfigError, UserError
+from medqlora.core.files import write_atomic
 
 RESULTS = Path(__file__).parent / "results"
 MACHINE = RESULTS / "cpu-2-cores"

@@ -34,7 +34,7 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 
-from medqlora.allocator import prefer_expandable_segments
+from medqlora.core.environment import prefer_expandable_segments
 
 prefer_expandable_segments(os.environ)  # torch reads it when it is imported.
 
@@ -43,28 +43,20 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from medqlora.allocator import segments_expand
-from medqlora.config import Config, ConfigError, UserError, change, load_config
-from medqlora.hardware import choose_dtype
-from medqlora.memory import (
-    Setting,
-    assume_labelled,
-    available_host,
-    available_memory,
-    plan_step,
-    read_architecture,
-)
-from medqlora.packing import list_budgets, make_plan
-from medqlora.runs import (
-    MemoryMeter,
-    check_new,
-    check_picture,
-    describe_environment,
-    name_command,
-    write_json,
-)
-from medqlora.strategies import Strategy, choose_storage
-from medqlora.trials import Trial, count_flops, draw_lengths, find_peak, make_table
+from medqlora.batches.plan import list_budgets, make_plan
+from medqlora.core.config import Config
+from medqlora.core.config_loading import change, load_config
+from medqlora.core.environment import MemoryMeter, describe_environment, name_command
+from medqlora.core.errors import ConfigError, UserError
+from medqlora.core.files import check_new, check_picture, write_json
+from medqlora.model.hardware import choose_dtype
+from medqlora.training.memory.allocator import segments_expand
+from medqlora.training.memory.architectures import read_architecture
+from medqlora.training.memory.estimate import assume_labelled
+from medqlora.training.memory.planner import plan_step
+from medqlora.training.memory.setting import Setting, available_host, available_memory
+from medqlora.training.strategies.launch import Strategy, choose_storage
+from medqlora.training.trial import Trial, count_flops, draw_lengths, find_peak, make_table
 
 DEMO = Path(__file__).parent.parent / "recipes" / "configs" / "demo.yaml"
 ARCHITECTURES = Path(__file__).parent / "architectures"

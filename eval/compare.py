@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from medqlora.config import ConfigError, UserError
-from medqlora.metrics import compare_predictions
-from medqlora.predictions import read_all_predictions
-from medqlora.runs import check_new, write_json
+from medqlora.core.errors import ConfigError, UserError
+from medqlora.core.files import check_new, write_json
+from medqlora.evaluation.comparison import compare_predictions
+from medqlora.evaluation.predictions import read_all_predictions
 
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 

@@ -20,23 +20,27 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
-from medqlora.allocator import prefer_expandable_segments
-from medqlora.cleaning import clean
-from medqlora.config import ConfigError, DataEntry, Model, UserError
+from medqlora.core.config import DataEntry, Model
+from medqlora.core.environment import prefer_expandable_segments
+from medqlora.core.errors import ConfigError, UserError
+from medqlora.core.files import hash_json
+from medqlora.data.cleaning import clean
+from medqlora.data.examples import DataError, Example
+from medqlora.data.reading import DATASETS, read_examples
 from medqlora.engines.interface import BATCH_SIZE, Engine
-from medqlora.examples import DATASETS, DataError, Example, read_examples
-from medqlora.metrics import score_predictions
-from medqlora.predictions import (
-    Journal,
+from medqlora.evaluation.answering import predict
+from medqlora.evaluation.journal import Journal, make_cells
+from medqlora.evaluation.method import Method
+from medqlora.evaluation.metrics import score_predictions
+from medqlora.evaluation.predictions import (
     PredictionError,
     collect_rows,
-    make_cells,
     read_predictions,
     read_rows,
 )
-from medqlora.runs import hash_json
-from medqlora.scoring import Method, ask, predict
-from medqlora.tokens import Encoder, fingerprint, make_encoder, make_text_encoder
+from medqlora.evaluation.questions import ask
+from medqlora.prompts.chat_template import Encoder, make_encoder, make_text_encoder
+from medqlora.prompts.fingerprint import fingerprint
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -379,14 +383,10 @@ def open_model(arguments: argparse.Namespace) -> tuple[Encoder, dict, int | None
         )
     import transformers
 
-    from medqlora.hardware import choose_dtype
-    from medqlora.models import (
-        check_adapter,
-        describe_model,
-        load_tokenizer,
-        read_merged_card,
-        read_model_config,
-    )
+    from medqlora.model.adapter import check_adapter
+    from medqlora.model.base import load_tokenizer, read_model_config
+    from medqlora.model.hardware import choose_dtype
+    from medqlora.model.identity import describe_model, read_merged_card
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -464,7 +464,8 @@ def open_engine(arguments: argparse.Namespace, card: dict, encoder: Encoder) -> 
             seed=arguments.seed,
         )
     from medqlora.engines.hf import HfEngine
-    from medqlora.models import load_adapter, load_base
+    from medqlora.model.adapter import load_adapter
+    from medqlora.model.base import load_base
 
     model, backend = load_base(resolve_model(arguments, card), find_device())
     if arguments.adapter:

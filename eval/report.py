@@ -14,11 +14,15 @@ from typing import Any
 
 from rich.console import Console
 
-from medqlora.config import UserError
-from medqlora.metrics import compare_predictions, score_predictions
-from medqlora.predictions import PredictionError, Predictions, read_all_predictions
-from medqlora.reports import ReportError, Run, judge, render_report
-from medqlora.runs import LOG, read_lines, write_atomic
+from medqlora.core.errors import UserError
+from medqlora.core.files import read_lines, write_atomic
+from medqlora.core.run_folder import LOG
+from medqlora.evaluation.comparison import compare_predictions
+from medqlora.evaluation.metrics import score_predictions
+from medqlora.evaluation.predictions import PredictionError, Predictions, read_all_predictions
+from medqlora.reporting.run_page import render_report
+from medqlora.reporting.runs import ReportError, Run
+from medqlora.reporting.scores import judge
 
 # what scores of metrics.json must have to be shown
 KEPT = {"n", "accuracy", "accuracy_ci95", "unparsed", "truncated"}

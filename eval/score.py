@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from medqlora.config import UserError
-from medqlora.examples import LETTERS
-from medqlora.metrics import NEAR_TIE, score_predictions
-from medqlora.predictions import PredictionError, read_all_predictions, read_predictions
-from medqlora.runs import check_new, write_atomic, write_json
+from medqlora.core.errors import UserError
+from medqlora.core.files import check_new, write_atomic, write_json
+from medqlora.data.examples import LETTERS
+from medqlora.evaluation.metrics import NEAR_TIE, score_predictions
+from medqlora.evaluation.predictions import PredictionError, read_all_predictions, read_predictions
 
 
 def show(path: Path, metrics: dict, console: Console) -> None:

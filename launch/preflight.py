@@ -27,10 +27,13 @@ from pathlib import Path
 
 import yaml
 
-from medqlora.allocator import prefer_expandable_segments
-from medqlora.config import Config, ConfigError, UserError, change, load_config
-from medqlora.processes import ProcessError
-from medqlora.runs import check_disk, check_run, hash_json, read_versions, write_atomic
+from medqlora.core.config import Config
+from medqlora.core.config_loading import change, load_config
+from medqlora.core.environment import prefer_expandable_segments, read_versions
+from medqlora.core.errors import ConfigError, UserError
+from medqlora.core.files import check_disk, hash_json, write_atomic
+from medqlora.core.run_folder import check_run
+from medqlora.training.processes import ProcessError
 
 ROWS = 500  # of each data entry that are read, cleaned and tokenized here
 
@@ -165,7 +168,7 @@ def run_checks(
 def read_accelerate(path: Path, facts: dict) -> str:
     from accelerate.commands.config.config_args import load_config_from_file
 
-    from medqlora.strategies import launch_environ, read_strategy
+    from medqlora.training.strategies.launch import launch_environ, read_strategy
 
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -218,9 +221,9 @@ def check_processes(facts: dict) -> str:
 def check_dtypes(config: Config, facts: dict) -> str:
     import torch
 
-    from medqlora.hardware import choose_dtype
-    from medqlora.models import check_hardware
-    from medqlora.strategies import check_strategy, choose_storage
+    from medqlora.model.base import check_hardware
+    from medqlora.model.hardware import choose_dtype
+    from medqlora.training.strategies.launch import check_strategy, choose_storage
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts["device"], dtype = device, choose_dtype(config.model.dtype, device)
@@ -239,14 +242,15 @@ def check_dtypes(config: Config, facts: dict) -> str:
 
 
 def check_batch(config: Config, facts: dict) -> str:
-    from medqlora.packing import describe_batch
+    from medqlora.batches.plan import describe_batch
 
     return describe_batch(config.training, config.data.max_length, facts["strategy"].ranks)
 
 
 def check_model(config: Config, facts: dict) -> str:
-    from medqlora.models import check_length, count_parameters, load_tokenizer, read_model_config
-    from medqlora.tokens import make_encoder
+    from medqlora.model.base import check_length, load_tokenizer, read_model_config
+    from medqlora.model.random_base import count_parameters
+    from medqlora.prompts.chat_template import make_encoder
 
     model = config.model
     facts["model_config"] = read_model_config(model.base, model.revision, model.trust_remote_code)
@@ -265,8 +269,8 @@ def check_model(config: Config, facts: dict) -> str:
 
 def check_data(config: Config, facts: dict) -> str:
     """The first rows of every entry through reading, cleaning, separation and tokenization."""
-    from medqlora.packing import PlanError
-    from medqlora.preparation import count_reasons, prepare
+    from medqlora.batches.pipeline import count_reasons, prepare
+    from medqlora.batches.plan import PlanError
 
     tree = config.model_dump()
     for role in ("train", "eval", "test"):
@@ -324,18 +328,13 @@ def forecast(config: Config, facts: dict) -> str:
     """What the recipe will decide and need on each GPU; on a machine without one, its least."""
     import torch
 
-    from medqlora.allocator import segments_expand
-    from medqlora.hardware import choose_dtype
-    from medqlora.memory import (
-        GIB,
-        Setting,
-        UnknownForecast,
-        available_host,
-        available_memory,
-        plan_step,
-    )
-    from medqlora.packing import most_supervised
-    from medqlora.strategies import choose_storage
+    from medqlora.batches.collate import most_supervised
+    from medqlora.model.hardware import choose_dtype
+    from medqlora.training.memory.allocator import segments_expand
+    from medqlora.training.memory.planner import plan_step
+    from medqlora.training.memory.setting import Setting, available_host, available_memory
+    from medqlora.training.memory.tracker import GIB, UnknownForecast
+    from medqlora.training.strategies.launch import choose_storage
 
     gpu = torch.cuda.is_available()
     # where it will train; this may be a login node
@@ -414,14 +413,17 @@ def take_two_steps(config: Config, facts: dict) -> str:
     import transformers
     from transformers import AutoModelForCausalLM
 
-    from medqlora.attention import move_batch, verify_isolation
-    from medqlora.config import Model
-    from medqlora.losses import AnswerLoss, backbone_of
-    from medqlora.models import attach_adapter, load_base, set_checkpointing
-    from medqlora.optimizers import make_optimizer
-    from medqlora.packing import collate
-    from medqlora.strategies import Strategy, wrap
-    from medqlora.tokens import TokenTable
+    from medqlora.batches.collate import collate
+    from medqlora.core.config import Model
+    from medqlora.model.adapter import attach_adapter
+    from medqlora.model.attention.packed_batch import move_batch, verify_isolation
+    from medqlora.model.base import backbone_of, load_base
+    from medqlora.model.head_loss import AnswerLoss
+    from medqlora.model.recomputation import set_checkpointing
+    from medqlora.prompts.encoding import TokenTable
+    from medqlora.training.optimizers import make_optimizer
+    from medqlora.training.strategies.launch import Strategy
+    from medqlora.training.strategies.wrapping import wrap
 
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:

@@ -18,11 +18,12 @@ from pathlib import Path
 
 import yaml
 
-from medqlora.config import ConfigError, UserError, load_config
-from medqlora.hardware import DTYPES
-from medqlora.packing import describe_batch
-from medqlora.runs import check_run
-from medqlora.strategies import check_strategy, launch_environ, read_strategy
+from medqlora.batches.plan import describe_batch
+from medqlora.core.config_loading import load_config
+from medqlora.core.errors import ConfigError, UserError
+from medqlora.core.run_folder import check_run
+from medqlora.model.hardware import DTYPES
+from medqlora.training.strategies.launch import check_strategy, launch_environ, read_strategy
 
 TEMPLATE = Path(__file__).parent / "slurm_train.sbatch"
 

@@ -14,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-from medqlora.allocator import prefer_expandable_segments
+from medqlora.core.environment import prefer_expandable_segments
 
 prefer_expandable_segments(os.environ)  # torch reads it when it is imported.
 
@@ -23,23 +23,19 @@ import transformers
 from rich.console import Console
 from rich.progress import track
 
-from medqlora.config import Model, UserError
+from medqlora.core.config import Model
+from medqlora.core.errors import UserError
 from medqlora.engines.hf import run_packed
-from medqlora.hardware import choose_dtype
-from medqlora.losses import compute_logits, unwrap
-from medqlora.merging import MergeError, compare_logits, merge
-from medqlora.models import (
-    check_adapter,
-    load_adapter,
-    load_base,
-    load_tokenizer,
-    read_adapter_card,
-    read_model_config,
-    resolve_base,
-    sample_weights,
-)
-from medqlora.prompts import PROBES, PromptError, render
-from medqlora.tokens import encode_prefixes, encode_text, make_encoder
+from medqlora.model.adapter import check_adapter, load_adapter, read_adapter_card
+from medqlora.model.base import load_base, load_tokenizer, read_model_config, unwrap
+from medqlora.model.hardware import choose_dtype
+from medqlora.model.head_loss import compute_logits
+from medqlora.model.identity import resolve_base, sample_weights
+from medqlora.model.merging import MergeError, compare_logits, merge
+from medqlora.prompts.chat_template import encode_text, make_encoder
+from medqlora.prompts.encoding import encode_prefixes
+from medqlora.prompts.fingerprint import PROBES
+from medqlora.prompts.styles import PromptError, render
 
 # Mean relative error of the prompts' logits: rounding of merged weights to the compute dtype is all
 # that may differ. A single prompt's may be several times as large in 16 bits.

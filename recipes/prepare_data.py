@@ -13,12 +13,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from medqlora.config import UserError, change, help_text, load_config
-from medqlora.models import load_tokenizer
-from medqlora.packing import list_budgets
-from medqlora.preparation import count_reasons, prepare, prepare_plan
-from medqlora.runs import write_json_lines
-from medqlora.tokens import make_encoder
+from medqlora.batches.cache import prepare_plan
+from medqlora.batches.pipeline import count_reasons, prepare
+from medqlora.batches.plan import list_budgets
+from medqlora.core.config_loading import change, help_text, load_config
+from medqlora.core.errors import UserError
+from medqlora.core.files import write_json_lines
+from medqlora.model.base import load_tokenizer
+from medqlora.prompts.chat_template import make_encoder
 
 console = Console(highlight=False, soft_wrap=True)
 

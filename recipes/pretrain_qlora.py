@@ -12,7 +12,8 @@ import runpy
 import sys
 from pathlib import Path
 
-from medqlora.config import ConfigError, UserError, help_text, load_config
+from medqlora.core.config_loading import help_text, load_config
+from medqlora.core.errors import ConfigError, UserError
 
 
 def main() -> None:

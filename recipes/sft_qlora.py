@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from medqlora.allocator import prefer_expandable_segments
+from medqlora.core.environment import prefer_expandable_segments
 
 prefer_expandable_segments(os.environ)  # torch reads it when it is imported.
 
@@ -39,64 +39,62 @@ from safetensors.torch import load_file
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from medqlora import runs
-from medqlora.allocator import segments_expand
-from medqlora.attention import Choice, choose_backend, move_batch, verify_isolation
-from medqlora.checkpoints import Checkpoint, load_newest, save_checkpoint
-from medqlora.config import Config, UserError, change, help_text, load_config
-from medqlora.engines.hf import HfEngine
-from medqlora.hardware import choose_dtype
-from medqlora.layers import compile_layers
-from medqlora.losses import AnswerLoss, backbone_of, count_chunks
-from medqlora.memory import (
-    GIB,
-    Setting,
-    StepPlan,
-    available_host,
-    available_memory,
-    cost_of_attention,
-    forecast_plan,
-    plan_step,
+from medqlora.batches.cache import Prepared, load_plan, load_prepared, prepare_plan, save_prepared
+from medqlora.batches.collate import cap_batches, collate, most_supervised
+from medqlora.batches.pipeline import count_reasons, prepare
+from medqlora.batches.plan import Plan, derive_accumulation, fit_bins, list_budgets
+from medqlora.core.config import Config
+from medqlora.core.config_loading import change, help_text, load_config
+from medqlora.core.environment import MemoryMeter, describe_environment
+from medqlora.core.errors import UserError
+from medqlora.core.files import (
+    append_line,
+    check_disk,
+    hash_json,
+    read_lines,
+    write_json,
+    write_json_lines,
 )
-from medqlora.metrics import compare_paired, score_predictions
-from medqlora.models import (
+from medqlora.core.run_folder import LOG, check_run, open_run, rewind_log
+from medqlora.engines.hf import HfEngine
+from medqlora.evaluation.answering import answer
+from medqlora.evaluation.comparison import compare_paired
+from medqlora.evaluation.metrics import score_predictions
+from medqlora.evaluation.predictions import collect_rows
+from medqlora.model.adapter import (
     adapter_weights,
-    architecture_hash,
     attach_adapter,
+    name_parameters,
+    restore_adapter,
+    save_adapter,
+    trainable,
+)
+from medqlora.model.attention.backends import Choice, choose_backend
+from medqlora.model.attention.packed_batch import move_batch, verify_isolation
+from medqlora.model.base import (
+    backbone_of,
     check_hardware,
     check_length,
-    count_parameters,
     load_base,
     load_tokenizer,
-    name_parameters,
     read_model_config,
-    resolve_base,
-    restore_adapter,
-    sample_weights,
-    save_adapter,
-    set_checkpointing,
 )
-from medqlora.optimizers import learning_rate, make_optimizer
-from medqlora.packing import (
-    Plan,
-    cap_batches,
-    collate,
-    derive_accumulation,
-    fit_bins,
-    list_budgets,
-    most_supervised,
-)
-from medqlora.predictions import collect_rows
-from medqlora.preparation import (
-    Prepared,
-    count_reasons,
-    load_plan,
-    load_prepared,
-    prepare,
-    prepare_plan,
-    save_prepared,
-)
-from medqlora.processes import (
+from medqlora.model.compiling import compile_layers
+from medqlora.model.hardware import choose_dtype
+from medqlora.model.head_loss import AnswerLoss, count_chunks
+from medqlora.model.identity import architecture_hash, resolve_base, sample_weights
+from medqlora.model.random_base import count_parameters
+from medqlora.model.recomputation import set_checkpointing
+from medqlora.prompts.chat_template import Encoder, make_encoder
+from medqlora.prompts.encoding import TokenTable
+from medqlora.training.checkpoints import Checkpoint, load_newest, save_checkpoint
+from medqlora.training.memory.allocator import segments_expand
+from medqlora.training.memory.estimate import forecast_plan
+from medqlora.training.memory.planner import cost_of_attention, plan_step
+from medqlora.training.memory.setting import Setting, StepPlan, available_host, available_memory
+from medqlora.training.memory.tracker import GIB
+from medqlora.training.optimizers import learning_rate, make_optimizer
+from medqlora.training.processes import (
     AgreedError,
     ProcessError,
     check_versions,
@@ -105,22 +103,19 @@ from medqlora.processes import (
     start_processes,
     together,
 )
-from medqlora.scoring import answer
-from medqlora.strategies import (
+from medqlora.training.strategies.gradient_check import (
+    compare_gradients,
+    compute_reference,
+    measure_gradients,
+    wake_adapter,
+)
+from medqlora.training.strategies.launch import (
     Strategy,
     check_strategy,
     choose_storage,
-    compare_gradients,
-    compute_reference,
-    gather_weights,
-    load_states,
-    measure_gradients,
     read_strategy,
-    trainable,
-    wake_adapter,
-    wrap,
 )
-from medqlora.tokens import Encoder, TokenTable, make_encoder
+from medqlora.training.strategies.wrapping import gather_weights, load_states, wrap
 
 ISOLATION_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 console = Console(highlight=False, soft_wrap=True)
@@ -183,7 +178,7 @@ class Run:
     accelerator: Accelerator
     strategy: Strategy
     dtype: torch.dtype
-    memory: runs.MemoryMeter
+    memory: MemoryMeter
     memory_bytes: dict[str, int]
     encoder: Encoder
     sizes: tuple[int, int]  # parameters of the base, of the adapter
@@ -252,18 +247,18 @@ def start(config: Config, output_dir: Path, resume: bool) -> Run:
         encoder = make_encoder(tokenizer, config.data.prompt_style, config.data.completion)
         begun_with = read_begun(output_dir, config, strategy.ranks) if resume else None
     with together():
-        check_versions(runs.hash_json(config.model_dump(mode="json")))
+        check_versions(hash_json(config.model_dump(mode="json")))
     with together():
         if accelerator.is_main_process:
-            runs.check_run(output_dir, config, resume)
+            check_run(output_dir, config, resume)
             # 4 bytes for the weight and 8 for AdamW's moments, for the kept checkpoints and the one
             # being written
-            runs.check_disk(
+            check_disk(
                 output_dir,
                 12 * sizes[1] * (config.training.keep_checkpoints + 2),
                 "adapter and checkpoints",
             )
-    memory = runs.MemoryMeter(cuda=kind.type == "cuda")
+    memory = MemoryMeter(cuda=kind.type == "cuda")
     before = {"before": memory.now()}
     return Run(
         config,
@@ -315,7 +310,7 @@ def prepare_once(run: Run) -> None:
     run.config, run.facts["step_plan"] = apply_step(config, shared["step"]), shared["step"]
     with together():
         if run.rank == 0:
-            runs.open_run(run.output_dir, config)
+            open_run(run.output_dir, config)
         else:
             run.prepared, run.plan = (
                 load_prepared(data, shared["prepared"]),
@@ -481,7 +476,7 @@ def load(run: Run) -> None:
         "double_quantization": config.model.double_quantization,
         "dtype": str(run.dtype).removeprefix("torch."),
     }
-    run.facts |= runs.describe_environment() | {"seed": training.seed, **run.prepared.hashes}
+    run.facts |= describe_environment() | {"seed": training.seed, **run.prepared.hashes}
     run.facts |= {
         "base": run.card,
         "processes": run.strategy.ranks,
@@ -548,14 +543,14 @@ def wrap_model(run: Run) -> None:
         run.memory_bytes["wrapped"] = run.memory.now()
     with together():
         if run.rank == 0:
-            runs.write_json(run.output_dir / "environment.json", run.facts)
-            runs.write_json_lines(
+            write_json(run.output_dir / "environment.json", run.facts)
+            write_json_lines(
                 run.output_dir / "removed.jsonl",
                 [asdict(removal) for removal in run.prepared.removals],
             )
             if run.resume:
-                runs.rewind_log(
-                    run.output_dir / runs.LOG, run.checkpoint.state["step"] if run.checkpoint else 0
+                rewind_log(
+                    run.output_dir / LOG, run.checkpoint.state["step"] if run.checkpoint else 0
                 )
     run.accelerator.init_trackers(
         "medqlora",
@@ -607,7 +602,7 @@ def train(run: Run) -> int:
             console.print(
                 f"resuming after step {state['step']} of {len(plan)} ({run.checkpoint.path})"
             )
-    log = run.output_dir / runs.LOG
+    log = run.output_dir / LOG
     stop_signals = catch_signals()
     lengths = prepared.train.lengths
     supervised = prepared.train.supervised
@@ -668,7 +663,7 @@ def train(run: Run) -> int:
             if run.dtype is torch.float16 and not math.isfinite(grad_norm):
                 row |= {"grad_norm": None, "skipped": True}
             if is_main:
-                runs.append_line(log, row)
+                append_line(log, row)
                 run.accelerator.log(row, step=done)
                 facts = (
                     f"loss {step_loss:.3f}  lr {lr:.1e}  {row['tokens_per_second']:,.0f} tokens/s "
@@ -704,7 +699,7 @@ def train(run: Run) -> int:
                         "eval_loss": eval_loss,
                         "perplexity": math.exp(min(eval_loss, 700)),
                     }
-                    runs.append_line(log, facts)
+                    append_line(log, facts)
                     run.accelerator.log(facts, step=done)
                 if better:
                     write_adapter(run, {"step": done, "eval_loss": eval_loss})
@@ -845,7 +840,7 @@ def score(run: Run, name: str) -> None:
     with together():
         if run.rank == 0:
             path.parent.mkdir(exist_ok=True)
-            runs.write_json_lines(path, [found[example.id] for example in run.prepared.test])
+            write_json_lines(path, [found[example.id] for example in run.prepared.test])
 
 
 def finish(run: Run) -> None:
@@ -861,7 +856,7 @@ def finish(run: Run) -> None:
     peaks = gather(run.memory_bytes["peak"])
     with together():
         if run.rank == 0:
-            lines = runs.read_lines(run.output_dir / runs.LOG)
+            lines = read_lines(run.output_dir / LOG)
             report = {
                 "steps": lines[-1]["step"] if lines else 0,
                 "best_step": run.best_step,
@@ -871,11 +866,11 @@ def finish(run: Run) -> None:
             if run.prepared.test:
                 report |= show_scores(
                     *(
-                        runs.read_lines(run.output_dir / "predictions" / f"{name}.jsonl")
+                        read_lines(run.output_dir / "predictions" / f"{name}.jsonl")
                         for name in ("base", "tuned")
                     )
                 )
-            runs.write_json(run.output_dir / "metrics.json", report)
+            write_json(run.output_dir / "metrics.json", report)
             show_memory(run.memory_bytes, run.device)
             console.print(f"adapter of step {report['best_step']}: {run.output_dir / 'adapter'}")
 

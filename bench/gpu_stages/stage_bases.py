@@ -5,7 +5,7 @@ dense in float32.
 import os
 import sys
 
-from medqlora.allocator import prefer_expandable_segments
+from medqlora.core.environment import prefer_expandable_segments
 
 prefer_expandable_segments(os.environ)  # torch reads it when it is imported.
 
@@ -13,13 +13,16 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from medqlora.attention import IMPLEMENTATIONS, choose_backend, move_batch
-from medqlora.config import Lora, Model
-from medqlora.losses import AnswerLoss
-from medqlora.models import attach_adapter, make_base, set_checkpointing
-from medqlora.packing import collate
-from medqlora.stages import Stage, relative_error
-from medqlora.trials import make_table
+from medqlora.batches.collate import collate
+from medqlora.core.config import Lora, Model
+from medqlora.model.adapter import attach_adapter
+from medqlora.model.attention.backends import IMPLEMENTATIONS, choose_backend
+from medqlora.model.attention.packed_batch import move_batch
+from medqlora.model.head_loss import AnswerLoss
+from medqlora.model.random_base import make_base
+from medqlora.model.recomputation import set_checkpointing
+from medqlora.training.gpu_stage import Stage, relative_error
+from medqlora.training.trial import make_table
 
 SHAPE = LlamaConfig(
     hidden_size=512,

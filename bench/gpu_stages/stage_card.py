@@ -5,16 +5,16 @@ import os
 import subprocess
 import sys
 
-from medqlora.allocator import prefer_expandable_segments
+from medqlora.core.environment import prefer_expandable_segments
 
 prefer_expandable_segments(os.environ)  # torch reads it when it is imported.
 
 import torch
 
-from medqlora.allocator import segments_expand
-from medqlora.attention import try_flash_package
-from medqlora.runs import describe_environment
-from medqlora.stages import Stage
+from medqlora.core.environment import describe_environment
+from medqlora.model.attention.backends import try_flash_package
+from medqlora.training.gpu_stage import Stage
+from medqlora.training.memory.allocator import segments_expand
 
 
 def main() -> int:

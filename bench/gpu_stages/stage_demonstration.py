@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from medqlora.stages import Stage
+from medqlora.training.gpu_stage import Stage
 
 ROOT = Path(__file__).parents[2]
 WAIT = 200  # A run may take so many seconds.

@@ -7,19 +7,19 @@ import sys
 import time
 from pathlib import Path
 
-from medqlora.allocator import prefer_expandable_segments
+from medqlora.core.environment import prefer_expandable_segments
 
 prefer_expandable_segments(os.environ)  # torch reads it when it is imported.
 
 import numpy as np
 import torch
 
-from medqlora.attention import IMPLEMENTATIONS, choose_backend
-from medqlora.config import Model
+from medqlora.core.config import Model
 from medqlora.engines.hf import TOLERANCE, HfEngine
 from medqlora.engines.interface import Request, Sampling
-from medqlora.models import make_base
-from medqlora.stages import Stage
+from medqlora.model.attention.backends import IMPLEMENTATIONS, choose_backend
+from medqlora.model.random_base import make_base
+from medqlora.training.gpu_stage import Stage
 
 ARCHITECTURES = Path(__file__).parent.parent / "architectures"
 LAYERS = 8

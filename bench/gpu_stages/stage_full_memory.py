@@ -13,14 +13,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from medqlora.allocator import prefer_expandable_segments
+from medqlora.core.environment import prefer_expandable_segments
 
 prefer_expandable_segments(os.environ)  # torch reads it when it is imported.
 
 import torch
 from transformers import AutoConfig, LlamaForCausalLM
 
-from medqlora.stages import Stage
+from medqlora.training.gpu_stage import Stage
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "recipes" / "demo"
@@ -29,13 +29,13 @@ SHARE = 0.75
 # micro-batch has too many tokens.
 BOUND = "torch.cuda.set_per_process_memory_fraction({share})"
 RAISE = """
-from medqlora import losses
-plain = losses.AnswerLoss.forward
+from medqlora.model import head_loss
+plain = head_loss.AnswerLoss.forward
 def refuse(self, input_ids, **more):
     if torch.is_grad_enabled() and not input_ids.is_meta and input_ids.shape[1] > {tokens}:
         raise torch.OutOfMemoryError("raised by hand")
     return plain(self, input_ids=input_ids, **more)
-losses.AnswerLoss.forward = refuse
+head_loss.AnswerLoss.forward = refuse
 """
 RUN = (
     "import runpy, sys, torch\n{before}\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0],"

@@ -6,7 +6,7 @@ import itertools
 import os
 import sys
 
-from medqlora.allocator import prefer_expandable_segments
+from medqlora.core.environment import prefer_expandable_segments
 
 prefer_expandable_segments(os.environ)  # torch reads it when it is imported.
 
@@ -14,10 +14,14 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig
 
-from medqlora.attention import attend_documents, choose_backend, locate_branches, locate_documents
-from medqlora.layers import DroppedLinear, compile_kernels, draw_kept, draw_seed
-from medqlora.losses import HeadLoss
-from medqlora.stages import Stage, relative_error
+from medqlora.model.attention.backends import choose_backend
+from medqlora.model.attention.documents import locate_documents
+from medqlora.model.attention.kernels import attend_documents
+from medqlora.model.attention.tree import locate_branches
+from medqlora.model.compiling import compile_kernels
+from medqlora.model.dropout import DroppedLinear, draw_kept, draw_seed
+from medqlora.model.head_loss import HeadLoss
+from medqlora.training.gpu_stage import Stage, relative_error
 
 # Rounding explains these relative errors of outputs; gradients may have twice as much.
 LIMITS = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from medqlora.allocator import prefer_expandable_segments
+from medqlora.core.environment import prefer_expandable_segments
 
 prefer_expandable_segments(os.environ)  # torch reads it when it is imported.
 
@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig
 
-from medqlora.allocator import segments_expand
-from medqlora.config import Config
-from medqlora.memory import Batch, forecast_step
-from medqlora.packing import make_plan
-from medqlora.stages import Stage
-from medqlora.trials import Trial, make_table
+from medqlora.batches.plan import make_plan
+from medqlora.core.config import Config
+from medqlora.training.gpu_stage import Stage
+from medqlora.training.memory.allocator import segments_expand
+from medqlora.training.memory.forecast import forecast_step
+from medqlora.training.memory.tracker import Batch
+from medqlora.training.trial import Trial, make_table
 
 ARCHITECTURES = Path(__file__).parent.parent / "architectures"
 # A GPU of more bytes holds all cases; a smaller one gets fewer layers and tokens.

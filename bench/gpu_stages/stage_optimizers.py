@@ -6,19 +6,22 @@ import io
 import os
 import sys
 
-from medqlora.allocator import prefer_expandable_segments
+from medqlora.core.environment import prefer_expandable_segments
 
 prefer_expandable_segments(os.environ)  # torch reads it when it is imported.
 
 import torch
 from transformers import LlamaConfig
 
-from medqlora.config import Lora, Model, Training
-from medqlora.losses import AnswerLoss
-from medqlora.models import attach_adapter, make_base
-from medqlora.optimizers import make_optimizer
-from medqlora.stages import Stage
-from medqlora.strategies import Replicated, Strategy, wrap
+from medqlora.core.config import Lora, Model, Training
+from medqlora.model.adapter import attach_adapter
+from medqlora.model.head_loss import AnswerLoss
+from medqlora.model.random_base import make_base
+from medqlora.training.gpu_stage import Stage
+from medqlora.training.optimizers import make_optimizer
+from medqlora.training.strategies.launch import Strategy
+from medqlora.training.strategies.replicated import Replicated
+from medqlora.training.strategies.wrapping import wrap
 
 SHAPE = LlamaConfig(
     hidden_size=1024,

@@ -7,16 +7,16 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from medqlora.allocator import prefer_expandable_segments
+from medqlora.core.environment import prefer_expandable_segments
 
 prefer_expandable_segments(os.environ)  # torch reads it when it is imported.
 
 import numpy as np
 from torch.profiler import ProfilerActivity, profile
 
-from medqlora.packing import make_plan
-from medqlora.stages import Stage
-from medqlora.trials import Trial, make_table
+from medqlora.batches.plan import make_plan
+from medqlora.training.gpu_stage import Stage
+from medqlora.training.trial import Trial, make_table
 
 ARCHITECTURES = Path(__file__).parent.parent / "architectures"
 LARGE = 30 * 2**30  # A GPU of more bytes holds eight layers with nothing recomputed.

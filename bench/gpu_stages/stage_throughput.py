@@ -6,19 +6,19 @@ import os
 import sys
 from pathlib import Path
 
-from medqlora.allocator import prefer_expandable_segments
+from medqlora.core.environment import prefer_expandable_segments
 
 prefer_expandable_segments(os.environ)  # torch reads it when it is imported.
 
 import numpy as np
 import torch
 
-from medqlora.layers import Kernels
-from medqlora.losses import unwrap
-from medqlora.models import find_layers, set_checkpointing
-from medqlora.packing import make_plan
-from medqlora.stages import Stage
-from medqlora.trials import Trial, count_flops, find_peak, make_table
+from medqlora.batches.plan import make_plan
+from medqlora.model.base import find_layers, unwrap
+from medqlora.model.compiling import Kernels
+from medqlora.model.recomputation import set_checkpointing
+from medqlora.training.gpu_stage import Stage
+from medqlora.training.trial import Trial, count_flops, find_peak, make_table
 
 ARCHITECTURES = Path(__file__).parent.parent / "architectures"
 WHOLE = 60 * 2**30

@@ -44,7 +44,7 @@ def main() -> None:
     run_exp(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), [Clock()])
     if torch.cuda.is_available():
         found["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-    else:  # as medqlora.runs.read_peak_resident, which this interpreter may not have
+    else:  # as medqlora.core.environment.read_peak_resident, which this interpreter may not have
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         found["peak_memory_bytes"] = next(
             int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")

@@ -24,9 +24,10 @@ from pathlib import Path
 
 import numpy as np
 
-from medqlora.config import DataEntry
-from medqlora.examples import MultipleChoice, read_examples
-from medqlora.runs import describe_environment, name_command, read_peak_resident
+from medqlora.core.config import DataEntry
+from medqlora.core.environment import describe_environment, name_command, read_peak_resident
+from medqlora.data.examples import MultipleChoice
+from medqlora.data.reading import read_examples
 
 TASKS = ("medmcqa", "medqa", "pubmedqa")
 SIDES = ("harness", "ours")
@@ -176,11 +177,13 @@ def run_ours(
 ) -> dict:
     import torch
 
-    from medqlora.config import Model
-    from medqlora.models import load_base, load_tokenizer, read_model_config
-    from medqlora.predictions import Journal
-    from medqlora.scoring import Method, ask, predict
-    from medqlora.tokens import make_encoder
+    from medqlora.core.config import Model
+    from medqlora.evaluation.answering import predict
+    from medqlora.evaluation.journal import Journal
+    from medqlora.evaluation.method import Method
+    from medqlora.evaluation.questions import ask
+    from medqlora.model.base import load_base, load_tokenizer, read_model_config
+    from medqlora.prompts.chat_template import make_encoder
 
     model = str(arguments.model)
     if arguments.engine == "vllm":

@@ -35,18 +35,21 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from medqlora.attention import move_batch
-from medqlora.cleaning import clean, deduplicate
-from medqlora.config import ConfigError, UserError, load_config
-from medqlora.examples import read_examples
-from medqlora.hardware import DTYPES
-from medqlora.losses import AnswerLoss
-from medqlora.models import load_adapter, load_base
-from medqlora.packing import collate
-from medqlora.preparation import prepare
-from medqlora.prompts import render
-from medqlora.runs import MemoryMeter, check_new, describe_environment, name_command, write_json
-from medqlora.tokens import make_encoder
+from medqlora.batches.collate import collate
+from medqlora.batches.pipeline import prepare
+from medqlora.core.config_loading import load_config
+from medqlora.core.environment import MemoryMeter, describe_environment, name_command
+from medqlora.core.errors import ConfigError, UserError
+from medqlora.core.files import check_new, write_json
+from medqlora.data.cleaning import clean, deduplicate
+from medqlora.data.reading import read_examples
+from medqlora.model.adapter import load_adapter
+from medqlora.model.attention.packed_batch import move_batch
+from medqlora.model.base import load_base
+from medqlora.model.hardware import DTYPES
+from medqlora.model.head_loss import AnswerLoss
+from medqlora.prompts.chat_template import make_encoder
+from medqlora.prompts.styles import render
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "sft_qlora.py"
 WARM_UP = 2  # steps left out of the rate

@@ -15,16 +15,13 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from medqlora.attention import (
-    AttentionError,
-    find_device,
-    locate_branches,
-    packing_arguments,
-    verify_isolation,
-)
+from medqlora.batches.plan import fit_bins
 from medqlora.engines.interface import EngineError, Request, Sampling, decode_answer
-from medqlora.losses import backbone_of, compute_logits, unwrap
-from medqlora.packing import fit_bins
+from medqlora.model.attention.backends import AttentionError
+from medqlora.model.attention.packed_batch import find_device, packing_arguments, verify_isolation
+from medqlora.model.attention.tree import locate_branches
+from medqlora.model.base import backbone_of, unwrap
+from medqlora.model.head_loss import compute_logits
 
 HEAD_ROWS = 128  # positions per call of the head: bounds the logits to 128 x vocabulary
 # tokens; below this, reading a common beginning again costs less than keeping it

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from medqlora.config import UserError
+from medqlora.core.errors import UserError
 
 
 class EngineError(UserError):

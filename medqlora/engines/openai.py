@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from medqlora.engines.interface import EngineError, Request, Sampling
-from medqlora.tokens import TURN
+from medqlora.prompts.chat_template import TURN
 
 
 class RefusedError(EngineError):

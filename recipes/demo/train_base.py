@@ -30,8 +30,8 @@ from transformers import (
     get_wsd_schedule,
 )
 
-from medqlora.examples import LETTERS, MultipleChoice
-from medqlora.prompts import render
+from medqlora.data.examples import LETTERS, MultipleChoice
+from medqlora.prompts.styles import render
 
 EVERYDAY = [
     "apple", "bread", "river", "stone", "cloud", "table", "chair", "window", "garden", "forest",

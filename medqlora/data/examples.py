@@ -1,0 +1,65 @@
+"""The kinds of examples that the rest of the package works on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from medqlora.core.errors import UserError
+
+LETTERS = "ABCDEFGHIJ"
+
+
+class DataError(UserError):
+    """A record, file or data entry that cannot be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class MultipleChoice:
+    """A question with options of which one is right."""
+
+    id: str
+    question: str
+    options: tuple[str, ...]
+    answer: int | None  # index into options; None where the dataset hides it
+    dataset: str
+    source: str  # file and line, for messages
+    subject: str | None = None
+    topic: str | None = None
+    choice_type: str | None = None
+    context: tuple[str, ...] = ()  # passages to read before answering
+    explanation: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OpenAnswer:
+    """A question answered in free text."""
+
+    id: str
+    question: str
+    answer: str | None
+    dataset: str
+    source: str
+    subject: str | None = None
+    context: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """Plain text to learn from or to measure perplexity on."""
+
+    id: str
+    text: str
+    dataset: str
+    source: str
+
+
+Example = MultipleChoice | OpenAnswer | Passage
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """A record or example that was dropped, and why."""
+
+    source: str
+    id: str
+    reason: str

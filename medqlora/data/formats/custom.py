@@ -1,0 +1,57 @@
+"""Layouts of a user's own: multiple choice, open questions, plain text; columns can be renamed."""
+
+from __future__ import annotations
+
+from medqlora.core.config import DataEntry
+from medqlora.data.examples import MultipleChoice, OpenAnswer, Passage
+from medqlora.data.formats.fields import (
+    check_answer,
+    find_answer,
+    need_text,
+    optional_text,
+    read_context,
+    read_options,
+    take_columns,
+)
+
+
+def parse_mcq(record: dict, source: str, entry: DataEntry) -> MultipleChoice:
+    record = take_columns(record, entry)
+    options = read_options(record.get("options"))
+    answer = None if record.get("answer") in (None, "") else find_answer(record["answer"], options)
+    check_answer(answer, options)
+    return MultipleChoice(
+        id=optional_text(record, "id") or "",
+        question=need_text(record, "question"),
+        options=options,
+        answer=answer,
+        dataset="mcq",
+        source=source,
+        subject=optional_text(record, "subject"),
+        topic=optional_text(record, "topic"),
+        context=read_context(record),
+        explanation=optional_text(record, "explanation"),
+    )
+
+
+def parse_qa(record: dict, source: str, entry: DataEntry) -> OpenAnswer:
+    record = take_columns(record, entry)
+    return OpenAnswer(
+        id=optional_text(record, "id") or "",
+        question=need_text(record, "question"),
+        answer=need_text(record, "answer"),
+        dataset="qa",
+        source=source,
+        subject=optional_text(record, "subject"),
+        context=read_context(record),
+    )
+
+
+def parse_text(record: dict, source: str, entry: DataEntry) -> Passage:
+    record = take_columns(record, entry)
+    return Passage(
+        id=optional_text(record, "id") or "",
+        text=need_text(record, "text"),
+        dataset="text",
+        source=source,
+    )

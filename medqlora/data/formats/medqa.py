@@ -1,0 +1,52 @@
+"""MedQA (Jin et al., 2021): questions of the United States medical licensing examination."""
+
+from __future__ import annotations
+
+import re
+
+from medqlora.core.config import DataEntry
+from medqlora.data.examples import MultipleChoice
+from medqlora.data.formats.fields import (
+    check_answer,
+    find_answer,
+    need_option,
+    need_text,
+    optional_text,
+    read_options,
+    whole_number,
+)
+
+
+def parse_medqa(record: dict, source: str, entry: DataEntry) -> MultipleChoice:
+    if "sent1" in record:  # the hub's "-hf" form
+        endings = sorted(key for key in record if re.fullmatch(r"ending\d", key))
+        options = tuple(need_option(record, key) for key in endings)
+        letter = record.get("label")
+        answer = None if letter in (None, -1) else whole_number(letter, "label")
+        check_answer(answer, options)
+        question = need_text(record, "sent1")
+    else:
+        options = read_options(record.get("options"))
+        question = need_text(record, "question")
+        letter = record.get("answer_idx")
+        answer = None if letter is None else find_answer(letter, options)
+        check_answer(answer, options)
+        text = record.get("answer")
+        if (
+            answer is not None
+            and text is not None
+            and " ".join(str(text).split()) != " ".join(options[answer].split())
+        ):
+            raise ValueError(
+                f'answer_idx {letter} is "{options[answer]}" but answer is "{text}"; they must'
+                " agree"
+            )
+    return MultipleChoice(
+        id=optional_text(record, "id") or "",
+        question=question,
+        options=options,
+        answer=answer,
+        dataset="medqa",
+        source=source,
+        subject=optional_text(record, "meta_info"),
+    )

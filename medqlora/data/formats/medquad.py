@@ -1,0 +1,20 @@
+"""MedQuAD (Ben Abacha and Demner-Fushman, 2019): open questions with answers of the NIH."""
+
+from __future__ import annotations
+
+from medqlora.core.config import DataEntry
+from medqlora.data.examples import OpenAnswer
+from medqlora.data.formats.fields import need_text, optional_text
+
+
+def parse_medquad(record: dict, source: str, entry: DataEntry) -> OpenAnswer:
+    subject = optional_text(record, "qtype") or optional_text(record, "question_type")
+    return OpenAnswer(
+        # ids repeat across its sources: content_id gives one
+        id="",
+        question=need_text(record, "question"),
+        answer=need_text(record, "answer"),
+        dataset="medquad",
+        source=source,
+        subject=subject,
+    )

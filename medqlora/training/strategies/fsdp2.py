@@ -1,0 +1,126 @@
+"""FSDP2: torch's fully_shard."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+
+from medqlora.model.adapter import trainable
+from medqlora.model.base import find_layers, unwrap
+from medqlora.model.head_loss import AnswerLoss
+from medqlora.training.strategies.launch import Strategy
+
+
+class FullyShard:
+    """FSDP2 through torch's own fully_shard, so that the same code runs on GPUs and on CPU
+    processes (Accelerate has no CPU path): one unit per decoder layer, one for an untied embedding
+    and one for the head. Tied embeddings and the few norms outside the layers stay whole on each
+    rank."""
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        loss_model: AnswerLoss,
+        optimizer_of,
+        max_grad_norm: float,
+        device: torch.device,
+    ):
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+
+        causal = unwrap(loss_model.model)
+        layers = find_layers(causal)
+        embed = causal.get_input_embeddings()
+        head = causal.get_output_embeddings()
+        units = [*layers] if embed.weight is head.weight else [embed, *layers, head]
+        inside = {id(parameter) for unit in units for parameter in unit.parameters()}
+        whole = {parameter for parameter in loss_model.parameters() if id(parameter) not in inside}
+        options = {
+            "mesh": init_device_mesh(device.type, (strategy.ranks,)),
+            "reshard_after_forward": strategy.settings.get("reshard_after_forward", True),
+            "offload_policy": (
+                CPUOffloadPolicy() if strategy.settings.get("offload") else OffloadPolicy()
+            ),
+        }
+        for unit in units:
+            fully_shard(unit, **options)
+        self.wrapped = fully_shard(loss_model, **options, ignored_params=whole)
+        self.module = loss_model
+        self.max_grad_norm = max_grad_norm
+        self.device = device
+        self.weights = trainable(loss_model.model)
+        self.optimizer = optimizer_of(self.weights.values())
+
+    def __call__(self, **batch: Any) -> torch.Tensor:
+        return self.wrapped(**batch)
+
+    def accumulate(self, last: bool):
+        self.wrapped.set_requires_gradient_sync(last)
+        return contextlib.nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def step(self, lr: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def read_scale(self) -> dict[str, Any]:
+        return {}  # This strategy refuses float16.
+
+    def write_scale(self, state: dict[str, Any]) -> None:
+        """A run that began in float16 goes on in another dtype, which needs no scale."""
+
+    def drop_gradients(self) -> None:
+        self.optimizer.zero_grad()
+
+    def read_gradients(self) -> dict[str, torch.Tensor]:
+        return {name: self.gather(weight.grad) for name, weight in self.weights.items()}
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Whole, on the host: one tensor at a time is whole on the GPU."""
+        tensor = tensor.detach()
+        return (
+            tensor.to(self.device).full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        ).cpu()
+
+    def divide(self, value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        from torch.distributed.tensor import distribute_tensor
+
+        if not hasattr(like, "device_mesh"):
+            return value.to(like.device)
+        return distribute_tensor(
+            value.to(self.device), like.device_mesh, like.placements, src_data_rank=None
+        ).to(like.device)
+
+    def read_weights(self) -> dict[str, torch.Tensor]:
+        return {name: self.gather(weight) for name, weight in self.weights.items()}
+
+    def write_weights(self, values: dict[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.copy_(self.divide(values[name], weight))
+
+    def read_states(self) -> dict[str, dict[str, Any]]:
+        return {
+            name: {key: self.gather(value) for key, value in self.optimizer.state[weight].items()}
+            for name, weight in self.weights.items()
+            if weight in self.optimizer.state
+        }
+
+    def write_states(self, states: dict[str, dict[str, Any]]) -> None:
+        order = list(self.weights)
+        shards = {
+            order.index(name): {
+                key: self.divide(value, self.weights[name]) if value.dim() else value
+                for key, value in state.items()
+            }
+            for name, state in states.items()
+        }
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": shards})

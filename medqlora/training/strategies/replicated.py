@@ -1,0 +1,114 @@
+"""The whole model on every rank: one process, or DDP."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from typing import Any
+
+import torch
+
+from medqlora.model.adapter import trainable
+from medqlora.model.head_loss import AnswerLoss
+from medqlora.training.optimizers import restore_pages
+from medqlora.training.strategies.launch import Strategy
+
+
+class Replicated:
+    """Each rank holds everything (torch DistributedDataParallel; nothing at all on one process).
+    float16 losses are scaled.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        loss_model: AnswerLoss,
+        optimizer_of,
+        max_grad_norm: float,
+        device: torch.device,
+        scale: bool,
+    ):
+        self.module = loss_model
+        self.max_grad_norm = max_grad_norm
+        self.weights = trainable(loss_model.model)
+        self.optimizer = optimizer_of(self.weights.values())
+        self.scaler = torch.amp.GradScaler(device.type, enabled=scale)
+        self.wrapped = loss_model
+        if strategy.ranks > 1:
+            ddp = torch.nn.parallel.DistributedDataParallel
+            renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # torch 2.13
+            self.wrapped = ddp(
+                loss_model,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+                **{"forward_sync_buffers" if renamed else "broadcast_buffers": False},
+            )
+
+    def __call__(self, **batch: Any) -> torch.Tensor:
+        return self.wrapped(**batch)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def accumulate(self, last: bool):
+        """Context of a micro-batch's forward and backward; gradients are averaged over ranks with
+        the step's last one.
+        """
+        return (
+            self.wrapped.no_sync()
+            if self.wrapped is not self.module and not last
+            else contextlib.nullcontext()
+        )
+
+    def step(self, lr: float) -> float:
+        """Clip, update, clear the gradients; -> global norm before clipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), self.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return float(norm)
+
+    def drop_gradients(self) -> None:
+        self.optimizer.zero_grad()
+
+    def read_gradients(self) -> dict[str, torch.Tensor]:
+        return {
+            name: weight.grad.detach() / self.scaler.get_scale()
+            for name, weight in self.weights.items()
+        }
+
+    def read_weights(self) -> dict[str, torch.Tensor]:
+        """The adapter's whole float32 tensors by parameter name."""
+        return {name: weight.detach() for name, weight in self.weights.items()}
+
+    def write_weights(self, values: dict[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.copy_(values[name])
+
+    def read_states(self) -> dict[str, dict[str, Any]]:
+        """The optimizer's whole state tensors by parameter name."""
+        return {
+            name: dict(self.optimizer.state[weight])
+            for name, weight in self.weights.items()
+            if weight in self.optimizer.state
+        }
+
+    def write_states(self, states: dict[str, dict[str, Any]]) -> None:
+        # torch's own loading casts and moves; it knows parameters by number
+        order = list(self.weights)
+        given = self.optimizer.state_dict() | {
+            "state": {order.index(name): state for name, state in states.items()}
+        }
+        self.optimizer.load_state_dict(given)
+        restore_pages(self.optimizer)
+
+    def read_scale(self) -> dict[str, Any]:
+        """State of float16's loss scaling; empty for other dtypes."""
+        return self.scaler.state_dict()
+
+    def write_scale(self, state: dict[str, Any]) -> None:
+        self.scaler.load_state_dict(state)

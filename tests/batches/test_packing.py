@@ -1,0 +1,167 @@
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medqlora.batches.cache import load_arrays, save_arrays
+from medqlora.batches.collate import cap_batches, collate
+from medqlora.batches.plan import PlanError, derive_accumulation, fit_bins, make_plan
+from medqlora.prompts.encoding import TokenTable
+
+
+def medmcqa_like(rows: int) -> np.ndarray:
+    """Lengths as MedMCQA's prompts have them: median about 115 tokens, a long tail."""
+    return np.clip(np.random.default_rng(0).lognormal(4.75, 0.55, rows).astype(np.int64), 30, 1024)
+
+
+lengths_strategy = st.lists(st.integers(2, 64), min_size=1, max_size=200).map(np.array)
+
+
+@given(lengths_strategy, st.integers(64, 300))
+def test_bins_hold_every_row_once_and_never_overflow(lengths, capacity):
+    bins = fit_bins(lengths, capacity)
+    assert sorted(i for chosen in bins for i in chosen) == list(range(len(lengths)))
+    assert all(lengths[chosen].sum() <= capacity for chosen in bins)
+
+
+@given(lengths_strategy, st.integers(64, 300))
+def test_best_fit_is_within_its_known_bound(lengths, capacity):
+    """Best-fit decreasing needs at most 11/9 of the optimum + 4 bins (Johnson 1973); the optimum is
+    at least the volume.
+    """
+    assert (
+        len(fit_bins(lengths, capacity)) <= 11 / 9 * (-(-lengths.sum() // capacity)) + 4
+        or lengths.max() * 2 > capacity
+    )
+
+
+@settings(deadline=None)
+@given(lengths_strategy, st.integers(1, 3), st.integers(1, 3), st.integers(0, 5), st.booleans())
+def test_plan_shows_every_row_once_per_epoch(lengths, ranks, accumulation, seed, packing):
+    ranks = ranks if packing else 1
+    if len(lengths) < ranks:
+        return
+    settings = {
+        "capacity": 64,
+        "global_tokens": 64 * ranks * accumulation,
+        "ranks": ranks,
+        "seed": seed,
+        "packing": packing,
+        "window": 50,
+    }
+    plan = make_plan(lengths, **settings)
+    if ranks == 1:
+        assert sorted(plan.rows) == list(range(len(lengths)))
+    shown = []
+    for step in range(len(plan)):
+        of_ranks = [plan.micro_batches(step, rank, ranks) for rank in range(ranks)]
+        assert len({len(batches) for batches in of_ranks}) == 1, (
+            "ranks run the same number of micro-batches"
+        )
+        for rows in (rows for batches in of_ranks for rows in batches):
+            assert lengths[rows].sum() <= 64
+            shown += rows.tolist()
+    assert len(shown) == len(set(shown))
+    again = make_plan(lengths, **settings)
+    assert all(
+        np.array_equal(getattr(plan, name), getattr(again, name))
+        for name in ("rows", "bins", "steps", "epochs")
+    )
+
+
+def test_medmcqa_size_is_planned_fast_and_full():
+    lengths = medmcqa_like(182_822)
+    make_plan(lengths[:1000], capacity=2048, global_tokens=2048)
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        plan = make_plan(lengths, capacity=2048, global_tokens=8 * 2048)
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds) < 0.5
+    assert lengths.sum() / ((len(plan.bins) - 1) * 2048) > 0.995
+
+
+def test_ranks_get_equal_tokens():
+    lengths = medmcqa_like(20_000)
+    plan = make_plan(lengths, capacity=4096, global_tokens=4096 * 8, ranks=4)
+    for step in range(len(plan) - 1):
+        tokens = [
+            sum(lengths[rows].sum() for rows in plan.micro_batches(step, rank, 4))
+            for rank in range(4)
+        ]
+        assert max(tokens) / min(tokens) < 1.02
+
+
+def test_seed_and_epoch_change_the_order():
+    lengths = medmcqa_like(500)
+    plans = [
+        make_plan(lengths, capacity=2048, global_tokens=2048, seed=seed, epochs=2)
+        for seed in (0, 1)
+    ]
+    assert not np.array_equal(plans[0].rows[:400], plans[1].rows[:400])
+    assert not np.array_equal(plans[0].rows[:400], plans[0].rows[500:900])
+    assert plans[0].epochs[-1] == 2
+
+
+def test_epochs_weights_and_steps():
+    lengths = np.full(100, 10)
+    repeats = np.r_[np.full(50, 2.0), np.full(50, 0.5)]
+    plan = make_plan(lengths, capacity=100, global_tokens=100, repeats=repeats)
+    counts = np.bincount(plan.rows, minlength=100)
+    assert set(counts[:50]) == {2}
+    assert counts[50:].sum() == 25
+    assert len(make_plan(lengths, capacity=100, global_tokens=100, max_steps=3)) == 3
+    assert len(make_plan(lengths, capacity=100, global_tokens=100, epochs=1.5)) == 15
+
+
+def test_rows_one_by_one_are_for_one_process():
+    with pytest.raises(PlanError, match="steps would depend on their number"):
+        make_plan(np.array([8] * 20), capacity=64, global_tokens=128, ranks=2, packing=False)
+
+
+def test_batch_arithmetic():
+    assert derive_accumulation(4096 * 8, 4096, 2) == 4
+    with pytest.raises(PlanError, match="use 12288 or 8192"):
+        derive_accumulation(10_000, 4096, 1)
+    with pytest.raises(PlanError, match="over max_tokens_per_batch"):
+        make_plan(np.array([200]), capacity=100, global_tokens=100)
+
+
+@given(lengths_strategy, st.integers(64, 128))
+def test_cap_batches_keeps_the_rows(lengths, budget):
+    rows = np.arange(len(lengths))
+    capped = cap_batches(lengths, [rows], budget)
+    assert sorted(np.concatenate(capped)) == list(rows)
+    assert all(lengths[chosen].sum() <= budget for chosen in capped)
+
+
+def test_cap_batches_says_when_one_row_is_too_much():
+    with pytest.raises(PlanError, match="single row"):
+        cap_batches(np.array([100]), [np.array([0])], 50)
+
+
+def test_collate_exact():
+    table = TokenTable(
+        np.array([1, 2, 3, 4, 5, 6, 7], np.int32),
+        np.array([0, 3, 7]),
+        np.array([2, 1], np.int32),
+        ["a", "b"],
+    )
+    batch = collate(table, np.array([1, 0]))
+    assert batch["input_ids"].tolist() == [[4, 5, 6, 7, 1, 2, 3]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2]]
+    assert batch["cu_seqlens"].tolist() == [0, 4, 7]
+    assert batch["max_seqlen"] == 4
+    assert batch["predict_at"].tolist() == [0, 1, 2, 5]
+    assert batch["targets"].tolist() == [5, 6, 7, 3]
+
+
+def test_saved_arrays_are_memory_mapped_and_never_half_written(tmp_path):
+    arrays = {"a": np.arange(5), "b": np.ones(2)}
+    save_arrays(tmp_path / "x", arrays)
+    save_arrays(tmp_path / "x", arrays)  # a second process with the same content
+    loaded = load_arrays(tmp_path / "x", ["a", "b"])
+    assert isinstance(loaded["a"], np.memmap)
+    assert np.array_equal(loaded["a"], np.arange(5))

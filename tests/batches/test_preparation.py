@@ -1,0 +1,133 @@
+"""Data entries -> rows: mixture shares, separation from evaluation data, cache."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import DEMO
+
+from medqlora.batches.cache import prepare_plan
+from medqlora.batches.pipeline import count_reasons, prepare
+from medqlora.core.config import Config
+from medqlora.data.examples import DataError
+from medqlora.prompts.chat_template import make_encoder
+
+QUESTION = {
+    "id": "a",
+    "question": "Which of these is right?",
+    "opa": "1",
+    "opb": "2",
+    "opc": "3",
+    "opd": "4",
+    "cop": 4,
+}
+
+
+@pytest.fixture
+def make(tmp_path, demo_tokenizer):
+    def make(train, evaluation=None, **data):
+        def write(name, rows):
+            path = tmp_path / f"{name}.jsonl"
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            return str(path)
+
+        entries = [
+            {"format": "medmcqa", "path": write(f"train{i}", rows), **more}
+            for i, (rows, more) in enumerate(train)
+        ]
+        held_out = [{"format": "medmcqa", "path": write("eval", evaluation)}] if evaluation else []
+        config = Config(
+            model={"base": "x"},
+            data={"train": entries, "eval": held_out, "cache_dir": str(tmp_path / "cache"), **data},
+        )
+        return config, prepare(config, make_encoder(demo_tokenizer))
+
+    return make
+
+
+def rows(count, start=0):
+    return [
+        QUESTION | {"id": str(i), "question": f"Which is number {i}?"}
+        for i in range(start, start + count)
+    ]
+
+
+def test_training_rows_of_the_evaluation_set_are_removed_and_listed(make):
+    same = QUESTION | {
+        "id": "x",
+        "question": "which of THESE is right",
+        "opa": "4",
+        "opd": "1",
+        "cop": 1,
+    }
+    _, prepared = make([([*rows(5), same], {})], [QUESTION])
+    assert "x" not in prepared.train.names
+    assert [(r.id, "eval.jsonl line 1" in r.reason) for r in prepared.removals] == [("x", True)]
+    assert count_reasons(prepared.removals) == {"stands in evaluation data": 1}
+    _, kept = make([([*rows(5), same], {})], [QUESTION], decontaminate=False)
+    assert "x" in kept.train.names
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2])
+def test_share_is_the_part_of_all_rows(make, share):
+    _, prepared = make([(rows(300), {}), (rows(100, 1000), {"share": share})])
+    assert prepared.mixture[1]["row_share"] == pytest.approx(share)
+    config, prepared = make([(rows(300), {"weight": 0.5}), (rows(100, 1000), {"share": share})])
+    assert prepared.mixture[0]["rows_per_epoch"] == 150
+    plan, _ = prepare_plan(config, prepared, 1)
+    general = np.array([int(name) >= 1000 for name in prepared.train.names])
+    assert general[plan.rows].mean() == pytest.approx(share, abs=0.01)
+
+
+def test_second_time_comes_from_the_cache(make, monkeypatch):
+    config, first = make([(rows(20), {})])
+    _, first_hash = prepare_plan(config, first, 1)
+    monkeypatch.setattr("medqlora.batches.pipeline.encode_examples", None)
+    monkeypatch.setattr("medqlora.batches.cache.make_plan", None)
+    config, again = make([(rows(20), {})])
+    assert np.array_equal(first.train.ids, again.train.ids)
+    assert isinstance(again.train.ids, np.memmap)
+    assert list(first.train.names) == list(again.train.names)
+    assert prepare_plan(config, again, 1)[1] == first_hash
+
+
+def test_other_data_is_another_cache_entry(make):
+    _, first = make([(rows(20), {})])
+    _, other = make([([*rows(19), QUESTION | {"id": "19", "question": "Another?"}], {})])
+    assert first.hashes["data_sha256"] != other.hashes["data_sha256"]
+    assert not np.array_equal(first.train.ids, other.train.ids)
+
+
+def test_duplicates_and_unlabelled_rows(make):
+    _, prepared = make([([*rows(3), rows(1)[0] | {"id": "twice"}], {})])
+    assert [r.id for r in prepared.removals] == ["twice"]
+    with pytest.raises(DataError, match="no label"):
+        make([([*rows(3), QUESTION | {"cop": None}], {})])
+    _, prepared = make([([*rows(3), QUESTION | {"cop": None}], {})], drop_invalid=True)
+    assert [(r.id, r.reason) for r in prepared.removals] == [("a", "no label")]
+
+
+def test_no_test_question_of_the_demonstration_is_in_its_training_data():
+    def questions(name):
+        return {
+            json.loads(line)["question"]
+            for line in (DEMO / "data" / f"{name}.jsonl").read_text().splitlines()
+        }
+
+    train = questions("train")
+    validation = questions("validation")
+    test = questions("test")
+    assert len(train) >= 2000
+    assert len(validation) >= 300
+    assert len(test) >= 500
+    assert not train & test
+    assert not train & validation
+    assert not validation & test
+    assert not questions("general") & test
+    assert sum(path.stat().st_size for path in (DEMO / "base").iterdir()) < 5e6
+
+
+def test_reasons_are_counted_by_kind_not_by_length(make):
+    long = [QUESTION | {"id": f"long{i}", "opa": "very long option " * (200 + i)} for i in range(5)]
+    _, prepared = make([([*rows(5), *long], {})], max_length=128, drop_invalid=True)
+    assert count_reasons(prepared.removals) == {"too long": 5}

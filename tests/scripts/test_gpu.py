@@ -1,0 +1,160 @@
+"""What a GPU must pass: pytest -m gpu runs bench/gpu.py on it. Without one the same scripts are
+rehearsed on small shapes.
+"""
+
+import json
+import os
+import runpy
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT, run_script
+
+SCRIPT = ROOT / "bench" / "gpu.py"
+STAGES = [
+    "card",
+    "kernels",
+    "bases",
+    "memory",
+    "throughput",
+    "demonstration",
+    "optimizers",
+    "full_memory",
+    "profile",
+    "engine",
+]
+
+
+def run(*arguments, **options):
+    return run_script(
+        *arguments,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TORCHDYNAMO_DISABLE": "0"},
+        **options,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_everything_works_on_this_machine(tmp_path):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    done = run(
+        SCRIPT,
+        "--output",
+        tmp_path / "found",
+        "--device",
+        device,
+        *(["--minutes", "60"] if device == "cpu" else []),
+    )
+    found = json.loads((tmp_path / "found" / "gpu.json").read_text())["stages"]
+    assert done.returncode == 0, done.stdout
+    assert list(found) == STAGES
+    assert {facts["status"] for facts in found.values()} == {"passed"}
+    files = list((tmp_path / "found").iterdir())
+    assert len(files) <= 8
+    assert all(path.stat().st_size < 16 * 2**20 for path in files)
+    assert sum(len(facts["checks"]) for facts in found.values()) > 150
+    assert found["throughput"]["figures"]["none"]["tokens_per_second"] > 0
+    assert found["profile"]["figures"]["seconds"]["by_kind"]["attention"] > 0
+    assert found["demonstration"]["figures"]["resumed run equal to the bit"] or device == "cuda"
+    assert "environment" in found["card"]["figures"]
+    # which write README and docs from a recorded gpu.json
+    tables = runpy.run_path(str(ROOT / "bench" / "tables.py"))
+    assert len(tables["rows_of_checks"]({"this machine": found})) == len(STAGES)
+    assert all(len(row) == 8 for row in tables["rows_of_memory"]({"this machine": found}))
+    assert [row[1] for row in tables["rows_of_speed"]({"this machine": found})] == [
+        "none",
+        "full",
+        "offload",
+        "none, not compiled",
+    ]
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """A copy of the script whose first stage fails after a finding, and whose second never ends."""
+    shutil.copytree(
+        ROOT / "bench", tmp_path / "bench", ignore=shutil.ignore_patterns("results", "__pycache__")
+    )
+    stage = (
+        "import sys, pathlib\nfrom medqlora.training.gpu_stage import Stage\nstage ="
+        " Stage.from_arguments(sys.argv[1:], '')\nstage.check('found', {}, 1)\n{}\n"
+    )
+    folder = tmp_path / "bench" / "gpu_stages"
+    (folder / "stage_card.py").write_text(
+        stage.format(0.5, "raise RuntimeError('this GPU is broken')")
+    )
+    (folder / "stage_optimizers.py").write_text(
+        stage.format(float(2), "import time; time.sleep(1000)")
+    )
+    (folder / "stage_engine.py").write_text(stage.format(0.25, "sys.exit(stage.finish())"))
+    script = tmp_path / "bench" / "gpu.py"
+    script.write_text(
+        script.read_text().replace('Plan("optimizers", 15, 60)', 'Plan("optimizers", 15, 30)')
+    )
+    return script
+
+
+def test_a_failing_stage_stops_no_other(broken, tmp_path):
+    done = run(
+        broken,
+        "--output",
+        "found",
+        "--device",
+        "cpu",
+        "--stages",
+        "card,optimizers,engine",
+        cwd=tmp_path,
+    )
+    found = json.loads((tmp_path / "found" / "gpu.json").read_text())["stages"]
+    assert done.returncode == 1
+    assert {name: facts["status"] for name, facts in found.items()} == {
+        "card": "failed",
+        "optimizers": "out of time",
+        "engine": "passed",
+    }
+    assert "this GPU is broken" in "".join(found["card"]["last_lines"])
+    # what was found before the end is kept
+    assert [found[name]["checks"][0]["value"] for name in found] == [0.5, 2, 0.25]
+    assert "found: 2, allowed 1" in done.stdout
+    assert "this GPU is broken" in (tmp_path / "found" / "gpu.log").read_text()
+
+
+def test_what_does_not_fit_the_time_is_skipped_and_named(tmp_path):
+    done = run(SCRIPT, "--output", tmp_path / "found", "--device", "cpu", "--minutes", "0.01")
+    assert done.returncode == 1  # nothing ran
+    for name in STAGES:
+        assert f"{name}: skipped, needs about" in done.stdout
+    found = json.loads((tmp_path / "found" / "gpu.json").read_text())["stages"]
+    assert {facts["status"] for facts in found.values()} == {"skipped"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--stages", "card,kernel"], "--stages kernel: no such stage; there are card"),
+        (["--minutes", "0"], "expected more than 0"),
+    ],
+)
+def test_mistakes_are_one_line(flags, message, tmp_path):
+    done = run(SCRIPT, "--output", tmp_path / "found", "--device", "cpu", *flags)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert message in done.stderr
+    (tmp_path / "gpu.json").write_text("{}")
+    done = run(SCRIPT, "--output", tmp_path, "--device", "cpu")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "give another folder" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_a_machine_without_a_gpu_is_told_at_once(tmp_path):
+    done = run(SCRIPT, "--output", tmp_path / "found")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "torch sees no GPU here; --device cpu rehearses" in done.stderr
+    assert not (tmp_path / "found").exists()
+
+
+def test_stages_sum_to_less_than_the_time_they_have():
+    plans = runpy.run_path(str(SCRIPT))["STAGES"]
+    assert [plan.name for plan in plans] == STAGES
+    assert sum(plan.seconds for plan in plans) < 540

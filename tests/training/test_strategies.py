@@ -1,0 +1,410 @@
+"""Every strategy against one process, for real: two processes, the shipped accelerate
+configurations, the recipe.
+"""
+
+import importlib.util
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import DEMO, ROOT, run_script
+from safetensors.torch import load_file
+
+from medqlora.core.config import Config
+from medqlora.core.config_loading import load_config
+from medqlora.training.strategies.gradient_check import compare_gradients
+from medqlora.training.strategies.launch import (
+    Strategy,
+    StrategyError,
+    check_strategy,
+    choose_storage,
+    launch_environ,
+    read_strategy,
+)
+from medqlora.training.strategies.wrapping import gather_weights
+
+STEPS = 30
+CONFIGS = ROOT / "accelerate_configs"
+TWO = ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2")
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+
+
+def train(
+    strategy: str,
+    output: Path,
+    cache: Path,
+    *more: str,
+    script: Path = ROOT / "recipes" / "sft_qlora.py",
+    launch: tuple = (),
+):
+    """30 steps of the demonstration in float32 under one of accelerate_configs/, or alone. Dropout
+    belongs to the plan's micro-batches: within an epoch's full steps it is the same for any number
+    of processes."""
+    if strategy.startswith("zero") and not HAS_DEEPSPEED:
+        pytest.skip("deepspeed is not installed")
+    test = json.dumps(
+        [{"format": "medmcqa", "path": str(DEMO / "data" / "test.jsonl"), "limit": 40}]
+    )
+    launcher = [
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        CONFIGS / f"{strategy}.yaml",
+        "--main_process_port",
+        "0",
+        *launch,
+    ]
+    return run_script(
+        *(launcher if strategy != "one" else []),
+        script,
+        "--output_dir",
+        output,
+        "--data.cache_dir",
+        cache,
+        "--data.test",
+        test,
+        "--data.train.0.limit",
+        "1500",
+        "--data.eval.0.limit",
+        "60",
+        "--training.gradient_checkpointing",
+        "none",
+        "--lora.dropout",
+        "0.1",
+        "--training.max_steps",
+        STEPS,
+        "--training.max_tokens_per_batch",
+        "512",
+        "--training.global_batch_tokens",
+        "2048",
+        "--training.eval_steps",
+        "15",
+        "--training.save_steps",
+        "20",
+        "--model.dtype",
+        "float32",
+        *more,
+    )
+
+
+def read_log(run: Path) -> tuple[list[dict], list[float]]:
+    rows = [json.loads(line) for line in (run / "train_log.jsonl").read_text().splitlines()]
+    return [row for row in rows if "loss" in row], [
+        row["eval_loss"] for row in rows if "eval_loss" in row
+    ]
+
+
+def check_same_training(run: Path, reference: Path) -> None:
+    """Losses within 1e-3, gradient norms within 1 %, the same adapter tensor by tensor, the same
+    answers.
+    """
+    (steps, evaluations), (expected, expected_evaluations) = read_log(run), read_log(reference)
+    assert (
+        [row["step"] for row in steps]
+        == [row["step"] for row in expected]
+        == list(range(1, STEPS + 1))
+    )
+    for row, other in zip(steps, expected, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-3), row["step"]
+        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-2), row["step"]
+    assert evaluations == pytest.approx(expected_evaluations, rel=1e-3)
+    found, wanted = (
+        load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (run, reference)
+    )
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].numel() > 0
+        assert torch.allclose(found[name], tensor, rtol=1e-2, atol=1e-4), name
+    assert (run / "predictions" / "base.jsonl").read_bytes() == (
+        reference / "predictions" / "base.jsonl"
+    ).read_bytes()
+    answers = [
+        [json.loads(line)["prediction"] for line in (folder / "predictions" / "tuned.jsonl").open()]
+        for folder in (run, reference)
+    ]
+    assert answers[0] == answers[1]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Finished runs by strategy and quantization, each made once."""
+    folder = tmp_path_factory.mktemp("strategies")
+    made = {}
+
+    def get(strategy: str, quantization: str = "nf4") -> Path:
+        key = f"{strategy}-{quantization}"
+        if key not in made:
+            # Sharded layers are recomputed in one of the two, kept in the other; ranks need
+            # different numbers of head chunks.
+            more = ["--model.quantization", quantization]
+            more += (
+                []
+                if quantization == "nf4"
+                else [
+                    "--training.gradient_checkpointing",
+                    "every_2",
+                    "--training.loss_chunk_tokens",
+                    "4",
+                ]
+            )
+            done = train(strategy, folder / key, folder / "cache", *more)
+            assert done.returncode == 0, done.stderr[-3000:]
+            made[key] = folder / key
+        return made[key]
+
+    return get
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", TWO)
+def test_two_processes_train_like_one_on_nf4(runs, strategy):
+    run = runs(strategy)
+    check_same_training(run, runs("one"))
+    facts = json.loads((run / "environment.json").read_text())
+    expected = read_strategy(
+        launch_environ(yaml.safe_load((CONFIGS / f"{strategy}.yaml").read_text())), 2
+    )
+    assert (facts["strategy"], facts["processes"]) == (expected.name, 2)
+    assert facts["storage"] == ("float32" if expected.sharded else "uint8")
+    assert facts["gradient_check"]["relative_error"] < 1e-3
+    assert facts["gradient_check"]["seconds"] > 0
+    assert len(json.loads((run / "metrics.json").read_text())["peak_memory_bytes_per_rank"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
+def test_two_processes_train_like_one_on_full_precision_with_recomputation_and_head_chunks(
+    runs, strategy
+):
+    check_same_training(runs(strategy, "none"), runs("one", "none"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("saved_on", "resumed_on"), [("zero3", "one"), ("one", "fsdp2"), ("fsdp2", "zero2")]
+)
+def test_checkpoint_continues_under_another_strategy_and_number_of_processes(
+    runs, tmp_path, saved_on, resumed_on
+):
+    shutil.copytree(runs(saved_on), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{STEPS}")
+    (tmp_path / "run" / "predictions" / "tuned.jsonl").unlink()
+    done = train(
+        resumed_on, tmp_path / "run", tmp_path / "cache", "--resume", "--model.quantization", "nf4"
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resuming after step 20" in done.stdout
+    check_same_training(tmp_path / "run", runs("one"))
+
+
+@pytest.mark.slow
+def test_three_processes_divide_what_does_not_divide_and_resume(runs, tmp_path):
+    """ZeRO-3 over 3 ranks pads every tensor; bfloat16 base and storage beside a float32 adapter, as
+    on GPUs.
+    """
+    common = [
+        "--training.global_batch_tokens",
+        "1536",
+        "--training.max_steps",
+        "8",
+        "--training.save_steps",
+        "4",
+        "--lora.r",
+        "5",
+    ]
+    # faster, bfloat16 runs part by themselves
+    common += ["--model.dtype", "bfloat16", "--training.eval_steps", "100", "--training.lr", "2e-4"]
+    for strategy in ("one", "zero3", "fsdp2"):
+        launch = () if strategy == "one" else ("--num_processes", "3")
+        done = train(strategy, tmp_path / strategy, tmp_path / "cache", *common, launch=launch)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for strategy in ("zero3", "fsdp2"):
+        for row, other in zip(
+            read_log(tmp_path / strategy)[0], read_log(tmp_path / "one")[0], strict=True
+        ):
+            assert row["loss"] == pytest.approx(other["loss"], rel=1e-2), (strategy, row["step"])
+        assert (
+            json.loads((tmp_path / strategy / "environment.json").read_text())["storage"]
+            == "bfloat16"
+        )
+    before = read_log(tmp_path / "zero3")[0]
+    shutil.rmtree(tmp_path / "zero3" / "checkpoints" / "step-8")
+    done = train(
+        "zero3",
+        tmp_path / "zero3",
+        tmp_path / "cache",
+        *common,
+        "--resume",
+        launch=("--num_processes", "3"),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [row["loss"] for row in read_log(tmp_path / "zero3")[0]] == pytest.approx(
+        [row["loss"] for row in before], rel=1e-6
+    )
+
+
+@pytest.mark.slow
+def test_zero3_on_one_process_resumes(runs, tmp_path):
+    alone = ("--num_processes", "1")
+    short = [
+        "--training.max_steps",
+        "6",
+        "--training.save_steps",
+        "3",
+        "--training.eval_steps",
+        "100",
+    ]
+    done = train("zero3_offload", tmp_path / "run", tmp_path / "cache", *short, launch=alone)
+    assert done.returncode == 0, done.stderr[-3000:]
+    before = read_log(tmp_path / "run")[0]
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-6")
+    done = train(
+        "zero3_offload", tmp_path / "run", tmp_path / "cache", *short, "--resume", launch=alone
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [row["loss"] for row in read_log(tmp_path / "run")[0]] == pytest.approx(
+        [row["loss"] for row in before], rel=1e-6
+    )
+
+
+WRONG = """
+import runpy, sys
+from medqlora.model import quantization
+backward = quantization.GatheredMatMul.backward
+wrong = lambda ctx, gradient: (backward(ctx, gradient)[0] * 1.5, None)
+quantization.GatheredMatMul.backward = staticmethod(wrong)
+sys.argv[0] = {recipe!r}
+runpy.run_path({recipe!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_wrong_gradients_are_refused_before_training(tmp_path):
+    script = tmp_path / "wrong.py"
+    script.write_text(WRONG.format(recipe=str(ROOT / "recipes" / "sft_qlora.py")))
+    done = train("zero3", tmp_path / "run", tmp_path / "cache", script=script)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if "trains wrongly" in line]
+    assert len(said) == 1, done.stderr[-3000:]
+    assert "differs from the unsharded model's" in said[0]
+    assert len(re.findall(r"exitcode  : 2", done.stderr)) == 2, done.stderr[-3000:]
+    assert not (tmp_path / "run" / "train_log.jsonl").exists()
+
+
+# ---- without processes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configurations_are_valid_and_leave_numbers_to_the_recipe(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    load_config_from_file(str(path))
+    tree = yaml.safe_load(path.read_text())
+    assert path.read_text().startswith("# ")
+    assert tree["mixed_precision"] == "no"
+    assert "gradient" not in path.read_text().split("compute_environment")[1]
+    assert tree["num_processes"] % tree["num_machines"] == 0
+    strategy = read_strategy(launch_environ(tree), tree["num_processes"])
+    name = path.stem.replace("_multi_node", "").replace("_offload", "")
+    assert strategy.name == {"cpu": "one", "one_gpu": "one"}.get(name, name)
+
+
+def make_config(**changes) -> Config:
+    return load_config(
+        ROOT / "recipes" / "configs" / "demo.yaml",
+        [part for key, value in changes.items() for part in (f"--{key}", str(value))],
+    )
+
+
+def refuse(environ: dict, dtype=torch.bfloat16, ranks: int = 2, **changes) -> str:
+    with pytest.raises(StrategyError) as caught:
+        check_strategy(read_strategy(environ, ranks), make_config(**changes), dtype, environ)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+def test_what_cannot_train_is_refused_with_the_reason(tmp_path):
+    assert "the recipe owns the dtype" in refuse({"ACCELERATE_MIXED_PRECISION": "fp16"})
+    assert "loss scaling" in refuse(ZERO3, torch.float16)
+    assert "8-bit states" in refuse(ZERO3, **{"training.optimizer": "adamw_8bit"})
+    assert "row scales" in refuse(FSDP2, **{"model.quantization": "int8"})
+    assert "dora" in refuse(ZERO3, **{"lora.variant": "dora"})
+    assert "nothing to shard" in refuse(FSDP2, ranks=1)
+    assert "fsdp_version: 2" in refuse({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"})
+    assert "not supported" in refuse({"ACCELERATE_USE_MEGATRON_LM": "true"})
+    assert "nvme is not supported" in refuse(
+        ZERO3 | {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "nvme"}
+    )
+    assert "expected 1, 2 or 3" in refuse(ZERO3 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"})
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3}, "fp16": {"enabled": True}}))
+    assert "fp16 is the recipe's to say" in refuse(
+        ZERO3 | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+    )
+    file.write_text(
+        json.dumps({"zero_optimization": {"stage": 3}, "flops_profiler": {"enabled": True}})
+    )
+    assert "flops_profiler is not used" in refuse(
+        ZERO3 | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+    )
+    file.write_text("{")
+    assert "cannot be read" in refuse(ZERO3 | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)})
+    file.write_text(
+        json.dumps(
+            {"zero_optimization": {"stage": 2, "overlap_comm": True}, "bf16": {"enabled": "auto"}}
+        )
+    )
+    assert read_strategy(ZERO3 | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}, 2) == Strategy(
+        "zero2", 2, {"stage": 2, "overlap_comm": True}
+    )
+    check_strategy(
+        read_strategy({}, 8), make_config(), torch.float16, {"ACCELERATE_MIXED_PRECISION": "fp16"}
+    )
+
+
+def test_storage_follows_the_engine():
+    for name in ("zero3", "fsdp2"):
+        assert choose_storage(Strategy(name, 2), "nf4", torch.bfloat16) is torch.bfloat16
+    for name in ("one", "ddp", "zero1", "zero2"):
+        assert choose_storage(Strategy(name, 2), "fp4", torch.bfloat16) is torch.uint8
+
+
+def test_gradients_that_differ_are_refused():
+    reference = {"a": torch.tensor([1.0, -2.0]), "b": torch.zeros(3)}
+    assert (
+        compare_gradients(
+            reference,
+            {k: v.clone() for k, v in reference.items()},
+            torch.float32,
+            Strategy("ddp", 2),
+        )
+        == 0
+    )
+    for wrong in (
+        {"a": torch.tensor([1.0, -2.01])},
+        {"b": torch.full((3,), 1e-3)},
+        {"a": torch.tensor([1.0, float("nan")])},
+        {"a": torch.zeros(0)},
+    ):
+        with pytest.raises(StrategyError, match="trains wrongly"):
+            compare_gradients(reference, reference | wrong, torch.float32, Strategy("ddp", 2))
+
+
+@pytest.mark.parametrize(
+    "value", [torch.zeros(0), torch.zeros(2, 2), torch.tensor([1.0, float("inf"), 0.0]), None]
+)
+def test_tensor_that_was_not_gathered_is_not_saved(value):
+    class Trainer:
+        def read_weights(self):
+            return {} if value is None else {"a": value}
+
+    with pytest.raises(StrategyError, match="nothing was saved"):
+        gather_weights(Trainer(), {"a": torch.Size([3])})
