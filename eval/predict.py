@@ -26,7 +26,8 @@ from medqlora.core.errors import ConfigError, UserError
 from medqlora.core.files import hash_json
 from medqlora.data.cleaning import clean
 from medqlora.data.examples import DataError, Example
-from medqlora.data.reading import DATASETS, read_examples
+from medqlora.data.formats.registry import FORMATS, find_format
+from medqlora.data.reading import read_examples
 from medqlora.engines.interface import BATCH_SIZE, Engine
 from medqlora.evaluation.answering import predict
 from medqlora.evaluation.journal import Journal, make_cells
@@ -69,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
         ),
     )
     data = parser.add_argument_group("questions")
-    data.add_argument("--format", required=True, help=", ".join(DATASETS))
+    data.add_argument("--format", required=True, help=", ".join(FORMATS))
     data.add_argument("--path", help="file, folder or hub id (default: the dataset's hub home)")
     data.add_argument(
         "--split",
@@ -312,8 +313,7 @@ def check_arguments(arguments: argparse.Namespace) -> tuple[int, int]:
         raise ConfigError(
             f"--output {arguments.output}: no folder {arguments.output.parent}; make it first"
         )
-    if arguments.format not in DATASETS:
-        raise ConfigError(f"--format {arguments.format}: expected one of {', '.join(DATASETS)}")
+    find_format(arguments.format, "--format")
     for name, least in {
         "limit": 1,
         "num_fewshot": 0,
@@ -350,14 +350,12 @@ def check_arguments(arguments: argparse.Namespace) -> tuple[int, int]:
 
 
 def choose_method(arguments: argparse.Namespace) -> Method:
-    by_format = {
-        "text": "perplexity",
-        "medquad": "generate",
-        "qa": "generate",
-        "headqa": "cloze" if arguments.prompt_style == "lm_eval" else "letters",
-    }
+    kind = find_format(arguments.format)
+    scoring = kind.scoring
+    if arguments.prompt_style == "lm_eval" and kind.harness.answer == "cloze":
+        scoring = "cloze"
     return Method(
-        scoring=arguments.scoring or by_format.get(arguments.format, "letters"),
+        scoring=arguments.scoring or scoring,
         permutations=arguments.permutations,
         normalization=arguments.normalization,
         num_fewshot=arguments.num_fewshot,
@@ -546,7 +544,7 @@ def choose_split(arguments: argparse.Namespace) -> str:
     return (
         "validation"
         if arguments.path and Path(arguments.path).expanduser().is_file()
-        else DATASETS[arguments.format]
+        else find_format(arguments.format).published_split
     )
 
 
@@ -558,7 +556,7 @@ def read_pool(arguments: argparse.Namespace, style: str) -> list[Example]:
         test_pmids=arguments.test_pmids,
         columns=arguments.columns,
     )
-    split = arguments.fewshot_split or ("dev" if arguments.format == "mmlu" else "train")
+    split = arguments.fewshot_split or find_format(arguments.format).fewshot_split
     examples, _ = read_examples(entry, split, drop_invalid=True)
     return examples if style == "lm_eval" else [clean(example) for example in examples]
 

@@ -20,6 +20,7 @@ from medqlora.core.config import Config, Data, DataEntry
 from medqlora.core.files import hash_json
 from medqlora.data.cleaning import clean, decontaminate, deduplicate
 from medqlora.data.examples import DataError, Example, MultipleChoice, Passage, Removal
+from medqlora.data.formats.registry import find_format
 from medqlora.data.reading import read_examples
 from medqlora.data.sources import locate_file
 from medqlora.prompts.chat_template import Encoder
@@ -46,12 +47,12 @@ def check_entries(data: Data) -> None:
     homes: dict[Any, str] = {}
     for role in ("train", "eval", "test"):
         for index, entry in enumerate(getattr(data, role)):
+            find_format(entry.format, f"{name_entry(role, index)}: format")
             split = entry.split or DEFAULT_SPLIT[role]
             path = locate_file(entry, split)
-            # One PubMedQA file is divided by the official PMIDs, so there the split tells files
-            # apart.
+            # Where one file holds several splits, the split tells its parts apart.
             home = (
-                (path.resolve(), split if entry.format == "pubmedqa" else "")
+                (path.resolve(), split if find_format(entry.format).splits_share_a_file else "")
                 if path
                 else (entry.path or entry.format, split)
             )

@@ -51,10 +51,10 @@ class Lora(Section):
 
 
 class DataEntry(Section):
-    format: Literal[
-        "medmcqa", "medqa", "pubmedqa", "medquad", "mmlu", "headqa", "mcq", "qa", "text"
-    ]
-    """Layout of the records. mcq and qa are the generic ones and take `columns`."""
+    format: str
+    """Dataset, or layout of the records; the names are those of medqlora/data/formats/. mcq, qa and
+    text are for layouts of your own and take `columns`.
+    """
     path: str | None = None
     """File, folder or hub id; a dataset with a well-known hub home needs none."""
     split: str | None = None

@@ -11,59 +11,19 @@ from dataclasses import replace
 
 from medqlora.core.config import DataEntry
 from medqlora.data.examples import DataError, Example, Removal
-from medqlora.data.formats.custom import parse_mcq, parse_qa, parse_text
-from medqlora.data.formats.headqa import parse_headqa
-from medqlora.data.formats.medmcqa import find_first_option, parse_medmcqa
-from medqlora.data.formats.medqa import parse_medqa
-from medqlora.data.formats.medquad import parse_medquad
-from medqlora.data.formats.mmlu import MMLU_SUBJECTS, parse_mmlu
-from medqlora.data.formats.pubmedqa import parse_pubmedqa, select_pubmedqa_split
+from medqlora.data.formats.registry import FORMATS, find_format
 from medqlora.data.sources import locate_file, read_records
 
-# Formats, and the split that scores are published on.
-DATASETS = {
-    "medmcqa": "validation",
-    "medqa": "test",
-    "pubmedqa": "test",
-    "mmlu": "test",
-    "headqa": "test",
-    "medquad": "train",
-    "mcq": "test",
-    "qa": "test",
-    "text": "test",
-}
-PARSERS = {
-    "medmcqa": parse_medmcqa,
-    "medqa": parse_medqa,
-    "pubmedqa": parse_pubmedqa,
-    "medquad": parse_medquad,
-    "mmlu": parse_mmlu,
-    "headqa": parse_headqa,
-    "mcq": parse_mcq,
-    "qa": parse_qa,
-    "text": parse_text,
-}
-# Keys that only a record of this format has; any one group marks it.
-SIGNATURES = {
-    "medmcqa": ({"question", "opa", "opb", "opc", "opd"},),
-    "medqa": (
-        {"question", "options", "answer_idx"},
-        {"sent1", "ending0", "label"},
-        {"question", "options", "meta_info"},
-    ),
-    "pubmedqa": ({"QUESTION", "CONTEXTS"}, {"question", "context", "long_answer"}),
-    "medquad": ({"question", "answer"},),
-    "mmlu": ({"question", "choices", "answer"},),
-    "headqa": ({"qtext", "answers", "ra"},),
-}
 
-
-def check_format(entry: DataEntry, source: str, record: dict) -> None:
-    groups = SIGNATURES.get(entry.format, ())
+def check_signature(entry: DataEntry, source: str, record: dict) -> None:
+    """Raises DataError where a record has the keys of another format, or of none."""
+    groups = find_format(entry.format).signatures
     if not groups or any(group <= set(record) for group in groups):
         return
     fits = [
-        name for name, other in SIGNATURES.items() if any(group <= set(record) for group in other)
+        other.name
+        for other in FORMATS.values()
+        if any(group <= set(record) for group in other.signatures)
     ]
     hint = (
         f"; this looks like {fits[0]}"
@@ -91,37 +51,24 @@ def read_examples(
     Raises:
         DataError: one line naming format, file and line.
     """
+    kind = find_format(entry.format)
     split = entry.split or split
     name, records = read_records(entry, split)
     if not records:
         raise DataError(f"{entry.format}: {name} holds no rows; expected at least one")
-    check_format(entry, *records[0])
-    extra = ()
-    if entry.format == "medmcqa":
-        extra = (find_first_option(records, hub=locate_file(entry, split) is None),)
-    if entry.format == "mmlu" and entry.subset is None:
-        records = [
-            (source, record)
-            for source, record in records
-            if record.get("subject", "anatomy") in MMLU_SUBJECTS
-        ]
-        if not records:
-            raise DataError(
-                f"mmlu: {name} holds none of the medical subjects {', '.join(MMLU_SUBJECTS)}; name"
-                " another with subset"
-            )
+    check_signature(entry, *records[0])
+    records = kind.prepare(records, entry, locate_file(entry, split) is None)
     examples = []
     removals = []
     for source, record in records:
         try:
-            examples.append(PARSERS[entry.format](record, source, entry, *extra))
+            examples.append(kind.parse(record, source, entry))
         except (ValueError, TypeError, AttributeError) as error:
             if not drop_invalid:
                 fix = "mend the row or drop such rows with --data.drop_invalid true"
                 raise DataError(f"{entry.format}: {source}: {error} ({fix})") from None
             removals.append(Removal(source, str(record.get("id") or ""), str(error)))
-    if entry.format == "pubmedqa":
-        examples = select_pubmedqa_split(examples, entry, split)
+    examples = kind.select_split(examples, entry, split)
     examples = [
         example if example.id else replace(example, id=content_id(example)) for example in examples
     ]

@@ -9,15 +9,8 @@ from pathlib import Path
 
 from medqlora.core.config import DataEntry
 from medqlora.data.examples import DataError
+from medqlora.data.formats.registry import find_format
 
-HUB_HOMES = {
-    "medmcqa": ("openlifescienceai/medmcqa", None),
-    "medqa": ("GBaker/MedQA-USMLE-4-options", None),
-    "pubmedqa": ("qiaojin/PubMedQA", "pqa_labeled"),
-    "medquad": ("lavita/MedQuAD", None),
-    "mmlu": ("cais/mmlu", "all"),
-    "headqa": ("EleutherAI/headqa", "en"),
-}
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 SPLIT_NAMES = {
     "train": ("train",),
@@ -33,11 +26,12 @@ def locate_file(entry: DataEntry, split: str) -> Path | None:
         DataError: no such file, or a folder without one file for the split.
     """
     if entry.path is None:
-        if entry.format not in HUB_HOMES:
+        if find_format(entry.format).hub is None:
             raise DataError(f"{entry.format}: no path; give a file, folder or hub id with `path`")
         return None
     path = Path(entry.path).expanduser()
-    suffixes = (*SUFFIXES, ".txt") if entry.format == "text" else SUFFIXES
+    reads_passages = find_format(entry.format).scoring == "perplexity"
+    suffixes = (*SUFFIXES, ".txt") if reads_passages else SUFFIXES
     if path.is_dir():
         names = SPLIT_NAMES.get(split, (split,))
         found = [
@@ -79,7 +73,7 @@ def read_records(entry: DataEntry, split: str) -> tuple[str, list[tuple[str, dic
     """All records of an entry -> (name of the file or hub dataset, [(source, record)])."""
     path = locate_file(entry, split)
     if path is None:
-        hub, subset = HUB_HOMES.get(entry.format, (None, None))
+        hub, subset = find_format(entry.format).hub or (None, None)
         hub = entry.path or hub
         subset = entry.subset or subset
         return hub, read_hub(hub, subset, split, entry.revision)

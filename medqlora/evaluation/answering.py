@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from medqlora.data.examples import LETTERS, Example, OpenAnswer
+from medqlora.data.formats.registry import FORMATS
 from medqlora.engines.interface import BATCH_SIZE, Engine, Sampling
 from medqlora.evaluation.journal import make_cells
 from medqlora.evaluation.method import Method
@@ -36,7 +37,8 @@ def predict(
         numbers depend on besides the question, part of every row's key; done: keys of rows that
         exist.
     """
-    fixed = method.fewshot == "fixed" and asked and asked[0].example.dataset != "mmlu"
+    by_subject = asked and FORMATS[asked[0].example.dataset].fewshot_by_subject
+    fixed = method.fewshot == "fixed" and asked and not by_subject
     digest = describe_prompt(encoder, method, asked[0].shots if fixed else ())
     facts = {"prompt_sha256": digest, "engine": engine.name, "model": name}
     cells = (

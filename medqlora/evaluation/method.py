@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from medqlora.core.errors import UserError
 from medqlora.data.examples import Example, MultipleChoice, OpenAnswer, Passage
+from medqlora.prompts.styles import find_harness
 
 MAX_PERMUTATIONS = 120
 
@@ -58,7 +59,8 @@ def check_method(examples: Sequence[Example], method: Method, style: str) -> Non
             f" {' or '.join(name for name, some in wanted.items() if kinds <= some)}"
         )
     if method.permutations != 1 and (
-        method.scoring != "letters" or (examples[0].dataset == "pubmedqa" and style == "lm_eval")
+        method.scoring != "letters"
+        or (style == "lm_eval" and find_harness(examples[0]).answer == "text")
     ):
         raise ScoringError(
             "--permutations is for --scoring letters of questions that show their options; leave"

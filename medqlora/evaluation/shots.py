@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from medqlora.data.cleaning import decontaminate
 from medqlora.data.examples import Example
+from medqlora.data.formats.registry import FORMATS
 from medqlora.evaluation.method import Method, ScoringError
 from medqlora.prompts.chat_template import Encoder
 from medqlora.prompts.styles import Prompt, render
@@ -37,7 +38,7 @@ def choose_shots(
             method.num_fewshot,
         )
     # a subject's own examples, in their order, as the benchmark has them
-    elif examples[0].dataset == "mmlu":
+    elif FORMATS[examples[0].dataset].fewshot_by_subject:
         by_subject = {
             subject: [i for i, shot in enumerate(usable) if shot.subject == subject]
             for subject in {e.subject for e in examples}
@@ -46,8 +47,8 @@ def choose_shots(
             str(subject) for subject, some in by_subject.items() if len(some) < method.num_fewshot
         ):
             raise ScoringError(
-                f"--num_fewshot {method.num_fewshot}: mmlu takes examples of the same subject; too"
-                f" few of {', '.join(short)}"
+                f"--num_fewshot {method.num_fewshot}: {examples[0].dataset} takes examples of the"
+                f" same subject; too few of {', '.join(short)}"
             )
         chosen = [by_subject[example.subject][: method.num_fewshot] for example in examples]
     else:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from medqlora.core.errors import UserError
 from medqlora.data.examples import LETTERS, Example, MultipleChoice, OpenAnswer, Passage
+from medqlora.data.formats.registry import FORMATS, HarnessPrompt
 
 
 class PromptError(UserError):
@@ -132,51 +133,39 @@ def render_lm_eval(
             f"{example.dataset}: style lm_eval knows multiple-choice questions only; use plain or"
             " chat"
         )
-    if example.dataset == "headqa" and completion != "cloze":
+    harness = find_harness(example)
+    if harness.answer == "cloze" and completion != "cloze":
         raise PromptError(
-            "headqa: style lm_eval asks without the options; use --scoring cloze, or style plain or"
-            " chat"
+            f"{example.dataset}: style lm_eval asks without the options; use --scoring cloze, or"
+            " style plain or chat"
         )
-    right = None if example.answer is None else example.options[example.answer]
-    if example.dataset == "pubmedqa":
-        return Prompt(
-            f"Abstract: {context}\nQuestion: {example.question}\nAnswer:",
-            with_space(right, False),
-            chat=False,
-        )
-    if context:
+    if context and not harness.takes_context:
         raise PromptError(
             f"{example.dataset}: style lm_eval has no place for a question's context; use plain or"
             " chat"
         )
-    if completion == "cloze":
-        return Prompt(
-            f"Question: {example.question}\nAnswer:", with_space(right, False), chat=False
-        )
-    options = [
-        f"{letter}. {option}" for letter, option in zip(LETTERS, example.options, strict=False)
-    ]
-    answer = None if example.answer is None else f" {LETTERS[example.answer]}"
-    if example.dataset == "mmlu":
-        subject = (example.subject or "medicine").replace("_", " ")
-        lead = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
-        return Prompt(
-            "\n".join([example.question.strip(), *options, "Answer:"]),
-            answer,
-            chat=False,
-            lead=lead,
-        )
-    head = [f"Question: {example.question}"] + (
-        ["Choices:"] if example.dataset == "medmcqa" else []
-    )
-    return Prompt("\n".join([*head, *options, "Answer:"]), answer, chat=False)
+    right = None if example.answer is None else example.options[example.answer]
+    if completion == "cloze" and harness.answer == "letter":
+        asked = f"Question: {example.question}\nAnswer:"
+        return Prompt(asked, with_space(right, False), chat=False)
+    if harness.answer == "letter" and right is not None:
+        right = LETTERS[example.answer]
+    asked = harness.ask(example, context)
+    return Prompt(asked, with_space(right, False), chat=False, lead=harness.lead(example))
+
+
+def find_harness(example: MultipleChoice) -> HarnessPrompt:
+    """The dataset's own prompt, or the common one where the dataset has no file."""
+    known = FORMATS.get(example.dataset)
+    return known.harness if known else HarnessPrompt()
 
 
 def candidates(example: MultipleChoice, style: str, completion: str = "letter") -> list[str]:
     """The completions that stand for each option when the model's choice is read from
     probabilities.
     """
-    if completion == "cloze" or (style == "lm_eval" and example.dataset == "pubmedqa"):
+    by_text = style == "lm_eval" and find_harness(example).answer == "text"
+    if completion == "cloze" or by_text:
         texts = list(example.options)
     else:
         texts = list(LETTERS[: len(example.options)])

@@ -13,6 +13,7 @@ from medqlora.data.formats.fields import (
     read_options,
     take_columns,
 )
+from medqlora.data.formats.registry import Format, register
 
 
 def parse_mcq(record: dict, source: str, entry: DataEntry) -> MultipleChoice:
@@ -55,3 +56,8 @@ def parse_text(record: dict, source: str, entry: DataEntry) -> Passage:
         dataset="text",
         source=source,
     )
+
+
+register(Format(name="mcq", parse=parse_mcq))
+register(Format(name="qa", parse=parse_qa, scoring="generate"))
+register(Format(name="text", parse=parse_text, scoring="perplexity"))

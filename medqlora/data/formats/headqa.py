@@ -5,6 +5,7 @@ from __future__ import annotations
 from medqlora.core.config import DataEntry
 from medqlora.data.examples import MultipleChoice
 from medqlora.data.formats.fields import need_text, optional_text, read_options, whole_number
+from medqlora.data.formats.registry import Format, HarnessPrompt, register
 
 
 def parse_headqa(record: dict, source: str, entry: DataEntry) -> MultipleChoice:
@@ -37,3 +38,18 @@ def parse_headqa(record: dict, source: str, entry: DataEntry) -> MultipleChoice:
         source=source,
         subject=optional_text(record, "category"),
     )
+
+
+def ask_harness(example: MultipleChoice, context: str) -> str:
+    return f"Question: {example.question}\nAnswer:"
+
+
+register(
+    Format(
+        name="headqa",
+        parse=parse_headqa,
+        hub=("EleutherAI/headqa", "en"),
+        signatures=(frozenset({"qtext", "answers", "ra"}),),
+        harness=HarnessPrompt(ask=ask_harness, answer="cloze"),
+    )
+)

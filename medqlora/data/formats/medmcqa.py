@@ -7,9 +7,25 @@ import contextlib
 from medqlora.core.config import DataEntry
 from medqlora.data.examples import DataError, MultipleChoice
 from medqlora.data.formats.fields import need_option, need_text, optional_text, whole_number
+from medqlora.data.formats.registry import (
+    Format,
+    HarnessPrompt,
+    Records,
+    letter_options,
+    register,
+)
+
+FIRST_OPTION = "first_option"  # the number of option A, which `number_options` adds to each record
 
 
-def parse_medmcqa(record: dict, source: str, entry: DataEntry, first_option: int) -> MultipleChoice:
+def number_options(records: Records, entry: DataEntry, on_hub: bool) -> Records:
+    """Say in each record from which number its file counts options."""
+    first = find_first_option(records, on_hub)
+    return [(source, record | {FIRST_OPTION: first}) for source, record in records]
+
+
+def parse_medmcqa(record: dict, source: str, entry: DataEntry) -> MultipleChoice:
+    first_option = record[FIRST_OPTION]
     options = tuple(need_option(record, key) for key in ("opa", "opb", "opc", "opd"))
     cop = record.get("cop")
     answer = (
@@ -49,3 +65,21 @@ def find_first_option(records: list[tuple[str, dict]], hub: bool) -> int:
             " not both"
         )
     return 0 if "0" in values or (hub and "4" not in values) else 1
+
+
+def ask_harness(example: MultipleChoice, context: str) -> str:
+    lines = [f"Question: {example.question}", "Choices:", *letter_options(example), "Answer:"]
+    return "\n".join(lines)
+
+
+register(
+    Format(
+        name="medmcqa",
+        parse=parse_medmcqa,
+        hub=("openlifescienceai/medmcqa", None),
+        published_split="validation",  # The labels of its test split are hidden.
+        signatures=(frozenset({"question", "opa", "opb", "opc", "opd"}),),
+        prepare=number_options,
+        harness=HarnessPrompt(ask=ask_harness),
+    )
+)

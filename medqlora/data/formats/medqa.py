@@ -15,6 +15,7 @@ from medqlora.data.formats.fields import (
     read_options,
     whole_number,
 )
+from medqlora.data.formats.registry import Format, register
 
 
 def parse_medqa(record: dict, source: str, entry: DataEntry) -> MultipleChoice:
@@ -50,3 +51,17 @@ def parse_medqa(record: dict, source: str, entry: DataEntry) -> MultipleChoice:
         source=source,
         subject=optional_text(record, "meta_info"),
     )
+
+
+register(
+    Format(
+        name="medqa",
+        parse=parse_medqa,
+        hub=("GBaker/MedQA-USMLE-4-options", None),
+        signatures=(
+            frozenset({"question", "options", "answer_idx"}),
+            frozenset({"sent1", "ending0", "label"}),
+            frozenset({"question", "options", "meta_info"}),
+        ),
+    )
+)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from medqlora.core.config import DataEntry
 from medqlora.data.examples import OpenAnswer
 from medqlora.data.formats.fields import need_text, optional_text
+from medqlora.data.formats.registry import Format, register
 
 
 def parse_medquad(record: dict, source: str, entry: DataEntry) -> OpenAnswer:
@@ -18,3 +19,15 @@ def parse_medquad(record: dict, source: str, entry: DataEntry) -> OpenAnswer:
         source=source,
         subject=subject,
     )
+
+
+register(
+    Format(
+        name="medquad",
+        parse=parse_medquad,
+        scoring="generate",
+        hub=("lavita/MedQuAD", None),
+        published_split="train",
+        signatures=(frozenset({"question", "answer"}),),
+    )
+)

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from medqlora.core.config import DataEntry
-from medqlora.data.examples import MultipleChoice
+from medqlora.data.examples import DataError, MultipleChoice
 from medqlora.data.formats.fields import (
     check_answer,
     find_answer,
     need_text,
     optional_text,
     read_options,
+)
+from medqlora.data.formats.registry import (
+    Format,
+    HarnessPrompt,
+    Records,
+    letter_options,
+    register,
 )
 
 # MMLU's medical subjects, as medical papers report them (Singhal et al., Nature 620, 2023, "MMLU
@@ -37,3 +44,43 @@ def parse_mmlu(record: dict, source: str, entry: DataEntry) -> MultipleChoice:
         source=source,
         subject=optional_text(record, "subject"),
     )
+
+
+def choose_subjects(records: Records, entry: DataEntry, on_hub: bool) -> Records:
+    """The medical subjects, unless the entry names a subset."""
+    if entry.subset is not None:
+        return records
+    kept = [
+        (source, record)
+        for source, record in records
+        if record.get("subject", MMLU_SUBJECTS[0]) in MMLU_SUBJECTS
+    ]
+    if not kept:
+        raise DataError(
+            f"mmlu: {records[0][0]} and the rows after it hold none of the medical subjects"
+            f" {', '.join(MMLU_SUBJECTS)}; name another with subset"
+        )
+    return kept
+
+
+def ask_harness(example: MultipleChoice, context: str) -> str:
+    return "\n".join([example.question.strip(), *letter_options(example), "Answer:"])
+
+
+def lead_harness(example: MultipleChoice) -> str:
+    subject = (example.subject or "medicine").replace("_", " ")
+    return f"The following are multiple choice questions (with answers) about {subject}.\n\n"
+
+
+register(
+    Format(
+        name="mmlu",
+        parse=parse_mmlu,
+        hub=("cais/mmlu", "all"),
+        fewshot_split="dev",
+        fewshot_by_subject=True,
+        signatures=(frozenset({"question", "choices", "answer"}),),
+        prepare=choose_subjects,
+        harness=HarnessPrompt(ask=ask_harness, lead=lead_harness),
+    )
+)

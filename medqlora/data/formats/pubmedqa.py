@@ -8,6 +8,7 @@ from pathlib import Path
 from medqlora.core.config import DataEntry
 from medqlora.data.examples import DataError, MultipleChoice
 from medqlora.data.formats.fields import need_text, optional_text
+from medqlora.data.formats.registry import Format, HarnessPrompt, register
 
 PUBMEDQA_OPTIONS = ("yes", "no", "maybe")
 
@@ -74,3 +75,23 @@ def select_pubmedqa_split(
             f"pubmedqa: none of the {len(examples)} rows belongs to split {split} by {listed}"
         )
     return kept
+
+
+def ask_harness(example: MultipleChoice, context: str) -> str:
+    return f"Abstract: {context}\nQuestion: {example.question}\nAnswer:"
+
+
+register(
+    Format(
+        name="pubmedqa",
+        parse=parse_pubmedqa,
+        hub=("qiaojin/PubMedQA", "pqa_labeled"),
+        signatures=(
+            frozenset({"QUESTION", "CONTEXTS"}),
+            frozenset({"question", "context", "long_answer"}),
+        ),
+        select_split=select_pubmedqa_split,
+        splits_share_a_file=True,
+        harness=HarnessPrompt(ask=ask_harness, answer="text", takes_context=True),
+    )
+)

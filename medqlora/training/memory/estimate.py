@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 
 from medqlora.core.config import Config
 from medqlora.core.config_loading import change
+from medqlora.data.formats.registry import find_format
 from medqlora.training.memory.forecast import forecast_step
 from medqlora.training.memory.setting import Setting, StepPlan
 from medqlora.training.memory.sharding import divide
@@ -22,7 +23,7 @@ def assume_labelled(config: Config, tokens: int) -> int:
     """Supervised tokens in a micro-batch where the data is not at hand: rows of 64 tokens with a
     letter and its end token, or a quarter of the tokens for a letter with its text, or all."""
     part = {"letter": 2 / 64, "letter_text": 1 / 4}.get(config.data.completion, 1.0)
-    if any(entry.format in ("medquad", "qa", "text") for entry in config.data.train):
+    if any(find_format(entry.format).scoring != "letters" for entry in config.data.train):
         part = 1.0
     return max(1, int(part * tokens))
 
