@@ -35,6 +35,10 @@ class Plan:
     def __len__(self) -> int:
         return len(self.steps) - 1
 
+    def rows_of(self, step: int) -> np.ndarray:
+        """Row numbers of all ranks and micro-batches of a step."""
+        return self.rows[self.bins[self.steps[step]] : self.bins[self.steps[step + 1]]]
+
     def micro_batches(self, step: int, rank: int = 0, ranks: int = 1) -> list[np.ndarray]:
         """Row numbers of each micro-batch of this rank in step `step` (from 0)."""
         return [

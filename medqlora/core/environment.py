@@ -122,6 +122,15 @@ class MemoryMeter:
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
 
+    def read_peaks(self) -> dict[str, int]:
+        """The peaks that a step is logged with."""
+        if not self.cuda:
+            return {"peak_memory_bytes": self.read_peak()}
+        return {
+            "peak_memory_bytes": self.read_peak(),
+            "peak_reserved_bytes": self.read_reserved(),
+        }
+
     def read_reserved(self) -> int:
         """Highest value of what CUDA's allocator held of the GPU since begin()."""
         import torch

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from medqlora.prompts.styles import PromptError
+
+if TYPE_CHECKING:  # Its import takes half a second.
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,16 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from medqlora.data.examples import DataError, Example, MultipleChoice, OpenAnswer, Passage, Removal
 from medqlora.prompts.chat_template import Encoder, encode_text
 from medqlora.prompts.styles import Prompt, PromptError, render
+
+if TYPE_CHECKING:  # Its import takes half a second.
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

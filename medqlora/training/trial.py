@@ -12,22 +12,13 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig
 
-from medqlora.batches.collate import collate
 from medqlora.batches.plan import Plan
 from medqlora.core.config import Config
-from medqlora.model.adapter import attach_adapter
-from medqlora.model.attention.backends import IMPLEMENTATIONS, choose_backend
-from medqlora.model.attention.packed_batch import move_batch
-from medqlora.model.base import find_layers, load_base, unwrap
-from medqlora.model.compiling import compile_layers
+from medqlora.model.base import find_layers, unwrap
 from medqlora.model.hardware import choose_dtype
-from medqlora.model.head_loss import AnswerLoss
-from medqlora.model.random_base import make_base
-from medqlora.model.recomputation import set_checkpointing
 from medqlora.prompts.encoding import TokenTable
-from medqlora.training.optimizers import make_optimizer
+from medqlora.training.session import Session, build, load
 from medqlora.training.strategies.launch import Strategy
-from medqlora.training.strategies.wrapping import wrap
 
 # Dense 16-bit tensor rates of the makers' data sheets, in FLOP/s; the first of these words that the
 # device's name holds.
@@ -78,34 +69,21 @@ class StepTimes:
 
 
 class Trial:
-    """A loaded model with its adapter, wrapped and ready to step."""
+    """The recipe's own session on made-up rows, with its steps timed."""
 
     def __init__(self, config: Config, architecture: PretrainedConfig | None, device: torch.device):
         """architecture: random weights of this shape; None: the weights of config.model.base."""
-        self.config = config
         self.device = device
         self.dtype = choose_dtype(config.model.dtype, device)
-        if architecture is None:
-            base, self.backend = load_base(config.model, device)
-        else:
-            base = make_base(architecture, config.model, device, self.dtype)
-            self.backend = choose_backend(
-                config.model.attention, device, self.dtype, base.config
-            ).backend
-            base.set_attn_implementation(IMPLEMENTATIONS[self.backend])
-        self.compiled = compile_layers(base, device, config.training.compile)
-        self.model = attach_adapter(base, config.lora, config.training.seed)
-        self.layers = base.config.get_text_config().num_hidden_layers
-        self.recomputed = set_checkpointing(base, config.training.gradient_checkpointing)
-        loss_model = AnswerLoss(self.model, config.training.loss_chunk_tokens)
-        self.trainer = wrap(
-            Strategy("one"),
-            loss_model,
-            lambda weights: make_optimizer(config.training, weights),
-            config.training.max_grad_norm,
-            self.dtype,
-        )
-        self.vocabulary = base.config.get_text_config().vocab_size
+        loaded = load(config, device, architecture=architecture)
+        built = build(loaded, config)
+        self.session = Session(built, config, Strategy("one"), device, self.dtype)
+        self.compiled = loaded.compiled
+        self.backend = built.backend
+        self.model = built.model
+        self.layers = built.layers
+        self.recomputed = built.recomputed
+        self.vocabulary = built.vocabulary
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -115,30 +93,19 @@ class Trial:
         """One step of the plan, as the recipe takes it."""
         self.synchronize()
         began = time.perf_counter()
-        waited = 0.0
-        losses = []
-        batches = plan.micro_batches(number)
-        rows = np.concatenate(batches)
+        rows = plan.rows_of(number)
         targets = int(table.supervised[rows].sum())
-        self.trainer.module.train()
-        for place, chosen in enumerate(batches):
-            asked = time.perf_counter()
-            batch = move_batch(collate(table, chosen), self.backend, self.device)
-            waited += time.perf_counter() - asked
-            with self.trainer.accumulate(place == len(batches) - 1):
-                loss = self.trainer(**batch)
-                self.trainer.backward(loss / targets)
-            losses.append(loss.detach())
-        loss = torch.stack(losses).sum().item() / targets
-        self.trainer.step(self.config.training.lr)
+        gradients = self.session.accumulate(table, plan, number, targets)
+        total, _ = self.session.sum_over_ranks(gradients.losses)
+        self.session.update(self.session.config.training.lr)
         self.synchronize()
         return StepTimes(
-            time.perf_counter() - began,
-            waited,
-            int(table.lengths[rows].sum()),
-            targets,
-            len(rows),
-            loss,
+            seconds=time.perf_counter() - began,
+            data_seconds=gradients.data_seconds,
+            tokens=int(table.lengths[rows].sum()),
+            supervised=targets,
+            rows=len(rows),
+            loss=total / targets,
         )
 
 

@@ -62,7 +62,7 @@ def test_compiled_layers_compute_the_same(tmp_path):
     """
     (tmp_path / "compare.py").write_text(f"""
 import os, sys, torch, torch._dynamo
-sys.path.insert(0, {str(ROOT / "tests")!r})
+sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT / "tests" / "model")!r}]
 from test_layers import build_model, compile_layers, lean_layers, run
 os.environ["TORCHDYNAMO_DISABLE"] = "0"
 # The norms of Gemma have an offset; the plain kind is tried by compile_kernels.
@@ -95,7 +95,7 @@ def test_compiled_layers_are_made_few_times(tmp_path):
     """
     (tmp_path / "count.py").write_text(f"""
 import os, sys, torch
-sys.path.insert(0, {str(ROOT / "tests")!r})
+sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT / "tests" / "model")!r}]
 from conftest import ARCHITECTURES, SMALL, build_model
 os.environ["TORCHDYNAMO_DISABLE"] = "0"
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
@@ -122,7 +122,7 @@ for count in (1, 3, 7, 12):
 for prompts in ([list(range(5, 20)), list(range(5, 12))], [list(range(5, 25))]):
     engine.generate(prompts, Sampling(max_new_tokens=5, stop_ids=(2,), decode=str))
 for name in ("normalise", "normalise_backward", "gate", "gate_backward"):
-    variants = len(_debug_get_cache_entry_list(getattr(layers, name).__code__))
+    variants = len(_debug_get_cache_entry_list(getattr(compiling, name).__code__))
     assert 1 <= variants <= 4, (name, variants)
 """)
     done = run_script(tmp_path / "count.py")

@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from medqlora.model.attention.backends import AttentionError
 from medqlora.model.attention.documents import locate_documents
 
+# The relative error that packed rows may cause in each other, by compute dtype.
+ISOLATION_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
 
 def packing_arguments(backend: str, batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Keyword arguments that tell the model's attention where documents end; `batch` is from

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from typing import Any
 
@@ -9,13 +10,13 @@ import torch
 from transformers import PretrainedConfig
 
 from medqlora.core.config import Config
-from medqlora.model.adapter import attach_adapter
+from medqlora.core.config_loading import change
 from medqlora.model.attention.backends import Choice, choose_backend
 from medqlora.model.attention.documents import locate_documents
 from medqlora.model.compiling import outline_kernels, wants_compiling
 from medqlora.model.head_loss import AnswerLoss
 from medqlora.model.random_base import make_base
-from medqlora.model.recomputation import find_arena, set_checkpointing
+from medqlora.model.recomputation import find_arena
 from medqlora.training.memory.allocator import replay_allocator
 from medqlora.training.memory.sharding import measure_units, sort_resident
 from medqlora.training.memory.tracker import (
@@ -27,6 +28,26 @@ from medqlora.training.memory.tracker import (
     Tracker,
     UnknownForecast,
 )
+from medqlora.training.session import Loaded, build, run_micro_batch
+
+
+class TracedTrainer:
+    """As much of a trainer as a micro-batch needs; the tracker is told its phases."""
+
+    def __init__(self, loss_model: AnswerLoss, tracker: Tracker):
+        self.loss_model = loss_model
+        self.tracker = tracker
+
+    def __call__(self, **batch: Any) -> torch.Tensor:
+        self.tracker.phase = "forward"
+        return self.loss_model(**batch)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.tracker.phase = "backward"
+        loss.backward()
+
+    def accumulate(self, last: bool) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
 
 
 def forecast_step(
@@ -57,15 +78,14 @@ def forecast_step(
     )
     tracker = Tracker(text.vocab_size, place)
     base = make_base(architecture, config.model, place, dtype, storage)
-    with place:
-        model = attach_adapter(base, config.lora, config.training.seed)
-    mode = config.training.gradient_checkpointing
     if place.type == "meta" and wants_compiling(device, config.training.compile):
         outline_kernels(base)
-    recomputed = set_checkpointing(
-        base, "full" if mode == "offload" and device.type == "cpu" else mode
-    )
-    loss_model = AnswerLoss(model, config.training.loss_chunk_tokens).train()
+    if config.training.gradient_checkpointing == "offload" and device.type == "cpu":
+        config = change(config, "training", gradient_checkpointing="full")
+    with place:
+        built = build(Loaded(base, backend, compiled=False), config)
+    model = built.model
+    trainer = TracedTrainer(built.loss_model.train(), tracker)
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     sort_resident(tracker, base, model)
     at_loading = dict(tracker.now)
@@ -94,10 +114,7 @@ def forecast_step(
         )
     try:
         with tracker:
-            tracker.phase = "forward"
-            loss = loss_model(**inputs)
-            tracker.phase = "backward"
-            loss.backward()
+            run_micro_batch(trainer, inputs, factor=1, last=True)
     # code that looks into tensors, or an operator without shapes
     except (RuntimeError, NotImplementedError, TypeError) as error:
         raise UnknownForecast(
@@ -118,7 +135,7 @@ def forecast_step(
         at_loading,
         sum(weight.numel() for weight in weights),
         text.num_hidden_layers,
-        recomputed,
+        built.recomputed,
         measure_units(base),
         find_arena(base).capacity,
     )

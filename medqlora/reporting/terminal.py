@@ -1,0 +1,213 @@
+"""What a training says on the terminal while it runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from medqlora.batches.pipeline import count_reasons
+from medqlora.batches.plan import derive_accumulation
+from medqlora.core.files import append_line
+from medqlora.core.run_folder import LOG
+from medqlora.evaluation.comparison import compare_paired
+from medqlora.evaluation.metrics import score_predictions
+from medqlora.evaluation.predictions import collect_rows
+from medqlora.training.memory.tracker import GIB
+from medqlora.training.planning import Decision, Planned
+from medqlora.training.session import Built, Loaded
+from medqlora.training.setup import Setup
+from medqlora.training.strategies.gradient_check import GradientCheck
+
+
+class TrainingDisplay(AbstractContextManager):
+    """The progress bar, the log file and the experiment tracker of one training; rank 0 alone has
+    them.
+    """
+
+    def __init__(self, console: Console, setup: Setup, planned: Planned, done: int):
+        """done: steps before this start."""
+        self.console = console
+        self.setup = setup
+        self.steps = len(planned.plan)
+        settings = planned.config.model_dump(mode="json")
+        setup.accelerator.init_trackers(
+            "medqlora", config={key: str(value) for key, value in settings.items()}
+        )
+        self.shown = setup.rank == 0
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+        )
+        hidden = not self.shown or not console.is_terminal
+        self.progress = Progress(*columns, console=console, disable=hidden)
+        self.task = self.progress.add_task("training", total=self.steps, completed=done, figures="")
+
+    def __enter__(self) -> TrainingDisplay:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.stop()
+
+    def say(self, text: str) -> None:
+        if self.shown:
+            self.progress.console.print(text)
+
+    def log(self, row: dict[str, Any]) -> None:
+        if self.shown:
+            append_line(self.setup.output_dir / LOG, row)
+            self.setup.accelerator.log(row, step=row["step"])
+
+    def log_step(self, row: dict[str, Any]) -> None:
+        """Log a step, move the progress bar, and without one say every tenth of the training."""
+        self.log(row)
+        figures = (
+            f"loss {row['loss']:.3f}  lr {row['lr']:.1e}  {row['tokens_per_second']:,.0f} tokens/s "
+            f" {row['supervised_tokens']} supervised  {row['peak_memory_bytes'] / GIB:.2f} GiB"
+        )
+        done = row["step"]
+        self.progress.update(self.task, completed=done, figures=figures)
+        tenth = done % max(1, self.steps // 10) == 0 or done == self.steps
+        if self.shown and not self.console.is_terminal and tenth:
+            self.console.print(f"step {done}/{self.steps}  {figures}")
+
+    def log_evaluation(self, step: int, loss: float) -> None:
+        perplexity = math.exp(min(loss, 700))  # Beyond it, a float overflows.
+        self.log({"step": step, "eval_loss": loss, "perplexity": perplexity})
+
+
+def describe_planned(setup: Setup, planned: Planned) -> Iterator[Table | str]:
+    """Data, steps and memory of a training, before its model is loaded."""
+    for warning in planned.damaged:
+        yield f"[yellow]warning: {warning}"
+    prepared = planned.prepared
+    yield tabulate_mixture(prepared.mixture)
+    for reason, count in count_reasons(prepared.removals).items():
+        yield f"removed {count:,}: {reason} (listed in {setup.output_dir / 'removed.jsonl'})"
+    training = planned.config.training
+    accumulation = derive_accumulation(
+        training.global_batch_tokens, training.max_tokens_per_batch, setup.strategy.ranks
+    )
+    yield (
+        f"{len(planned.plan):,} steps of {accumulation} micro-batch(es) per process;"
+        f" {len(prepared.eval.lengths) if prepared.eval else 0:,} rows for the evaluation loss,"
+        f" {len(prepared.test):,} test questions"
+    )
+    yield describe_decision(planned.decision)
+
+
+def tabulate_mixture(mixture: list[dict[str, Any]]) -> Table:
+    table = Table(title="training data", title_justify="left")
+    for column in ("entry", "rows", "rows per epoch", "share of rows", "share of tokens"):
+        table.add_column(column, justify="left" if column == "entry" else "right")
+    for source in mixture:
+        table.add_row(
+            f"{source['entry']} {source['format']} {Path(source['path'] or '').name}",
+            f"{source['rows']:,}",
+            f"{source['rows_per_epoch']:,}",
+            f"{source['row_share']:.1%}",
+            f"{source['token_share']:.1%}",
+        )
+    return table
+
+
+def describe_decision(decision: Decision) -> str:
+    if decision.no_forecast is not None:
+        return f"[yellow]the memory of a step is not known: {decision.no_forecast}"
+    text = (
+        f"micro-batches of {decision.max_tokens_per_batch:,} tokens,"
+        f" {decision.recomputed_layers} of {decision.layers} layers recomputed: predicted peak"
+        f" {decision.predicted_peak_bytes / GIB:.2f} GiB, with the allocator's reserve"
+        f" {decision.predicted_needed_bytes / GIB:.2f} GiB, of"
+        f" {decision.memory_bytes / GIB:.2f} GiB that may be used"
+    )
+    if decision.predicted_needed_bytes > decision.memory_bytes:
+        text += "; [yellow]it will hardly fit[/]"
+    if decision.predicted_host_bytes:
+        text += f"; {decision.predicted_host_bytes / GIB:.2f} GiB pinned in the host's memory"
+    return text
+
+
+def describe_model(
+    setup: Setup, planned: Planned, loaded: Loaded, built: Built, isolation_error: float
+) -> Iterator[str]:
+    """Attention, sizes and precision of the loaded model."""
+    cost = planned.decision.attention_cost_bytes
+    more = ""
+    if cost is not None:
+        more = f"; forecast: {cost / GIB:.2f} GiB more than the variable-length kernel would need"
+    yield (
+        f"attention {setup.attention.backend} isolates packed rows (error {isolation_error:.0e});"
+        f" {setup.attention.reason}{more}"
+    )
+    model = setup.config.model
+    yield (
+        f"{model.base}: {model.quantization}, {str(setup.dtype).removeprefix('torch.')},"
+        f" {setup.adapter_parameters:,} trainable beside {setup.base_parameters:,} frozen"
+        f" parameters; {built.recomputed} layers recomputed"
+        f"{', norms and activations compiled' if loaded.compiled else ''}; {setup.device}"
+    )
+
+
+def describe_check(setup: Setup, check: GradientCheck) -> str:
+    return (
+        f"{setup.strategy.name} on {setup.strategy.ranks} processes: gradients of a short batch"
+        f" equal the whole model's (error {check.relative_error:.0e}, {check.seconds:.1f} s with"
+        " setting up)"
+    )
+
+
+def compare_scores(base: list[dict], tuned: list[dict]) -> tuple[dict[str, Any], Table, str]:
+    """Predictions of the base and of the tuned model -> the keys of metrics.json, for the tuned
+    model with `base` and `comparison` inside; a table; the difference in words.
+    """
+    base_columns = collect_rows(base)
+    tuned_columns = collect_rows(tuned)
+    before = score_predictions(base_columns)
+    after = score_predictions(tuned_columns)
+    comparison = compare_paired(base_columns.right, tuned_columns.right)
+    table = Table(title="accuracy on the test questions", title_justify="left")
+    for column in ("", "n", "base", "95 % interval", "tuned", "95 % interval"):
+        table.add_column(column, justify="left" if not column else "right")
+    add_accuracies(table, "all", before, after)
+    for name, scores in before["per_subject"].items():
+        add_accuracies(table, name, scores, after["per_subject"][name])
+    low, high = comparison["difference_ci95"]
+    p = comparison["mcnemar_p"]
+    difference = (
+        f"difference {comparison['difference']:+.1%} (95 % interval {low:+.1%} to {high:+.1%}),"
+        f" paired exact McNemar p {'< 1e-12' if p < 1e-12 else f'= {p:.2g}'}"
+    )
+    return {**after, "base": before, "comparison": comparison}, table, difference
+
+
+def add_accuracies(table: Table, name: str, base: dict, tuned: dict) -> None:
+    def interval(scores: dict) -> str:
+        low, high = scores["accuracy_ci95"]
+        return f"{low:.1%} – {high:.1%}"
+
+    table.add_row(
+        name,
+        str(base["n"]),
+        f"{base['accuracy']:.1%}",
+        interval(base),
+        f"[bold]{tuned['accuracy']:.1%}",
+        interval(tuned),
+    )
+
+
+def describe_memory(memory: dict[str, int], device: torch.device) -> str:
+    kind = "GPU memory, allocated" if device.type == "cuda" else "memory of this process, resident"
+    sizes = [f"{name} {value / 2**20:,.0f} MiB" for name, value in memory.items()]
+    return f"{kind}: {', '.join(sizes)}"

@@ -1,0 +1,142 @@
+"""What a run leaves: environment.json, checkpoints, and the adapter with its metadata."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medqlora.core.environment import describe_environment
+from medqlora.core.files import write_json, write_json_lines
+from medqlora.core.run_folder import LOG, rewind_log
+from medqlora.model.adapter import adapter_weights, save_adapter
+from medqlora.model.identity import architecture_hash, resolve_base, sample_weights
+from medqlora.training.checkpoints import save_checkpoint
+from medqlora.training.planning import Planned
+from medqlora.training.processes import together
+from medqlora.training.session import Built, Loaded, Session
+from medqlora.training.setup import Setup
+from medqlora.training.strategies.gradient_check import GradientCheck
+from medqlora.training.strategies.launch import choose_storage
+from medqlora.training.strategies.wrapping import gather_weights, load_states
+
+
+def describe_adapter(setup: Setup, planned: Planned, base: torch.nn.Module) -> dict[str, Any]:
+    """The metadata that travels with an adapter: its prompts, and the base it was trained on."""
+    model = setup.config.model
+    folder = resolve_base(model.base, model.revision)
+    from_hub = folder.parent.name == "snapshots"
+    return {
+        "prompt_style": setup.encoder.style,
+        "completion": setup.encoder.completion,
+        "prompt_sha256": planned.prepared.hashes["prompt_sha256"],
+        "base": model.base,
+        "revision": folder.name if from_hub else model.revision,
+        "architecture_sha256": architecture_hash(base.config),
+        "base_sha256": sample_weights(folder),
+        "quantization": model.quantization,
+        "double_quantization": model.double_quantization,
+        "dtype": name_dtype(setup.dtype),
+    }
+
+
+def name_dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def describe_run(
+    setup: Setup,
+    planned: Planned,
+    loaded: Loaded,
+    built: Built,
+    metadata: dict[str, Any],
+    isolation_error: float,
+    check: GradientCheck | None,
+) -> dict[str, Any]:
+    """All that environment.json holds."""
+    quantization = setup.config.model.quantization
+    found = {
+        **describe_environment(),
+        "seed": setup.config.training.seed,
+        **planned.prepared.hashes,
+        "plan_sha256": planned.plan_sha256,
+        "step_plan": planned.decision.as_dict(),
+        "base": metadata,
+        "processes": setup.strategy.ranks,
+        "strategy": setup.strategy.name,
+        "attention": built.backend,
+        "attention_reason": setup.attention.reason,
+        "recomputed_layers": built.recomputed,
+        "compiled": loaded.compiled,
+        "isolation_error": isolation_error,
+        "trainable_parameters": setup.adapter_parameters,
+        "mixture": planned.prepared.mixture,
+        "storage": name_dtype(choose_storage(setup.strategy, quantization, setup.dtype)),
+    }
+    if check is not None:
+        found["gradient_check"] = {
+            "relative_error": check.relative_error,
+            "seconds": round(check.seconds, 3),
+        }
+    return found
+
+
+def write_start(setup: Setup, planned: Planned, environment: dict[str, Any]) -> None:
+    """Write what is known before the first step; a resumed run logs its later steps anew."""
+    with together():
+        if setup.rank != 0:
+            return
+        folder = setup.output_dir
+        write_json(folder / "environment.json", environment)
+        removals = [asdict(removal) for removal in planned.prepared.removals]
+        write_json_lines(folder / "removed.jsonl", removals)
+        if setup.resume:
+            done = planned.checkpoint.state["step"] if planned.checkpoint else 0
+            rewind_log(folder / LOG, done)
+
+
+def write_checkpoint(session: Session, output_dir: Path, state: dict[str, Any]) -> Path:
+    """Write adapter, optimizer and state, whole and by name -> the checkpoint's folder. Any number
+    of processes can continue from it.
+    """
+    with together():
+        weights = gather_weights(session.trainer, session.built.shapes)
+    states = session.trainer.read_states()
+    folder = output_dir / "checkpoints"
+    with together():
+        if session.rank == 0:
+            save_checkpoint(
+                folder,
+                state["step"],
+                adapter_weights(session.built.model, weights),
+                {name: move_to_cpu(tensors) for name, tensors in states.items()},
+                state | {"loss_scale": session.trainer.read_scale()},
+                session.config.training.keep_checkpoints,
+            )
+    return folder / f"step-{state['step']}"
+
+
+def move_to_cpu(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: value.cpu() if torch.is_tensor(value) else value for key, value in state.items()}
+
+
+def write_adapter(session: Session, output_dir: Path, metadata: dict[str, Any]) -> None:
+    """Write the adapter as it is now, in PEFT's format, with its metadata."""
+    with together():
+        weights = gather_weights(session.trainer, session.built.shapes)
+    with together():
+        if session.rank == 0:
+            tensors = adapter_weights(session.built.model, weights)
+            save_adapter(output_dir / "adapter", session.built.model, metadata, tensors)
+
+
+def restore(session: Session, planned: Planned) -> None:
+    """Optimizer states and loss scale of the checkpoint that the run goes on from."""
+    if planned.checkpoint is None:
+        return
+    with together():
+        load_states(session.trainer, planned.checkpoint.optimizer)
+        if planned.checkpoint.state.get("loss_scale"):
+            session.trainer.write_scale(planned.checkpoint.state["loss_scale"])
