@@ -24,9 +24,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from medqlora.core.command import run_command
 from medqlora.core.config_loading import load_config
 from medqlora.core.environment import describe_environment, name_command, read_peak_resident
-from medqlora.core.errors import RunError, UserError
+from medqlora.core.errors import RunError
 from medqlora.core.files import check_new, write_json
 
 ROWS = 182_822  # MedMCQA's training split
@@ -393,8 +394,4 @@ def show(found: dict, rows: int) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_command(main)

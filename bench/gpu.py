@@ -27,7 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medqlora.core.errors import ConfigError, UserError
+from medqlora.core.command import run_command
+from medqlora.core.errors import ConfigError
 from medqlora.core.files import write_json
 
 ROOT = Path(__file__).parent.parent
@@ -350,10 +351,4 @@ def show(found: dict[str, dict]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:  # what was found so far is in gpu.json
-        sys.exit(130)
+    run_command(main)

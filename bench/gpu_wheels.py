@@ -15,7 +15,8 @@ import sys
 import zipfile
 from pathlib import Path
 
-from medqlora.core.errors import ConfigError, UserError
+from medqlora.core.command import run_command
+from medqlora.core.errors import ConfigError
 
 MOST = 64 * 2**20  # bytes
 PYTHON = "3.12"
@@ -111,8 +112,4 @@ def cut_down(wheel: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_command(main)

@@ -33,19 +33,16 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import get_args
 
-import torch
-import transformers
 from rich.console import Console
 from rich.table import Table
 
+from medqlora.core.command import run_command, run_early
 from medqlora.core.config import DataEntry, Model
-from medqlora.core.environment import describe_environment, name_command
-from medqlora.core.errors import UserError
+from medqlora.core.environment import describe_environment, name_command, prefer_expandable_segments
 from medqlora.core.files import check_new, write_json
+from medqlora.data.formats.registry import FORMATS
 from medqlora.data.reading import read_examples
-from medqlora.engines.hf import HfEngine, plain_generation
 from medqlora.engines.interface import Request
 from medqlora.engines.latency import (
     LatencyError,
@@ -55,16 +52,8 @@ from medqlora.engines.latency import (
     parse_objectives,
     summarize,
 )
-from medqlora.evaluation.method import Method
-from medqlora.evaluation.questions import ask
-from medqlora.model.base import load_base, load_tokenizer
-from medqlora.model.quantization import list_constants
-from medqlora.prompts.chat_template import make_encoder
 
 QUESTIONS = Path(__file__).parents[1] / "recipes" / "demo" / "data" / "test.jsonl"
-START_SECONDS = 600  # that a server may take to load
-console = Console(highlight=False, soft_wrap=True)
-Ask = Callable[[list[int]], Awaitable[Served]]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -92,7 +81,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokenizer", help="openai: folder or hub id of the model's tokenizer")
     parser.add_argument(
         "--format",
-        choices=get_args(DataEntry.model_fields["format"].annotation),
+        choices=sorted(FORMATS),
         default="medmcqa",
         help="format of the questions (default medmcqa)",
     )
@@ -138,8 +127,33 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+if __name__ == "__main__":
+    # A mistake is said before torch is imported, which takes seconds. torch reads the allocator's
+    # variable when it is imported.
+    ARGUMENTS = run_early(parse_arguments)
+    prefer_expandable_segments(os.environ)
+
+import torch
+import transformers
+
+from medqlora.engines.hf import HfEngine, plain_generation
+from medqlora.evaluation.method import Method
+from medqlora.evaluation.questions import ask
+from medqlora.model.base import load_base, load_tokenizer
+from medqlora.model.quantization import list_constants
+from medqlora.prompts.chat_template import make_encoder
+
+START_SECONDS = 600  # that a server may take to load
+
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+Ask = Callable[[list[int]], Awaitable[Served]]
+
+
 def main() -> None:
-    arguments = parse_arguments()
+    arguments = ARGUMENTS
     warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -238,9 +252,6 @@ def read_questions(arguments: argparse.Namespace, loops: int) -> tuple[list[Requ
     if not requests:
         raise LatencyError(f"--path {arguments.path}: no question in it")
     return [requests[i % len(requests)] for i in range(wanted)], len(requests) >= wanted
-
-
-# ---- engines -------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -458,9 +469,6 @@ def ask_server(address: str, model: str, key: str | None, output_tokens: int, to
     return answer
 
 
-# ---- loops ---------------------------------------------------------------------------------------
-
-
 async def run_loops(
     answer: Ask,
     prompts: list[list[int]],
@@ -540,9 +548,6 @@ def time_scoring(engine, requests: list[Request]) -> dict:
         f" questions/s, {found['prefill_tokens_per_second']:,.0f} prompt tokens/s"
     )
     return found
-
-
-# ---- sizes ---------------------------------------------------------------------------------------
 
 
 def measure_sizes(models: list[str]) -> list[dict]:
@@ -632,10 +637,4 @@ def show(loops: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:  # what was measured so far has been shown
-        sys.exit(130)
+    run_command(main)

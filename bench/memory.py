@@ -32,54 +32,22 @@ import time
 import warnings
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import psutil
-
-from medqlora.core.environment import prefer_expandable_segments
-
-prefer_expandable_segments(os.environ)  # torch reads it when it is imported.
-
-import torch
-import transformers
 import yaml
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig
 
 from medqlora.batches.plan import list_budgets, make_plan
+from medqlora.core.command import run_command, run_early
 from medqlora.core.config import Config
 from medqlora.core.config_loading import change, load_config
-from medqlora.core.environment import describe_environment, name_command
-from medqlora.core.errors import ConfigError, UserError
+from medqlora.core.environment import describe_environment, name_command, prefer_expandable_segments
+from medqlora.core.errors import ConfigError
 from medqlora.core.files import check_new, check_picture, write_json
-from medqlora.model.base import check_length
-from medqlora.model.hardware import choose_dtype
-from medqlora.model.random_base import count_parameters
-from medqlora.training.memory.allocator import segments_expand
-from medqlora.training.memory.architectures import forecast_serving, read_architecture
-from medqlora.training.memory.estimate import assume_labelled, forecast_plan, make_batch
-from medqlora.training.memory.longest import least_memory, longest_sequence
-from medqlora.training.memory.planner import cost_of_attention, plan_step
-from medqlora.training.memory.setting import (
-    CONTEXT,
-    KERNELS,
-    MARGIN,
-    Setting,
-    StepPlan,
-    parse_size,
-    usable,
-)
-from medqlora.training.memory.tracker import GIB, ForecastError
-from medqlora.training.strategies.launch import Strategy, check_strategy, choose_storage
-from medqlora.training.trial import Trial, make_table
 
 DEMO = Path(__file__).parent.parent / "recipes" / "configs" / "demo.yaml"
-ARCHITECTURES = Path(__file__).parent / "architectures"
 STRATEGIES = {"ddp": "ddp", "zero1": "zero1", "zero2": "zero2", "zero3": "zero3", "fsdp": "fsdp2"}
-DISPLAY = "0.3 to 1 GiB"  # We assume this for a desktop with a browser.
-SEQUENCES = 32  # answered side by side, in the forecast for serving
-console = Console(highlight=False, soft_wrap=True)
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -142,11 +110,58 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         help="with --measure: picture of memory over time (.png or .svg; needs matplotlib)",
     )
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_known_args()
+    arguments, overrides = parser.parse_known_args()
+    load_config(arguments.config, overrides)
+    return arguments, overrides
+
+
+if __name__ == "__main__":
+    # A mistake is said before torch is imported, which takes seconds. torch reads the allocator's
+    # variable when it is imported.
+    ARGUMENTS, OVERRIDES = run_early(parse_arguments)
+    prefer_expandable_segments(os.environ)
+
+import huggingface_hub
+import torch
+import transformers
+from transformers import AutoConfig
+
+from medqlora.model.base import check_length
+from medqlora.model.hardware import choose_dtype
+from medqlora.model.random_base import count_parameters
+from medqlora.training.memory.allocator import segments_expand
+from medqlora.training.memory.architectures import forecast_serving, read_architecture
+from medqlora.training.memory.estimate import assume_labelled, forecast_plan, make_batch
+from medqlora.training.memory.longest import least_memory, longest_sequence
+from medqlora.training.memory.planner import cost_of_attention, plan_step
+from medqlora.training.memory.setting import (
+    CONTEXT,
+    KERNELS,
+    MARGIN,
+    Setting,
+    StepPlan,
+    parse_size,
+    usable,
+)
+from medqlora.training.memory.tracker import GIB, ForecastError
+from medqlora.training.strategies.launch import Strategy, check_strategy, choose_storage
+from medqlora.training.trial import Trial, make_table
+
+ARCHITECTURES = Path(__file__).parent / "architectures"
+
+
+DISPLAY = "0.3 to 1 GiB"  # We assume this for a desktop with a browser.
+
+
+SEQUENCES = 32  # answered side by side, in the forecast for serving
+
+
+console = Console(highlight=False, soft_wrap=True)
 
 
 def main() -> None:
-    arguments, overrides = parse_arguments()
+    arguments = ARGUMENTS
+    overrides = OVERRIDES
     warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -257,9 +272,6 @@ def parse_capability(text: str | None) -> tuple[int, int] | None:
 
 def labelled_of(config: Config, arguments: argparse.Namespace):
     return lambda tokens: arguments.supervised or assume_labelled(config, tokens)
-
-
-# ---- prediction ----------------------------------------------------------------------------------
 
 
 def predict(config: Config, architecture, setting: Setting, arguments: argparse.Namespace) -> dict:
@@ -455,9 +467,6 @@ def serve(config: Config, architecture, setting: Setting, arguments: argparse.Na
         "measured_peak_bytes": None,
         "relative_error": None,
     }
-
-
-# ---- measurement ---------------------------------------------------------------------------------
 
 
 def measure(found: dict, arguments: argparse.Namespace, overrides: list[str]) -> dict:
@@ -681,8 +690,4 @@ def draw(timeline: dict, predicted: int, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_command(main)

@@ -12,7 +12,6 @@ below, each with its reason; docs/scaling.md says what follows from them.
 
 import argparse
 import re
-import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,8 +19,9 @@ from pathlib import Path
 
 import torch
 
+from medqlora.core.command import run_command
 from medqlora.core.config_loading import load_config
-from medqlora.core.errors import ConfigError, UserError
+from medqlora.core.errors import ConfigError
 from medqlora.core.files import write_atomic
 from medqlora.training.memory.architectures import read_architecture
 from medqlora.training.memory.estimate import assume_labelled, make_batch
@@ -280,8 +280,4 @@ def tabulate(tokens: int) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_command(main)

@@ -21,6 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from medqlora.core.command import run_command
 from medqlora.core.environment import describe_environment
 from medqlora.core.errors import UserError
 from medqlora.core.files import check_new, write_json
@@ -183,8 +184,4 @@ def show(rows: dict[str, dict], arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_command(main)

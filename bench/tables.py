@@ -12,11 +12,11 @@ No figure between markers is typed: record it with the command in its file, then
 import argparse
 import json
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from medqlora.core.errors import ConfigError, UserError
+from medqlora.core.command import run_command
+from medqlora.core.errors import ConfigError
 from medqlora.core.files import write_atomic
 
 RESULTS = Path(__file__).parent / "results"
@@ -412,8 +412,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_command(main)

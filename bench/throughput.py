@@ -31,37 +31,24 @@ import time
 import warnings
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
-
-from medqlora.core.environment import prefer_expandable_segments
-
-prefer_expandable_segments(os.environ)  # torch reads it when it is imported.
-
-import torch
-import transformers
 from rich.console import Console
 from rich.table import Table
 
 from medqlora.batches.plan import list_budgets, make_plan
+from medqlora.core.command import run_command, run_early
 from medqlora.core.config import Config
 from medqlora.core.config_loading import change, load_config
-from medqlora.core.environment import MemoryMeter, describe_environment, name_command
-from medqlora.core.errors import ConfigError, UserError
+from medqlora.core.environment import (
+    MemoryMeter,
+    describe_environment,
+    name_command,
+    prefer_expandable_segments,
+)
+from medqlora.core.errors import ConfigError
 from medqlora.core.files import check_new, check_picture, write_json
-from medqlora.model.hardware import choose_dtype
-from medqlora.training.memory.allocator import segments_expand
-from medqlora.training.memory.architectures import read_architecture
-from medqlora.training.memory.estimate import assume_labelled
-from medqlora.training.memory.planner import plan_step
-from medqlora.training.memory.setting import Setting, available_host, available_memory
-from medqlora.training.strategies.launch import Strategy, choose_storage
-from medqlora.training.trial import Trial, count_flops, draw_lengths, find_peak, make_table
 
 DEMO = Path(__file__).parent.parent / "recipes" / "configs" / "demo.yaml"
-ARCHITECTURES = Path(__file__).parent / "architectures"
-SUPERVISED_PER_ROW = 2  # a letter and the end token
-console = Console(highlight=False, soft_wrap=True)
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -103,11 +90,42 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         "--plot", type=Path, help="picture of rates and step times (.png or .svg; needs matplotlib)"
     )
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_known_args()
+    arguments, overrides = parser.parse_known_args()
+    load_config(arguments.config, overrides)
+    return arguments, overrides
+
+
+if __name__ == "__main__":
+    # A mistake is said before torch is imported, which takes seconds. torch reads the allocator's
+    # variable when it is imported.
+    ARGUMENTS, OVERRIDES = run_early(parse_arguments)
+    prefer_expandable_segments(os.environ)
+
+import huggingface_hub
+import torch
+import transformers
+
+from medqlora.model.hardware import choose_dtype
+from medqlora.training.memory.allocator import segments_expand
+from medqlora.training.memory.architectures import read_architecture
+from medqlora.training.memory.estimate import assume_labelled
+from medqlora.training.memory.planner import plan_step
+from medqlora.training.memory.setting import Setting, available_host, available_memory
+from medqlora.training.strategies.launch import Strategy, choose_storage
+from medqlora.training.trial import Trial, count_flops, draw_lengths, find_peak, make_table
+
+ARCHITECTURES = Path(__file__).parent / "architectures"
+
+
+SUPERVISED_PER_ROW = 2  # a letter and the end token
+
+
+console = Console(highlight=False, soft_wrap=True)
 
 
 def main() -> None:
-    arguments, overrides = parse_arguments()
+    arguments = ARGUMENTS
+    overrides = OVERRIDES
     warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -205,9 +223,6 @@ def start_case(arguments: argparse.Namespace, overrides: list[str], case: dict[s
             or [f"killed by signal {-done.returncode}; out of memory?"]
         )[-1]
         return {"case": case, "error": reason[:300]}
-
-
-# ---- one case ------------------------------------------------------------------------------------
 
 
 def run_case(config: Config, arguments: argparse.Namespace) -> dict:
@@ -325,9 +340,6 @@ def make_rows(config: Config, arguments: argparse.Namespace, vocabulary: int):
     )
 
 
-# ---- what the user sees --------------------------------------------------------------------------
-
-
 def name_case(found: dict) -> str:
     return (
         ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in found["case"].items())
@@ -422,10 +434,4 @@ def draw(results: list[dict], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:  # what was measured so far has been shown
-        sys.exit(130)
+    run_command(main)

@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from medqlora.core.errors import ConfigError, UserError
+from medqlora.core.command import run_command
+from medqlora.core.errors import ConfigError
 from medqlora.core.files import check_new, write_json
 from medqlora.evaluation.comparison import compare_predictions
 from medqlora.evaluation.predictions import read_all_predictions
@@ -152,8 +153,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_command(main)

@@ -8,13 +8,12 @@ questions. Needs neither torch nor a GPU, only the files of the run folder.
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from medqlora.core.errors import UserError
+from medqlora.core.command import run_command
 from medqlora.core.files import read_lines, write_atomic
 from medqlora.core.run_folder import LOG
 from medqlora.evaluation.comparison import compare_predictions
@@ -155,8 +154,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_command(main)

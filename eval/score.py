@@ -5,14 +5,13 @@ bias; text scores for open answers. Needs neither torch nor a GPU.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from medqlora.core.errors import UserError
+from medqlora.core.command import run_command
 from medqlora.core.files import check_new, write_atomic, write_json
 from medqlora.data.examples import LETTERS
 from medqlora.evaluation.metrics import NEAR_TIE, score_predictions
@@ -117,8 +116,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_command(main)

@@ -10,22 +10,20 @@ environment active.
 """
 
 import argparse
+import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import yaml
 
 from medqlora.batches.plan import describe_batch
+from medqlora.core.command import run_command, run_early
 from medqlora.core.config_loading import load_config
-from medqlora.core.errors import ConfigError, UserError
+from medqlora.core.environment import prefer_expandable_segments
+from medqlora.core.errors import ConfigError
 from medqlora.core.run_folder import check_run
-from medqlora.model.hardware import DTYPES
-from medqlora.training.strategies.launch import check_strategy, launch_environ, read_strategy
-
-TEMPLATE = Path(__file__).parent / "slurm_train.sbatch"
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -83,11 +81,26 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         help="further directive, e.g. --sbatch=--mem=0; may be repeated",
     )
     parser.add_argument("--dry_run", action="store_true", help="print the script, submit nothing")
-    return parser.parse_known_args()
+    arguments, overrides = parser.parse_known_args()
+    load_config(arguments.config, overrides)
+    return arguments, overrides
+
+
+if __name__ == "__main__":
+    # A mistake is said before torch is imported, which takes seconds. torch reads the allocator's
+    # variable when it is imported.
+    ARGUMENTS, OVERRIDES = run_early(parse_arguments)
+    prefer_expandable_segments(os.environ)
+
+from medqlora.model.hardware import DTYPES
+from medqlora.training.strategies.launch import check_strategy, launch_environ, read_strategy
+
+TEMPLATE = Path(__file__).parent / "slurm_train.sbatch"
 
 
 def main() -> None:
-    arguments, overrides = parse_arguments()
+    arguments = ARGUMENTS
+    overrides = OVERRIDES
     config = load_config(arguments.config, overrides)
     ranks = arguments.nodes * arguments.gpus_per_node
     if min(arguments.nodes, arguments.gpus_per_node) < 1:
@@ -182,8 +195,4 @@ def describe(arguments: argparse.Namespace, ranks: int, batch: str, overrides: l
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_command(main)

@@ -11,37 +11,14 @@ from the trained one's; the printed figure says by how much).
 import argparse
 import gc
 import os
-import sys
 from pathlib import Path
 
-from medqlora.core.environment import prefer_expandable_segments
-
-prefer_expandable_segments(os.environ)  # torch reads it when it is imported.
-
-import torch
-import transformers
 from rich.console import Console
 from rich.progress import track
 
+from medqlora.core.command import run_command, run_early
 from medqlora.core.config import Model
-from medqlora.core.errors import UserError
-from medqlora.engines.hf import run_packed
-from medqlora.model.adapter import check_adapter, load_adapter, read_adapter_card
-from medqlora.model.base import load_base, load_tokenizer, read_model_config, unwrap
-from medqlora.model.hardware import choose_dtype
-from medqlora.model.head_loss import compute_logits
-from medqlora.model.identity import resolve_base, sample_weights
-from medqlora.model.merging import MergeError, compare_logits, merge
-from medqlora.prompts.chat_template import encode_text, make_encoder
-from medqlora.prompts.encoding import encode_prefixes
-from medqlora.prompts.fingerprint import PROBES
-from medqlora.prompts.styles import PromptError, render
-
-# Mean relative error of the prompts' logits: rounding of merged weights to the compute dtype is all
-# that may differ. A single prompt's may be several times as large in 16 bits.
-BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-INT8_BOUND = 5e-2  # int8 training also rounds activations, which no merged weight can show
-console = Console(highlight=False, soft_wrap=True)
+from medqlora.core.environment import prefer_expandable_segments
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -70,8 +47,40 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+if __name__ == "__main__":
+    # A mistake is said before torch is imported, which takes seconds. torch reads the allocator's
+    # variable when it is imported.
+    ARGUMENTS = run_early(parse_arguments)
+    prefer_expandable_segments(os.environ)
+
+import torch
+import transformers
+
+from medqlora.engines.hf import run_packed
+from medqlora.model.adapter import check_adapter, load_adapter, read_adapter_card
+from medqlora.model.base import load_base, load_tokenizer, read_model_config, unwrap
+from medqlora.model.hardware import choose_dtype
+from medqlora.model.head_loss import compute_logits
+from medqlora.model.identity import resolve_base, sample_weights
+from medqlora.model.merging import MergeError, compare_logits, merge
+from medqlora.prompts.chat_template import encode_text, make_encoder
+from medqlora.prompts.encoding import encode_prefixes
+from medqlora.prompts.fingerprint import PROBES
+from medqlora.prompts.styles import PromptError, render
+
+# Mean relative error of the prompts' logits: rounding of merged weights to the compute dtype is all
+# that may differ. A single prompt's may be several times as large in 16 bits.
+BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+INT8_BOUND = 5e-2  # int8 training also rounds activations, which no merged weight can show
+
+
+console = Console(highlight=False, soft_wrap=True)
+
+
 def main() -> None:
-    arguments = parse_arguments()
+    arguments = ARGUMENTS
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if arguments.output.exists():
@@ -178,8 +187,4 @@ def read_logits(
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_command(main)

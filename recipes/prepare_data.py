@@ -7,25 +7,19 @@ fill the cache.
 
 import argparse
 import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 
-from medqlora.batches.cache import prepare_plan
-from medqlora.batches.pipeline import count_reasons, prepare
 from medqlora.batches.plan import list_budgets
+from medqlora.core.command import run_command, run_early
 from medqlora.core.config_loading import change, help_text, load_config
-from medqlora.core.errors import UserError
+from medqlora.core.environment import prefer_expandable_segments
 from medqlora.core.files import write_json_lines
-from medqlora.model.base import load_tokenizer
-from medqlora.prompts.chat_template import make_encoder
-
-console = Console(highlight=False, soft_wrap=True)
 
 
-def main() -> None:
+def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -50,6 +44,27 @@ def main() -> None:
         "--removed", type=Path, help="write every removed row with its reason to this file (.jsonl)"
     )
     arguments, overrides = parser.parse_known_args()
+    load_config(arguments.config, overrides)
+    return arguments, overrides
+
+
+if __name__ == "__main__":
+    # A mistake is said before torch is imported, which takes seconds. torch reads the allocator's
+    # variable when it is imported.
+    ARGUMENTS, OVERRIDES = run_early(parse_arguments)
+    prefer_expandable_segments(os.environ)
+
+from medqlora.batches.cache import prepare_plan
+from medqlora.batches.pipeline import count_reasons, prepare
+from medqlora.model.base import load_tokenizer
+from medqlora.prompts.chat_template import make_encoder
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    arguments = ARGUMENTS
+    overrides = OVERRIDES
     config = load_config(arguments.config, overrides)
     # rows are tokenized in threads of our own
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -91,8 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_command(main)

@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from medqlora.core.command import read_recipe, run_command
+from medqlora.core.command import read_recipe, run_command, run_early
 from medqlora.core.config import Config
 from medqlora.core.errors import ConfigError
 from medqlora.data.formats.registry import find_format
@@ -27,7 +27,7 @@ def check_text(config: Config) -> None:
 
 
 def main() -> None:
-    read_recipe(__doc__, None, check_text)
+    run_early(lambda: read_recipe(__doc__, None, check_text), os.environ)
     recipe = Path(__file__).with_name("sft_qlora.py")
     os.execv(sys.executable, [sys.executable, str(recipe), *sys.argv[1:]])
 

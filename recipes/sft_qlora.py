@@ -23,7 +23,7 @@ if __name__ == "__main__":
     # variable when it is imported.
     DEMO = Path(__file__).parent / "configs" / "demo.yaml"
     ARGUMENTS, CONFIG = run_early(
-        lambda: read_recipe(__doc__, DEMO, lambda config: check_entries(config.data))
+        lambda: read_recipe(__doc__, DEMO, lambda config: check_entries(config.data)), os.environ
     )
     prefer_expandable_segments(os.environ)
 

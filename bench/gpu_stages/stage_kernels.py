@@ -20,7 +20,7 @@ from medqlora.model.attention.kernels import attend_documents
 from medqlora.model.attention.tree import locate_branches
 from medqlora.model.compiling import compile_kernels
 from medqlora.model.dropout import DroppedLinear, draw_kept, draw_seed
-from medqlora.model.head_loss import HeadLoss
+from medqlora.model.fused_head import HeadLoss
 from medqlora.training.gpu_stage import Stage, relative_error
 
 # Rounding explains these relative errors of outputs; gradients may have twice as much.

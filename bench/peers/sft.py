@@ -37,9 +37,10 @@ from transformers import AutoTokenizer
 
 from medqlora.batches.collate import collate
 from medqlora.batches.pipeline import prepare
+from medqlora.core.command import run_command
 from medqlora.core.config_loading import load_config
 from medqlora.core.environment import MemoryMeter, describe_environment, name_command
-from medqlora.core.errors import ConfigError, UserError
+from medqlora.core.errors import ConfigError
 from medqlora.core.files import check_new, write_json
 from medqlora.data.cleaning import clean, deduplicate
 from medqlora.data.reading import read_examples
@@ -530,10 +531,4 @@ def compete(arguments: argparse.Namespace, work: Path, versions: dict[str, str])
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:  # the figures so far are in --json
-        sys.exit(130)
+    run_command(main)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -40,12 +40,16 @@ def run_command(main: Callable[[], int | None], interrupted: str = "") -> NoRetu
     sys.exit(code)
 
 
-def run_early(read: Callable[[], Result]) -> Result:
-    """What `read` returns; a mistake ends the program. Scripts call it before slow imports."""
+def run_early(read: Callable[[], Result], environ: Mapping[str, str] | None = None) -> Result:
+    """What `read` returns; a mistake ends the program. Scripts call it before slow imports.
+
+    environ: of a launched process; of those on one machine, the first one says the mistake.
+    """
     try:
         return read()
     except UserError as error:
-        print(error, file=sys.stderr)
+        if (environ or {}).get("LOCAL_RANK", "0") == "0":
+            print(error, file=sys.stderr)
         sys.exit(MISTAKE)
 
 

@@ -328,25 +328,23 @@ def narrow_last_layer(causal: torch.nn.Module, places: torch.Tensor):
     if not isinstance(mlp, torch.nn.Module):
         yield
         return
-    forward = mlp.forward
-    own = mlp.__dict__.get("forward")
+    whole: list[torch.Tensor] = []
 
-    def narrow(x: torch.Tensor) -> Any:  # [1, tokens, hidden]
-        out = forward(x[:, places])
-        return (
-            torch.zeros_like(x).index_copy(1, places, out)
-            if isinstance(out, torch.Tensor)
-            else forward(x)
-        )
+    def cut(module: torch.nn.Module, inputs: tuple) -> tuple:
+        whole[:] = inputs  # [1, tokens, hidden]
+        return (inputs[0][:, places],)
 
-    mlp.forward = narrow
+    def spread(module: torch.nn.Module, inputs: tuple, out: Any) -> Any:
+        if not isinstance(out, torch.Tensor):
+            return module.forward(*whole)
+        return torch.zeros_like(whole[0]).index_copy(1, places, out)
+
+    hooks = (mlp.register_forward_pre_hook(cut), mlp.register_forward_hook(spread))
     try:
         yield
     finally:
-        if own is None:
-            del mlp.forward
-        else:
-            mlp.forward = own
+        for hook in hooks:
+            hook.remove()
 
 
 def choose_budget(config, device: torch.device) -> int:

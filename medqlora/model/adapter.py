@@ -6,13 +6,11 @@ import hashlib
 import json
 import os
 import shutil
-import types
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
@@ -22,8 +20,9 @@ from transformers import PretrainedConfig
 
 from medqlora.core.config import Lora
 from medqlora.model.base import ModelError
-from medqlora.model.dropout import DroppedLinear, SeededDropout
+from medqlora.model.dropout import SeededDropout
 from medqlora.model.identity import architecture_hash
+from medqlora.model.overrides import ADAPTER_OVERRIDES, apply_overrides
 
 
 def attach_adapter(model: torch.nn.Module, lora: Lora, seed: int) -> PeftModel:
@@ -54,44 +53,18 @@ def attach_adapter(model: torch.nn.Module, lora: Lora, seed: int) -> PeftModel:
         raise ModelError(
             f"lora.target_modules {lora.target_modules}: {' '.join(str(error).split())[:200]}"
         ) from None
-    lean_adapter(adapted)
+    make_lighter(adapted)
     return adapted
 
 
-def lean_adapter(model: PeftModel) -> None:
-    """Give plain LoRA layers a forward without PEFT's defensive clone, dtype round trip and
-    separate scale and add; and all of them dropout that keeps no mask."""
-    for module in model.modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        for name, dropout in module.lora_dropout.items():
+def make_lighter(model: PeftModel) -> None:
+    """Give LoRA layers dropout that keeps no mask, and plain ones our forward (overrides.py)."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        for name, dropout in layer.lora_dropout.items():
             if isinstance(dropout, torch.nn.Dropout):
-                module.lora_dropout[name] = SeededDropout(dropout.p)
-        if (
-            len(module.lora_A) == 1
-            and not module.lora_variant
-            and isinstance(module.get_base_layer(), torch.nn.Linear)
-        ):
-            module.forward = types.MethodType(forward_lean, module)
-
-
-def forward_lean(layer: LoraLayer, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """base(x) + scaling * B A dropout(x); x [..., in] -> [..., out]. The update is added by the
-    matrix product itself, in place: what a frozen base layer gives is needed by no backward
-    pass."""
-    flat = x.flatten(0, -2)  # [tokens, in]
-    result = layer.base_layer(flat)
-    if not layer.disable_adapters and not layer.merged:
-        (name,) = layer.lora_A
-        down = layer.lora_A[name].weight.to(x.dtype)
-        up = layer.lora_B[name].weight.to(x.dtype)
-        dropout = layer.lora_dropout[name]
-        if isinstance(dropout, SeededDropout) and dropout.training:
-            low = DroppedLinear.apply(flat, down, dropout.p)  # [tokens, r]
-        else:
-            low = F.linear(dropout(flat), down)
-        result.addmm_(low, up.t(), alpha=layer.scaling[name])
-    return result.view(*x.shape[:-1], result.shape[-1])
+                layer.lora_dropout[name] = SeededDropout(dropout.p)
+    apply_overrides(layers, ADAPTER_OVERRIDES, model.get_input_embeddings().weight.dtype)
 
 
 def adapter_weights(
@@ -146,7 +119,7 @@ def load_adapter(model: torch.nn.Module, folder: Path) -> PeftModel:
         warnings.filterwarnings("ignore", message="Found missing adapter keys")
         adapted = PeftModel.from_pretrained(model, folder)
     restore_adapter(adapted, load_file(folder / "adapter_model.safetensors"))
-    lean_adapter(adapted)
+    make_lighter(adapted)
     return adapted
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import (
@@ -13,14 +12,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
-    PreTrainedModel,
 )
 
 from medqlora.core.config import Model
 from medqlora.core.errors import UserError
 from medqlora.model.attention.backends import IMPLEMENTATIONS, choose_backend
-from medqlora.model.fused_layers import lean_layers
 from medqlora.model.hardware import choose_dtype, read_capability
+from medqlora.model.overrides import BASE_OVERRIDES, apply_overrides
 from medqlora.model.quantization import keep_quantized_layout, quantization_config
 
 
@@ -160,28 +158,21 @@ def load_base(
             f"model {model.base}: its attention cannot be replaced by {backend}; use"
             " --model.attention sdpa"
         ) from None
-    freeze(loaded, model)
+    freeze(loaded, model, dtype)
     return loaded, backend
 
 
-def freeze(base: torch.nn.Module, model: Model) -> None:
+def freeze(base: torch.nn.Module, model: Model, dtype: torch.dtype) -> None:
+    """Nothing of a base is trained, and its layers are made lighter; dtype: of computing."""
     base.requires_grad_(False)
-    lean_layers(base)
-    for part in base.modules():
-        # packed rows have no padding; some models would look for it, waiting for the GPU each time
-        if isinstance(part, PreTrainedModel):
-            part.warn_if_padding_and_no_attention_mask = skip_padding_check
     if model.upcast_embeddings:
         for embedding in (base.get_input_embeddings(), base.get_output_embeddings()):
             embedding.to(torch.float32)
     keep_quantized_layout(base)
-    # it would say of every product that the input is cast to float16
     if model.quantization == "int8":
+        # bitsandbytes would say of every product that its input is cast to float16.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-
-
-def skip_padding_check(*_: Any) -> None:
-    pass
+    apply_overrides(base.modules(), BASE_OVERRIDES, dtype)
 
 
 def find_layers(causal: torch.nn.Module) -> list[torch.nn.Module]:

@@ -105,8 +105,11 @@ def wants_compiling(device: torch.device, when: bool | str) -> bool:
 
 def compile_layers(model: torch.nn.Module, device: torch.device, when: bool | str) -> bool:
     """Let torch's compiler (Triton on a GPU, C++ on a CPU) make one kernel of each norm and gated
-    activation that lean_layers has changed; -> whether it did. Where it cannot, a warning says why,
-    and they stay as they are. Intermediate results are not rounded then. when: training.compile."""
+    activation that overrides.py has replaced -> whether it did.
+
+    Intermediate results are not rounded then. Where the compiler fails, a warning says why, and the
+    layers stay as they are. when: training.compile.
+    """
     if not wants_compiling(device, when):
         return False
     try:

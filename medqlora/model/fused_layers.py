@@ -1,26 +1,24 @@
-"""Norms and gated activations that keep less for the backward pass."""
+"""Forwards of norms, gated activations and LoRA layers that keep less for the backward pass.
+
+They stand in for upstream ones as medqlora/model/overrides.py lists.
+"""
 
 from __future__ import annotations
 
-import types
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
 
-from medqlora.model.compiling import ACTIVATIONS, Kernels
-
-# Norms by what they compute: weight * normalised, cast before the product, or (1 + weight) *
-# normalised, cast after it.
-PLAIN = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm"}
-OFFSET = {"GemmaRMSNorm", "Gemma2RMSNorm"}
-GATED = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "GemmaMLP", "Gemma2MLP"}
-JOINED = {"Phi3MLP"}  # gate and up are one linear map
+from medqlora.model.dropout import DroppedLinear, SeededDropout
 
 
 class Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
         y, scale = module.kernels.normalise(
-            flatten(x), module.weight, epsilon(module), type(module).__name__ in OFFSET
+            flatten(x), module.weight, epsilon(module), module.norm_offset
         )
         # not its weight: a strategy may hold that elsewhere until the layer's backward pass
         ctx.module = module
@@ -31,7 +29,7 @@ class Norm(torch.autograd.Function):
     def backward(ctx, gradient: torch.Tensor):
         module, (x, scale) = ctx.module, ctx.saved_tensors
         out = module.kernels.normalise_backward(
-            flatten(gradient), flatten(x), scale, module.weight, type(module).__name__ in OFFSET
+            flatten(gradient), flatten(x), scale, module.weight, module.norm_offset
         )
         return out.view(x.shape), None
 
@@ -52,7 +50,7 @@ class GatedActivation(torch.autograd.Function):
     def forward(ctx, gate: torch.Tensor, up: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
         ctx.module = module
         ctx.save_for_backward(gate, up)
-        return module.kernels.gate(flatten(gate), flatten(up), module.lean_activation).view(
+        return module.kernels.gate(flatten(gate), flatten(up), module.activation_name).view(
             gate.shape
         )
 
@@ -60,7 +58,7 @@ class GatedActivation(torch.autograd.Function):
     def backward(ctx, gradient: torch.Tensor):
         saved = map(flatten, ctx.saved_tensors)
         parts = ctx.module.kernels.gate_backward(
-            flatten(gradient), *saved, ctx.module.lean_activation
+            flatten(gradient), *saved, ctx.module.activation_name
         )
         return *(part.view(gradient.shape) for part in parts), None
 
@@ -78,24 +76,20 @@ def forward_joined(module: torch.nn.Module, hidden_states: torch.Tensor) -> torc
     return module.down_proj(GatedActivation.apply(gate, up, module))
 
 
-def lean_layers(model: torch.nn.Module) -> int:
-    """Give a frozen model's norms and gated activations the forms above, where their kind is known;
-    -> how many.
-    """
-    config = model.config.get_text_config()
-    changed = 0
-    activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
-    for module in model.modules():
-        kind = type(module).__name__
-        if kind in PLAIN | OFFSET:
-            module.forward = types.MethodType(forward_norm, module)
-        elif kind in GATED | JOINED and activation in ACTIVATIONS:
-            module.lean_activation = activation
-            module.forward = types.MethodType(
-                forward_gated if kind in GATED else forward_joined, module
-            )
+def forward_lora(layer: LoraLayer, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """base(x) + scaling * B A dropout(x); x [..., in] -> [..., out]. The update is added by the
+    matrix product itself, in place: what a frozen base layer gives is needed by no backward
+    pass."""
+    flat = x.flatten(0, -2)  # [tokens, in]
+    result = layer.base_layer(flat)
+    if not layer.disable_adapters and not layer.merged:
+        (name,) = layer.lora_A
+        down = layer.lora_A[name].weight.to(x.dtype)
+        up = layer.lora_B[name].weight.to(x.dtype)
+        dropout = layer.lora_dropout[name]
+        if isinstance(dropout, SeededDropout) and dropout.training:
+            low = DroppedLinear.apply(flat, down, dropout.p)  # [tokens, r]
         else:
-            continue
-        module.kernels = Kernels()
-        changed += 1
-    return changed
+            low = F.linear(dropout(flat), down)
+        result.addmm_(low, up.t(), alpha=layer.scaling[name])
+    return result.view(*x.shape[:-1], result.shape[-1])

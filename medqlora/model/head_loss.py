@@ -4,7 +4,6 @@ gradient is made with the loss.
 
 from __future__ import annotations
 
-import types
 from typing import Any
 
 import torch
@@ -12,6 +11,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from medqlora.model.base import backbone_of, unwrap
+from medqlora.model.fused_head import describe_logits
+from medqlora.model.overrides import apply_overrides, make_head_override
 
 
 class AnswerLoss(torch.nn.Module):
@@ -31,10 +32,10 @@ class AnswerLoss(torch.nn.Module):
         self.model = model
         self.chunk = chunk
         head = unwrap(model).get_output_embeddings()
-        self.lean = type(head) is torch.nn.Linear and not head.weight.requires_grad
-        # inside the head's own call, where a strategy that divides it has gathered it
-        if self.lean:
-            head.forward = types.MethodType(forward_head, head)
+        plain = type(head) is torch.nn.Linear and not head.weight.requires_grad
+        self.fused = plain and apply_overrides(
+            [head], [make_head_override(unwrap(model))], head.weight.dtype
+        )
 
     def forward(
         self,
@@ -65,7 +66,7 @@ class AnswerLoss(torch.nn.Module):
         chunks = chunks or count_chunks(len(targets), self.chunk)
         pieces = list(zip(labelled.tensor_split(chunks), targets.tensor_split(chunks), strict=True))
         for piece, target in pieces:
-            if self.lean:
+            if self.fused:
                 scale, cap = describe_logits(causal)
                 total = total + causal.get_output_embeddings()(piece, target, scale, cap)
             # else all chunks' logits would wait for the backward pass
@@ -83,16 +84,6 @@ def count_chunks(labelled: int, chunk: int) -> int:
     return max(1, -(-labelled // chunk))
 
 
-def describe_logits(causal: torch.nn.Module) -> tuple[float, float | None]:
-    """What the model does to its head's output: factor, and cap of a tanh afterwards."""
-    config = causal.config.get_text_config()
-    scale = getattr(config, "logit_scale", None)  # Cohere
-    if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
-        scale = 1 / divisor
-    # Gemma-2
-    return 1.0 if scale is None else scale, getattr(config, "final_logit_softcapping", None)
-
-
 def compute_logits(causal: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """Hidden states [positions, hidden] -> logits float32 [positions, vocab], scaled and capped as
     the model itself does.
@@ -107,59 +98,3 @@ def sum_cross_entropy(
     causal: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
     return F.cross_entropy(compute_logits(causal, hidden), targets, reduction="sum")
-
-
-def forward_head(
-    head: torch.nn.Linear,
-    hidden: torch.Tensor,
-    targets: torch.Tensor | None = None,
-    scale: float = 1.0,
-    cap: float | None = None,
-) -> torch.Tensor:
-    """A head's own forward; with targets the summed loss instead."""
-    if targets is None:
-        return F.linear(hidden, head.weight, head.bias)
-    return HeadLoss.apply(hidden, head, targets, scale, cap)
-
-
-class HeadLoss(torch.autograd.Function):
-    """Summed cross entropy of a frozen head. The gradient of its input is made at once from the
-    same logits, in their memory, so that neither they nor the head are needed again in the backward
-    pass (as Liger-Kernel does, Hsu et al., 2024, arXiv 2410.10989).
-    """
-
-    @staticmethod
-    def forward(
-        ctx,
-        hidden: torch.Tensor,
-        head: torch.nn.Linear,
-        targets: torch.Tensor,
-        scale: float,
-        cap: float | None,
-    ) -> torch.Tensor:
-        """hidden [labelled, hidden], targets int64 [labelled] -> float32 []"""
-        scores = F.linear(hidden, head.weight, head.bias).float()
-        slope = scale  # [labelled, vocab]
-        if scale != 1:
-            scores *= scale
-        if cap is not None:
-            scores.div_(cap).tanh_()
-            slope = scale * (1 - scores * scores) if ctx.needs_input_grad[0] else None
-            scores *= cap
-        targets = targets[:, None]
-        picked = scores.gather(1, targets)
-        highest = scores.amax(1, keepdim=True)
-        total = scores.sub_(highest).exp_().sum(1, keepdim=True)
-        if ctx.needs_input_grad[0]:
-            # small probabilities vanish in it
-            ctx.lift = lift = 1024.0 if hidden.dtype is torch.float16 else 1.0
-            scores.div_(total).scatter_add_(1, targets, torch.full_like(picked, -1.0))
-            if torch.is_tensor(slope) or slope * lift != 1:
-                scores *= slope * lift
-            ctx.save_for_backward(scores.to(hidden.dtype) @ head.weight)
-        return (total.log() + highest - picked).sum()
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
-        (ready,) = ctx.saved_tensors
-        return (ready * (gradient / ctx.lift)).to(ready.dtype), None, None, None, None

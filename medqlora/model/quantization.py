@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import types
 
 import torch
 from transformers import BitsAndBytesConfig
@@ -75,15 +74,13 @@ class GatheredMatMul(torch.autograd.Function):
         return gradient @ weight.to(gradient.dtype), None
 
 
-def keep_gathered_weights(model: torch.nn.Module) -> None:
-    """Make 4-bit layers read their weight again in the backward pass (see GatheredMatMul)."""
+def is_quantized_linear(module: torch.nn.Module) -> bool:
+    """Whether a module is a 4-bit layer of bitsandbytes."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        return
+        return False
     import bitsandbytes
 
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.forward = types.MethodType(forward_gathered, module)
+    return isinstance(module, bitsandbytes.nn.Linear4bit)
 
 
 def forward_gathered(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -67,7 +67,7 @@ def make_base(
     base.tie_weights()
     base.is_loaded_in_4bit = model.quantization in ("nf4", "fp4")
     base.is_loaded_in_8bit = model.quantization == "int8"
-    freeze(base, model)
+    freeze(base, model, dtype)
     return base.eval()
 
 

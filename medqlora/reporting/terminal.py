@@ -105,6 +105,9 @@ def describe_planned(setup: Setup, planned: Planned) -> Iterator[Table | str]:
         f" {len(prepared.test):,} test questions"
     )
     yield describe_decision(planned.decision)
+    if (checkpoint := planned.checkpoint) is not None:
+        done = checkpoint.state["step"]
+        yield f"resuming after step {done} of {len(planned.plan)} ({checkpoint.path})"
 
 
 def tabulate_mixture(mixture: list[dict[str, Any]]) -> Table:

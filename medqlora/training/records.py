@@ -13,6 +13,7 @@ from medqlora.core.files import write_json, write_json_lines
 from medqlora.core.run_folder import LOG, rewind_log
 from medqlora.model.adapter import adapter_weights, save_adapter
 from medqlora.model.identity import architecture_hash, resolve_base, sample_weights
+from medqlora.model.overrides import list_overrides
 from medqlora.training.checkpoints import save_checkpoint
 from medqlora.training.planning import Planned
 from medqlora.training.processes import together
@@ -68,6 +69,7 @@ def describe_run(
         "strategy": setup.strategy.name,
         "attention": built.backend,
         "attention_reason": setup.attention.reason,
+        "overrides": list_overrides(built.loss_model),
         "recomputed_layers": built.recomputed,
         "compiled": loaded.compiled,
         "isolation_error": isolation_error,

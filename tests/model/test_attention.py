@@ -25,7 +25,8 @@ from medqlora.model.attention.blocked import BlockedAttention
 from medqlora.model.attention.documents import locate_documents
 from medqlora.model.attention.kernels import attend_documents, attend_fused
 from medqlora.model.attention.tree import locate_branches
-from medqlora.model.head_loss import AnswerLoss, HeadLoss
+from medqlora.model.fused_head import HeadLoss
+from medqlora.model.head_loss import AnswerLoss
 from medqlora.model.random_base import make_base
 from medqlora.training.memory.architectures import read_architecture
 from medqlora.training.memory.estimate import assume_labelled
@@ -334,7 +335,7 @@ def test_gradients_of_our_own_functions_run_on_a_gpu(monkeypatch):
             kernels=compiling.Kernels(),
             weight=x[0, 0].clone(),
             variance_epsilon=1e-6,
-            lean_activation="silu",
+            activation_name="silu",
         )
         targets = torch.zeros(64, dtype=torch.int64, device="cuda")
         query, key, value = (

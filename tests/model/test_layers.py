@@ -14,7 +14,7 @@ from medqlora.model.adapter import attach_adapter
 from medqlora.model.attention.documents import DOCUMENTS
 from medqlora.model.compiling import compile_kernels, compile_layers
 from medqlora.model.dropout import Dropped, DroppedLinear, SeededDropout, draw_kept
-from medqlora.model.fused_layers import lean_layers
+from medqlora.model.overrides import BASE_OVERRIDES, apply_overrides
 
 
 def run(model, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -34,7 +34,7 @@ def run(model, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_lean_layers_compute_the_same(architecture, dtype):
+def test_lighter_layers_compute_the_same(architecture, dtype):
     model = build_model(architecture).to(dtype).requires_grad_(False).model
     for name, parameter in model.named_parameters():
         if "norm" in name:
@@ -42,7 +42,7 @@ def test_lean_layers_compute_the_same(architecture, dtype):
     x = torch.randn(1, 24, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     before = run(model, x)
     norms = {"llama": 5, "qwen2": 5, "gemma2": 9, "phi3": 5}[architecture]
-    assert lean_layers(model) == norms + 2
+    assert apply_overrides(model.modules(), BASE_OVERRIDES, dtype) == norms + 2 + 1
     after = run(model, x)
     assert torch.equal(before[0], after[0])
     scale = before[1].abs().max()
@@ -63,11 +63,11 @@ def test_compiled_layers_compute_the_same(tmp_path):
     (tmp_path / "compare.py").write_text(f"""
 import os, sys, torch, torch._dynamo
 sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT / "tests" / "model")!r}]
-from test_layers import build_model, compile_layers, lean_layers, run
+from test_layers import BASE_OVERRIDES, apply_overrides, build_model, compile_layers, run
 os.environ["TORCHDYNAMO_DISABLE"] = "0"
 # The norms of Gemma have an offset; the plain kind is tried by compile_kernels.
 model = build_model("gemma2").requires_grad_(False).model
-lean_layers(model)
+apply_overrides(model.modules(), BASE_OVERRIDES, torch.float32)
 seeded = lambda: torch.Generator().manual_seed(0)
 inputs = [torch.randn(1, length, 64, generator=seeded()) for length in (24, 31, 17, 40)]
 before = [run(model, x) for x in inputs]
@@ -101,7 +101,7 @@ os.environ["TORCHDYNAMO_DISABLE"] = "0"
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from transformers import Qwen3Config
 from medqlora.model import compiling
-from medqlora.model import fused_layers
+from medqlora.model.overrides import BASE_OVERRIDES, apply_overrides
 from medqlora.model.attention.documents import DOCUMENTS
 from medqlora.core.config import Lora
 from medqlora.engines.hf import HfEngine
@@ -111,7 +111,7 @@ from medqlora.model.adapter import attach_adapter
 from test_losses import make_batch, make_table
 ARCHITECTURES["qwen3"] = lambda: Qwen3Config(**SMALL, head_dim=16)
 model = build_model("qwen3", DOCUMENTS).requires_grad_(False)
-fused_layers.lean_layers(model)
+apply_overrides(model.modules(), BASE_OVERRIDES, torch.float32)
 assert compiling.compile_layers(model, torch.device("cpu"), True)
 loss = AnswerLoss(attach_adapter(model, Lora(r=4), 0), 1024)
 for rows in (range(9), range(5), range(3, 9), range(2)):
@@ -136,7 +136,7 @@ def test_a_machine_without_a_compiler_goes_on(monkeypatch):
     compile_kernels.cache_clear()
     monkeypatch.setattr(torch, "compile", lambda function: refuse)
     model = build_model("llama").requires_grad_(False).model
-    lean_layers(model)
+    apply_overrides(model.modules(), BASE_OVERRIDES, torch.float32)
     with pytest.warns(UserWarning, match="no compiler"):
         assert not compile_layers(model, torch.device("cpu"), True)
     assert not compile_layers(model, torch.device("cpu"), "auto")
@@ -145,13 +145,13 @@ def test_a_machine_without_a_compiler_goes_on(monkeypatch):
 
 def test_unknown_layers_are_left_alone():
     model = GPT2Model(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=16, n_positions=8))
-    assert lean_layers(model) == 0
+    assert apply_overrides(list(model.modules())[1:], BASE_OVERRIDES, torch.float32) == 0
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
 def test_gradients_are_those_of_finite_differences(architecture):
     model = build_model(architecture).double().requires_grad_(False).model
-    lean_layers(model)
+    apply_overrides(model.modules(), BASE_OVERRIDES, torch.float64)
     layer = model.layers[0]
     x = torch.randn(3, 64, dtype=torch.float64, requires_grad=True) * 0.5
     assert torch.autograd.gradcheck(lambda h: layer.mlp(h), x, atol=1e-4)

@@ -20,7 +20,8 @@ from medqlora.model.attention.backends import AttentionError
 from medqlora.model.attention.documents import DOCUMENTS
 from medqlora.model.attention.packed_batch import packing_arguments, verify_isolation
 from medqlora.model.base import backbone_of
-from medqlora.model.head_loss import AnswerLoss, HeadLoss
+from medqlora.model.fused_head import HeadLoss
+from medqlora.model.head_loss import AnswerLoss
 from medqlora.model.recomputation import set_checkpointing
 from medqlora.prompts.encoding import TokenTable
 from medqlora.training.strategies.launch import Strategy

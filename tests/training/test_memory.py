@@ -3,7 +3,6 @@ planner does with them.
 """
 
 import json
-import runpy
 from dataclasses import replace
 
 import numpy as np
@@ -39,6 +38,7 @@ from medqlora.training.memory.sharding import divide
 from medqlora.training.memory.tracker import GIB, META, Batch, ForecastError
 from medqlora.training.optimizers import make_optimizer
 from medqlora.training.processes import ProcessError
+from medqlora.training.setup import read_begun
 from medqlora.training.strategies.launch import Strategy
 from medqlora.training.trial import draw_lengths, make_table
 
@@ -912,15 +912,14 @@ def test_recipe_decides_by_forecast_and_a_resumed_run_keeps_its_micro_batches(tm
 
 
 def test_micro_batches_of_a_begun_run_decide_who_can_resume_it(tmp_path):
-    recipe = runpy.run_path(str(ROOT / "recipes" / "sft_qlora.py"))
     config = make_config(
         "--training.max_tokens_per_batch", "auto", "--training.global_batch_tokens", "8192"
     )
     (tmp_path / "environment.json").write_text(
         json.dumps({"step_plan": {"max_tokens_per_batch": 2048}})
     )
-    assert recipe["read_begun"](tmp_path, config, 2) == 2048
+    assert read_begun(tmp_path, config, 2) == 2048
     with pytest.raises(ProcessError, match=r"resume on 1, 2, 4 process"):
-        recipe["read_begun"](tmp_path, config, 3)
+        read_begun(tmp_path, config, 3)
     # the configuration names its micro-batch
-    assert recipe["read_begun"](tmp_path, make_config(), 3) is None
+    assert read_begun(tmp_path, make_config(), 3) is None

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from medqlora.model.adapter import trainable
 from medqlora.model.base import find_layers, unwrap
 from medqlora.model.head_loss import AnswerLoss
-from medqlora.model.quantization import keep_gathered_weights
+from medqlora.model.overrides import GATHERED_OVERRIDES, apply_overrides
+from medqlora.model.quantization import is_quantized_linear
 from medqlora.training.strategies.launch import Strategy
 
 
@@ -31,11 +32,15 @@ class Zero:
         if strategy.sharded:
             # A decoder layer is gathered whole: adapters are used without calling their own
             # modules, and one message is faster than fourteen. Outside its forward pass a weight is
-            # empty: see models.keep_gathered_weights.
+            # empty: see quantization.GatheredMatMul.
             deepspeed.utils.set_z3_leaf_modules(
                 loss_model, list({type(layer) for layer in find_layers(causal)})
             )
-            keep_gathered_weights(loss_model)
+            apply_overrides(
+                [part for part in loss_model.modules() if is_quantized_linear(part)],
+                GATHERED_OVERRIDES,
+                causal.get_input_embeddings().weight.dtype,
+            )
             # The first layer's input needs a gradient, else DeepSpeed releases that layer before
             # its adapters are done.
             causal.get_input_embeddings().register_forward_hook(
