@@ -52,6 +52,7 @@ from medqlora.engines.latency import (
     parse_objectives,
     summarize,
 )
+from medqlora.model.hardware import default_device
 
 QUESTIONS = Path(__file__).parents[1] / "recipes" / "demo" / "data" / "test.jsonl"
 
@@ -300,7 +301,7 @@ def run_hf(arguments: argparse.Namespace):
     """transformers answers one request after the other: what waits, waits in its queue, and that
     counts.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     quantized = arguments.dtype == "nf4"
     base, backend = load_base(
         Model(
@@ -552,7 +553,7 @@ def time_scoring(engine, requests: list[Request]) -> dict:
 
 def measure_sizes(models: list[str]) -> list[dict]:
     """Bytes of each model's weight files, and of its loaded tensors in 16 bits and in NF4."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     table = Table(title="sizes in MiB", title_justify="left")
     for column in ("model", "weights on disk", "loaded, 16 bits", "loaded, nf4"):
         table.add_column(column, justify="left" if column == "model" else "right")

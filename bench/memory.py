@@ -127,19 +127,19 @@ import transformers
 from transformers import AutoConfig
 
 from medqlora.model.base import check_length
-from medqlora.model.hardware import choose_dtype
+from medqlora.model.hardware import choose_dtype, default_device
 from medqlora.model.random_base import count_parameters
 from medqlora.training.memory.allocator import segments_expand
 from medqlora.training.memory.architectures import forecast_serving, read_architecture
 from medqlora.training.memory.estimate import assume_labelled, forecast_plan, make_batch
 from medqlora.training.memory.longest import least_memory, longest_sequence
 from medqlora.training.memory.planner import cost_of_attention, plan_step
-from medqlora.training.memory.setting import (
+from medqlora.training.memory.target import (
     CONTEXT,
     KERNELS,
     MARGIN,
-    Setting,
     StepPlan,
+    TargetHardware,
     parse_size,
     usable,
 )
@@ -173,15 +173,15 @@ def main() -> None:
     check_arguments(arguments)
     began = time.perf_counter()
     architecture = read_architecture(config.model.base, ARCHITECTURES, config.model.revision)
-    setting = read_setting(config, arguments)
+    target = read_setting(config, arguments)
     check_length(architecture, config.data.max_length)
     if arguments.serve:
         check_length(architecture, arguments.serve, "--serve")
-        found = serve(config, architecture, setting, arguments)
+        found = serve(config, architecture, target, arguments)
     elif arguments.fit:
-        found = fit(config, architecture, setting, arguments)
+        found = fit(config, architecture, target, arguments)
     else:
-        found = predict(config, architecture, setting, arguments)
+        found = predict(config, architecture, target, arguments)
     found |= {
         "model": config.model.base,
         "seconds": time.perf_counter() - began,
@@ -219,7 +219,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise ConfigError("--plot shows measured memory; give --measure")
 
 
-def read_setting(config: Config, arguments: argparse.Namespace) -> Setting:
+def read_setting(config: Config, arguments: argparse.Namespace) -> TargetHardware:
     """Where the step is to run. Memory: of --fit, else without bound."""
     here = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(arguments.device or (here if arguments.measure else "cuda"))
@@ -246,7 +246,7 @@ def read_setting(config: Config, arguments: argparse.Namespace) -> Setting:
             " kernels alone; give the memory of a card, e.g. 8GiB"
         )
     storage = choose_storage(strategy, config.model.quantization, dtype)
-    return Setting(
+    return TargetHardware(
         device,
         dtype,
         storage,
@@ -274,52 +274,58 @@ def labelled_of(config: Config, arguments: argparse.Namespace):
     return lambda tokens: arguments.supervised or assume_labelled(config, tokens)
 
 
-def predict(config: Config, architecture, setting: Setting, arguments: argparse.Namespace) -> dict:
+def predict(
+    config: Config, architecture, target: TargetHardware, arguments: argparse.Namespace
+) -> dict:
     """The step that the recipe describes; where it says auto and no card is named, with every layer
     recomputed.
     """
     training = config.training
     mode = "full" if training.gradient_checkpointing == "auto" else training.gradient_checkpointing
-    tokens = list_budgets(training, config.data.max_length, setting.strategy.ranks)[-1]
+    tokens = list_budgets(training, config.data.max_length, target.strategy.ranks)[-1]
     plan = forecast_plan(
-        config, architecture, setting, tokens, mode, labelled_of(config, arguments)(tokens)
+        config, architecture, target, tokens, mode, labelled_of(config, arguments)(tokens)
     )
     console.print(
-        f"[bold]{config.model.base}[/]: {describe(config, architecture, setting, plan, arguments)}"
+        f"[bold]{config.model.base}[/]: {describe(config, architecture, target, plan, arguments)}"
     )
     if "auto" in (training.gradient_checkpointing, training.max_tokens_per_batch):
         console.print(
             "the recipe says auto: here every layer is recomputed; --fit SIZE shows what it would"
             " choose on a card"
         )
-    show(plan, setting)
-    return collect(plan, setting)
+    show(plan, target)
+    return collect(plan, target)
 
 
 def describe(
-    config: Config, architecture, setting: Setting, plan: StepPlan, arguments: argparse.Namespace
+    config: Config,
+    architecture,
+    target: TargetHardware,
+    plan: StepPlan,
+    arguments: argparse.Namespace,
 ) -> str:
     labelled = labelled_of(config, arguments)(plan.tokens)
     assumed = "" if arguments.supervised else " (assumed)"
     share = (
-        f", {setting.strategy.name} on {setting.strategy.ranks} GPUs"
-        if setting.strategy.ranks > 1
+        f", {target.strategy.name} on {target.strategy.ranks} GPUs"
+        if target.strategy.ranks > 1
         else ""
     )
-    attention = setting.choose_attention(config, architecture)
-    cost = cost_of_attention(config, architecture, setting, plan, labelled)
+    attention = target.choose_attention(config, architecture)
+    cost = cost_of_attention(config, architecture, target, plan, labelled)
     more = f", {cost / GIB:+.2f} GiB against the variable-length kernel" if cost is not None else ""
     return (
-        f"{config.model.quantization}, {setting.dtype}, attention {attention.backend}"
+        f"{config.model.quantization}, {target.dtype}, attention {attention.backend}"
         f" ({attention.reason}{more}), LoRA r={config.lora.r} ({plan.forecast.trainable:,}"
         f" trainable), {config.training.optimizer}; {plan.tokens:,} tokens per micro-batch in rows"
         f" of {config.data.max_length:,}, {labelled:,} supervised{assumed},"
         f" {plan.forecast.recomputed} of {plan.forecast.layers} layers recomputed{share}, on"
-        f" {setting.device.type}"
+        f" {target.device.type}"
     )
 
 
-def show(plan: StepPlan, setting: Setting) -> None:
+def show(plan: StepPlan, target: TargetHardware) -> None:
     forecast = plan.forecast
     table = Table(title="predicted memory of one process at its peak", title_justify="left")
     for column, justify in (("", "left"), ("GiB", "right"), ("share", "right")):
@@ -328,14 +334,14 @@ def show(plan: StepPlan, setting: Setting) -> None:
         if value >= 2**20:
             table.add_row(name, f"{value / GIB:.2f}", f"{value / forecast.peak:.0%}")
     table.add_row("[bold]peak", f"[bold]{forecast.peak / GIB:.2f}", "")
-    if setting.device.type == "cuda":
+    if target.device.type == "cuda":
         table.add_row(
-            "reserved by the allocator", f"{setting.needs(forecast, plan.short) / GIB:.2f}", ""
+            "reserved by the allocator", f"{target.needs(forecast, plan.short) / GIB:.2f}", ""
         )
         table.add_row("CUDA context and kernels (assumed)", f"{(CONTEXT + KERNELS) / GIB:.2f}", "")
         table.add_row(
             f"GPU that leaves {MARGIN:.0%} free",
-            f"{(setting.needs(forecast, plan.short) + CONTEXT + KERNELS) / (1 - MARGIN) / GIB:.2f}",
+            f"{(target.needs(forecast, plan.short) + CONTEXT + KERNELS) / (1 - MARGIN) / GIB:.2f}",
             "",
         )
         if forecast.host:
@@ -348,13 +354,13 @@ def show(plan: StepPlan, setting: Setting) -> None:
     )
 
 
-def collect(plan: StepPlan, setting: Setting) -> dict:
+def collect(plan: StepPlan, target: TargetHardware) -> dict:
     forecast = plan.forecast
     return {
         "predicted_peak_bytes": forecast.peak,
-        "predicted_reserved_bytes": setting.needs(forecast, plan.short),
+        "predicted_reserved_bytes": target.needs(forecast, plan.short),
         "predicted_host_bytes": forecast.host,
-        "context_bytes": CONTEXT + KERNELS if setting.device.type == "cuda" else 0,
+        "context_bytes": CONTEXT + KERNELS if target.device.type == "cuda" else 0,
         "by_category": forecast.by_category,
         "by_phase": forecast.by_phase,
         "loaded_bytes": forecast.loaded,
@@ -363,34 +369,36 @@ def collect(plan: StepPlan, setting: Setting) -> dict:
         "gradient_checkpointing": plan.checkpointing,
         "recomputed_layers": forecast.recomputed,
         "layers": forecast.layers,
-        "device": setting.device.type,
-        "dtype": str(setting.dtype).removeprefix("torch."),
-        "gpus": setting.strategy.ranks,
-        "strategy": setting.strategy.name,
+        "device": target.device.type,
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "gpus": target.strategy.ranks,
+        "strategy": target.strategy.name,
         "measured_peak_bytes": None,
         "relative_error": None,
     }
 
 
-def fit(config: Config, architecture, setting: Setting, arguments: argparse.Namespace) -> dict:
+def fit(
+    config: Config, architecture, target: TargetHardware, arguments: argparse.Namespace
+) -> dict:
     """What a card of --fit can train: the longest row at all, and the fastest way for the recipe's
     own rows.
     """
     config = change(config, "training", max_tokens_per_batch="auto", gradient_checkpointing="auto")
-    plan = plan_step(config, architecture, setting, labelled_of(config, arguments))
+    plan = plan_step(config, architecture, target, labelled_of(config, arguments))
     console.print(
         f"[bold]{config.model.base} on a card of {arguments.fit}[/]:"
-        f" {describe(config, architecture, setting, plan, arguments)}"
+        f" {describe(config, architecture, target, plan, arguments)}"
     )
-    show(plan, setting)
-    longest = longest_sequence(config, architecture, setting, labelled_of(config, arguments))
-    mode = least_memory(setting.device)
+    show(plan, target)
+    longest = longest_sequence(config, architecture, target, labelled_of(config, arguments))
+    mode = least_memory(target.device)
     if longest:
         console.print(
             f"longest row that fits, alone in its step with gradient_checkpointing {mode}:"
             f" {longest:,} tokens"
         )
-    if setting.device.type == "cuda":
+    if target.device.type == "cuda":
         console.print(
             f"a screen on the same GPU takes {DISPLAY} of it: give --fit what nvidia-smi shows as"
             " free before training"
@@ -407,7 +415,7 @@ def fit(config: Config, architecture, setting: Setting, arguments: argparse.Name
         "\n# for rows as long as the recipe's\n" + yaml.safe_dump(chosen, sort_keys=False), end=""
     )
     if longest:
-        step = longest * setting.strategy.ranks
+        step = longest * target.strategy.ranks
         alone = {
             "data": {"max_length": longest},
             "training": {
@@ -417,14 +425,16 @@ def fit(config: Config, architecture, setting: Setting, arguments: argparse.Name
             },
         }
         console.print("\n# for the longest rows\n" + yaml.safe_dump(alone, sort_keys=False), end="")
-    return collect(plan, setting) | {
+    return collect(plan, target) | {
         "longest_row": longest,
-        "usable_bytes": setting.memory,
+        "usable_bytes": target.memory,
         "card": arguments.fit,
     }
 
 
-def serve(config: Config, architecture, setting: Setting, arguments: argparse.Namespace) -> dict:
+def serve(
+    config: Config, architecture, target: TargetHardware, arguments: argparse.Namespace
+) -> dict:
     """Weights as stored and merged, and the keys and values of sequences of --serve tokens."""
     merged = change(config, "model", quantization="none")
     table = Table(
@@ -441,10 +451,10 @@ def serve(config: Config, architecture, setting: Setting, arguments: argparse.Na
         table.add_column(column, justify=justify)
     found = {}
     for name, served in ((config.model.quantization, config), ("merged, 16 bits", merged)):
-        facts = forecast_serving(served, architecture, setting.dtype, arguments.serve)
+        facts = forecast_serving(served, architecture, target.dtype, arguments.serve)
         total = facts["weights"] + SEQUENCES * facts["keys_and_values"]
         fits = (
-            (setting.memory - facts["weights"]) // facts["keys_and_values"]
+            (target.memory - facts["weights"]) // facts["keys_and_values"]
             if arguments.fit
             else None
         )
@@ -531,7 +541,7 @@ def measure(found: dict, arguments: argparse.Namespace, overrides: list[str]) ->
 
 def measure_here(config: Config, arguments: argparse.Namespace) -> None:
     """The worker: load, train --steps steps, and write what memory did."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     architecture = read_architecture(config.model.base, ARCHITECTURES, config.model.revision)
     weights = (
         any(Path(config.model.base).expanduser().glob("*.safetensors"))

@@ -26,8 +26,8 @@ from medqlora.core.files import write_atomic
 from medqlora.training.memory.architectures import read_architecture
 from medqlora.training.memory.estimate import assume_labelled, make_batch
 from medqlora.training.memory.forecast import forecast_step
-from medqlora.training.memory.setting import CONTEXT, usable
 from medqlora.training.memory.sharding import divide
+from medqlora.training.memory.target import CONTEXT, usable
 from medqlora.training.memory.tracker import Forecast
 from medqlora.training.strategies.launch import Strategy
 

@@ -105,12 +105,12 @@ import huggingface_hub
 import torch
 import transformers
 
-from medqlora.model.hardware import choose_dtype
+from medqlora.model.hardware import choose_dtype, default_device
 from medqlora.training.memory.allocator import segments_expand
 from medqlora.training.memory.architectures import read_architecture
 from medqlora.training.memory.estimate import assume_labelled
 from medqlora.training.memory.planner import plan_step
-from medqlora.training.memory.setting import Setting, available_host, available_memory
+from medqlora.training.memory.target import TargetHardware, available_host, available_memory
 from medqlora.training.strategies.launch import Strategy, choose_storage
 from medqlora.training.trial import Trial, count_flops, draw_lengths, find_peak, make_table
 
@@ -226,7 +226,7 @@ def start_case(arguments: argparse.Namespace, overrides: list[str], case: dict[s
 
 
 def run_case(config: Config, arguments: argparse.Namespace) -> dict:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     meter = MemoryMeter(cuda=device.type == "cuda")
     before = meter.now()
     began = time.perf_counter()
@@ -292,7 +292,7 @@ def decide(
         return config
     one = Strategy("one")
     storage = choose_storage(one, config.model.quantization, dtype)
-    setting = Setting(
+    target = TargetHardware(
         device,
         dtype,
         storage,
@@ -301,7 +301,7 @@ def decide(
         available_host(),
         expandable=segments_expand(),
     )
-    plan = plan_step(config, architecture, setting, lambda tokens: assume_labelled(config, tokens))
+    plan = plan_step(config, architecture, target, lambda tokens: assume_labelled(config, tokens))
     return change(
         config,
         "training",

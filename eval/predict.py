@@ -30,7 +30,7 @@ from medqlora.data.formats.registry import FORMATS, find_format
 from medqlora.data.reading import read_examples
 from medqlora.engines.interface import BATCH_SIZE, Engine
 from medqlora.evaluation.answering import predict
-from medqlora.evaluation.journal import Journal, make_cells
+from medqlora.evaluation.journal import Journal, split_into_batches
 from medqlora.evaluation.method import Method
 from medqlora.evaluation.metrics import score_predictions
 from medqlora.evaluation.predictions import (
@@ -242,7 +242,7 @@ def main() -> None:
         prefer_expandable_segments(os.environ)
     shard, shards = check_arguments(arguments)
     warnings.showwarning = lambda message, *_: console.print(escape(str(message)), style="yellow")
-    encoder, card, max_length, identity = open_model(arguments)
+    encoder, metadata, max_length, identity = open_model(arguments)
     method = choose_method(arguments)
     examples = read_questions(arguments, encoder.style)
     pool = read_pool(arguments, encoder.style) if method.num_fewshot else []
@@ -267,22 +267,28 @@ def main() -> None:
     if arguments.output.exists():
         check_finished(arguments.output, keys)
         return
-    cells = make_cells([example.id for example in examples], BATCH_SIZE[arguments.engine])[
-        shard::shards
-    ]
+    question_batches = split_into_batches(
+        [example.id for example in examples], BATCH_SIZE[arguments.engine]
+    )[shard::shards]
     with Journal(arguments.output, shard, shards) as journal:
         done = set(journal.read()) & set(keys)
         if done:
             console.print(
                 f"{len(done)} of {len(asked)} predictions stand in {journal.folder} already"
             )
-        left = sum(keys[number] not in done for cell in cells for number in cell)
+        left = sum(
+            keys[number] not in done
+            for question_batch in question_batches
+            for number in question_batch
+        )
         if left:
-            engine = open_engine(arguments, card, encoder)
+            engine = open_engine(arguments, metadata, encoder)
             name = (
                 f"{arguments.model}+{arguments.adapter}" if arguments.adapter else arguments.model
             )
-            batches = predict(engine, encoder, asked, shared, method, name, cells, run_key, done)
+            batches = predict(
+                engine, encoder, asked, shared, method, name, question_batches, run_key, done
+            )
             with Progress(console=console, transient=True) as progress:
                 task = progress.add_task("predicting", total=left)
                 for batch in batches:
@@ -383,23 +389,23 @@ def open_model(arguments: argparse.Namespace) -> tuple[Encoder, dict, int | None
 
     from medqlora.model.adapter import check_adapter
     from medqlora.model.base import load_tokenizer, read_model_config
-    from medqlora.model.hardware import choose_dtype
-    from medqlora.model.identity import describe_model, read_merged_card
+    from medqlora.model.hardware import choose_dtype, default_device
+    from medqlora.model.identity import describe_model, read_merged_metadata
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if arguments.engine == "openai":
-        card = {}
+        metadata = {}
         max_length = arguments.max_length
         identity = {"server": arguments.server, "model": arguments.model}
         source = arguments.tokenizer or arguments.model
     else:
         config = read_model_config(arguments.model, arguments.revision)
         source = arguments.model
-        card = (
+        metadata = (
             check_adapter(arguments.adapter, config)
             if arguments.adapter
-            else read_merged_card(arguments.model)
+            else read_merged_metadata(arguments.model)
         )
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         if arguments.max_length and positions and arguments.max_length > positions:
@@ -410,31 +416,31 @@ def open_model(arguments: argparse.Namespace) -> tuple[Encoder, dict, int | None
         room = positions - 1 if positions and arguments.engine == "vllm" else positions
         max_length = arguments.max_length or room
         identity = describe_model(arguments.model, arguments.revision, arguments.adapter)
-        loading = resolve_model(arguments, card)
+        loading = resolve_model(arguments, metadata)
         identity |= {
             "quantization": loading.quantization,
-            "dtype": str(choose_dtype(loading.dtype, find_device())),
+            "dtype": str(choose_dtype(loading.dtype, default_device())),
         }
     encoder = make_encoder(
         load_tokenizer(source, arguments.revision),
-        arguments.prompt_style or card.get("prompt_style", "auto"),
-        arguments.completion or card.get("completion", "letter"),
+        arguments.prompt_style or metadata.get("prompt_style", "auto"),
+        arguments.completion or metadata.get("completion", "letter"),
     )
     asked_otherwise = arguments.prompt_style or arguments.completion
     if (
         arguments.adapter
-        and card
+        and metadata
         and not asked_otherwise
-        and fingerprint(encoder) != card["prompt_sha256"]
+        and fingerprint(encoder) != metadata["prompt_sha256"]
     ):
         raise ConfigError(
             f"--adapter {arguments.adapter}: this tokenizer does not give the prompts that the"
-            f" adapter was trained with; use its base {card['base']}, or name a --prompt_style"
+            f" adapter was trained with; use its base {metadata['base']}, or name a --prompt_style"
         )
-    return encoder, card, max_length, identity
+    return encoder, metadata, max_length, identity
 
 
-def open_engine(arguments: argparse.Namespace, card: dict, encoder: Encoder) -> Engine:
+def open_engine(arguments: argparse.Namespace, metadata: dict, encoder: Encoder) -> Engine:
     if arguments.engine == "openai":
         from medqlora.engines.openai import OpenAIEngine
 
@@ -464,8 +470,9 @@ def open_engine(arguments: argparse.Namespace, card: dict, encoder: Encoder) -> 
     from medqlora.engines.hf import HfEngine
     from medqlora.model.adapter import load_adapter
     from medqlora.model.base import load_base
+    from medqlora.model.hardware import default_device
 
-    model, backend = load_base(resolve_model(arguments, card), find_device())
+    model, backend = load_base(resolve_model(arguments, metadata), default_device())
     if arguments.adapter:
         model = load_adapter(model, arguments.adapter)
     return HfEngine(model, backend, arguments.max_tokens)
@@ -483,7 +490,7 @@ def parse_columns(text: str) -> dict:
     return columns
 
 
-def resolve_model(arguments: argparse.Namespace, card: dict) -> Model:
+def resolve_model(arguments: argparse.Namespace, metadata: dict) -> Model:
     """How the model is loaded: as the adapter was trained, unless --dtype says otherwise."""
     quantized = arguments.dtype in ("nf4", "fp4", "int8")
     return Model(
@@ -495,17 +502,11 @@ def resolve_model(arguments: argparse.Namespace, card: dict) -> Model:
             if quantized
             else "none"
             if arguments.dtype
-            else card.get("quantization", "none")
+            else metadata.get("quantization", "none")
         ),
-        double_quantization=card.get("double_quantization", True),
-        dtype="auto" if quantized else arguments.dtype or card.get("dtype", "auto"),
+        double_quantization=metadata.get("double_quantization", True),
+        dtype="auto" if quantized else arguments.dtype or metadata.get("dtype", "auto"),
     )
-
-
-def find_device():
-    import torch
-
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def read_questions(arguments: argparse.Namespace, style: str) -> list[Example]:

@@ -103,13 +103,13 @@ from medqlora.core.command import run_command
 from medqlora.core.files import check_disk
 from medqlora.core.run_folder import check_run
 from medqlora.model.base import check_hardware, check_length, load_tokenizer, read_model_config
-from medqlora.model.hardware import choose_dtype
+from medqlora.model.hardware import choose_dtype, default_device
 from medqlora.model.random_base import count_parameters
 from medqlora.prompts.chat_template import Encoder, make_encoder
 from medqlora.prompts.encoding import TokenTable
 from medqlora.training.memory.allocator import segments_expand
 from medqlora.training.memory.planner import plan_step
-from medqlora.training.memory.setting import Setting, available_host, available_memory
+from medqlora.training.memory.target import TargetHardware, available_host, available_memory
 from medqlora.training.memory.tracker import GIB, UnknownForecast
 from medqlora.training.processes import ProcessError
 from medqlora.training.rendezvous import meet
@@ -290,7 +290,7 @@ def check_processes(launch: Launch) -> tuple[None, str]:
 
 
 def check_dtypes(config: Config, launch: Launch) -> tuple[Precision, str]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     dtype = choose_dtype(config.model.dtype, device)
     check_hardware(config.model, device, dtype)
     check_strategy(launch.strategy, config, dtype, launch.environ)
@@ -370,7 +370,7 @@ def forecast(
     device = torch.device("cpu" if launch.tree.get("use_cpu") else "cuda")
     dtype = choose_dtype(config.model.dtype, device)
     memory = available_memory(torch.device("cuda")) if gpu else sys.maxsize
-    setting = Setting(
+    target = TargetHardware(
         device,
         dtype,
         choose_storage(launch.strategy, config.model.quantization, dtype),
@@ -387,7 +387,7 @@ def forecast(
         plan = plan_step(
             config,
             model.architecture,
-            setting,
+            target,
             lambda tokens: most_supervised(prepared.train, tokens),
         )
     except UnknownForecast as error:
@@ -400,7 +400,7 @@ def forecast(
     )
     if not gpu:
         return None, f"{found}; no GPU here to compare with"
-    if not setting.holds(plan.forecast):
+    if not target.holds(plan.forecast):
         raise ProcessError(
             f"{found}, {memory / GIB:.2f} GiB may be used here; lower"
             " training.max_tokens_per_batch, or set both to auto"

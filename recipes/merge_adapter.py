@@ -57,9 +57,9 @@ import torch
 import transformers
 
 from medqlora.engines.hf import run_packed
-from medqlora.model.adapter import check_adapter, load_adapter, read_adapter_card
+from medqlora.model.adapter import check_adapter, load_adapter, read_adapter_metadata
 from medqlora.model.base import load_base, load_tokenizer, read_model_config, unwrap
-from medqlora.model.hardware import choose_dtype
+from medqlora.model.hardware import choose_dtype, default_device
 from medqlora.model.head_loss import compute_logits
 from medqlora.model.identity import resolve_base, sample_weights
 from medqlora.model.merging import MergeError, compare_logits, merge
@@ -85,38 +85,40 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     if arguments.output.exists():
         raise MergeError(f"--output {arguments.output} exists; give a new folder")
-    card = read_adapter_card(arguments.adapter)
-    base_id = arguments.base or card.get("base")
+    metadata = read_adapter_metadata(arguments.adapter)
+    base_id = arguments.base or metadata.get("base")
     if base_id is None:
         raise MergeError(
             f"--adapter {arguments.adapter} does not name its base; give it with --base"
         )
-    revision = None if Path(base_id).is_dir() else card.get("revision")
+    revision = None if Path(base_id).is_dir() else metadata.get("revision")
     config = read_model_config(base_id, revision)
     check_adapter(arguments.adapter, config)
     base = resolve_base(base_id, revision)
-    if card.get("base_sha256") not in (None, sample_weights(base)):
+    if metadata.get("base_sha256") not in (None, sample_weights(base)):
         raise MergeError(
             f"--base {base_id}: its weights are not those the adapter was trained on"
-            f" ({card['base']}); give that model"
+            f" ({metadata['base']}); give that model"
         )
 
-    steps = merge(arguments.adapter, base, arguments.output, config, card, arguments.base_weights)
+    steps = merge(
+        arguments.adapter, base, arguments.output, config, metadata, arguments.base_weights
+    )
     total = next(steps)[1]
     for _ in track(steps, "merging", total - 1, console=console, transient=True):
         pass
     console.print(f"{arguments.output}: {total} tensors, {arguments.base_weights} base")
     if arguments.verify == "true":
-        verify(arguments, card, base)
+        verify(arguments, metadata, base)
 
 
-def verify(arguments: argparse.Namespace, card: dict, base: Path) -> None:
+def verify(arguments: argparse.Namespace, metadata: dict, base: Path) -> None:
     """Logits of the merged model against base + adapter, one model in memory at a time."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     encoder = make_encoder(
         load_tokenizer(str(base)),
-        card.get("prompt_style", "auto"),
-        card.get("completion", "letter"),
+        metadata.get("prompt_style", "auto"),
+        metadata.get("completion", "letter"),
     )
     prompts = []
     for probe in PROBES:
@@ -128,12 +130,14 @@ def verify(arguments: argparse.Namespace, card: dict, base: Path) -> None:
         encode_text(encoder.tokenizer, text) for text in VERIFY_TEXTS
     ]
     settings = {
-        key: card[key] for key in ("quantization", "double_quantization", "dtype") if key in card
+        key: metadata[key]
+        for key in ("quantization", "double_quantization", "dtype")
+        if key in metadata
     }
     reference = read_logits(Model(base=str(base), **settings), arguments.adapter, rows, device)
-    dtype = choose_dtype(card.get("dtype", "auto"), device)
+    dtype = choose_dtype(metadata.get("dtype", "auto"), device)
     merged = read_logits(
-        Model(base=str(arguments.output), quantization="none", dtype=card.get("dtype", "auto")),
+        Model(base=str(arguments.output), quantization="none", dtype=metadata.get("dtype", "auto")),
         None,
         rows,
         device,
@@ -144,13 +148,15 @@ def verify(arguments: argparse.Namespace, card: dict, base: Path) -> None:
         f" {figures['mean_relative_error']:.1e}, largest {figures['max_relative_error']:.1e}; same"
         f" most likely token on {figures['same_top_token']:.0%} of {len(rows)} prompts"
     )
-    bound = max(BOUNDS[dtype], INT8_BOUND) if card.get("quantization") == "int8" else BOUNDS[dtype]
+    bound = (
+        max(BOUNDS[dtype], INT8_BOUND) if metadata.get("quantization") == "int8" else BOUNDS[dtype]
+    )
     if arguments.base_weights == "dequantized" and figures["mean_relative_error"] > bound:
         raise MergeError(
             f"the merged model in {arguments.output} is not the trained one: mean relative logit"
             f" error over {bound:.0e}; do not use it"
         )
-    if arguments.base_weights == "original" and card.get("quantization", "none") != "none":
+    if arguments.base_weights == "original" and metadata.get("quantization", "none") != "none":
         console.print(
             "the original base is not the quantized one that was trained on; that difference is the"
             " figure above"

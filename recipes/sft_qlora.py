@@ -47,7 +47,7 @@ from medqlora.reporting.terminal import (
 )
 from medqlora.training.optimizers import learning_rate
 from medqlora.training.planning import Planned, plan_run
-from medqlora.training.processes import gather, together
+from medqlora.training.processes import agree_on_errors, gather
 from medqlora.training.records import (
     describe_adapter,
     describe_run,
@@ -71,7 +71,7 @@ def main(config: Config, output_dir: Path, resume: bool) -> int:
     planned = plan_run(setup, console.print if setup.is_local_main else lambda stage: None)
     say(setup, *describe_planned(setup, planned))
 
-    with together():
+    with agree_on_errors():
         storage = choose_storage(setup.strategy, config.model.quantization, setup.dtype)
         loaded = load(planned.config, setup.device, storage)
         isolation_error = prove_isolation(loaded, setup.dtype)
@@ -122,7 +122,7 @@ def train(
             total, flags = session.sum_over_ranks(gradients.losses, flag)
             loss = total / targets
             if not math.isfinite(loss):
-                with together():
+                with agree_on_errors():
                     raise TrainingError(session.describe_non_finite(table, gradients, step + 1))
             norm = session.update(lr)
             state["step"] = done = step + 1
@@ -201,7 +201,7 @@ def score(setup: Setup, planned: Planned, model: PeftModel, backend: str, name: 
         engine = HfEngine(model, backend, planned.config.training.max_tokens_per_batch)
         rows = answer(engine, setup.encoder, test, name, part=part)
     found = {row["id"]: row for rows in gather(rows) for row in rows}
-    with together():
+    with agree_on_errors():
         if setup.rank == 0:
             path.parent.mkdir(exist_ok=True)
             write_json_lines(path, [found[example.id] for example in test])
@@ -218,7 +218,7 @@ def finish(
         score(setup, planned, built.model, built.backend, "tuned")
     memory = memory | {"peak": setup.meter.read_peak(), "after": setup.meter.now()}
     peaks = gather(memory["peak"])
-    with together():
+    with agree_on_errors():
         if setup.rank != 0:
             return
         lines = read_lines(setup.output_dir / LOG)

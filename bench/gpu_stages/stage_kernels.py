@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 from medqlora.model.attention.backends import choose_backend
 from medqlora.model.attention.documents import locate_documents
 from medqlora.model.attention.kernels import attend_documents
-from medqlora.model.attention.tree import locate_branches
+from medqlora.model.attention.tree import locate_prefix_tree
 from medqlora.model.compiling import compile_kernels
 from medqlora.model.dropout import DroppedLinear, draw_kept, draw_seed
 from medqlora.model.fused_head import HeadLoss
@@ -138,7 +138,7 @@ def check_branches(stage: Stage, backend: str, dtype: torch.dtype, width: int) -
     before = tuple(
         torch.randn(1, KV_HEADS, shared, width, device=stage.device).to(dtype) for _ in range(2)
     )
-    branches = locate_branches(lengths, parents, stage.device, {0: before}, shared, backend)
+    branches = locate_prefix_tree(lengths, parents, stage.device, {0: before}, shared, backend)
     out, _ = attend_documents(LAYER, query, key, value, None, documents=branches)
     keys, values = (
         torch.cat(pair, dim=2)[0].double() for pair in zip(before, (key, value), strict=True)

@@ -47,7 +47,7 @@ from medqlora.data.reading import read_examples
 from medqlora.model.adapter import load_adapter
 from medqlora.model.attention.packed_batch import move_batch
 from medqlora.model.base import load_base
-from medqlora.model.hardware import DTYPES
+from medqlora.model.hardware import DTYPES, default_device
 from medqlora.model.head_loss import AnswerLoss
 from medqlora.prompts.chat_template import make_encoder
 from medqlora.prompts.styles import render
@@ -65,7 +65,7 @@ CONTESTANTS = {
     "ours, full recomputation": "full",
     "ours, as planned": "auto",
 }
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = default_device()
 
 
 def settings(arguments: argparse.Namespace, base: Path, work: Path, recompute: str) -> list[str]:

@@ -19,7 +19,7 @@ from medqlora.batches.plan import fit_bins
 from medqlora.engines.interface import EngineError, Request, Sampling, decode_answer
 from medqlora.model.attention.backends import AttentionError
 from medqlora.model.attention.packed_batch import find_device, packing_arguments, verify_isolation
-from medqlora.model.attention.tree import locate_branches
+from medqlora.model.attention.tree import locate_prefix_tree
 from medqlora.model.base import backbone_of, unwrap
 from medqlora.model.head_loss import compute_logits
 
@@ -162,7 +162,7 @@ class HfEngine:
             return True
         states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         branches = replace(
-            locate_branches([len(ids)], [None], self.device, backend=self.backend), record=states
+            locate_prefix_tree([len(ids)], [None], self.device, backend=self.backend), record=states
         )
         run_backbone(self.causal, [ids], [0], {"documents": branches})
         self.shared_ids = ids
@@ -207,10 +207,10 @@ class HfEngine:
             torch.tensor(values, device=self.device)
             for values in zip(*(pair[:2] for pair in asked), strict=True)
         )
-        with narrow_last_layer(self.causal, places.unique()):
+        with restrict_last_mlp(self.causal, places.unique()):
             if shared or any(parent is not None for parent in parents):
                 states = self.shared_states if shared else None
-                branches = locate_branches(
+                branches = locate_prefix_tree(
                     lengths, parents, self.device, states, shared, self.backend
                 )
                 hidden = run_backbone(self.causal, segments, starts, {"documents": branches})
@@ -316,7 +316,7 @@ def run_backbone(
 
 
 @contextmanager
-def narrow_last_layer(causal: torch.nn.Module, places: torch.Tensor):
+def restrict_last_mlp(causal: torch.nn.Module, places: torch.Tensor):
     """What follows the last layer's attention is needed at `places` only: its MLP runs there, and
     is zero elsewhere.
 

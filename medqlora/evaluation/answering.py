@@ -12,9 +12,15 @@ import numpy as np
 from medqlora.data.examples import LETTERS, Example, OpenAnswer
 from medqlora.data.formats.registry import FORMATS
 from medqlora.engines.interface import BATCH_SIZE, Engine, Sampling
-from medqlora.evaluation.journal import make_cells
+from medqlora.evaluation.journal import split_into_batches
 from medqlora.evaluation.method import Method
-from medqlora.evaluation.questions import Asked, ask, describe_example, describe_prompt, seed_of
+from medqlora.evaluation.questions import (
+    PreparedQuestion,
+    ask,
+    describe_example,
+    describe_prompt,
+    seed_of,
+)
 from medqlora.prompts.answers import parse_answer
 from medqlora.prompts.chat_template import Encoder
 
@@ -22,32 +28,35 @@ from medqlora.prompts.chat_template import Encoder
 def predict(
     engine: Engine,
     encoder: Encoder,
-    asked: Sequence[Asked],
+    asked: Sequence[PreparedQuestion],
     shared: int,
     method: Method,
     name: str,
-    cells: Sequence[Sequence[int]] | None = None,
+    question_batches: Sequence[Sequence[int]] | None = None,
     run_key: str = "",
     done: Collection[str] = (),
 ) -> Iterator[list[dict[str, Any]]]:
     """Prediction rows (README), a batch at a time.
 
-    Args: asked, shared: of `ask`; name: written as the model's name; cells: numbers of the
-        questions of each batch (default: all, by predictions.make_cells); run_key: all that the
-        numbers depend on besides the question, part of every row's key; done: keys of rows that
-        exist.
+    Args:
+        asked, shared: of `ask`.
+        name: written as the model's name.
+        question_batches: numbers of the questions of each batch; default: all, by
+            journal.split_into_batches.
+        run_key: all that the numbers depend on besides the question; a part of every row's key.
+        done: keys of rows that exist.
     """
     by_subject = asked and FORMATS[asked[0].example.dataset].fewshot_by_subject
     fixed = method.fewshot == "fixed" and asked and not by_subject
     digest = describe_prompt(encoder, method, asked[0].shots if fixed else ())
     facts = {"prompt_sha256": digest, "engine": engine.name, "model": name}
-    cells = (
-        make_cells([entry.example.id for entry in asked], BATCH_SIZE[engine.name])
-        if cells is None
-        else cells
+    question_batches = (
+        split_into_batches([entry.example.id for entry in asked], BATCH_SIZE[engine.name])
+        if question_batches is None
+        else question_batches
     )
-    for cell in cells:
-        entries = [(asked[i], asked[i].key(run_key)) for i in cell]
+    for question_batch in question_batches:
+        entries = [(asked[i], asked[i].key(run_key)) for i in question_batch]
         entries = [(entry, key) for entry, key in entries if key not in done]
         if not entries:
             continue
@@ -73,7 +82,7 @@ def predict(
                 )
             )
             values = [entry.sort([next(scores) for _ in entry.requests]) for entry, _ in entries]
-            read = read_passage if method.scoring == "perplexity" else read_options
+            read = read_passage if method.scoring == "perplexity" else read_option_scores
             rows = [
                 read(entry, some, method) for (entry, _), some in zip(entries, values, strict=True)
             ]
@@ -91,12 +100,12 @@ def answer(
     """Prediction rows of multiple-choice examples by letters, in their order; part (i, n): only
     every n-th batch from the i-th, so that n processes answer all. A row does not depend on n."""
     asked, shared = ask(encoder, examples, Method(), (), max_length)
-    cells = make_cells([example.id for example in examples], BATCH_SIZE[engine.name])[
-        part[0] :: part[1]
-    ]
+    question_batches = split_into_batches(
+        [example.id for example in examples], BATCH_SIZE[engine.name]
+    )[part[0] :: part[1]]
     rows = {
         row["id"]: row
-        for batch in predict(engine, encoder, asked, shared, Method(), name, cells)
+        for batch in predict(engine, encoder, asked, shared, Method(), name, question_batches)
         for row in batch
     }
     return [rows[example.id] for example in examples if example.id in rows]
@@ -106,7 +115,9 @@ def decoder(encoder: Encoder) -> Callable[[list[int]], str]:
     return lambda ids: encoder.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def read_options(entry: Asked, values: list[float], method: Method) -> dict[str, Any]:
+def read_option_scores(
+    entry: PreparedQuestion, values: list[float], method: Method
+) -> dict[str, Any]:
     """Option log-probabilities -> row; over several orders an option's probability is the mean of
     what it gets in each.
     """
@@ -156,7 +167,9 @@ def read_options(entry: Asked, values: list[float], method: Method) -> dict[str,
     return row
 
 
-def read_texts(encoder: Encoder, entry: Asked, texts: list[str], method: Method) -> dict[str, Any]:
+def read_texts(
+    encoder: Encoder, entry: PreparedQuestion, texts: list[str], method: Method
+) -> dict[str, Any]:
     """Generated texts -> row; several samples vote, and of equal counts the answer that came first
     wins.
     """
@@ -181,7 +194,7 @@ def read_texts(encoder: Encoder, entry: Asked, texts: list[str], method: Method)
     return row
 
 
-def read_passage(entry: Asked, values: list[float], method: Method) -> dict[str, Any]:
+def read_passage(entry: PreparedQuestion, values: list[float], method: Method) -> dict[str, Any]:
     text = entry.example.text
     return describe_example(entry, "text") | {
         "logprob": sum(values),

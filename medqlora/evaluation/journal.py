@@ -20,17 +20,17 @@ def hash_id(id: str) -> int:
     return int(hashlib.sha256(id.encode()).hexdigest()[:15], 16)
 
 
-def make_cells(ids: Sequence[str], size: int) -> list[list[int]]:
+def split_into_batches(ids: Sequence[str], size: int) -> list[list[int]]:
     """Split examples into batches by a hash of their ids: about `size` to twice as many in each.
 
     A batch does not depend on the number of shards, nor on what was done before a crash. So neither
     do its numbers: floating point sums depend on what is computed together.
     """
     count = 1 << max(0, (len(ids) // size).bit_length() - 1)
-    cells: list[list[int]] = [[] for _ in range(count)]
+    question_batches: list[list[int]] = [[] for _ in range(count)]
     for number, id in enumerate(ids):
-        cells[hash_id(id) % count].append(number)
-    return cells
+        question_batches[hash_id(id) % count].append(number)
+    return question_batches
 
 
 class Journal:

@@ -22,7 +22,7 @@ from medqlora.prompts.styles import Prompt, candidates, render
 
 
 @dataclass
-class Asked:
+class PreparedQuestion:
     """One example with all that is asked about it. Request i scores the options at the positions
     places[i], counted over all orders one after the other."""
 
@@ -51,7 +51,7 @@ def ask(
     method: Method,
     pool: Sequence[Example] = (),
     max_length: int | None = None,
-) -> tuple[list[Asked], int]:
+) -> tuple[list[PreparedQuestion], int]:
     """Token ids of everything that is asked.
 
     Args: pool: labelled examples to take few-shot examples from; those that are asked themselves
@@ -69,7 +69,7 @@ def ask(
     completion = choose_completion(encoder, method)
     shots = choose_shots(encoder, examples, method, pool, completion)
     asked = [
-        Asked(example, choose_orders(example, method), [], False, shots=some)
+        PreparedQuestion(example, choose_orders(example, method), [], False, shots=some)
         for example, some in zip(examples, shots, strict=True)
     ]
     prompts = []
@@ -193,7 +193,7 @@ def fit_request(
     return [(prefix, every)], True
 
 
-def ask_passage(encoder: Encoder, passage: Passage, max_length: int | None) -> Asked:
+def ask_passage(encoder: Encoder, passage: Passage, max_length: int | None) -> PreparedQuestion:
     """Every token of a text is asked for once, in disjoint windows; the last one reads as much
     before it as fits (lm-evaluation-harness: rolling log-likelihood). What stands before the first
     token is BOS, else the end token.
@@ -207,7 +207,7 @@ def ask_passage(encoder: Encoder, passage: Passage, max_length: int | None) -> A
         end = min(done + width, len(tokens))
         requests.append(Request(tokens[max(0, end - 1 - width) : done], [tokens[done:end]]))
         done = end
-    return Asked(passage, [()], requests, False, [[i] for i in range(len(requests))])
+    return PreparedQuestion(passage, [()], requests, False, [[i] for i in range(len(requests))])
 
 
 def count_common(prefixes: Sequence[list[int]]) -> int:
@@ -252,7 +252,7 @@ def seed_of(id: str, seed: int) -> int:
     return (hash_id(id) + seed) % (1 << 31)
 
 
-def describe_example(entry: Asked, kind: str) -> dict[str, Any]:
+def describe_example(entry: PreparedQuestion, kind: str) -> dict[str, Any]:
     example = entry.example
     facts = {
         "id": example.id,

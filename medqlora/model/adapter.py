@@ -123,12 +123,12 @@ def load_adapter(model: torch.nn.Module, folder: Path) -> PeftModel:
     return adapted
 
 
-def read_adapter_card(folder: Path) -> dict[str, Any]:
+def read_adapter_metadata(folder: Path) -> dict[str, Any]:
     """medqlora.json of an adapter: prompt style, completion, fingerprint, base id, architecture
     hash, quantization.
 
     Raises:
-        ModelError: not an adapter folder, or one whose weights do not match the card.
+        ModelError: not an adapter folder, or one whose weights do not match the metadata.
     """
     folder = Path(folder)
     if (
@@ -139,10 +139,10 @@ def read_adapter_card(folder: Path) -> dict[str, Any]:
             f"adapter {folder}: no adapter_config.json and adapter_model.safetensors; give a run's"
             " adapter folder"
         )
-    card = folder / "medqlora.json"
-    if not card.is_file():
+    metadata = folder / "medqlora.json"
+    if not metadata.is_file():
         return {}
-    facts = json.loads(card.read_text(encoding="utf-8"))
+    facts = json.loads(metadata.read_text(encoding="utf-8"))
     digest = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
     if facts.get("weights_sha256") not in (None, digest):
         raise ModelError(
@@ -153,28 +153,30 @@ def read_adapter_card(folder: Path) -> dict[str, Any]:
 
 
 def check_adapter(folder: Path, config: PretrainedConfig) -> dict[str, Any]:
-    """The adapter's card, if it was trained on a base of this architecture.
+    """The adapter's metadata, if it was trained on a base of this architecture.
 
     Raises:
         ModelError: adapter for another base.
     """
-    card = read_adapter_card(folder)
-    if card and card["architecture_sha256"] != architecture_hash(config):
+    metadata = read_adapter_metadata(folder)
+    if metadata and metadata["architecture_sha256"] != architecture_hash(config):
         raise ModelError(
-            f"adapter {folder} was trained on {card['base']}; this base has another architecture;"
-            " give that one with --base or --model"
+            f"adapter {folder} was trained on {metadata['base']}; this base has another"
+            " architecture; give that one with --base or --model"
         )
-    return card
+    return metadata
 
 
 def save_adapter(
     folder: Path,
     model: PeftModel,
-    card: dict[str, Any],
+    metadata: dict[str, Any],
     weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write a PEFT adapter with its card (see read_adapter_card). Each file is replaced whole; the
-    card holds the weights' hash, so that a kill between two files is seen when the adapter is read.
+    """Write a PEFT adapter with its metadata (see read_adapter_metadata).
+
+    Each file is replaced whole. The metadata holds the weights' hash, so that a kill between two
+    files is seen when the adapter is read.
 
     weights: of adapter_weights; default the model's own.
 
@@ -183,7 +185,7 @@ def save_adapter(
     """
     try:
         write_adapter_files(
-            folder, model, card, adapter_weights(model) if weights is None else weights
+            folder, model, metadata, adapter_weights(model) if weights is None else weights
         )
     except OSError as error:
         raise ModelError(
@@ -193,7 +195,7 @@ def save_adapter(
 
 
 def write_adapter_files(
-    folder: Path, model: PeftModel, card: dict[str, Any], weights: dict[str, torch.Tensor]
+    folder: Path, model: PeftModel, metadata: dict[str, Any], weights: dict[str, torch.Tensor]
 ) -> None:
     aside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
@@ -204,7 +206,7 @@ def write_adapter_files(
     model.active_peft_config.save_pretrained(aside)
     digest = hashlib.sha256(content).hexdigest()
     (aside / "medqlora.json").write_text(
-        json.dumps({**card, "weights_sha256": digest}, indent=2) + "\n", encoding="utf-8"
+        json.dumps({**metadata, "weights_sha256": digest}, indent=2) + "\n", encoding="utf-8"
     )
     folder.mkdir(exist_ok=True)
     for name in ("adapter_config.json", "adapter_model.safetensors", "medqlora.json"):

@@ -11,6 +11,11 @@ AMPERE = (8, 0)  # bfloat16 tensor cores and torch's flash attention begin here
 ASSUMED_CAPABILITY = AMPERE
 
 
+def default_device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def read_capability(device: torch.device) -> tuple[int, int]:
     """Compute capability (major, minor) of this machine's GPU, or the one that is assumed of a GPU
     that is not here.

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from medqlora.model.base import read_model_config
 
 
-def read_merged_card(model: str) -> dict[str, Any]:
+def read_merged_metadata(model: str) -> dict[str, Any]:
     """How a merged model was trained to be asked; nothing for other models."""
     path = Path(model).expanduser() / "medqlora.json"
     facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

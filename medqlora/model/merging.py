@@ -199,14 +199,18 @@ def merge(
     base: Path,
     output: Path,
     config: PretrainedConfig,
-    card: dict[str, Any],
+    metadata: dict[str, Any],
     base_weights: str,
 ) -> Iterator[tuple[int, int]]:
     """Write the merged model to `output`, which must not exist.
 
-    Args: adapter: PEFT folder; base: local folder with safetensors; config: the base's; card: the
-        adapter's medqlora.json. base_weights: "dequantized" (the weights that were trained on,
-        after quantization and back) or "original".
+    Args:
+        adapter: PEFT folder.
+        base: local folder with safetensors.
+        config: the base's.
+        metadata: the adapter's medqlora.json.
+        base_weights: "dequantized" (the weights that were trained on, after quantization and back)
+            or "original".
 
     Yields:
         (tensors done, tensors in all), for a progress bar.
@@ -219,14 +223,16 @@ def merge(
     layouts = {shard: read_layout(shard) for shard in shards}
     names = {name for layout in layouts.values() for name in layout}
     module_of = {resolve_name(module, names): module for module in tensors.modules}
-    quantization = card.get("quantization", "none") if base_weights == "dequantized" else "none"
+    quantization = metadata.get("quantization", "none") if base_weights == "dequantized" else "none"
     dtype = (
-        DTYPES[card["dtype"]] if card.get("dtype") else next(iter(layouts[shards[0]].values()))[0]
+        DTYPES[metadata["dtype"]]
+        if metadata.get("dtype")
+        else next(iter(layouts[shards[0]].values()))[0]
     )
     through = None
     quantized = set()
     if quantization != "none":
-        through = make_dequantizer(quantization, card.get("double_quantization", True), dtype)
+        through = make_dequantizer(quantization, metadata.get("double_quantization", True), dtype)
         quantized = {resolve_name(module, names) for module in quantized_modules(config)}
     aside = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
@@ -289,8 +295,8 @@ def resolve_name(module: str, names: set[str]) -> str:
 def copy_rest(
     base: Path, adapter: Path, output: Path, config: PretrainedConfig, dtype: torch.dtype
 ) -> None:
-    """Config, tokenizer, generation settings, chat template, licence; the adapter's card tells how
-    to prompt.
+    """Copy configuration, tokenizer, chat template, licence, and the adapter's metadata, which tells
+    how to prompt.
     """
     for path in base.iterdir():
         if path.is_file() and path.suffix != ".safetensors" and path.name.startswith(COPIED):

@@ -24,8 +24,13 @@ from medqlora.training.checkpoints import Checkpoint, load_newest
 from medqlora.training.memory.allocator import segments_expand
 from medqlora.training.memory.estimate import forecast_plan
 from medqlora.training.memory.planner import cost_of_attention, plan_step
-from medqlora.training.memory.setting import Setting, StepPlan, available_host, available_memory
-from medqlora.training.processes import ProcessError, gather, share_once, together
+from medqlora.training.memory.target import (
+    StepPlan,
+    TargetHardware,
+    available_host,
+    available_memory,
+)
+from medqlora.training.processes import ProcessError, agree_on_errors, gather, share_once
 from medqlora.training.setup import Setup
 from medqlora.training.strategies.launch import choose_storage
 
@@ -110,7 +115,7 @@ def plan_run(setup: Setup, show: Callable[[str], None]) -> Planned:
 
     shared = share_once(Path(data.cache_dir).expanduser(), work, show)
     decision = Decision(**shared["decision"])
-    with together():
+    with agree_on_errors():
         if setup.rank == 0:
             open_run(setup.output_dir, config)
         prepared = kept[0] if kept else load_prepared(data, shared["prepared"])
@@ -131,10 +136,10 @@ def find_checkpoint(setup: Setup) -> tuple[Checkpoint | None, list[str]]:
     """The newest whole checkpoint, the same on every rank, and warnings about damaged ones."""
     checkpoint = None
     damaged: list[str] = []
-    with together():
+    with agree_on_errors():
         if setup.resume:
             checkpoint, damaged = load_newest(setup.output_dir / "checkpoints")
-    with together():
+    with agree_on_errors():
         steps = gather(checkpoint and checkpoint.state["step"])
         if len(set(steps)) > 1:
             raise ProcessError(
@@ -154,7 +159,7 @@ def decide_step(setup: Setup, prepared: Prepared, memory: int) -> Decision:
     training = config.training
     if setup.begun_with and training.max_tokens_per_batch == "auto":
         config = change(config, "training", max_tokens_per_batch=setup.begun_with)
-    setting = Setting(
+    target = TargetHardware(
         setup.device,
         setup.dtype,
         choose_storage(setup.strategy, config.model.quantization, setup.dtype),
@@ -164,9 +169,9 @@ def decide_step(setup: Setup, prepared: Prepared, memory: int) -> Decision:
         expandable=segments_expand(),
     )
     try:
-        found = forecast_recipe(setup, config, prepared, setting)
+        found = forecast_recipe(setup, config, prepared, target)
         labelled = most_supervised(prepared.train, found.tokens)
-        cost = cost_of_attention(config, setup.architecture, setting, found, labelled)
+        cost = cost_of_attention(config, setup.architecture, target, found, labelled)
     except Exception as error:  # A model's own code may raise anything on tensors without content.
         if "auto" in (training.max_tokens_per_batch, training.gradient_checkpointing):
             raise  # Nothing can be decided without a forecast.
@@ -179,7 +184,7 @@ def decide_step(setup: Setup, prepared: Prepared, memory: int) -> Decision:
         max_tokens_per_batch=found.tokens,
         gradient_checkpointing=found.checkpointing,
         predicted_peak_bytes=found.forecast.peak,
-        predicted_needed_bytes=setting.needs(found.forecast, found.short),
+        predicted_needed_bytes=target.needs(found.forecast, found.short),
         predicted_host_bytes=found.forecast.host,
         memory_bytes=memory,
         layers=found.forecast.layers,
@@ -188,7 +193,9 @@ def decide_step(setup: Setup, prepared: Prepared, memory: int) -> Decision:
     )
 
 
-def forecast_recipe(setup: Setup, config: Config, prepared: Prepared, setting: Setting) -> StepPlan:
+def forecast_recipe(
+    setup: Setup, config: Config, prepared: Prepared, target: TargetHardware
+) -> StepPlan:
     """The plan of what is auto; where nothing is, the forecast of what the configuration says."""
     training = config.training
     tokens = training.max_tokens_per_batch
@@ -197,8 +204,8 @@ def forecast_recipe(setup: Setup, config: Config, prepared: Prepared, setting: S
         return plan_step(
             config,
             setup.architecture,
-            setting,
+            target,
             lambda tokens: most_supervised(prepared.train, tokens),
         )
     labelled = most_supervised(prepared.train, tokens)
-    return forecast_plan(config, setup.architecture, setting, tokens, checkpointing, labelled)
+    return forecast_plan(config, setup.architecture, target, tokens, checkpointing, labelled)

@@ -120,7 +120,7 @@ def gather(value: Any) -> list[Any]:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def agree_on_errors() -> Iterator[None]:
     """Raise on all ranks what a user did wrong on any; the block waits for other ranks only where
     all of them do.
 
@@ -168,12 +168,12 @@ def share_once(
     rank = dist.get_rank() if dist.is_initialized() else 0
     token = gather(f"{time.time_ns():x}")[0]
     path = folder / f"shared-{token}.json"
-    with together():
+    with agree_on_errors():
         if rank == 0:
             begin(path)
-    with together():
+    with agree_on_errors():
         await_file(path)
-    with together():
+    with agree_on_errors():
         result = lead(path, work) if rank == 0 else follow(path, show)
     if rank == 0:
         path.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from medqlora.model.identity import architecture_hash, resolve_base, sample_weig
 from medqlora.model.overrides import list_overrides
 from medqlora.training.checkpoints import save_checkpoint
 from medqlora.training.planning import Planned
-from medqlora.training.processes import together
+from medqlora.training.processes import agree_on_errors
 from medqlora.training.session import Built, Loaded, Session
 from medqlora.training.setup import Setup
 from medqlora.training.strategies.gradient_check import GradientCheck
@@ -87,7 +87,7 @@ def describe_run(
 
 def write_start(setup: Setup, planned: Planned, environment: dict[str, Any]) -> None:
     """Write what is known before the first step; a resumed run logs its later steps anew."""
-    with together():
+    with agree_on_errors():
         if setup.rank != 0:
             return
         folder = setup.output_dir
@@ -103,11 +103,11 @@ def write_checkpoint(session: Session, output_dir: Path, state: dict[str, Any]) 
     """Write adapter, optimizer and state, whole and by name -> the checkpoint's folder. Any number
     of processes can continue from it.
     """
-    with together():
+    with agree_on_errors():
         weights = gather_weights(session.trainer, session.built.shapes)
     states = session.trainer.read_states()
     folder = output_dir / "checkpoints"
-    with together():
+    with agree_on_errors():
         if session.rank == 0:
             save_checkpoint(
                 folder,
@@ -126,9 +126,9 @@ def move_to_cpu(state: dict[str, Any]) -> dict[str, Any]:
 
 def write_adapter(session: Session, output_dir: Path, metadata: dict[str, Any]) -> None:
     """Write the adapter as it is now, in PEFT's format, with its metadata."""
-    with together():
+    with agree_on_errors():
         weights = gather_weights(session.trainer, session.built.shapes)
-    with together():
+    with agree_on_errors():
         if session.rank == 0:
             tensors = adapter_weights(session.built.model, weights)
             save_adapter(output_dir / "adapter", session.built.model, metadata, tensors)
@@ -138,7 +138,7 @@ def restore(session: Session, planned: Planned) -> None:
     """Optimizer states and loss scale of the checkpoint that the run goes on from."""
     if planned.checkpoint is None:
         return
-    with together():
+    with agree_on_errors():
         load_states(session.trainer, planned.checkpoint.optimizer)
         if planned.checkpoint.state.get("loss_scale"):
             session.trainer.write_scale(planned.checkpoint.state["loss_scale"])

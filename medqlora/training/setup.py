@@ -21,15 +21,15 @@ from medqlora.core.files import check_disk, hash_json
 from medqlora.core.run_folder import check_run
 from medqlora.model.attention.backends import Choice, choose_backend
 from medqlora.model.base import check_hardware, check_length, load_tokenizer, read_model_config
-from medqlora.model.hardware import choose_dtype
+from medqlora.model.hardware import choose_dtype, default_device
 from medqlora.model.random_base import count_parameters
 from medqlora.prompts.chat_template import Encoder, make_encoder
 from medqlora.training.processes import (
     ProcessError,
+    agree_on_errors,
     check_versions,
     gather,
     start_processes,
-    together,
 )
 from medqlora.training.strategies.launch import Strategy, check_strategy, read_strategy
 
@@ -83,7 +83,7 @@ def start(
         ProcessError: the processes do not find each other.
     """
     quiet_libraries(environ)
-    kind = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind = default_device()
     training = config.training
     log_with = None if training.log_with == "none" else training.log_with
     accelerator = start_processes(
@@ -101,7 +101,7 @@ def start(
     # Of several machines, only the one whose process died counts a restart.
     resume = any(gather(resume or was_restarted(environ)))
     model = config.model
-    with together():
+    with agree_on_errors():
         dtype = choose_dtype(model.dtype, kind)
         check_hardware(model, kind, dtype)
         strategy = read_strategy(environ, accelerator.num_processes)
@@ -114,9 +114,9 @@ def start(
         tokenizer = load_tokenizer(model.base, model.revision, model.trust_remote_code)
         encoder = make_encoder(tokenizer, config.data.prompt_style, config.data.completion)
         begun_with = read_begun(output_dir, config, strategy.ranks) if resume else None
-    with together():
+    with agree_on_errors():
         check_versions(hash_json(config.model_dump(mode="json")))
-    with together():
+    with agree_on_errors():
         if accelerator.is_main_process:
             check_run(output_dir, config, resume)
             check_disk(

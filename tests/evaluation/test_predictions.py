@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medqlora.evaluation.journal import Journal, hash_id, make_cells
+from medqlora.evaluation.journal import Journal, hash_id, split_into_batches
 from medqlora.evaluation.predictions import (
     PredictionError,
     collect_rows,
@@ -25,14 +25,24 @@ from medqlora.evaluation.predictions import (
     st.lists(st.text(min_size=1), unique=True, max_size=300), st.integers(1, 64), st.integers(1, 5)
 )
 def test_cells_are_a_partition_that_shards_do_not_change(ids, size, shards):
-    cells = make_cells(ids, size)
-    assert sorted(number for cell in cells for number in cell) == list(range(len(ids)))
-    assert len(cells) <= max(1, len(ids) // size)
-    assert sum(len(cells[shard::shards]) for shard in range(shards)) == len(cells)
-    where = {ids[number]: index for index, cell in enumerate(cells) for number in cell}
-    again = make_cells(ids[::-1], size)
+    question_batches = split_into_batches(ids, size)
+    assert sorted(
+        number for question_batch in question_batches for number in question_batch
+    ) == list(range(len(ids)))
+    assert len(question_batches) <= max(1, len(ids) // size)
+    assert sum(len(question_batches[shard::shards]) for shard in range(shards)) == len(
+        question_batches
+    )
+    where = {
+        ids[number]: index
+        for index, question_batch in enumerate(question_batches)
+        for number in question_batch
+    }
+    again = split_into_batches(ids[::-1], size)
     assert all(
-        where[ids[::-1][number]] == index for index, cell in enumerate(again) for number in cell
+        where[ids[::-1][number]] == index
+        for index, question_batch in enumerate(again)
+        for number in question_batch
     )
 
 

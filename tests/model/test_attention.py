@@ -24,7 +24,7 @@ from medqlora.model.attention.backends import AttentionError, choose_backend
 from medqlora.model.attention.blocked import BlockedAttention
 from medqlora.model.attention.documents import locate_documents
 from medqlora.model.attention.kernels import attend_documents, attend_fused
-from medqlora.model.attention.tree import locate_branches
+from medqlora.model.attention.tree import locate_prefix_tree
 from medqlora.model.fused_head import HeadLoss
 from medqlora.model.head_loss import AnswerLoss
 from medqlora.model.random_base import make_base
@@ -32,7 +32,7 @@ from medqlora.training.memory.architectures import read_architecture
 from medqlora.training.memory.estimate import assume_labelled
 from medqlora.training.memory.forecast import forecast_step
 from medqlora.training.memory.planner import cost_of_attention, plan_step
-from medqlora.training.memory.setting import Setting, parse_size, usable
+from medqlora.training.memory.target import TargetHardware, parse_size, usable
 from medqlora.training.memory.tracker import Batch
 from medqlora.training.strategies.launch import Strategy
 
@@ -219,7 +219,7 @@ def test_grouped_runs_on_a_gpu_without_flash_attention(softcap, window):
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, torch.float32])
 def test_shared_prefixes_and_nested_options_run_in_groups_too(dtype):
-    branches = locate_branches([7, 3, 2, 9, 4], [None, 0, 0, None, 3], CPU, backend="grouped")
+    branches = locate_prefix_tree([7, 3, 2, 9, 4], [None, 0, 0, None, 3], CPU, backend="grouped")
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         module = torch.nn.Module()
         module.layer_idx = 0
@@ -491,7 +491,7 @@ def test_a_t4_gets_a_plan(length):
         "--data.max_length", str(length), "--training.max_tokens_per_batch", "auto"
     )
     architecture = read_architecture("llama3-8b", ROOT / "bench" / "architectures")
-    t4 = Setting(
+    t4 = TargetHardware(
         CUDA,
         FP16,
         torch.uint8,

@@ -39,7 +39,7 @@ def make_adapter(base, folder, quantization, **lora):
             torch.nn.init.normal_(parameter, std=0.1)
         if "magnitude" in name:
             parameter.data.mul_(1.2)
-    card = {
+    metadata = {
         "base": str(base),
         "architecture_sha256": architecture_hash(AutoConfig.from_pretrained(base)),
         "dtype": "float32",
@@ -49,8 +49,8 @@ def make_adapter(base, folder, quantization, **lora):
         "prompt_style": "plain",
         "completion": "letter",
     }
-    save_adapter(folder, model, card)
-    return model, card
+    save_adapter(folder, model, metadata)
+    return model, metadata
 
 
 def logits(model):
@@ -73,13 +73,13 @@ def test_merged_is_the_trained_model(tmp_path, architecture, variant, quantizati
     # int8 training also rounds activations, which no merged weight can show
     bound = 0.05 if quantization == "int8" else 1e-4
     base = make_base(tmp_path / "base", architecture)
-    trained, card = make_adapter(base, tmp_path / "adapter", quantization, variant=variant)
+    trained, metadata = make_adapter(base, tmp_path / "adapter", quantization, variant=variant)
     for _ in merge(
         tmp_path / "adapter",
         base,
         tmp_path / "merged",
         AutoConfig.from_pretrained(base),
-        card,
+        metadata,
         "dequantized",
     ):
         pass
@@ -90,7 +90,7 @@ def test_merged_is_the_trained_model(tmp_path, architecture, variant, quantizati
 
 def test_original_base_is_another_model_after_nf4_training(tmp_path):
     base = make_base(tmp_path / "base")
-    trained, card = make_adapter(base, tmp_path / "adapter", "nf4")
+    trained, metadata = make_adapter(base, tmp_path / "adapter", "nf4")
     errors = {}
     for kind in ("dequantized", "original"):
         for _ in merge(
@@ -98,7 +98,7 @@ def test_original_base_is_another_model_after_nf4_training(tmp_path):
             base,
             tmp_path / kind,
             AutoConfig.from_pretrained(base),
-            card,
+            metadata,
             kind,
         ):
             pass
@@ -111,13 +111,13 @@ def test_original_base_is_another_model_after_nf4_training(tmp_path):
 @pytest.mark.parametrize("tied", [True, False])
 def test_shards_tokenizer_and_config_are_carried(tmp_path, tied):
     base = make_base(tmp_path / "base", tied=tied, shard="150KB")
-    trained, card = make_adapter(base, tmp_path / "adapter", "none")
+    trained, metadata = make_adapter(base, tmp_path / "adapter", "none")
     for _ in merge(
         tmp_path / "adapter",
         base,
         tmp_path / "merged",
         AutoConfig.from_pretrained(base),
-        card,
+        metadata,
         "dequantized",
     ):
         pass
@@ -156,7 +156,7 @@ def test_quantized_modules_are_those_the_library_quantizes(tmp_path):
 
 def test_wrong_shapes_leave_nothing_behind(tmp_path):
     base = make_base(tmp_path / "base")
-    _, card = make_adapter(base, tmp_path / "adapter", "none")
+    _, metadata = make_adapter(base, tmp_path / "adapter", "none")
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     save_file(
         {
@@ -172,7 +172,7 @@ def test_wrong_shapes_leave_nothing_behind(tmp_path):
                 base,
                 tmp_path / "merged",
                 AutoConfig.from_pretrained(base),
-                card,
+                metadata,
                 "original",
             )
         )
@@ -216,13 +216,14 @@ import torch, psutil
 from transformers import AutoConfig
 import bitsandbytes
 from medqlora.model.merging import merge
-from medqlora.model.adapter import read_adapter_card
+from medqlora.model.adapter import read_adapter_metadata
 from medqlora.core.environment import read_peak_resident
 folder = Path(sys.argv[1])
 before = psutil.Process().memory_info().rss
 config = AutoConfig.from_pretrained(folder / "base")
-card = read_adapter_card(folder / "adapter")
-work = merge(folder / "adapter", folder / "base", folder / "merged", config, card, "dequantized")
+metadata = read_adapter_metadata(folder / "adapter")
+folders = (folder / "adapter", folder / "base", folder / "merged")
+work = merge(*folders, config, metadata, "dequantized")
 for _ in work:
     pass
 print(read_peak_resident() - before)
@@ -251,14 +252,14 @@ def test_memory_of_merging_a_sharded_gigabyte(tmp_path):
     assert sum(path.stat().st_size for path in (tmp_path / "base").glob("*.safetensors")) > 1e9
     assert len(list_shards(tmp_path / "base")) >= 4
     adapted = attach_adapter(model, Lora(r=8), 0)
-    card = {
+    metadata = {
         "base": "x",
         "architecture_sha256": architecture_hash(config),
         "quantization": "nf4",
         "double_quantization": True,
         "dtype": "bfloat16",
     }
-    save_adapter(tmp_path / "adapter", adapted, card)
+    save_adapter(tmp_path / "adapter", adapted, metadata)
     assert adapter_weights(adapted)
     del model, adapted
     done = run_script("-c", MEASURE, tmp_path)

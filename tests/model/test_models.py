@@ -16,7 +16,7 @@ from medqlora.model.adapter import (
     adapter_weights,
     attach_adapter,
     load_adapter,
-    read_adapter_card,
+    read_adapter_metadata,
     restore_adapter,
     save_adapter,
 )
@@ -121,8 +121,11 @@ def save(tmp_path, **lora):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    card = {"base": "demo", "architecture_sha256": architecture_hash(model.get_base_model().config)}
-    save_adapter(tmp_path / "adapter", model, card)
+    metadata = {
+        "base": "demo",
+        "architecture_sha256": architecture_hash(model.get_base_model().config),
+    }
+    save_adapter(tmp_path / "adapter", model, metadata)
     return model
 
 
@@ -153,7 +156,7 @@ def test_changed_adapter_file_is_seen(tmp_path):
     content[-10] ^= 1
     path.write_bytes(bytes(content))
     with pytest.raises(ModelError, match="cut or changed"):
-        read_adapter_card(tmp_path / "adapter")
+        read_adapter_metadata(tmp_path / "adapter")
 
 
 def test_adapter_for_another_base_is_refused(tmp_path):

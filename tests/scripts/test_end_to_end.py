@@ -116,8 +116,8 @@ def test_run_folder_is_complete(finished):
         "memory_bytes",
     } <= set(metrics)
     assert metrics["n"] == 60
-    card = json.loads((run / "adapter" / "medqlora.json").read_text())
-    assert {"prompt_style", "prompt_sha256", "base", "quantization"} <= set(card)
+    metadata = json.loads((run / "adapter" / "medqlora.json").read_text())
+    assert {"prompt_style", "prompt_sha256", "base", "quantization"} <= set(metadata)
     environment = json.loads((run / "environment.json").read_text())
     assert {
         "versions",

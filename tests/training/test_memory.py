@@ -33,8 +33,8 @@ from medqlora.training.memory.estimate import (
 from medqlora.training.memory.forecast import check_attention, forecast_step, make_states
 from medqlora.training.memory.longest import longest_sequence
 from medqlora.training.memory.planner import list_checkpointing, plan_step
-from medqlora.training.memory.setting import Setting, parse_size, usable
 from medqlora.training.memory.sharding import divide
+from medqlora.training.memory.target import TargetHardware, parse_size, usable
 from medqlora.training.memory.tracker import GIB, META, Batch, ForecastError
 from medqlora.training.optimizers import make_optimizer
 from medqlora.training.processes import ProcessError
@@ -77,8 +77,8 @@ def small(kind: str = "llama", **more):
     return AutoConfig.for_model(kind, **SMALL | more)
 
 
-def setting(memory: int, strategy: Strategy | None = None) -> Setting:
-    return Setting(CUDA, torch.bfloat16, torch.uint8, strategy or Strategy("one"), memory)
+def target(memory: int, strategy: Strategy | None = None) -> TargetHardware:
+    return TargetHardware(CUDA, torch.bfloat16, torch.uint8, strategy or Strategy("one"), memory)
 
 
 # ---- the forecast --------------------------------------------------------------------------------
@@ -294,7 +294,7 @@ def test_offloaded_inputs_need_the_hosts_memory():
     ).host
     exact = 11 * 8192 * architecture.hidden_size * 2
     assert exact <= needed < exact + 2**25
-    tight = replace(setting(int(2.2 * GIB)), host=2**26)
+    tight = replace(target(int(2.2 * GIB)), host=2**26)
     free = change(
         change(config, "data", max_length=4096),
         "training",
@@ -304,7 +304,7 @@ def test_offloaded_inputs_need_the_hosts_memory():
     plan = plan_step(free, architecture, tight, lambda tokens: 64)
     assert plan.forecast.host <= tight.host
     length = longest_sequence(
-        config, architecture, replace(setting(10 * GIB), host=2**28), lambda tokens: 64
+        config, architecture, replace(target(10 * GIB), host=2**28), lambda tokens: 64
     )
     assert 0.5 < 11 * length * architecture.hidden_size * 2 / 2**28 <= 1
     with pytest.raises(ForecastError, match=r"GiB that may be pinned in the host's memory"):
@@ -503,7 +503,7 @@ def test_a_plan_fits_with_what_the_allocator_reserves(expandable):
     config = make_config("--training.max_tokens_per_batch", "auto")
     architecture = with_layers(read_architecture("qwen2.5-3b", SHIPPED), 12)
     for card in ("3GiB", "4GiB", "6GiB"):
-        where = replace(setting(usable(parse_size(card), CUDA)), expandable=expandable)
+        where = replace(target(usable(parse_size(card), CUDA)), expandable=expandable)
         plan = plan_step(config, architecture, where, lambda tokens: 64)
         forecast = plan.forecast
         assert not plan.short
@@ -601,10 +601,10 @@ def test_estimate_from_few_layers_is_the_forecast():
     config = make_config()
     architecture = with_layers(read_architecture("qwen2.5-3b", SHIPPED), 12)
     labelled = lambda tokens: assume_labelled(config, tokens)  # noqa: E731
-    estimate = Estimate(config, architecture, setting(10**12), (1024, 4096), labelled)
+    estimate = Estimate(config, architecture, target(10**12), (1024, 4096), labelled)
     for tokens, mode in ((2048, "none"), (2048, "full"), (2048, "offload"), (4096, "first_7")):
         exact = forecast_plan(
-            config, architecture, setting(10**12), tokens, mode, labelled(tokens)
+            config, architecture, target(10**12), tokens, mode, labelled(tokens)
         ).forecast.peak
         assert estimate.peak(tokens, mode) == pytest.approx(exact, rel=0.01)
 
@@ -617,7 +617,7 @@ def test_plan_uses_the_card_it_is_given():
     modes = list_checkpointing(architecture, CUDA)
     for card in ("2.7GiB", "4GiB", "8GiB", "80GiB"):
         memory = usable(parse_size(card), CUDA)
-        plan = plan_step(config, architecture, setting(memory), labelled)
+        plan = plan_step(config, architecture, target(memory), labelled)
         assert plan.forecast.peak <= memory
         assert config.training.global_batch_tokens % plan.tokens == 0
         assert plan.tokens >= config.data.max_length
@@ -633,7 +633,7 @@ def test_plan_keeps_what_the_recipe_decides():
     plan = plan_step(
         make_config("--training.max_tokens_per_batch", "2048"),
         architecture,
-        setting(memory),
+        target(memory),
         lambda tokens: 64,
     )
     assert plan.tokens == 2048
@@ -641,7 +641,7 @@ def test_plan_keeps_what_the_recipe_decides():
     fewer = forecast_plan(
         make_config(),
         architecture,
-        setting(memory),
+        target(memory),
         2048,
         f"first_{plan.forecast.recomputed - 1}",
         64,
@@ -652,7 +652,7 @@ def test_plan_keeps_what_the_recipe_decides():
             "--training.max_tokens_per_batch", "auto", "--training.gradient_checkpointing", "full"
         ),
         architecture,
-        setting(memory),
+        target(memory),
         lambda tokens: 64,
     )
     assert plan.checkpointing == "full"
@@ -662,7 +662,7 @@ def test_plan_keeps_what_the_recipe_decides():
 def test_impossible_budget_says_what_would_fit():
     architecture = with_layers(read_architecture("qwen2.5-3b", SHIPPED), 12)
     with pytest.raises(ForecastError, match="the base alone needs"):
-        plan_step(make_config(), architecture, setting(GIB // 2), lambda tokens: 64)
+        plan_step(make_config(), architecture, target(GIB // 2), lambda tokens: 64)
     config = make_config("--training.max_tokens_per_batch", "32768")
     with pytest.raises(
         ForecastError,
@@ -671,10 +671,10 @@ def test_impossible_budget_says_what_would_fit():
             r" auto"
         ),
     ):
-        plan_step(config, architecture, setting(int(1.9 * GIB)), lambda tokens: 64)
+        plan_step(config, architecture, target(int(1.9 * GIB)), lambda tokens: 64)
     free = change(config, "training", max_tokens_per_batch="auto", gradient_checkpointing="auto")
     # the advice can be followed
-    plan_step(free, architecture, setting(int(1.9 * GIB)), lambda tokens: 64)
+    plan_step(free, architecture, target(int(1.9 * GIB)), lambda tokens: 64)
 
 
 def test_rows_that_are_too_long_are_told_what_fits():
@@ -689,10 +689,10 @@ def test_rows_that_are_too_long_are_told_what_fits():
         "65536",
     )
     with pytest.raises(ForecastError, match=r"rows of .* tokens would fit") as caught:
-        plan_step(config, architecture, setting(memory), lambda tokens: 64)
+        plan_step(config, architecture, target(memory), lambda tokens: 64)
     length = int(str(caught.value).split("set data.max_length to ")[1].split()[0])
     plan = plan_step(
-        change(config, "data", max_length=length), architecture, setting(memory), lambda tokens: 64
+        change(config, "data", max_length=length), architecture, target(memory), lambda tokens: 64
     )
     assert plan.forecast.peak <= memory
 
@@ -702,14 +702,14 @@ def test_longest_row_fits_and_a_longer_one_does_not(card):
     config = make_config()
     architecture = with_layers(read_architecture("qwen2.5-3b", SHIPPED), 12)
     memory = usable(parse_size(card), CUDA)
-    length = longest_sequence(config, architecture, setting(memory), lambda tokens: 64)
+    length = longest_sequence(config, architecture, target(memory), lambda tokens: 64)
 
     def needs(tokens: int) -> int:
         alone = change(
             change(config, "data", max_length=tokens), "training", global_batch_tokens=tokens
         )
-        return setting(memory).needs(
-            forecast_plan(alone, architecture, setting(memory), tokens, "offload", 64).forecast,
+        return target(memory).needs(
+            forecast_plan(alone, architecture, target(memory), tokens, "offload", 64).forecast,
             short=True,
         )
 

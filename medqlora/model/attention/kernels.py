@@ -19,7 +19,7 @@ from transformers import AttentionInterface
 
 from medqlora.model.attention.blocked import BlockedAttention, allow_keys, choose_scaling
 from medqlora.model.attention.documents import DOCUMENTS, Documents, Pad, Unpad
-from medqlora.model.attention.tree import Branches, gather_rows
+from medqlora.model.attention.tree import PrefixTree, gather_rows
 
 ALIGNED = 8  # torch's fused kernels take head widths that are a multiple of it.
 # up to this length plain matrix products beat the CPU's fused attention in bfloat16, two to four
@@ -36,7 +36,7 @@ def attend_documents(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    documents: Documents | Branches | None = None,
+    documents: Documents | PrefixTree | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """AttentionInterface function: query [1, heads, tokens, width], key and value [1, kv heads,
@@ -44,11 +44,13 @@ def attend_documents(
     document (generation, evaluation). A model's own dropout on attention weights (GPT-2, BioGPT) is
     left out: the GPU's kernel has none, and the adapter has dropout of its own.
     """
-    if isinstance(documents, Branches):
+    if isinstance(documents, PrefixTree):
         if documents.record is not None:
             documents.record[module.layer_idx] = (key, value)
         return (
-            attend_branches(module, query, key, value, scaling, sliding_window, softcap, documents),
+            attend_prefix_tree(
+                module, query, key, value, scaling, sliding_window, softcap, documents
+            ),
             None,
         )
     if documents is None:
@@ -125,7 +127,7 @@ def attend_varlen(
     )
 
 
-def attend_branches(
+def attend_prefix_tree(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -133,7 +135,7 @@ def attend_branches(
     scaling: float | None,
     sliding_window: int | None,
     softcap: float | None,
-    branches: Branches,
+    branches: PrefixTree,
 ) -> torch.Tensor:
     """As attend_documents, for segments of a tree: query [1, heads, tokens, width] -> [1, tokens,
     heads, width].

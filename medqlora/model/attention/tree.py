@@ -11,7 +11,7 @@ from medqlora.model.attention.documents import is_grouped
 
 
 @dataclass(frozen=True)
-class Branches:
+class PrefixTree:
     """Packed segments that attend to their own tokens and to those of earlier segments that they
     continue.
 
@@ -51,14 +51,14 @@ class Branches:
         return self.masks[group, window]
 
 
-def locate_branches(
+def locate_prefix_tree(
     lengths: list[int],
     parents: list[int | None],
     device: torch.device,
     prefix: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None,
     shared: int = 0,
     backend: str = "varlen",
-) -> Branches:
+) -> PrefixTree:
     """Segments in packed order, each with the number of the segment it continues (None: only the
     shared prefix); backend: varlen or grouped."""
     starts = [0, *itertools.accumulate(lengths)]
@@ -76,9 +76,9 @@ def locate_branches(
     groups = ()
     scatter = None
     if is_grouped(backend, device):
-        groups, scatter = group_branches(lengths, starts, keys)
+        groups, scatter = group_prefix_tree(lengths, starts, keys)
         scatter = scatter.to(device)
-    return Branches(
+    return PrefixTree(
         *(values.to(device) for values in cumulated),
         max(lengths),
         max(sizes),
@@ -93,7 +93,7 @@ def locate_branches(
     )
 
 
-def group_branches(
+def group_prefix_tree(
     lengths: list[int], starts: list[int], keys: list[torch.Tensor]
 ) -> tuple[list, torch.Tensor]:
     """Segments of like size side by side, padded to the group's longest by repeating a token that

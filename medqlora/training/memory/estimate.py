@@ -11,8 +11,8 @@ from medqlora.core.config import Config
 from medqlora.core.config_loading import change
 from medqlora.data.formats.registry import find_format
 from medqlora.training.memory.forecast import forecast_step
-from medqlora.training.memory.setting import Setting, StepPlan
 from medqlora.training.memory.sharding import divide
+from medqlora.training.memory.target import StepPlan, TargetHardware
 from medqlora.training.memory.tracker import Batch
 
 OVERHEAD_TOKENS = 250
@@ -55,25 +55,25 @@ def time_per_token(tokens: int, recomputed: float, offloaded: bool = False) -> f
 def forecast_plan(
     config: Config,
     architecture: PretrainedConfig,
-    setting: Setting,
+    target: TargetHardware,
     tokens: int,
     checkpointing: str,
     labelled: int,
     backend: str | None = None,
 ) -> StepPlan:
-    """The forecast per process of one way to train. backend: of attention, default what the setting
+    """The forecast per process of one way to train. backend: of attention, default what the target
     gets.
     """
-    backend = backend or setting.choose_attention(config, architecture).backend
-    accumulated = config.training.global_batch_tokens > tokens * setting.strategy.ranks
+    backend = backend or target.choose_attention(config, architecture).backend
+    accumulated = config.training.global_batch_tokens > tokens * target.strategy.ranks
     batch = make_batch(config, tokens, labelled, accumulated)
     chosen = change(
         config, "training", max_tokens_per_batch=tokens, gradient_checkpointing=checkpointing
     )
     forecast = forecast_step(
-        chosen, architecture, setting.device, setting.dtype, setting.storage, batch, backend=backend
+        chosen, architecture, target.device, target.dtype, target.storage, batch, backend=backend
     )
-    return StepPlan(tokens, checkpointing, divide(forecast, setting.strategy))
+    return StepPlan(tokens, checkpointing, divide(forecast, target.strategy))
 
 
 def with_layers(architecture: PretrainedConfig, count: int) -> PretrainedConfig:
@@ -95,13 +95,13 @@ class Estimate:
         self,
         config: Config,
         architecture: PretrainedConfig,
-        setting: Setting,
+        target: TargetHardware,
         sizes: tuple[int, int],
         labelled_of: Callable[[int], int],
     ):
         self.config = config
         self.architecture = architecture
-        self.setting = setting
+        self.target = target
         self.sizes = sizes
         self.labelled_of = labelled_of
         self.layers = architecture.get_text_config().num_hidden_layers
@@ -116,7 +116,7 @@ class Estimate:
                 forecast_plan(
                     self.config,
                     with_layers(self.architecture, count),
-                    self.setting,
+                    self.target,
                     tokens,
                     mode,
                     self.labelled_of(tokens),
@@ -131,7 +131,7 @@ class Estimate:
 
     def learn(self, plan: StepPlan) -> None:
         """Take the slack from a forecast of all layers."""
-        slack = self.setting.needs(plan.forecast) / plan.forecast.peak
+        slack = self.target.needs(plan.forecast) / plan.forecast.peak
         self.slack = slack if self.slack is None else min(self.slack, slack)
 
     def peak(self, tokens: int, mode: str) -> float:

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from medqlora.core.config import Config
 from medqlora.core.config_loading import change
 from medqlora.training.memory.estimate import Estimate, forecast_plan
-from medqlora.training.memory.setting import Setting
+from medqlora.training.memory.target import TargetHardware
 from medqlora.training.memory.tracker import Forecast
 
 
@@ -23,13 +23,13 @@ def least_memory(device: torch.device) -> str:
 def longest_sequence(
     config: Config,
     architecture: PretrainedConfig,
-    setting: Setting,
+    target: TargetHardware,
     labelled_of: Callable[[int], int],
 ) -> int | None:
     """Tokens of the longest row that fits, alone in its optimizer step on each process, with the
     least memory, where the allocator gives back what it can; a multiple of 16; None: none does."""
-    mode = least_memory(setting.device)
-    ranks = setting.strategy.ranks
+    mode = least_memory(target.device)
+    ranks = target.strategy.ranks
     most = getattr(architecture.get_text_config(), "max_position_embeddings", None)
 
     def alone(tokens: int) -> Config:
@@ -40,13 +40,13 @@ def longest_sequence(
         )
 
     def estimate(tokens: int) -> float:
-        return Estimate(
-            alone(tokens), architecture, setting, (tokens, tokens), labelled_of
-        ).peak_at(tokens, mode)
+        return Estimate(alone(tokens), architecture, target, (tokens, tokens), labelled_of).peak_at(
+            tokens, mode
+        )
 
     (before, needed), (length, need) = ((tokens, estimate(tokens)) for tokens in (1024, 2048))
     for _ in range(6):  # all that a row needs grows nearly linearly with it
-        guess = length + (setting.memory - need) / max(1.0, (need - needed) / (length - before))
+        guess = length + (target.memory - need) / max(1.0, (need - needed) / (length - before))
         guess = int(min(guess, most or guess)) // 16 * 16
         if guess < 16 or guess == length:
             break
@@ -55,16 +55,16 @@ def longest_sequence(
 
     def forecast(tokens: int) -> Forecast:
         return forecast_plan(
-            alone(tokens), architecture, setting, tokens, mode, labelled_of(tokens)
+            alone(tokens), architecture, target, tokens, mode, labelled_of(tokens)
         ).forecast
 
     over = None  # This is the shortest row that is known not to fit.
     # from few layers to all of them
-    while length >= 16 and not setting.holds(found := forecast(length), short=True):
+    while length >= 16 and not target.holds(found := forecast(length), short=True):
         over = length
-        shorter = length - (setting.needs(found, short=True) - setting.memory) / per_token
-        if found.host > setting.host:
-            shorter = min(shorter, length * setting.host / found.host)
+        shorter = length - (target.needs(found, short=True) - target.memory) / per_token
+        if found.host > target.host:
+            shorter = min(shorter, length * target.host / found.host)
         length = min(length - 16, int(shorter) // 16 * 16)
     if length < 16:
         return None
@@ -74,7 +74,7 @@ def longest_sequence(
         middle = (over + length) // 32 * 16
         if middle - length <= length // 100:
             break
-        if setting.holds(forecast(middle), short=True):
+        if target.holds(forecast(middle), short=True):
             length = middle
         else:
             over = middle

@@ -13,14 +13,14 @@ from medqlora.core.config import Config
 from medqlora.core.config_loading import change
 from medqlora.training.memory.estimate import Estimate, forecast_plan, time_per_token
 from medqlora.training.memory.longest import least_memory, longest_sequence
-from medqlora.training.memory.setting import Setting, StepPlan
+from medqlora.training.memory.target import StepPlan, TargetHardware
 from medqlora.training.memory.tracker import GIB, ForecastError
 
 
 def plan_step(
     config: Config,
     architecture: PretrainedConfig,
-    setting: Setting,
+    target: TargetHardware,
     labelled_of: Callable[[int], int],
 ) -> StepPlan:
     """Decide what of max_tokens_per_batch and gradient_checkpointing is auto: of what fits, the
@@ -34,36 +34,36 @@ def plan_step(
     """
     training = config.training
     longest = config.data.max_length
-    sizes = list_budgets(training, longest, setting.strategy.ranks)
+    sizes = list_budgets(training, longest, target.strategy.ranks)
     if training.gradient_checkpointing != "auto" and training.max_tokens_per_batch != "auto":
         return forecast_plan(
             config,
             architecture,
-            setting,
+            target,
             sizes[0],
             training.gradient_checkpointing,
             labelled_of(sizes[0]),
         )
     modes = (
-        list_checkpointing(architecture, setting.device)
+        list_checkpointing(architecture, target.device)
         if training.gradient_checkpointing == "auto"
         else {training.gradient_checkpointing: (0.0, False)}
     )
     easiest = forecast_plan(
-        config, architecture, setting, sizes[0], next(iter(modes)), labelled_of(sizes[0])
+        config, architecture, target, sizes[0], next(iter(modes)), labelled_of(sizes[0])
     )
     # the largest micro-batch, nothing recomputed that need not be
-    if setting.holds(easiest.forecast):
+    if target.holds(easiest.forecast):
         return easiest
-    if easiest.forecast.loaded > setting.memory:
+    if easiest.forecast.loaded > target.memory:
         raise ForecastError(
             f"memory: the base alone needs {easiest.forecast.loaded / GIB:.2f} GiB,"
-            f" {setting.memory / GIB:.2f} GiB may be used; use a smaller model"
+            f" {target.memory / GIB:.2f} GiB may be used; use a smaller model"
         )
     estimate = Estimate(
         config,
         architecture,
-        setting,
+        target,
         (min(sizes[-1], max(1, sizes[0] // 2)), sizes[0]),
         labelled_of,
     )
@@ -75,52 +75,56 @@ def plan_step(
     fastest = [option[1:] for option in sorted(options, key=lambda option: option[0])]
     passed_over = []
     for size, mode in fastest:
-        if len(modes) > 1 and estimate.needs(size, mode) > setting.memory:
-            if estimate.peak(size, mode) <= setting.memory:
+        if len(modes) > 1 and estimate.needs(size, mode) > target.memory:
+            if estimate.peak(size, mode) <= target.memory:
                 passed_over.append((size, mode))
             continue
-        plan = forecast_plan(config, architecture, setting, size, mode, labelled_of(size))
-        if setting.holds(plan.forecast):
+        plan = forecast_plan(config, architecture, target, size, mode, labelled_of(size))
+        if target.holds(plan.forecast):
             return plan
         estimate.learn(plan)
     # The slack differs from plan to plan, so one of them may fit after all.
     for size, mode in passed_over:
-        plan = forecast_plan(config, architecture, setting, size, mode, labelled_of(size))
-        if setting.holds(plan.forecast):
+        plan = forecast_plan(config, architecture, target, size, mode, labelled_of(size))
+        if target.holds(plan.forecast):
             return plan
     last = forecast_plan(
-        config, architecture, setting, sizes[-1], list(modes)[-1], labelled_of(sizes[-1])
+        config, architecture, target, sizes[-1], list(modes)[-1], labelled_of(sizes[-1])
     )
     smallest = last.forecast
-    if setting.holds(smallest, short=True):
+    if target.holds(smallest, short=True):
         return replace(last, short=True)
     host = (
-        f" and {smallest.host / GIB:.2f} of {setting.host / GIB:.2f} GiB that may be pinned in the"
+        f" and {smallest.host / GIB:.2f} of {target.host / GIB:.2f} GiB that may be pinned in the"
         " host's memory"
-        if smallest.host > setting.host
+        if smallest.host > target.host
         else ""
     )
     raise ForecastError(
         f"memory: {sizes[-1]:,} tokens per micro-batch with gradient_checkpointing"
-        f" {list(modes)[-1]} need {setting.needs(smallest, short=True) / GIB:.2f} GiB,"
-        f" {setting.memory / GIB:.2f} GiB may be used{host};"
-        f" {suggest(config, architecture, setting, labelled_of)}"
+        f" {list(modes)[-1]} need {target.needs(smallest, short=True) / GIB:.2f} GiB,"
+        f" {target.memory / GIB:.2f} GiB may be used{host};"
+        f" {suggest(config, architecture, target, labelled_of)}"
     )
 
 
 def cost_of_attention(
-    config: Config, architecture: PretrainedConfig, setting: Setting, plan: StepPlan, labelled: int
+    config: Config,
+    architecture: PretrainedConfig,
+    target: TargetHardware,
+    plan: StepPlan,
+    labelled: int,
 ) -> int | None:
     """Bytes by which the peak of a plan is higher than with torch's variable-length kernel; None
     where that runs, and on a CPU.
     """
     if (
-        setting.device.type == "cpu"
-        or setting.choose_attention(config, architecture).backend != "grouped"
+        target.device.type == "cpu"
+        or target.choose_attention(config, architecture).backend != "grouped"
     ):
         return None
     with_kernel = forecast_plan(
-        config, architecture, setting, plan.tokens, plan.checkpointing, labelled, backend="varlen"
+        config, architecture, target, plan.tokens, plan.checkpointing, labelled, backend="varlen"
     )
     return plan.forecast.peak - with_kernel.forecast.peak
 
@@ -144,25 +148,23 @@ def list_checkpointing(
 def suggest(
     config: Config,
     architecture: PretrainedConfig,
-    setting: Setting,
+    target: TargetHardware,
     labelled_of: Callable[[int], int],
 ) -> str:
     """What would fit, for an error: other recomputation and micro-batches, else shorter rows."""
     free = change(config, "training", max_tokens_per_batch="auto", gradient_checkpointing="auto")
-    tokens = list_budgets(free.training, 1, setting.strategy.ranks)
-    mode = least_memory(setting.device)
+    tokens = list_budgets(free.training, 1, target.strategy.ranks)
+    mode = least_memory(target.device)
     hold = [size for size in tokens if size >= config.data.max_length]
-    if hold and setting.holds(
-        forecast_plan(
-            config, architecture, setting, hold[-1], mode, labelled_of(hold[-1])
-        ).forecast,
+    if hold and target.holds(
+        forecast_plan(config, architecture, target, hold[-1], mode, labelled_of(hold[-1])).forecast,
         short=True,
     ):
         return (
             f"{hold[-1]:,} tokens with gradient_checkpointing {mode} would fit: set"
             " training.max_tokens_per_batch and training.gradient_checkpointing to auto"
         )
-    length = longest_sequence(config, architecture, setting, labelled_of)
+    length = longest_sequence(config, architecture, target, labelled_of)
     fitting = [size for size in tokens if size <= (length or 0)]
     if not fitting:
         return (

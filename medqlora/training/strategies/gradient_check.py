@@ -17,7 +17,7 @@ from medqlora.model.adapter import trainable
 from medqlora.model.attention.packed_batch import move_batch
 from medqlora.model.head_loss import AnswerLoss, count_chunks
 from medqlora.prompts.encoding import TokenTable
-from medqlora.training.processes import together
+from medqlora.training.processes import agree_on_errors
 from medqlora.training.session import Built, Session, run_micro_batch
 from medqlora.training.setup import Setup
 from medqlora.training.strategies.interface import Trainer
@@ -64,7 +64,7 @@ def open_session(
     reference = compute_reference(built.loss_model, batch, targets, seed)
     session = Session(built, config, strategy, setup.device, setup.dtype, setup.rank)
     found = measure_gradients(session.trainer, batch, targets, ranks, seed)
-    with together():
+    with agree_on_errors():
         error = compare_gradients(reference, found, setup.dtype, strategy)
     session.trainer.write_weights(before)
     return session, GradientCheck(error, time.perf_counter() - began)

@@ -29,7 +29,7 @@ HEAP = 0.5
 
 
 @dataclass(frozen=True)
-class Setting:
+class TargetHardware:
     """Where a step runs. memory: bytes that one process may use, its margin taken off already;
     host: bytes of the machine's memory that one process may pin for offloaded layer inputs;
     capability: of a GPU that is not here (default: this machine's); expandable: whether the
