@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from medqlora.batches.plan import list_budgets
+from medqlora.batches.plan import choose_packing, list_budgets
 from medqlora.core.command import run_command, run_early
 from medqlora.core.config_loading import change, help_text, load_config
 from medqlora.core.environment import prefer_expandable_segments
@@ -76,8 +76,9 @@ def main() -> None:
     )
     # for auto the largest
     budget = list_budgets(config.training, config.data.max_length, arguments.processes)[0]
+    packed = choose_packing(config.training, budget, arguments.processes)
     config = change(config, "training", max_tokens_per_batch=budget)
-    plan, _ = prepare_plan(config, prepared, arguments.processes)
+    plan, _ = prepare_plan(config, prepared, arguments.processes, packed)
     for source in prepared.mixture:
         console.print(
             f"{source['entry']} {source['format']} {source['path'] or ''}: {source['rows']:,} rows,"

@@ -47,7 +47,7 @@ from medqlora.reporting.terminal import (
 )
 from medqlora.training.optimizers import learning_rate
 from medqlora.training.planning import Planned, plan_run
-from medqlora.training.processes import agree_on_errors, gather
+from medqlora.training.processes import agree_on_errors, end_processes, gather
 from medqlora.training.records import (
     describe_adapter,
     describe_run,
@@ -95,7 +95,7 @@ def main(config: Config, output_dir: Path, resume: bool) -> int:
     code, best_step = train(setup, planned, session, metadata)
     if code == 0:
         finish(setup, planned, session, memory, best_step)
-    setup.accelerator.end_training()
+    end_processes(setup.accelerator, os.environ)
     return code
 
 

@@ -111,12 +111,19 @@ def load_prepared(data: Data, name: str) -> Prepared:
     )
 
 
-def prepare_plan(config: Config, prepared: Prepared, ranks: int) -> tuple[Plan, str]:
-    """The training plan (memory-mapped from the cache) and its name, which holds its hash."""
+def prepare_plan(
+    config: Config, prepared: Prepared, ranks: int, packed_tokens: int | None = None
+) -> tuple[Plan, str]:
+    """The training plan (memory-mapped from the cache) and its name, which holds its hash.
+
+    config: with training.max_tokens_per_batch decided, a rank's micro-batch; packed_tokens: of the
+    bins that rows are packed in (plan.choose_packing), default the same.
+    """
     training = config.training
     data = config.data
     settings = {
-        "capacity": training.max_tokens_per_batch,
+        "capacity": packed_tokens or training.max_tokens_per_batch,
+        "micro_tokens": training.max_tokens_per_batch,
         "global_tokens": training.global_batch_tokens,
         "ranks": ranks,
         "epochs": training.epochs,

@@ -123,20 +123,22 @@ def level(lengths: np.ndarray, rows: np.ndarray, count: int, capacity: int) -> l
     return [np.asarray(chosen) for chosen in bins if chosen]
 
 
-def level_for_ranks(
-    lengths: np.ndarray, rows: np.ndarray, count: int, ranks: int, capacity: int
+def divide_step(
+    lengths: np.ndarray, bins: list[np.ndarray], ranks: int, capacity: int
 ) -> list[np.ndarray]:
-    """Like `level`, with a number of bins that is a multiple of `ranks`. Where there are too few
-    rows to split, the lightest bins (fewer than `ranks` rows) sit this epoch out."""
-    bins = level(lengths, rows, -(-count // ranks) * ranks, capacity)
-    while len(bins) % ranks:
-        bins.sort(key=len)
-        if len(bins[-1]) < 2:
-            bins.sort(key=lambda chosen: -int(lengths[chosen].sum()))
-            return bins[: len(bins) // ranks * ranks]
-        most = bins.pop()
-        bins += [most[::2], most[1::2]]
-    return bins
+    """A step's micro-batches for `ranks` processes: the same rows in a multiple of `ranks` bins of
+    at most `capacity` tokens. Where there are fewer rows than processes, bins are left empty.
+    """
+    if len(bins) % ranks == 0:
+        return bins
+    rows = np.concatenate(bins)
+    rounds = max(1, -(-int(lengths[rows].sum()) // (ranks * capacity)))
+    divided = level(lengths, rows, rounds * ranks, capacity)
+    while len(divided) > rounds * ranks:
+        rounds += 1
+        divided = level(lengths, rows, rounds * ranks, capacity)
+    empty = [np.empty(0, np.int64)] * (rounds * ranks - len(divided))
+    return divided + empty
 
 
 def draw_rows(repeats: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -151,56 +153,88 @@ def draw_rows(repeats: np.ndarray, generator: np.random.Generator) -> np.ndarray
     return generator.permutation(np.concatenate(rows))
 
 
-def derive_accumulation(global_batch_tokens: int, max_tokens_per_batch: int, ranks: int) -> int:
-    """Micro-batches per rank and step.
+def count_bins(global_batch_tokens: int, packed_tokens: int) -> int:
+    """Bins of `packed_tokens` tokens that a step is packed in.
 
     Raises:
-        PlanError: the global batch is not a multiple of micro-batch x ranks.
+        PlanError: the global batch is not a multiple of them.
     """
-    per_round = max_tokens_per_batch * ranks
-    if global_batch_tokens % per_round:
-        lower = global_batch_tokens // per_round * per_round
-        upper = -(-global_batch_tokens // per_round) * per_round
+    bins, rest = divmod(global_batch_tokens, packed_tokens)
+    if rest:
+        lower = bins * packed_tokens
         raise PlanError(
             f"training.global_batch_tokens {global_batch_tokens} is not a multiple of"
-            f" max_tokens_per_batch {max_tokens_per_batch} x {ranks} process(es); use"
-            f" {upper}{f' or {lower}' if lower else ''}, or change the other"
+            f" max_tokens_per_batch {packed_tokens}; use {lower + packed_tokens}"
+            f"{f' or {lower}' if lower else ''}, or change the other"
         )
-    return global_batch_tokens // per_round
+    return bins
+
+
+def share_bins(global_batch_tokens: int, packed_tokens: int, longest: int, ranks: int) -> int:
+    """Tokens of a process's micro-batch, where a step is packed in bins of `packed_tokens`.
+
+    The global batch is the experiment, and which rows a step holds does not depend on the number
+    of processes. Where the bins cannot be dealt out evenly, the step's rows are divided anew:
+    longest-first fills no micro-batch beyond an even share and one row of `longest` tokens.
+
+    Raises:
+        PlanError: the global batch is not a multiple of the bins.
+    """
+    bins = count_bins(global_batch_tokens, packed_tokens)
+    if bins % ranks == 0:
+        return packed_tokens
+    rounds = -(-bins // ranks)
+    share = -(-global_batch_tokens // (ranks * rounds))
+    return min(packed_tokens, share + longest)
 
 
 def list_budgets(training: Training, longest: int, ranks: int) -> list[int]:
-    """What training.max_tokens_per_batch can be, largest first: the given value, or for auto all
-    that divide the global batch and hold a row of `longest` tokens.
+    """What a process's micro-batch can be in tokens, largest first: what follows from the given
+    value, or for auto all that divide the global batch and hold a row of `longest` tokens.
 
     Raises:
         PlanError: the global batch cannot be divided.
     """
+    total = training.global_batch_tokens
     if training.max_tokens_per_batch != "auto":
-        derive_accumulation(training.global_batch_tokens, training.max_tokens_per_batch, ranks)
-        return [training.max_tokens_per_batch]
-    share, rest = divmod(training.global_batch_tokens, ranks)
+        return [share_bins(total, training.max_tokens_per_batch, longest, ranks)]
+    share, rest = divmod(total, ranks)
     sizes = [share // count for count in range(1, share // longest + 1) if share % count == 0]
     if rest or not sizes:
+        # The whole step is one bin, which is divided anew in ever more rounds.
+        shares = {-(-total // (ranks * rounds)) for rounds in range(1, total // longest + 1)}
+        sizes = sorted({min(total, share + longest) for share in shares}, reverse=True)
+    if not sizes:
         raise PlanError(
-            f"training.global_batch_tokens {training.global_batch_tokens} on {ranks} process(es)"
-            f" has no micro-batch of data.max_length {longest} tokens or more; give a multiple of"
-            f" {longest * ranks}"
+            f"training.global_batch_tokens {total} is less than a row of data.max_length {longest}"
+            " tokens; raise the first or lower the second"
         )
     return sizes
+
+
+def choose_packing(training: Training, micro_tokens: int, ranks: int) -> int:
+    """Tokens of the bins that steps are packed in: the given value; for auto the micro-batch that
+    was decided on, or the whole step where it does not divide the global batch.
+    """
+    if training.max_tokens_per_batch != "auto":
+        return training.max_tokens_per_batch
+    total = training.global_batch_tokens
+    return total if total % (micro_tokens * ranks) else micro_tokens
 
 
 def describe_batch(training: Training, longest: int, ranks: int) -> str:
     """The batch arithmetic in words; raises as list_budgets."""
     sizes = list_budgets(training, longest, ranks)
+    total = f"{training.global_batch_tokens:,} tokens per step = {ranks}"
     if training.max_tokens_per_batch == "auto":
-        return (
-            f"{training.global_batch_tokens:,} tokens per step = {ranks} processes x micro-batches"
-            f" of {sizes[-1]:,} to {sizes[0]:,}, by forecast"
-        )
+        return f"{total} processes x micro-batches of {sizes[-1]:,} to {sizes[0]:,}, by forecast"
+    bins = count_bins(training.global_batch_tokens, training.max_tokens_per_batch)
+    batches = f"{total} x {-(-bins // ranks)} micro-batch(es) of"
+    if bins % ranks == 0:
+        return f"{batches} {sizes[0]:,}"
     return (
-        f"{training.global_batch_tokens:,} tokens per step = {ranks} x"
-        f" {training.global_batch_tokens // (ranks * sizes[0])} micro-batch(es) of {sizes[0]:,}"
+        f"{batches} at most {sizes[0]:,}; {bins} of {training.max_tokens_per_batch:,} are divided"
+        " among them, with the same rows"
     )
 
 
@@ -210,6 +244,7 @@ def make_plan(
     capacity: int,
     global_tokens: int,
     ranks: int = 1,
+    micro_tokens: int | None = None,
     epochs: float = 1.0,
     max_steps: int | None = None,
     repeats: np.ndarray | None = None,
@@ -217,17 +252,22 @@ def make_plan(
     seed: int = 0,
     packing: bool = True,
 ) -> Plan:
-    """Plan a whole training.
+    """Plan a whole training. Which rows a step holds does not depend on the number of processes.
 
-    Args: lengths: tokens per row, int [rows]. capacity: tokens per micro-batch. global_tokens:
-        tokens per step over all ranks; a multiple of capacity x ranks. repeats: times each row is
-        seen per epoch, float [rows]; default 1. packing: False puts one row in each micro-batch; on
-        one rank only, for a step of whole rounds would depend on their number.
+    Args:
+        lengths: tokens per row, int [rows].
+        capacity: tokens of the bins that rows are packed in.
+        global_tokens: tokens per step over all ranks; a multiple of capacity.
+        micro_tokens: of a rank's micro-batch, where bins cannot be dealt out evenly (share_bins);
+            default capacity.
+        repeats: times each row is seen per epoch, float [rows]; default 1.
+        packing: False puts one row in each micro-batch, on one rank only: a step of whole rounds
+            would depend on the number of ranks.
 
     Raises:
         PlanError: a row longer than `capacity`, or batch arithmetic that does not work out.
     """
-    accumulation = derive_accumulation(global_tokens, capacity, ranks)
+    bins_per_step = count_bins(global_tokens, capacity)
     if ranks > 1 and not packing:
         raise PlanError(
             f"data.packing false with {ranks} processes: steps would depend on their number; use"
@@ -246,9 +286,9 @@ def make_plan(
         generator = np.random.default_rng([seed, epoch])
         rows = draw_rows(repeats, generator)
         if packing:
-            chosen = plan_packed_epoch(
-                lengths, rows, capacity, accumulation * ranks, ranks, window, generator
-            )
+            chosen = plan_packed_epoch(lengths, rows, capacity, bins_per_step, window, generator)
+            micro = micro_tokens or capacity
+            chosen = [divide_step(lengths, step, ranks, micro) for step in chosen]
         else:
             chosen = plan_single_rows(lengths, rows, global_tokens)
         chosen = chosen[: max(1, round(len(chosen) * min(1.0, epochs - epoch)))]
@@ -262,10 +302,7 @@ def make_plan(
     ends = ends[:max_steps]
     bins = [chosen for step in steps for chosen in step]
     if not bins:
-        raise PlanError(
-            f"{len(lengths)} row(s) are too few for {ranks} process(es); give more data or fewer"
-            " processes"
-        )
+        raise PlanError("no row is left to train on; give more data")
     return Plan(
         rows=np.concatenate(bins).astype(np.int32),
         bins=np.cumsum([0] + [len(b) for b in bins]),
@@ -275,22 +312,17 @@ def make_plan(
 
 
 def plan_packed_epoch(
-    lengths, rows, capacity, bins_per_step, ranks, window, generator
+    lengths, rows, capacity, bins_per_step, window, generator
 ) -> list[list[np.ndarray]]:
     bins = pack_epoch(lengths, rows, capacity, window)
     bins = [bins[i] for i in generator.permutation(len(bins))]
     # Bins of like weight share a step, so that ranks that run side by side wait for nobody; full
-    # ones stay shuffled. A step's rows do not depend on the number of ranks.
+    # ones stay shuffled.
     bins.sort(key=lambda chosen: -min(int(lengths[chosen].sum()), WELL_FILLED * capacity))
     cut = (len(bins) - 1) // bins_per_step * bins_per_step
     steps = [bins[i : i + bins_per_step] for i in range(0, cut, bins_per_step)]
     steps = [steps[i] for i in generator.permutation(len(steps))]
-    rest = bins[cut:]  # the epoch's last step: the lightest bins, perhaps too few for all ranks
-    steps.append(
-        level_for_ranks(lengths, np.concatenate(rest), len(rest), ranks, capacity)
-        if ranks > 1
-        else rest
-    )
+    steps.append(bins[cut:])  # the epoch's last step: the lightest bins, and perhaps fewer
     return [step for step in steps if step]
 
 

@@ -295,9 +295,7 @@ def resolve_name(module: str, names: set[str]) -> str:
 def copy_rest(
     base: Path, adapter: Path, output: Path, config: PretrainedConfig, dtype: torch.dtype
 ) -> None:
-    """Copy configuration, tokenizer, chat template, licence, and the adapter's metadata, which tells
-    how to prompt.
-    """
+    """Copy configuration, tokenizer, chat template and licence, and the metadata of the adapter."""
     for path in base.iterdir():
         if path.is_file() and path.suffix != ".safetensors" and path.name.startswith(COPIED):
             shutil.copyfile(path, output / path.name)

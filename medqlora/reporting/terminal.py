@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from medqlora.batches.pipeline import count_reasons
-from medqlora.batches.plan import derive_accumulation
+from medqlora.batches.plan import describe_batch
 from medqlora.core.files import append_line
 from medqlora.core.run_folder import LOG
 from medqlora.evaluation.comparison import compare_paired
@@ -95,12 +95,10 @@ def describe_planned(setup: Setup, planned: Planned) -> Iterator[Table | str]:
     yield tabulate_mixture(prepared.mixture)
     for reason, count in count_reasons(prepared.removals).items():
         yield f"removed {count:,}: {reason} (listed in {setup.output_dir / 'removed.jsonl'})"
-    training = planned.config.training
-    accumulation = derive_accumulation(
-        training.global_batch_tokens, training.max_tokens_per_batch, setup.strategy.ranks
-    )
+    yield describe_batch(setup.config.training, setup.config.data.max_length, setup.strategy.ranks)
+    batches = len(planned.plan.micro_batches(0, 0, setup.strategy.ranks))
     yield (
-        f"{len(planned.plan):,} steps of {accumulation} micro-batch(es) per process;"
+        f"{len(planned.plan):,} steps of {batches} micro-batch(es) per process;"
         f" {len(prepared.eval.lengths) if prepared.eval else 0:,} rows for the evaluation loss,"
         f" {len(prepared.test):,} test questions"
     )

@@ -16,7 +16,7 @@ from medqlora.batches.cache import (
 )
 from medqlora.batches.collate import most_supervised
 from medqlora.batches.pipeline import prepare
-from medqlora.batches.plan import Plan
+from medqlora.batches.plan import Plan, choose_packing, list_budgets
 from medqlora.core.config import Config
 from medqlora.core.config_loading import change
 from medqlora.core.run_folder import open_run
@@ -39,11 +39,14 @@ from medqlora.training.strategies.launch import choose_storage
 class Decision:
     """Micro-batch and recomputation of a run, and the forecast that they follow from.
 
-    Without a forecast only the first two are known, and no_forecast says why. Sizes are bytes.
+    max_tokens_per_batch is of one process; packed_tokens of the bins that steps are packed in,
+    which do not depend on the number of processes. Without a forecast no_forecast says why there is
+    none. Sizes are bytes.
     """
 
     max_tokens_per_batch: int
     gradient_checkpointing: str
+    packed_tokens: int
     no_forecast: str | None = None
     predicted_peak_bytes: int | None = None
     predicted_needed_bytes: int | None = None
@@ -105,7 +108,9 @@ def plan_run(setup: Setup, show: Callable[[str], None]) -> Planned:
         report("forecasting")
         decision = decide_step(setup, prepared, memory)
         report("planning")
-        _, name = prepare_plan(decision.apply(config), prepared, setup.strategy.ranks)
+        decided = decision.apply(config)
+        ranks = setup.strategy.ranks
+        _, name = prepare_plan(decided, prepared, ranks, decision.packed_tokens)
         kept.append(prepared)
         return {
             "prepared": save_prepared(data, prepared) if setup.strategy.ranks > 1 else "",
@@ -159,6 +164,7 @@ def decide_step(setup: Setup, prepared: Prepared, memory: int) -> Decision:
     training = config.training
     if setup.begun_with and training.max_tokens_per_batch == "auto":
         config = change(config, "training", max_tokens_per_batch=setup.begun_with)
+    ranks = setup.strategy.ranks
     target = TargetHardware(
         setup.device,
         setup.dtype,
@@ -175,14 +181,17 @@ def decide_step(setup: Setup, prepared: Prepared, memory: int) -> Decision:
     except Exception as error:  # A model's own code may raise anything on tensors without content.
         if "auto" in (training.max_tokens_per_batch, training.gradient_checkpointing):
             raise  # Nothing can be decided without a forecast.
+        tokens = list_budgets(config.training, config.data.max_length, ranks)[0]
         return Decision(
-            training.max_tokens_per_batch,
-            training.gradient_checkpointing,
+            max_tokens_per_batch=tokens,
+            gradient_checkpointing=training.gradient_checkpointing,
+            packed_tokens=choose_packing(config.training, tokens, ranks),
             no_forecast=" ".join(str(error).split())[:200],
         )
     return Decision(
         max_tokens_per_batch=found.tokens,
         gradient_checkpointing=found.checkpointing,
+        packed_tokens=choose_packing(config.training, found.tokens, ranks),
         predicted_peak_bytes=found.forecast.peak,
         predicted_needed_bytes=target.needs(found.forecast, found.short),
         predicted_host_bytes=found.forecast.host,
@@ -198,14 +207,14 @@ def forecast_recipe(
 ) -> StepPlan:
     """The plan of what is auto; where nothing is, the forecast of what the configuration says."""
     training = config.training
-    tokens = training.max_tokens_per_batch
     checkpointing = training.gradient_checkpointing
-    if "auto" in (tokens, checkpointing):
+    if "auto" in (training.max_tokens_per_batch, checkpointing):
         return plan_step(
             config,
             setup.architecture,
             target,
             lambda tokens: most_supervised(prepared.train, tokens),
         )
+    tokens = list_budgets(training, config.data.max_length, setup.strategy.ranks)[0]
     labelled = most_supervised(prepared.train, tokens)
     return forecast_plan(config, setup.architecture, target, tokens, checkpointing, labelled)

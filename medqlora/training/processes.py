@@ -28,6 +28,7 @@ JOIN = timedelta(minutes=5)  # for all processes to be there
 TIMEOUT = timedelta(minutes=30)
 # seconds that a network filesystem may take to show a file to the other nodes
 SHARED_FILE_DELAY = 60.0
+SETTLE = 0.5  # seconds that gloo's thread needs to free its last work
 
 
 class ProcessError(UserError):
@@ -108,6 +109,22 @@ def join_group(environ: Mapping[str, str], cuda: bool, join: timedelta) -> None:
     offloads = environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true"
     backend = ("cuda:nccl,cpu:gloo" if offloads else "nccl") if cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=join)
+
+
+def settle(environ: Mapping[str, str]) -> None:
+    """Let gloo's thread free its last work, while the model and its groups are still alive.
+
+    The thread needs the interpreter for it, and torch 2.13 waits for that thread without letting go
+    of the interpreter.
+    """
+    if int(environ.get("WORLD_SIZE") or 1) > 1:
+        time.sleep(SETTLE)
+
+
+def end_processes(accelerator: Accelerator, environ: Mapping[str, str]) -> None:
+    """End what start_processes began. Call it before the trained model is let go."""
+    accelerator.end_training()
+    settle(environ)
 
 
 def gather(value: Any) -> list[Any]:

@@ -250,14 +250,20 @@ class Session:
         try:
             for number, rows in enumerate(batches):
                 asked = time.perf_counter()
-                batch = self.make_batch(table, rows, plan.round(step, number, ranks))
+                # A rank without rows in a round computes a row that counts zero, because the
+                # others wait for it.
+                factor = ranks / targets if len(rows) else 0.0
+                shown = rows if len(rows) else plan.rows_of(step)[:1]
+                side_by_side = [*plan.round(step, number, ranks), shown]
+                batch = self.make_batch(table, shown, side_by_side)
                 data_seconds += time.perf_counter() - asked
                 # Each micro-batch of the plan has its own dropout, whichever rank computes it, so
                 # a resumed run has no generator's state to restore.
                 seed = (self.config.training.seed << 40) + (step << 16)
                 torch.manual_seed(seed + number * ranks + self.rank)
                 last = number == len(batches) - 1
-                losses.append(run_micro_batch(self.trainer, batch, ranks / targets, last))
+                loss = run_micro_batch(self.trainer, batch, factor, last)
+                losses.append(loss if len(rows) else torch.zeros_like(loss))
         except torch.OutOfMemoryError:
             return None
         return Gradients(batches, losses, data_seconds)

@@ -25,7 +25,6 @@ from medqlora.model.hardware import choose_dtype, default_device
 from medqlora.model.random_base import count_parameters
 from medqlora.prompts.chat_template import Encoder, make_encoder
 from medqlora.training.processes import (
-    ProcessError,
     agree_on_errors,
     check_versions,
     gather,
@@ -39,7 +38,7 @@ class Setup:
     """The processes and what was asked of them, checked.
 
     Args:
-        begun_with: tokens per micro-batch of a resumed run that a forecast decided on.
+        begun_with: tokens of the bins of a resumed run that a forecast decided on.
         base_parameters, adapter_parameters: how many of each.
         memory_before: bytes in use when the meter began.
     """
@@ -113,7 +112,7 @@ def start(
         base_parameters, adapter_parameters = count_parameters(architecture, config.lora)
         tokenizer = load_tokenizer(model.base, model.revision, model.trust_remote_code)
         encoder = make_encoder(tokenizer, config.data.prompt_style, config.data.completion)
-        begun_with = read_begun(output_dir, config, strategy.ranks) if resume else None
+        begun_with = read_begun(output_dir, config) if resume else None
     with agree_on_errors():
         check_versions(hash_json(config.model_dump(mode="json")))
     with agree_on_errors():
@@ -165,24 +164,13 @@ def size_of_checkpoints(adapter_parameters: int, kept: int) -> int:
     return 12 * adapter_parameters * (kept + 2)
 
 
-def read_begun(output_dir: Path, config: Config, ranks: int) -> int | None:
-    """The micro-batch, in tokens, that the run in this folder was planned with, where the
-    configuration leaves it to a forecast.
-
-    Raises:
-        ProcessError: so many processes cannot share its global batch in such micro-batches.
+def read_begun(output_dir: Path, config: Config) -> int | None:
+    """Tokens of the bins that the run in this folder was packed in, where the configuration leaves
+    them to a forecast.
     """
     saved = output_dir / "environment.json"
-    training = config.training
-    environment = json.loads(saved.read_text(encoding="utf-8")) if saved.is_file() else {}
-    tokens = environment.get("step_plan", {}).get("max_tokens_per_batch")
-    if tokens is None or training.max_tokens_per_batch != "auto":
+    if config.training.max_tokens_per_batch != "auto" or not saved.is_file():
         return None
-    if training.global_batch_tokens % (tokens * ranks):
-        micro = training.global_batch_tokens // tokens
-        able = ", ".join(str(count) for count in range(1, micro + 1) if micro % count == 0)
-        raise ProcessError(
-            f"{output_dir} was planned in micro-batches of {tokens} tokens, {micro} in a step,"
-            f" which {ranks} processes cannot share; resume on {able} process(es)"
-        )
-    return tokens
+    decided = json.loads(saved.read_text(encoding="utf-8")).get("step_plan", {})
+    # Runs of older versions were packed in their processes' micro-batches.
+    return decided.get("packed_tokens", decided.get("max_tokens_per_batch"))

@@ -7,15 +7,13 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from medqlora.core.command import MISTAKE
 from medqlora.core.errors import UserError
-from medqlora.training.processes import AgreedError
+from medqlora.training.processes import AgreedError, settle
 
 HURRY = 3.0  # seconds after the first signal from which a Ctrl-C ends training at once
-SETTLE = 0.5  # seconds that gloo's thread needs to free its last work
 
 
 def catch_signals() -> list[int]:
@@ -55,14 +53,10 @@ def run_rank(main: Callable[..., int], environ: Mapping[str, str], *arguments: A
     except UserError as error:
         # The launcher ends the other ranks, and each is ending with this code already.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        settle(environ)
         if isinstance(error, AgreedError) and environ.get("RANK", "0") != "0":
             return MISTAKE
         raise
     except Exception as error:
         get_error_handler().record_exception(error)  # The launcher shows it with the rank.
         raise
-    finally:
-        # gloo's thread needs the interpreter to free its last work, and torch 2.13 waits for that
-        # thread without letting go of the interpreter.
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            time.sleep(SETTLE)

@@ -1,5 +1,3 @@
-import time
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,7 +5,17 @@ from hypothesis import strategies as st
 
 from medqlora.batches.cache import load_arrays, save_arrays
 from medqlora.batches.collate import cap_batches, collate
-from medqlora.batches.plan import PlanError, derive_accumulation, fit_bins, make_plan
+from medqlora.batches.plan import (
+    PlanError,
+    choose_packing,
+    count_bins,
+    describe_batch,
+    fit_bins,
+    list_budgets,
+    make_plan,
+    share_bins,
+)
+from medqlora.core.config import Training
 from medqlora.prompts.encoding import TokenTable
 
 
@@ -37,49 +45,59 @@ def test_best_fit_is_within_its_known_bound(lengths, capacity):
     )
 
 
+def rows_of_steps(plan) -> list[list[int]]:
+    return [sorted(plan.rows_of(step).tolist()) for step in range(len(plan))]
+
+
 @settings(deadline=None)
-@given(lengths_strategy, st.integers(1, 3), st.integers(1, 3), st.integers(0, 5), st.booleans())
-def test_plan_shows_every_row_once_per_epoch(lengths, ranks, accumulation, seed, packing):
+@given(lengths_strategy, st.integers(1, 9), st.integers(1, 3), st.integers(0, 5), st.booleans())
+def test_plan_shows_every_row_once_per_epoch(lengths, ranks, bins, seed, packing):
+    """For any number of processes, and in the same steps as for one."""
     ranks = ranks if packing else 1
-    if len(lengths) < ranks:
-        return
     settings = {
         "capacity": 64,
-        "global_tokens": 64 * ranks * accumulation,
-        "ranks": ranks,
+        "global_tokens": 64 * bins,
         "seed": seed,
         "packing": packing,
         "window": 50,
     }
-    plan = make_plan(lengths, **settings)
-    if ranks == 1:
-        assert sorted(plan.rows) == list(range(len(lengths)))
-    shown = []
+    micro = share_bins(64 * bins, 64, int(lengths.max()), ranks)
+    plan = make_plan(lengths, ranks=ranks, micro_tokens=micro, **settings)
+    assert rows_of_steps(plan) == rows_of_steps(make_plan(lengths, **settings))
+    assert sorted(plan.rows) == list(range(len(lengths)))
     for step in range(len(plan)):
         of_ranks = [plan.micro_batches(step, rank, ranks) for rank in range(ranks)]
         assert len({len(batches) for batches in of_ranks}) == 1, (
             "ranks run the same number of micro-batches"
         )
         for rows in (rows for batches in of_ranks for rows in batches):
-            assert lengths[rows].sum() <= 64
-            shown += rows.tolist()
-    assert len(shown) == len(set(shown))
-    again = make_plan(lengths, **settings)
+            assert lengths[rows].sum() <= micro
+    again = make_plan(lengths, ranks=ranks, micro_tokens=micro, **settings)
     assert all(
         np.array_equal(getattr(plan, name), getattr(again, name))
         for name in ("rows", "bins", "steps", "epochs")
     )
 
 
-def test_medmcqa_size_is_planned_fast_and_full():
+@given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 40), st.integers(1, 40))
+def test_any_number_of_processes_has_a_micro_batch_that_holds_the_longest_row(
+    packed, ranks, bins, longest
+):
+    longest = min(longest, packed)
+    given_value = Training(global_batch_tokens=packed * bins, max_tokens_per_batch=packed)
+    by_forecast = Training(global_batch_tokens=packed * bins, max_tokens_per_batch="auto")
+    for training in (given_value, by_forecast):
+        for size in list_budgets(training, longest, ranks):
+            assert longest <= size <= packed * bins
+            packing = choose_packing(training, size, ranks)
+            assert packed * bins % packing == 0
+    (size,) = list_budgets(given_value, longest, ranks)
+    assert size == packed if bins % ranks == 0 else size <= packed
+
+
+def test_medmcqa_size_is_planned_full():
     lengths = medmcqa_like(182_822)
-    make_plan(lengths[:1000], capacity=2048, global_tokens=2048)
-    seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
-        plan = make_plan(lengths, capacity=2048, global_tokens=8 * 2048)
-        seconds.append(time.perf_counter() - began)
-    assert min(seconds) < 0.5
+    plan = make_plan(lengths, capacity=2048, global_tokens=8 * 2048)
     assert lengths.sum() / ((len(plan.bins) - 1) * 2048) > 0.995
 
 
@@ -122,9 +140,14 @@ def test_rows_one_by_one_are_for_one_process():
 
 
 def test_batch_arithmetic():
-    assert derive_accumulation(4096 * 8, 4096, 2) == 4
+    assert count_bins(4096 * 8, 4096) == 8
+    training = Training(global_batch_tokens=1024, max_tokens_per_batch=1024)
+    assert describe_batch(training, 256, 3) == (
+        "1,024 tokens per step = 3 x 1 micro-batch(es) of at most 598; 1 of 1,024 are divided among"
+        " them, with the same rows"
+    )
     with pytest.raises(PlanError, match="use 12288 or 8192"):
-        derive_accumulation(10_000, 4096, 1)
+        count_bins(10_000, 4096)
     with pytest.raises(PlanError, match="over max_tokens_per_batch"):
         make_plan(np.array([200]), capacity=100, global_tokens=100)
 

@@ -4,7 +4,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from medqlora.batches.plan import derive_accumulation
+from medqlora.batches.plan import list_budgets
 from medqlora.core.config_loading import load_config
 
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
@@ -20,11 +20,8 @@ def test_there_are_some():
 def test_recipe_loads_and_its_arithmetic_works(path):
     config = load_config(path)
     assert config.data.train
-    for ranks in (1, 2, 4):
-        if ranks == 1 or path.stem != "demo":
-            derive_accumulation(
-                config.training.global_batch_tokens, config.training.max_tokens_per_batch, ranks
-            )
+    for ranks in (1, 2, 3, 4, 8):
+        assert list_budgets(config.training, config.data.max_length, ranks)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -37,7 +37,6 @@ from medqlora.training.memory.sharding import divide
 from medqlora.training.memory.target import TargetHardware, parse_size, usable
 from medqlora.training.memory.tracker import GIB, META, Batch, ForecastError
 from medqlora.training.optimizers import make_optimizer
-from medqlora.training.processes import ProcessError
 from medqlora.training.setup import read_begun
 from medqlora.training.strategies.launch import Strategy
 from medqlora.training.trial import draw_lengths, make_table
@@ -904,22 +903,21 @@ def test_recipe_decides_by_forecast_and_a_resumed_run_keeps_its_micro_batches(tm
     assert facts["recomputed_layers"] == facts["step_plan"]["recomputed_layers"] == 0
     assert 0 < facts["step_plan"]["predicted_peak_bytes"] < facts["step_plan"]["memory_bytes"]
     assert "max_tokens_per_batch: auto" in (tmp_path / "run" / "config.yaml").read_text()
-    facts["step_plan"]["max_tokens_per_batch"] = 1024  # as another machine might have decided
+    facts["step_plan"]["packed_tokens"] = 1024  # as another machine might have decided
     manifest.write_text(json.dumps(facts))
     done = run_script(*recipe, "--resume")
     assert done.returncode == 0, done.stderr
     assert json.loads(manifest.read_text())["step_plan"]["max_tokens_per_batch"] == 1024
 
 
-def test_micro_batches_of_a_begun_run_decide_who_can_resume_it(tmp_path):
-    config = make_config(
-        "--training.max_tokens_per_batch", "auto", "--training.global_batch_tokens", "8192"
-    )
-    (tmp_path / "environment.json").write_text(
-        json.dumps({"step_plan": {"max_tokens_per_batch": 2048}})
-    )
-    assert read_begun(tmp_path, config, 2) == 2048
-    with pytest.raises(ProcessError, match=r"resume on 1, 2, 4 process"):
-        read_begun(tmp_path, config, 3)
-    # the configuration names its micro-batch
-    assert read_begun(tmp_path, make_config(), 3) is None
+def test_a_begun_run_is_packed_as_it_was_on_any_number_of_processes(tmp_path):
+    auto = ("--training.max_tokens_per_batch", "auto", "--training.global_batch_tokens", "8192")
+    manifest = tmp_path / "environment.json"
+    assert read_begun(tmp_path, make_config(*auto)) is None
+    manifest.write_text(json.dumps({"step_plan": {"max_tokens_per_batch": 2048}}))
+    assert read_begun(tmp_path, make_config(*auto)) == 2048  # of an older version
+    decided = {"max_tokens_per_batch": 600, "packed_tokens": 2048}
+    manifest.write_text(json.dumps({"step_plan": decided}))
+    assert read_begun(tmp_path, make_config(*auto)) == 2048
+    # The configuration names its micro-batch.
+    assert read_begun(tmp_path, make_config()) is None
