@@ -133,13 +133,12 @@ class Training(Section):
     max_steps: int | None = Field(None, ge=1)
     """Stop after this many optimizer steps, whatever epochs says."""
     global_batch_tokens: int = Field(16_384, ge=1)
-    """Tokens per optimizer step over all processes; a multiple of max_tokens_per_batch x
-    processes.
-    """
+    """Tokens per optimizer step over all processes; a multiple of max_tokens_per_batch. Any number
+    of processes shares them."""
     max_tokens_per_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = 4_096
-    """Tokens per micro-batch on one process; accumulation is derived from the two. auto: by
-    forecast, the fastest that fits.
-    """
+    """Most tokens of a micro-batch on one process; accumulation is derived from the two, and
+    micro-batches shrink where there are more processes than they divide among. auto: by forecast,
+    the fastest that fits."""
     lr: float = Field(2e-4, gt=0)
     """Peak learning rate."""
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"

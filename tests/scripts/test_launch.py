@@ -278,7 +278,10 @@ def test_dry_run_for_64_gpus(tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ([], "not a multiple of max_tokens_per_batch 8192 x 64"),
+        (
+            ["--training.global_batch_tokens", "10000"],
+            "not a multiple of max_tokens_per_batch 8192",
+        ),
         (["--nodes", "0"], "expected 1 or more"),
         (["--time", "tomorrow"], "expected [DAYS-]HH:MM:SS"),
         (["--recipe", "recipes/none.py"], "no such file"),

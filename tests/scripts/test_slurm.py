@@ -259,7 +259,7 @@ def test_mistake_ends_the_job_with_one_line(cluster, tmp_path):
         "--output_dir",
         str(tmp_path / "run"),
         "--training.global_batch_tokens",
-        "1024",
+        "1000",
     ]
     environment = cluster | {"MEDQLORA_MAX_RESTARTS": "0"}
     done = subprocess.run(
