@@ -336,6 +336,7 @@ def test_gradients_of_our_own_functions_run_on_a_gpu(monkeypatch):
             weight=x[0, 0].clone(),
             variance_epsilon=1e-6,
             activation_name="silu",
+            norm_offset=False,
         )
         targets = torch.zeros(64, dtype=torch.int64, device="cuda")
         query, key, value = (

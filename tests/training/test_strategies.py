@@ -408,3 +408,62 @@ def test_tensor_that_was_not_gathered_is_not_saved(value):
 
     with pytest.raises(StrategyError, match="nothing was saved"):
         gather_weights(Trainer(), {"a": torch.Size([3])})
+
+
+@pytest.fixture(scope="module")
+def one_micro_batch(tmp_path_factory):
+    """Steps that are a single micro-batch of one process, without dropout."""
+    folder = tmp_path_factory.mktemp("one_micro_batch")
+    done = train("one", folder / "run", folder / "cache", *ONE_MICRO_BATCH)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+ONE_MICRO_BATCH = (
+    "--training.max_tokens_per_batch",
+    "1024",
+    "--training.global_batch_tokens",
+    "1024",
+    "--training.max_steps",
+    "6",
+    "--lora.dropout",
+    "0",
+    "--data.test",
+    "[]",
+    "--data.max_length",
+    "128",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "ranks"), [("ddp", 3), ("zero3", 4)])
+def test_more_processes_than_micro_batches_train_the_same(
+    one_micro_batch, tmp_path, strategy, ranks
+):
+    launch = ("--num_processes", ranks)
+    run = tmp_path / "run"
+    done = train(strategy, run, one_micro_batch / "cache", *ONE_MICRO_BATCH, launch=launch)
+    assert done.returncode == 0, done.stderr
+    assert f"1,024 tokens per step = {ranks} x 1 micro-batch(es) of at most" in done.stdout
+    steps, evaluations = read_log(run)
+    expected, expected_evaluations = read_log(one_micro_batch / "run")
+    for found, wanted in zip(steps, expected, strict=True):
+        assert found["tokens"] == wanted["tokens"]
+        assert found["supervised_tokens"] == wanted["supervised_tokens"]
+        assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-3)
+    assert steps[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-6)
+    assert evaluations == pytest.approx(expected_evaluations, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_rank_without_a_row_counts_zero(one_micro_batch, tmp_path):
+    """Two rows for three processes."""
+    more = [*ONE_MICRO_BATCH, "--data.train.0.limit", "2", "--data.eval", "[]"]
+    more += ["--data.train.1.limit", "1", "--data.train.1.share", "null"]
+    losses = []
+    for name, launch in (("one", ()), ("ddp", ("--num_processes", 3))):
+        run = tmp_path / name
+        done = train(name, run, tmp_path / "cache", *more, launch=launch)
+        assert done.returncode == 0, done.stderr
+        losses.append([row["loss"] for row in read_log(run)[0]])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
