@@ -155,7 +155,7 @@ Ask = Callable[[list[int]], Awaitable[Served]]
 
 def main() -> None:
     arguments = ARGUMENTS
-    warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
+    warnings.simplefilter("ignore", FutureWarning)  # Libraries warn each other.
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     loops, objectives = check(arguments)
@@ -191,7 +191,7 @@ def main() -> None:
                 )
             )
             keep(arguments, found | {"complete": True})
-        finally:  # also of a server that died
+        finally:  # Results are shown after a server died, too.
             if found["loops"]:
                 show(found["loops"])
 

@@ -162,7 +162,7 @@ console = Console(highlight=False, soft_wrap=True)
 def main() -> None:
     arguments = ARGUMENTS
     overrides = OVERRIDES
-    warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
+    warnings.simplefilter("ignore", FutureWarning)  # Libraries warn each other.
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()

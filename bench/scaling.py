@@ -253,7 +253,7 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.tokens < 1:
         raise ConfigError(f"--tokens {arguments.tokens}: expected 1 or more")
-    warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
+    warnings.simplefilter("ignore", FutureWarning)  # Libraries warn each other.
     page = arguments.write or arguments.check
     if page is None:
         print(tabulate(arguments.tokens))

@@ -66,7 +66,7 @@ def main() -> None:
     arguments = ARGUMENTS
     overrides = OVERRIDES
     config = load_config(arguments.config, overrides)
-    # rows are tokenized in threads of our own
+    # Rows are tokenized in threads of our own.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     tokenizer = load_tokenizer(
         config.model.base, config.model.revision, config.model.trust_remote_code

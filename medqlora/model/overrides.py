@@ -144,6 +144,8 @@ def measure_difference(
     module.eval()  # Dropout would differ from itself.
     try:
         return override.compare(module, old, new, dtype)
+    except torch.OutOfMemoryError:
+        raise  # It says nothing of the method.
     except (TypeError, AttributeError, RuntimeError, ValueError):
         return float("inf")
     finally:
@@ -205,12 +207,15 @@ def draw(
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference over the largest entry; infinite where shape or dtype differ."""
+    """Largest difference over the largest entry; infinite where shape or dtype differ, or where a
+    value is not finite, which no comparison of numbers would notice.
+    """
     if (found.shape, found.dtype) != (expected.shape, expected.dtype):
         return float("inf")
-    found = found.float()
-    expected = expected.float()
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    difference = (found.float() - expected.float()).abs().max()
+    if not torch.isfinite(difference):
+        return float("inf")
+    return float(difference / expected.float().abs().max().clamp_min(1e-30))
 
 
 def compare_on(x: torch.Tensor, old: Method, new: Method) -> float:

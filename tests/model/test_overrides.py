@@ -104,6 +104,9 @@ CHANGED = {
     "another gradient": lambda self, x: (
         modeling_llama.LlamaRMSNorm.original(self, x.detach()) + 0 * x
     ),
+    "a gradient that is not a number": lambda self, x: (
+        modeling_llama.LlamaRMSNorm.original(self, x) + 0 * (x - x.detach()).abs().sqrt()
+    ),
     "another signature": lambda self, x, gate: x,
 }
 
@@ -121,6 +124,15 @@ def test_a_changed_upstream_method_is_left_alone_with_a_warning(monkeypatch, cha
     assert "forward" not in model.model.norm.__dict__
     assert "forward" in model.model.layers[0].mlp.__dict__
     assert "RMS norm" not in {row["name"] for row in list_overrides(model)}
+
+
+def test_a_full_memory_is_not_taken_for_a_changed_method(monkeypatch):
+    def fail(self, x):
+        raise torch.OutOfMemoryError("too much")
+
+    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        apply_overrides(frozen().modules(), BASE_OVERRIDES, torch.float32)
 
 
 def test_a_changed_lora_layer_is_found_although_a_fresh_adapter_adds_nothing(monkeypatch):
