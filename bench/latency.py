@@ -139,7 +139,7 @@ import transformers
 
 from medqlora.engines.hf import HfEngine, plain_generation
 from medqlora.evaluation.method import Method
-from medqlora.evaluation.questions import ask
+from medqlora.evaluation.questions import prepare_questions
 from medqlora.model.base import load_base, load_tokenizer
 from medqlora.model.quantization import list_constants
 from medqlora.prompts.chat_template import make_encoder
@@ -248,8 +248,8 @@ def read_questions(arguments: argparse.Namespace, loops: int) -> tuple[list[Requ
     examples, _ = read_examples(
         DataEntry(format=arguments.format, path=arguments.path, limit=wanted), "test"
     )
-    asked, _ = ask(encoder, examples, Method())
-    requests = [entry.requests[0] for entry in asked]
+    questions, _ = prepare_questions(encoder, examples, Method())
+    requests = [entry.requests[0] for entry in questions]
     if not requests:
         raise LatencyError(f"--path {arguments.path}: no question in it")
     return [requests[i % len(requests)] for i in range(wanted)], len(requests) >= wanted
@@ -282,11 +282,10 @@ def start_engine(arguments: argparse.Namespace, requests: list[Request]):
     else:
         key = os.environ.get(arguments.api_key_variable)
         if arguments.scoring:
-            from medqlora.engines.openai import OpenAIEngine
+            from medqlora.engines.openai import CompletionsEngine, Connection
 
-            yield OpenAIEngine(
-                arguments.server, arguments.model, load_tokenizer(arguments.tokenizer).decode, key
-            )
+            connection = Connection(arguments.server, arguments.model, key)
+            yield CompletionsEngine(connection, load_tokenizer(arguments.tokenizer).decode)
         else:
             yield ask_server(
                 arguments.server,

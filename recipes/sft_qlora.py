@@ -35,7 +35,7 @@ from medqlora.core.config import Config
 from medqlora.core.files import read_lines, write_json, write_json_lines
 from medqlora.core.run_folder import LOG
 from medqlora.engines.hf import HfEngine
-from medqlora.evaluation.answering import answer
+from medqlora.evaluation.answering import answer_letters
 from medqlora.model.adapter import name_parameters, restore_adapter
 from medqlora.reporting.terminal import (
     TrainingDisplay,
@@ -199,7 +199,7 @@ def score(setup: Setup, planned: Planned, model: PeftModel, backend: str, name: 
     part = (setup.rank, setup.strategy.ranks) if whole else (0, 1)
     with model.disable_adapter() if name == "base" else contextlib.nullcontext():
         engine = HfEngine(model, backend, planned.config.training.max_tokens_per_batch)
-        rows = answer(engine, setup.encoder, test, name, part=part)
+        rows = answer_letters(engine, setup.encoder, test, name, part=part)
     found = {row["id"]: row for rows in gather(rows) for row in rows}
     with agree_on_errors():
         if setup.rank == 0:

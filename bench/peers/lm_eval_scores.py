@@ -181,7 +181,7 @@ def run_ours(
     from medqlora.evaluation.answering import predict
     from medqlora.evaluation.journal import Journal
     from medqlora.evaluation.method import Method
-    from medqlora.evaluation.questions import ask
+    from medqlora.evaluation.questions import prepare_questions
     from medqlora.model.base import load_base, load_tokenizer, read_model_config
     from medqlora.prompts.chat_template import make_encoder
 
@@ -206,9 +206,9 @@ def run_ours(
     shots = [shots[i] for i in invert(random.Random(0).sample(range(len(shots)), len(shots)))]
     method = Method(num_fewshot=len(shots))
     began = time.perf_counter()
-    asked, shared = ask(encoder, examples, method, shots, longest)
+    questions, shared = prepare_questions(encoder, examples, method, shots, longest)
     with Journal(work / f"{task}-predictions.jsonl") as journal:
-        for batch in predict(engine, encoder, asked, shared, method, model):
+        for batch in predict(engine, encoder, questions, shared, method, model):
             journal.append(batch)
         rows = {row["id"]: row for row in journal.read().values()}
     seconds = time.perf_counter() - began

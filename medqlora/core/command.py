@@ -12,11 +12,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-from medqlora.core.config import Config
-from medqlora.core.config_loading import help_text, load_config
-from medqlora.core.errors import UserError
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from medqlora.core.config import Config, Section
+from medqlora.core.config_loading import (
+    help_text,
+    list_choices,
+    load_config,
+    load_settings,
+    suggest_key,
+)
+from medqlora.core.errors import ConfigError, UserError
 
 Result = TypeVar("Result")
+Settings = TypeVar("Settings", bound=Section)
 MISTAKE = 2
 INTERRUPTED = 128 + 2  # as a shell reports SIGINT
 
@@ -41,9 +51,12 @@ def run_command(main: Callable[[], int | None], interrupted: str = "") -> NoRetu
 
 
 def run_early(read: Callable[[], Result], environ: Mapping[str, str] | None = None) -> Result:
-    """What `read` returns; a mistake ends the program. Scripts call it before slow imports.
+    """Return what `read` returns; a mistake ends the program. Scripts call it before slow imports.
 
-    environ: of a launched process; of those on one machine, the first one says the mistake.
+    Args:
+        read: reads and checks the command line.
+        environ: the environment of a launched process; the first process of each machine says the
+            mistake, the others end silently.
     """
     try:
         return read()
@@ -53,12 +66,73 @@ def run_early(read: Callable[[], Result], environ: Mapping[str, str] | None = No
         sys.exit(MISTAKE)
 
 
+class SettingsParser(argparse.ArgumentParser):
+    """A parser whose mistakes are one line instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see --help")
+
+
+def read_settings(
+    description: str, schema: type[Settings], groups: Mapping[str, type[Section]]
+) -> Settings:
+    """Read a command line whose flags are a schema's keys, and --config's YAML of the same keys.
+
+    Args:
+        description: the script's docstring, for --help.
+        schema: the settings.
+        groups: headings of --help; each has the keys that its own class declares.
+
+    Raises:
+        ConfigError: in one line, which key is wrong and what was expected.
+    """
+    parser = SettingsParser(
+        usage="%(prog)s [--config FILE.yaml] [--key VALUE ...]",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, help="YAML file with the keys below; flags win")
+    for heading, section in groups.items():
+        group = parser.add_argument_group(heading)
+        for name in section.__annotations__:
+            add_flag(group, name, schema.model_fields[name])
+    known, unknown = parser.parse_known_args()
+    flags = vars(known)
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        if not name.startswith("--"):
+            raise ConfigError(f"argument {name}: expected --key VALUE; see --help")
+        hint = suggest_key((name.removeprefix("--"),), schema)
+        raise ConfigError(
+            f"argument {name}: no such flag; {hint.replace('did you mean ', 'did you mean --')}"
+        )
+    return load_settings(schema, flags.pop("config", None), flags)
+
+
+def add_flag(group: argparse._ArgumentGroup, name: str, field: FieldInfo) -> None:
+    """Add the flag of one key; its value is checked with the schema, not by argparse."""
+    text = " ".join((field.description or "").split()).replace("%", "%%")
+    if field.annotation is bool:
+        group.add_argument(f"--{name}", action="store_true", help=text)
+        return
+    choices = list_choices(field)
+    default = (
+        "" if field.default in (None, PydanticUndefined, {}) else f" (default {field.default})"
+    )
+    if field.is_required():
+        default = " (required)"
+    metavar = "{" + ",".join(choices) + "}" if choices else name.rpartition("_")[2].upper()
+    group.add_argument(f"--{name}", metavar=metavar, help=text + default)
+
+
 def read_recipe(
     description: str,
     default: Path | None,
     check: Callable[[Config], None],
 ) -> tuple[argparse.Namespace, Config]:
-    """The command line of a recipe -> its arguments and its configuration.
+    """Read the command line of a recipe: its arguments and its configuration.
 
     Args:
         description: the script's docstring, for --help.
@@ -66,7 +140,7 @@ def read_recipe(
         check: raises UserError for a configuration that this recipe does not take.
 
     Raises:
-        UserError: in one line, what is wrong with them.
+        UserError: one line that says what is wrong with them.
     """
     parser = argparse.ArgumentParser(
         description=description,

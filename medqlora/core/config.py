@@ -10,6 +10,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+Attention = Literal["auto", "varlen", "flash", "grouped", "flex", "sdpa"]
+PromptStyle = Literal["auto", "chat", "plain", "lm_eval"]
+Completion = Literal["letter", "letter_text", "explanation", "text"]
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -28,7 +32,7 @@ class Model(Section):
     """Compute dtype. auto: bfloat16 where the hardware has it, else float16 on a GPU and float32 on
     a CPU.
     """
-    attention: Literal["auto", "varlen", "flash", "grouped", "flex", "sdpa"] = "auto"
+    attention: Attention = "auto"
     """Attention backend; auto takes the first of varlen, flash and grouped that works; varlen and
     flash need a GPU of 2020 or later, grouped runs everywhere."""
     trust_remote_code: bool = False
@@ -88,9 +92,9 @@ class Data(Section):
     """Labelled data for the evaluation loss during training."""
     test: list[DataEntry] = []
     """Labelled multiple-choice data scored before and after training."""
-    prompt_style: Literal["auto", "chat", "plain", "lm_eval"] = "auto"
+    prompt_style: PromptStyle = "auto"
     """auto: the model's chat template where it has one, plain otherwise."""
-    completion: Literal["letter", "letter_text", "explanation", "text"] = "letter"
+    completion: Completion = "letter"
     """What the model learns to write for a multiple-choice question. Open questions are always
     text.
     """

@@ -6,17 +6,22 @@ The resolved configuration is saved in the run folder and is itself valid input.
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from medqlora.core.config import Config, Section
 from medqlora.core.errors import ConfigError
+
+Settings = TypeVar("Settings", bound=Section)
 
 
 def change(config: Config, section: str, **values: Any) -> Config:
@@ -33,7 +38,34 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     Raises:
         ConfigError: one line with the file's line or the flag, and the nearest valid key.
     """
-    path = Path(path)
+    tree, root = read_yaml(Path(path))
+    flags = parse_overrides(list(overrides))
+    for keys, value in flags:
+        set_key(tree, keys, value)
+    locate = functools.partial(locate_value, [keys for keys, _ in flags], path, root)
+    return validate(Config, tree, locate)
+
+
+def load_settings(
+    schema: type[Settings], path: str | Path | None, flags: dict[str, Any]
+) -> Settings:
+    """Read settings without sections: a YAML file, if there is one, and flags that win over it.
+
+    Args:
+        schema: the settings; each of its keys is also the name of a flag.
+        path: the YAML file, or None. Paths in it that begin with ./ or ../ are relative to it.
+        flags: the flags that were given, without those left at their default.
+
+    Raises:
+        ConfigError: one line with the file's line or the flag, and the nearest valid key.
+    """
+    tree, root = ({}, None) if path is None else read_yaml(Path(path))
+    locate = functools.partial(locate_value, [(name,) for name in flags], path, root)
+    return validate(schema, tree | flags, locate)
+
+
+def read_yaml(path: Path) -> tuple[dict, yaml.Node | None]:
+    """Return a YAML file's mapping, its relative paths resolved, and its nodes for line numbers."""
     try:
         text = path.read_text(encoding="utf-8")
         tree = yaml.safe_load(text) or {}
@@ -48,24 +80,27 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
         ) from None
     if not isinstance(tree, dict):
         raise ConfigError(
-            f"config {path}: expected sections (model, data, …), got {type(tree).__name__}"
+            f"config {path}: expected keys with values (key: value), got {type(tree).__name__}"
         )
-    tree = resolve_paths(tree, path.parent)
-    flags = {}
-    for keys, value in parse_overrides(list(overrides)):
-        set_key(tree, keys, value)
-        flags[keys] = value
+    return resolve_paths(tree, path.parent), root
 
-    def locate(loc: tuple) -> str:
-        for n in range(len(loc), 0, -1):
-            if any(flag[:n] == tuple(map(str, loc[:n])) for flag in flags):
-                return "--" + ".".join(map(str, loc[:n]))
-        return f"{path} line {find_line(root, loc)}"
 
+def locate_value(
+    flags: list[tuple[str, ...]], path: str | Path | None, root: yaml.Node | None, loc: tuple
+) -> str:
+    """Say where the value at `loc` was given: the flag, or the file's line."""
+    for n in range(len(loc), 0, -1):
+        if any(flag[:n] == tuple(map(str, loc[:n])) for flag in flags):
+            return "--" + ".".join(map(str, loc[:n]))
+    return "command line" if path is None else f"{path} line {find_line(root, loc)}"
+
+
+def validate(schema: type[Settings], tree: dict, locate: Callable[[tuple], str]) -> Settings:
+    """Make the typed settings; the first mistake becomes one line that names its place."""
     try:
-        return Config.model_validate(tree)
+        return schema.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(describe(error, locate)) from None
+        raise ConfigError(describe(error, locate, schema)) from None
 
 
 def dump_config(config: Config) -> str:
@@ -145,9 +180,15 @@ def find_line(node: yaml.Node, loc: tuple) -> int:
     return line
 
 
-def describe(error: ValidationError, locate: typing.Callable[[tuple], str]) -> str:
-    """First problem of a pydantic error as one line."""
-    problem = error.errors()[0]
+def describe(
+    error: ValidationError, locate: Callable[[tuple], str], schema: type[Section] = Config
+) -> str:
+    """Return one problem of a pydantic error as one line.
+
+    An unknown key goes before the first problem, because a misspelt key is also a missing one.
+    """
+    problems = error.errors()
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     loc = tuple(
         part
         for part in problem["loc"]
@@ -156,48 +197,54 @@ def describe(error: ValidationError, locate: typing.Callable[[tuple], str]) -> s
     )
     name = ".".join(map(str, loc))
     if problem["type"] == "extra_forbidden":
-        valid = list(section_fields(loc[:-1]))
-        elsewhere = [key for key in all_keys() if key.split(".")[-1] == loc[-1]]
-        near = difflib.get_close_matches(str(loc[-1]), valid, n=1, cutoff=0.5)
-        near = elsewhere or [".".join(map(str, (*loc[:-1], key))) for key in near]
-        hint = f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(valid)}"
-        return f"{locate(loc)}: unknown key {name}; {hint}"
+        return f"{locate(loc)}: unknown key {name}; {suggest_key(loc, schema)}"
     if problem["type"] == "missing":
         return f"{locate(loc)}: {name} is missing; set it in the file or with --{name} VALUE"
     message = problem["msg"].removeprefix("Value error, ")
     if not loc:
-        return f"config: {message}"
-    got = (
-        problem["input"]
-        if isinstance(problem["input"], (str, int, float, bool, type(None)))
-        else type(problem["input"]).__name__
-    )
+        return message if schema is not Config else f"config: {message}"
+    got = problem["input"]
+    if not isinstance(got, (str, int, float, bool, type(None))):
+        got = type(got).__name__
     return f"{locate(loc)}: {name} got {got!r}; {message[0].lower() + message[1:]}"
 
 
-def section_fields(loc: tuple) -> dict:
+def suggest_key(loc: tuple, schema: type[Section] = Config) -> str:
+    """Name the key that an unknown one was probably meant to be, or all that are valid there."""
+    valid = list(section_fields(loc[:-1], schema))
+    wanted = str(loc[-1])
+    elsewhere = [key for key in all_keys(schema) if key.split(".")[-1] == wanted]
+    if elsewhere:
+        return f"did you mean {elsewhere[0]}?"
+    near = difflib.get_close_matches(wanted, valid, n=1, cutoff=0.5)
+    if near:
+        return f"did you mean {'.'.join(map(str, (*loc[:-1], near[0])))}?"
+    return f"valid keys: {', '.join(valid)}"
+
+
+def section_fields(loc: tuple, schema: type[Section] = Config) -> dict[str, FieldInfo]:
     """Fields of the section at `loc`, following lists."""
-    section = Config
+    section = schema
     for part in loc:
         if isinstance(part, int):
             continue
         field = section.model_fields.get(part)
-        if field is None:
-            return {}
-        section = next(
-            (
-                t
-                for t in flatten_types(field.annotation)
-                if isinstance(t, type) and issubclass(t, Section)
-            ),
-            None,
-        )
+        section = field and find_section(field)
         if section is None:
             return {}
     return section.model_fields
 
 
+def find_section(field: FieldInfo) -> type[Section] | None:
+    """Return the section that a field holds, by itself or in a list; None for a plain value."""
+    for kind in flatten_types(field.annotation):
+        if isinstance(kind, type) and issubclass(kind, Section):
+            return kind
+    return None
+
+
 def flatten_types(annotation: Any) -> typing.Iterator[Any]:
+    """Yield the types that a list or union is made of."""
     if typing.get_origin(annotation) in (list, typing.Union, types.UnionType):
         for argument in typing.get_args(annotation):
             yield from flatten_types(argument)
@@ -205,29 +252,36 @@ def flatten_types(annotation: Any) -> typing.Iterator[Any]:
         yield annotation
 
 
-def all_keys() -> dict[str, Any]:
-    """Every `section.key` with its pydantic field, in order; used for --help and for
-    suggestions.
+def all_keys(schema: type[Section] = Config) -> dict[str, FieldInfo]:
+    """Return every key with its field, in order: `section.key`, or `key` where there are no
+    sections.
     """
-    return {
-        f"{name}.{key}": field
-        for name, section in Config.model_fields.items()
-        for key, field in section_fields((name,)).items()
-    }
+    keys = {}
+    for name, field in schema.model_fields.items():
+        section = find_section(field) if schema is Config else None
+        if section is None:
+            keys[name] = field
+        else:
+            keys |= {f"{name}.{key}": inner for key, inner in section.model_fields.items()}
+    return keys
+
+
+def list_choices(field: FieldInfo) -> list[str]:
+    """Return the words that a field allows; empty where it takes other values."""
+    return [
+        str(choice)
+        for kind in flatten_types(field.annotation)
+        if typing.get_origin(kind) is Literal
+        for choice in typing.get_args(kind)
+    ]
 
 
 def help_text() -> str:
-    """One line per key: name, allowed values, default, meaning."""
+    """One entry per key: name, allowed values, default, meaning."""
     lines = []
     for key, field in all_keys().items():
-        choices = (
-            typing.get_args(field.annotation)
-            if typing.get_origin(field.annotation) is Literal
-            else ()
-        )
+        choices = list_choices(field) if typing.get_origin(field.annotation) is Literal else []
         default = "required" if field.is_required() else f"default {field.default!r}"
-        lines.append(
-            f"  --{key} {'|'.join(choices) or 'VALUE'}  ({default})\n     "
-            f" {' '.join((field.description or '').split())}"
-        )
+        lines.append(f"  --{key} {'|'.join(choices) or 'VALUE'}  ({default})")
+        lines.append(f"      {' '.join((field.description or '').split())}")
     return "\n".join(lines)

@@ -1,4 +1,7 @@
-"""What every engine takes and gives: token ids in; option log-probabilities, or text, out."""
+"""What every engine takes and gives.
+
+Token ids (or, for chat servers, messages) go in; option log-probabilities or texts come out.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,11 @@ class EngineError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """prefix: token ids that the model reads; options: token ids of each continuation to score, one
-    or more tokens each.
+    """A prompt and the continuations to score.
+
+    Attributes:
+        prefix: token ids that the model reads.
+        options: token ids of each continuation, one or more tokens each.
     """
 
     prefix: list[int]
@@ -24,43 +30,68 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """A prompt and the continuations to score, for a server that tokenizes by itself.
+
+    Attributes:
+        prefix: messages ({"role": …, "content": …}), the last one the user's.
+        options: the text of each continuation; a server knows the first token's probability only,
+            so each is a single letter.
+    """
+
+    prefix: list[dict[str, str]]
+    options: list[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
-    """max_new_tokens: length limit; stop_ids: tokens that end an answer; decode: token ids -> text;
-    temperature 0 is greedy; samples: answers per prompt."""
+    """How texts are generated.
+
+    Attributes:
+        max_new_tokens: an answer's limit in tokens.
+        stop_ids: token ids that end an answer; empty for a chat server, which knows its own.
+        decode: makes a text of token ids; None for a chat server, which answers in text.
+        temperature: 0 is greedy.
+        samples: answers per prompt.
+        seed: of the random draws.
+    """
 
     max_new_tokens: int
-    stop_ids: tuple[int, ...]
-    decode: Callable[[list[int]], str]
+    stop_ids: tuple[int, ...] = ()
+    decode: Callable[[list[int]], str] | None = None
     temperature: float = 0.0
     samples: int = 1
     seed: int = 0
 
 
 def decode_answer(tokens: list[int], sampling: Sampling) -> str:
-    return sampling.decode(
-        tokens[
-            : next((i for i, token in enumerate(tokens) if token in sampling.stop_ids), len(tokens))
-        ]
-    )
+    """Return the text of an answer's tokens up to the first stop token."""
+    for end, token in enumerate(tokens):
+        if token in sampling.stop_ids:
+            return sampling.decode(tokens[:end])
+    return sampling.decode(tokens)
 
 
-# Questions per batch at least, which is what a crash loses at most: as many as keep the engine
-# busy.
+# A batch has at least this many questions, enough to keep the engine busy. A crash loses at most
+# the batches that were not finished.
 BATCH_SIZE = {"hf": 64, "vllm": 512, "openai": 64}
 
 
 class Engine(Protocol):
-    """name: as written in prediction rows."""
+    """What runs a model. An engine for chat servers takes ChatRequest in place of Request."""
 
-    name: str
+    name: str  # This name stands in prediction rows.
 
     def score(self, requests: Sequence[Request], shared: int = 0) -> list[list[float]]:
-        """Log-probability (natural) of each option of each request; NaN where the engine cannot
-        know it.
+        """Return the natural log-probability of each option of each request.
 
-        shared: tokens that the prefixes have in common (a few-shot prompt); an engine may use it to
-        read them once.
+        An option that the engine cannot know the probability of is NaN.
+
+        Args:
+            requests: prompts with their options.
+            shared: how many tokens all prefixes have in common at their start, as few-shot prompts
+                do; an engine may use it to read them once.
         """
 
     def generate(self, prefixes: Sequence[list[int]], sampling: Sampling) -> list[list[str]]:
-        """Texts of `samples` answers to each prefix, without what ended them."""
+        """Return the texts of `samples` answers to each prefix, without their stop tokens."""

@@ -1,5 +1,6 @@
-"""Any OpenAI-compatible server (vLLM, SGLang, TGI, hosted): completions with our token ids, or chat
-with messages.
+"""Any OpenAI-compatible server (vLLM, SGLang, TGI, hosted).
+
+A server of completions gets our token ids; a chat server gets messages and tokenizes them itself.
 """
 
 from __future__ import annotations
@@ -11,45 +12,43 @@ from typing import Any
 
 import numpy as np
 
-from medqlora.engines.interface import EngineError, Request, Sampling
-from medqlora.prompts.chat_template import TURN
+from medqlora.engines.interface import ChatRequest, EngineError, Request, Sampling
 
 
 class RefusedError(EngineError):
     """The server is there, but does not serve this kind of request."""
 
 
-TOP = 20  # alternatives that hosted servers name at most
+TOP = 20  # Hosted servers name at most this many alternatives of a token.
 
 
-class OpenAIEngine:
-    """Requests are sent `concurrency` at a time; a failed one is tried again with growing pauses
-    (429, 5xx, timeouts).
+class Connection:
+    """One model of one server; `concurrency` requests are in flight at a time.
 
-    How options are scored is found out with the first request, from the most exact way to the
-    least: "ids": `logprob_token_ids` (vLLM), one request per question; "echo": the prompt's own
-    log-probabilities, one request per option; "top": the most likely first tokens, by their text;
-    an option that is not among them is unknown (NaN). Chat servers know "top" only.
+    A failed request (429, 5xx, timeout) is tried again with growing pauses.
     """
-
-    name = "openai"
 
     def __init__(
         self,
         server: str,
         model: str,
-        decode: Callable[[list[int]], str],
         key: str | None = None,
-        chat: bool = False,
         concurrency: int = 32,
         timeout: float = 120,
         retries: int = 5,
     ):
-        """server: address up to /v1; decode: token ids -> text; key: sent as bearer token, never
-        written anywhere; timeout: seconds of one request.
+        """Prepare a connection; nothing is sent yet.
 
-        Raises: EngineError: the openai package is missing, the server cannot be reached or does not
-            serve the model.
+        Args:
+            server: the address up to /v1.
+            model: the server's name for the model.
+            key: sent as bearer token and never written anywhere.
+            concurrency: requests in flight.
+            timeout: seconds of one request.
+            retries: further tries of a failed request.
+
+        Raises:
+            EngineError: the openai package is missing.
         """
         try:
             import openai
@@ -63,13 +62,23 @@ class OpenAIEngine:
         )
         self.server = server
         self.model = model
-        self.decode = decode
-        self.chat = chat
         self.concurrency = concurrency
-        self.way = "top" if chat else None
 
-    def call(self, endpoint: Callable[..., Any], **body: Any) -> Any:
-        """One request; every failure becomes one line."""
+    def complete(self, **body: Any) -> Any:
+        """Send one request to /completions."""
+        return self.call(self.client.completions.create, body)
+
+    def chat(self, **body: Any) -> Any:
+        """Send one request to /chat/completions."""
+        return self.call(self.client.chat.completions.create, body)
+
+    def call(self, endpoint: Callable[..., Any], body: dict[str, Any]) -> Any:
+        """Send one request.
+
+        Raises:
+            RefusedError: the server does not serve such a request.
+            EngineError: the server cannot be reached, or refuses the key.
+        """
         import openai
 
         try:
@@ -104,33 +113,63 @@ class OpenAIEngine:
             )
         return answer
 
-    def score(self, requests: Sequence[Request], shared: int = 0) -> list[list[float]]:
-        """See interface.Engine; what is the same at the start of prompts is the server's own to
-        cache.
-        """
-        if self.way is None and requests:
-            self.way = self.find_way(
-                Request(requests[0].prefix, [[option[0]] for option in requests[0].options])
-            )
-        score = {"ids": self.score_by_ids, "echo": self.score_by_echo, "top": self.score_by_top}[
-            self.way
-        ]
+    def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        """Return function(item) of each item, with `concurrency` calls at a time."""
         with ThreadPoolExecutor(self.concurrency) as threads:
-            return list(threads.map(score, requests))
+            return list(threads.map(function, items))
 
-    def find_way(self, request: Request) -> str:
-        for way, score in (("ids", self.score_by_ids), ("echo", self.score_by_echo)):
+    def pick_options(self, top: Sequence[tuple[str, float]], texts: Sequence[str]) -> list[float]:
+        """Return each text's log-probability among the most likely first tokens; NaN if absent."""
+        if not top:
+            raise EngineError(
+                f"server {self.server} answers without log-probabilities; use --scoring generate"
+            )
+        best: dict[str, float] = {}
+        # " A" and "A" are two tokens; the likelier one counts as the letter's.
+        for token, logprob in top:
+            best[token.strip()] = max(logprob, best.get(token.strip(), -np.inf))
+        return [best.get(text.strip(), np.nan) for text in texts]
+
+
+class CompletionsEngine:
+    """A server that takes our token ids.
+
+    How it scores options is found with the first request, from the most exact method to the least:
+    "ids" asks for the options' own tokens (vLLM's `logprob_token_ids`, one request per question);
+    "echo" reads the prompt's own log-probabilities (one request per option); "top" looks among the
+    most likely first tokens by their text, where an absent option is unknown (NaN).
+    """
+
+    name = "openai"
+
+    def __init__(self, connection: Connection, decode: Callable[[list[int]], str]):
+        self.connection = connection
+        self.decode = decode
+        self.scoring: str | None = None
+
+    def score(self, requests: Sequence[Request], shared: int = 0) -> list[list[float]]:
+        """See interface.Engine; the server caches what prompts have in common by itself."""
+        if self.scoring is None and requests:
+            first = requests[0]
+            self.scoring = self.choose_scoring(
+                Request(first.prefix, [[option[0]] for option in first.options])
+            )
+        methods = {"ids": self.score_by_ids, "echo": self.score_by_echo, "top": self.score_by_top}
+        return self.connection.map(methods[self.scoring], requests) if requests else []
+
+    def choose_scoring(self, request: Request) -> str:
+        """Return the most exact method that the server answers this request with."""
+        for name, score in (("ids", self.score_by_ids), ("echo", self.score_by_echo)):
             with contextlib.suppress(RefusedError):
                 if not np.isnan(score(request)).any():
-                    return way
+                    return name
         return "top"
 
     def score_by_ids(self, request: Request) -> list[float]:
         if any(len(option) > 1 for option in request.options):
             return self.score_by_echo(request)
         wanted = [option[0] for option in request.options]
-        answer = self.call(
-            self.client.completions.create,
+        answer = self.connection.complete(
             prompt=request.prefix,
             max_tokens=1,
             temperature=0,
@@ -144,92 +183,83 @@ class OpenAIEngine:
         scores = []
         for option in request.options:
             ids = request.prefix + option
-            answer = self.call(
-                self.client.completions.create,
-                prompt=ids,
-                max_tokens=1,
-                temperature=0,
-                logprobs=1,
-                echo=True,
+            answer = self.connection.complete(
+                prompt=ids, max_tokens=1, temperature=0, logprobs=1, echo=True
             )
             values = getattr(answer.choices[0].logprobs, "token_logprobs", None) or []
             if not len(ids) <= len(values) <= len(ids) + 1:
                 raise RefusedError(
-                    f"server {self.server} answers {len(values)} log-probabilities for {len(ids)}"
-                    " tokens"
+                    f"server {self.connection.server} answers {len(values)} log-probabilities for"
+                    f" {len(ids)} tokens"
                 )
             scores.append(float(sum(values[len(request.prefix) : len(ids)])))
         return scores
 
     def score_by_top(self, request: Request) -> list[float]:
-        texts = [self.decode(option).strip() for option in request.options]
-        if self.chat:
-            answer = self.call(
-                self.client.chat.completions.create,
-                messages=split_turns(self.decode(request.prefix)),
+        answer = self.connection.complete(
+            prompt=request.prefix, max_tokens=1, temperature=0, logprobs=TOP
+        )
+        top = getattr(answer.choices[0].logprobs, "top_logprobs", None) or [{}]
+        texts = [self.decode(option) for option in request.options]
+        return self.connection.pick_options(list(top[0].items()), texts)
+
+    def generate(self, prefixes: Sequence[list[int]], sampling: Sampling) -> list[list[str]]:
+        """See interface.Engine. A server may ignore the seed."""
+
+        def ask(prefix: list[int]) -> list[str]:
+            answer = self.connection.complete(
+                prompt=prefix,
+                extra_body={"stop_token_ids": list(sampling.stop_ids)},
+                **request_sampling(sampling),
+            )
+            return [choice.text for choice in answer.choices]
+
+        return self.connection.map(ask, prefixes)
+
+
+class ChatEngine:
+    """A server that takes messages only. Options are scored by the most likely first tokens."""
+
+    name = "openai"
+
+    def __init__(self, connection: Connection):
+        self.connection = connection
+
+    def score(self, requests: Sequence[ChatRequest], shared: int = 0) -> list[list[float]]:
+        """See interface.Engine."""
+
+        def ask(request: ChatRequest) -> list[float]:
+            answer = self.connection.chat(
+                messages=request.prefix,
                 max_tokens=1,
                 temperature=0,
                 logprobs=True,
                 top_logprobs=TOP,
             )
-            content = getattr(answer.choices[0].logprobs, "content", None)
-            found = (
-                [(entry.token, entry.logprob) for entry in content[0].top_logprobs]
-                if content
-                else []
-            )
-        else:
-            answer = self.call(
-                self.client.completions.create,
-                prompt=request.prefix,
-                max_tokens=1,
-                temperature=0,
-                logprobs=TOP,
-            )
-            top = getattr(answer.choices[0].logprobs, "top_logprobs", None) or [{}]
-            found = list(top[0].items())
-        if not found:
-            raise EngineError(
-                f"server {self.server} answers without log-probabilities; use --scoring generate"
-            )
-        best: dict[str, float] = {}
-        # " A" and "A" are two tokens; the likelier one is the letter's
-        for token, logprob in found:
-            best[token.strip()] = max(logprob, best.get(token.strip(), -np.inf))
-        return [best.get(text, np.nan) for text in texts]
+            tokens = getattr(answer.choices[0].logprobs, "content", None)
+            alternatives = tokens[0].top_logprobs if tokens else []
+            top = [(entry.token, entry.logprob) for entry in alternatives]
+            return self.connection.pick_options(top, request.options)
 
-    def generate(self, prefixes: Sequence[list[int]], sampling: Sampling) -> list[list[str]]:
-        """See interface.Engine. Whether a seed is honoured is the server's affair."""
-        settings = {
-            "max_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature,
-            "n": sampling.samples,
-            "seed": sampling.seed,
-        }
+        return self.connection.map(ask, requests)
 
-        def ask(prefix: list[int]) -> list[str]:
-            if self.chat:
-                answer = self.call(
-                    self.client.chat.completions.create,
-                    messages=split_turns(self.decode(prefix)),
-                    **settings,
-                )
-                return [choice.message.content or "" for choice in answer.choices]
-            answer = self.call(
-                self.client.completions.create,
-                prompt=prefix,
-                extra_body={"stop_token_ids": list(sampling.stop_ids)},
-                **settings,
-            )
-            return [choice.text for choice in answer.choices]
+    def generate(
+        self, prefixes: Sequence[list[dict[str, str]]], sampling: Sampling
+    ) -> list[list[str]]:
+        """See interface.Engine. A server may ignore the seed."""
 
-        with ThreadPoolExecutor(self.concurrency) as threads:
-            return list(threads.map(ask, prefixes))
+        def ask(messages: list[dict[str, str]]) -> list[str]:
+            answer = self.connection.chat(messages=messages, **request_sampling(sampling))
+            return [choice.message.content or "" for choice in answer.choices]
+
+        return self.connection.map(ask, prefixes)
 
 
-def split_turns(text: str) -> list[dict[str, str]]:
-    """Text of tokens.make_text_encoder -> messages, user and assistant in turn."""
-    return [
-        {"role": ("user", "assistant")[i % 2], "content": turn}
-        for i, turn in enumerate(text.removesuffix(TURN).split(TURN))
-    ]
+def request_sampling(sampling: Sampling) -> dict[str, Any]:
+    """Return a request's sampling parameters as OpenAI names them."""
+    return {
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "n": sampling.samples,
+        "seed": sampling.seed,
+    }

@@ -1,10 +1,12 @@
-"""What an engine said becomes prediction rows."""
+"""Questions are put to an engine, and its answers become prediction rows."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,19 +18,19 @@ from medqlora.evaluation.journal import split_into_batches
 from medqlora.evaluation.method import Method
 from medqlora.evaluation.questions import (
     PreparedQuestion,
-    ask,
+    derive_seed,
     describe_example,
     describe_prompt,
-    seed_of,
+    prepare_questions,
 )
 from medqlora.prompts.answers import parse_answer
-from medqlora.prompts.chat_template import Encoder
+from medqlora.prompts.chat_template import Encoder, MessageEncoder
 
 
 def predict(
     engine: Engine,
-    encoder: Encoder,
-    asked: Sequence[PreparedQuestion],
+    encoder: Encoder | MessageEncoder,
+    questions: Sequence[PreparedQuestion],
     shared: int,
     method: Method,
     name: str,
@@ -36,60 +38,87 @@ def predict(
     run_key: str = "",
     done: Collection[str] = (),
 ) -> Iterator[list[dict[str, Any]]]:
-    """Prediction rows (README), a batch at a time.
+    """Yield prediction rows, a batch at a time.
 
     Args:
-        asked, shared: of `ask`.
+        engine: runs the model.
+        encoder: what `prepare_questions` got.
+        questions, shared: what `prepare_questions` returned.
+        method: how questions are asked.
         name: written as the model's name.
-        question_batches: numbers of the questions of each batch; default: all, by
-            journal.split_into_batches.
-        run_key: all that the numbers depend on besides the question; a part of every row's key.
-        done: keys of rows that exist.
+        question_batches: numbers of the questions of each batch; by default all questions, as
+            journal.split_into_batches divides them.
+        run_key: a hash of all that the numbers depend on besides the question; it is a part of
+            every row's key.
+        done: keys of rows that exist; their questions are not asked again.
     """
-    by_subject = asked and FORMATS[asked[0].example.dataset].fewshot_by_subject
-    fixed = method.fewshot == "fixed" and asked and not by_subject
-    digest = describe_prompt(encoder, method, asked[0].shots if fixed else ())
-    facts = {"prompt_sha256": digest, "engine": engine.name, "model": name}
-    question_batches = (
-        split_into_batches([entry.example.id for entry in asked], BATCH_SIZE[engine.name])
-        if question_batches is None
-        else question_batches
-    )
+    by_subject = questions and FORMATS[questions[0].example.dataset].fewshot_by_subject
+    fixed = method.fewshot == "fixed" and questions and not by_subject
+    common = {
+        "prompt_sha256": describe_prompt(encoder, method, questions[0].shots if fixed else ()),
+        "engine": engine.name,
+        "model": name,
+    }
+    if question_batches is None:
+        ids = [entry.example.id for entry in questions]
+        question_batches = split_into_batches(ids, BATCH_SIZE[engine.name])
     for question_batch in question_batches:
-        entries = [(asked[i], asked[i].key(run_key)) for i in question_batch]
-        entries = [(entry, key) for entry, key in entries if key not in done]
-        if not entries:
+        keyed = [(questions[number].key(run_key), questions[number]) for number in question_batch]
+        keyed = [(key, entry) for key, entry in keyed if key not in done]
+        if not keyed:
             continue
+        entries = [entry for _, entry in keyed]
         if method.scoring == "generate":
-            stops = (encoder.end_id, *{encoder.tokenizer.eos_token_id} - {encoder.end_id})
-            sampling = Sampling(
-                method.max_new_tokens,
-                stops,
-                decoder(encoder),
-                method.temperature,
-                method.samples,
-                seed_of(entries[0][0].example.id, method.seed),
-            )
-            found = engine.generate([entry.requests[0].prefix for entry, _ in entries], sampling)
-            rows = [
-                read_texts(encoder, entry, answers, method)
-                for (entry, _), answers in zip(entries, found, strict=True)
-            ]
+            rows = generate_rows(engine, encoder, entries, method)
         else:
-            scores = iter(
-                engine.score(
-                    [request for entry, _ in entries for request in entry.requests], shared
-                )
-            )
-            values = [entry.sort([next(scores) for _ in entry.requests]) for entry, _ in entries]
-            read = read_passage if method.scoring == "perplexity" else read_option_scores
-            rows = [
-                read(entry, some, method) for (entry, _), some in zip(entries, values, strict=True)
-            ]
-        yield [row | facts | {"key": key} for row, (_, key) in zip(rows, entries, strict=True)]
+            rows = score_rows(engine, entries, shared, method)
+        yield [row | common | {"key": key} for row, (key, _) in zip(rows, keyed, strict=True)]
 
 
-def answer(
+def generate_rows(
+    engine: Engine,
+    encoder: Encoder | MessageEncoder,
+    entries: Sequence[PreparedQuestion],
+    method: Method,
+) -> list[dict[str, Any]]:
+    """Let the model write its answers and read them."""
+    sampling = Sampling(
+        method.max_new_tokens,
+        temperature=method.temperature,
+        samples=method.samples,
+        seed=derive_seed(entries[0].example.id, method.seed),
+    )
+    if isinstance(encoder, Encoder):
+        tokenizer = encoder.tokenizer
+        sampling = replace(
+            sampling,
+            stop_ids=(encoder.end_id, *{tokenizer.eos_token_id} - {encoder.end_id}),
+            decode=functools.partial(tokenizer.decode, skip_special_tokens=True),
+        )
+    answers = engine.generate([entry.requests[0].prefix for entry in entries], sampling)
+    return [
+        read_texts(encoder, entry, texts, method)
+        for entry, texts in zip(entries, answers, strict=True)
+    ]
+
+
+def score_rows(
+    engine: Engine, entries: Sequence[PreparedQuestion], shared: int, method: Method
+) -> list[dict[str, Any]]:
+    """Ask for the options' log-probabilities and read them."""
+    requests = [request for entry in entries for request in entry.requests]
+    scores = iter(engine.score(requests, shared))
+    rows = []
+    for entry in entries:
+        values = entry.sort([next(scores) for _ in entry.requests])
+        if method.scoring == "perplexity":
+            rows.append(read_passage(entry, values))
+        else:
+            rows.append(read_option_scores(entry, values, method))
+    return rows
+
+
+def answer_letters(
     engine: Engine,
     encoder: Encoder,
     examples: Sequence[Example],
@@ -97,81 +126,95 @@ def answer(
     max_length: int | None = None,
     part: tuple[int, int] = (0, 1),
 ) -> list[dict[str, Any]]:
-    """Prediction rows of multiple-choice examples by letters, in their order; part (i, n): only
-    every n-th batch from the i-th, so that n processes answer all. A row does not depend on n."""
-    asked, shared = ask(encoder, examples, Method(), (), max_length)
-    question_batches = split_into_batches(
-        [example.id for example in examples], BATCH_SIZE[engine.name]
-    )[part[0] :: part[1]]
-    rows = {
-        row["id"]: row
-        for batch in predict(engine, encoder, asked, shared, Method(), name, question_batches)
-        for row in batch
-    }
-    return [rows[example.id] for example in examples if example.id in rows]
+    """Return prediction rows of multiple-choice examples by letters, in their order.
 
-
-def decoder(encoder: Encoder) -> Callable[[list[int]], str]:
-    return lambda ids: encoder.tokenizer.decode(ids, skip_special_tokens=True)
+    Args:
+        engine, encoder, examples: what is asked of which model.
+        name: written as the model's name.
+        max_length: tokens that the model can read.
+        part: (i, n) answers only every n-th batch from the i-th, so that n processes answer all.
+            A row does not depend on n.
+    """
+    method = Method()
+    questions, shared = prepare_questions(encoder, examples, method, (), max_length)
+    ids = [example.id for example in examples]
+    question_batches = split_into_batches(ids, BATCH_SIZE[engine.name])[part[0] :: part[1]]
+    rows = {}
+    for batch in predict(engine, encoder, questions, shared, method, name, question_batches):
+        rows |= {row["id"]: row for row in batch}
+    return [rows[id] for id in ids if id in rows]
 
 
 def read_option_scores(
     entry: PreparedQuestion, values: list[float], method: Method
 ) -> dict[str, Any]:
-    """Option log-probabilities -> row; over several orders an option's probability is the mean of
-    what it gets in each.
+    """Make a row of option log-probabilities.
+
+    Over several orders an option's probability is the mean of its probabilities in each. An option
+    that is unknown (NaN) in one order stays unknown.
     """
     n = len(entry.example.options)
     letters = LETTERS[:n]
     table = np.array(values).reshape(len(entry.orders), n)  # [orders, position]
-    row = describe_example(entry, "choice") | {"text": None}
-    by_option = np.empty_like(table)  # an option that is unknown (NaN) in one order stays unknown
-    for at, order in enumerate(entry.orders):
-        by_option[at, list(order)] = table[at]
-    logprobs = (
-        by_option[0]
-        if len(table) == 1
-        else np.logaddexp.reduce(by_option, axis=0) - math.log(len(table))
-    )
+    by_option = np.empty_like(table)
+    for number, order in enumerate(entry.orders):
+        by_option[number, list(order)] = table[number]
+    logprobs = by_option[0]
+    if len(table) > 1:
+        logprobs = np.logaddexp.reduce(by_option, axis=0) - math.log(len(table))
     known = {
         letter: float(value)
         for letter, value in zip(letters, logprobs, strict=True)
         if not np.isnan(value)
     }
+    row = describe_example(entry, "choice") | {"text": None}
     row["option_logprobs"] = known
     row["prediction"] = max(known, key=known.get) if known else None
-    row["letter_mass"] = (
-        float(np.exp(list(known.values())).sum()) if known and method.scoring == "letters" else None
-    )
+    row["letter_mass"] = None
+    if known and method.scoring == "letters":
+        row["letter_mass"] = float(np.exp(list(known.values())).sum())
     if len(entry.orders) > 1:
-        row["permutations"] = {
-            "".join(letters[i] for i in order): [
-                None if math.isnan(value) else value for value in some
-            ]
-            for order, some in zip(entry.orders, table.tolist(), strict=True)
-        }
+        row["permutations"] = describe_orders(entry, table)
     if method.scoring == "cloze":
-        tokens = entry.sort(
-            [[len(option) for option in request.options] for request in entry.requests]
-        )
-        lengths = {
-            "raw": [1] * n,
-            "character": [len(option) for option in entry.example.options],
-            "token": tokens,
-        }
-        row["predictions"] = {
-            name: letters[int(np.argmax(logprobs / np.array(some)))]
-            for name, some in lengths.items()
-        }
+        row["predictions"] = normalize_cloze(entry, logprobs)
         row["prediction"] = row["predictions"][method.normalization]
     return row
 
 
+def describe_orders(entry: PreparedQuestion, table: np.ndarray) -> dict[str, list[float | None]]:
+    """Return each order, written in letters, with its log-probabilities by position; None is
+    unknown.
+
+    table: log-probabilities [orders, position].
+    """
+    described = {}
+    for order, values in zip(entry.orders, table.tolist(), strict=True):
+        name = "".join(LETTERS[i] for i in order)
+        described[name] = [None if math.isnan(value) else value for value in values]
+    return described
+
+
+def normalize_cloze(entry: PreparedQuestion, logprobs: np.ndarray) -> dict[str, str]:
+    """Return the letter that each normalization predicts; of equal values the first one."""
+    options = entry.example.options
+    lengths = {
+        "raw": [1] * len(options),
+        "character": [len(option) for option in options],
+        "token": entry.sort(
+            [[len(option) for option in request.options] for request in entry.requests]
+        ),
+    }
+    return {
+        name: LETTERS[int(np.argmax(logprobs / np.array(some)))] for name, some in lengths.items()
+    }
+
+
 def read_texts(
-    encoder: Encoder, entry: PreparedQuestion, texts: list[str], method: Method
+    encoder: Encoder | MessageEncoder, entry: PreparedQuestion, texts: list[str], method: Method
 ) -> dict[str, Any]:
-    """Generated texts -> row; several samples vote, and of equal counts the answer that came first
-    wins.
+    """Make a row of generated texts.
+
+    Several samples vote; of equal counts the answer that came first wins.
     """
     texts = [text.strip() for text in texts]
     if isinstance(entry.example, OpenAnswer):
@@ -194,7 +237,8 @@ def read_texts(
     return row
 
 
-def read_passage(entry: PreparedQuestion, values: list[float], method: Method) -> dict[str, Any]:
+def read_passage(entry: PreparedQuestion, values: list[float]) -> dict[str, Any]:
+    """Make a row of a text's log-probabilities."""
     text = entry.example.text
     return describe_example(entry, "text") | {
         "logprob": sum(values),

@@ -1,4 +1,4 @@
-"""Examples become what an engine is asked."""
+"""Examples become the requests that an engine is asked."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from medqlora.data.examples import LETTERS, Example, MultipleChoice, OpenAnswer, Passage
-from medqlora.engines.interface import Request
+from medqlora.engines.interface import ChatRequest, Request
 from medqlora.evaluation.journal import hash_id
 from medqlora.evaluation.method import MAX_PERMUTATIONS, Method, ScoringError, check_method
 from medqlora.evaluation.shots import choose_shots
-from medqlora.prompts.chat_template import Encoder, encode_text
+from medqlora.prompts.chat_template import Encoder, MessageEncoder, encode_text, make_messages
 from medqlora.prompts.encoding import cut_tokens, encode_candidates, encode_prefixes
 from medqlora.prompts.fingerprint import fingerprint
 from medqlora.prompts.styles import Prompt, candidates, render
@@ -23,75 +23,134 @@ from medqlora.prompts.styles import Prompt, candidates, render
 
 @dataclass
 class PreparedQuestion:
-    """One example with all that is asked about it. Request i scores the options at the positions
-    places[i], counted over all orders one after the other."""
+    """One example with everything that an engine is asked about it.
+
+    Attributes:
+        example: the question.
+        orders: orders of the options, position -> original number; the given order comes first.
+        requests: prompts with the options that each of them scores.
+        truncated: whether a prompt was cut to fit the model.
+        places: for each request, the positions of the options it scores, counted over all orders
+            one after the other.
+        shots: worked examples that stand before the question.
+    """
 
     example: Example
     orders: list[tuple[int, ...]]
-    requests: list[Request]
+    requests: list[Request] | list[ChatRequest]
     truncated: bool
     places: list[list[int]] = field(default_factory=list)
     shots: tuple[Prompt, ...] = ()
 
     def sort(self, scores: list[list[float]]) -> list[float]:
-        """Scores of each request -> scores by place."""
-        flat = dict(zip(itertools.chain(*self.places), itertools.chain(*scores), strict=True))
-        return [flat[place] for place in range(len(flat))]
+        """Bring the scores of each request into the order of `places`."""
+        places = itertools.chain(*self.places)
+        by_place = dict(zip(places, itertools.chain(*scores), strict=True))
+        return [by_place[place] for place in range(len(by_place))]
 
     def key(self, run_key: str) -> str:
+        """Return a hash of everything that the question's prediction row depends on."""
         ids = [[request.prefix, request.options] for request in self.requests]
         return hashlib.sha256(
             json.dumps([run_key, describe_example(self, ""), ids]).encode()
         ).hexdigest()[:32]
 
 
-def ask(
-    encoder: Encoder,
+def prepare_questions(
+    encoder: Encoder | MessageEncoder,
     examples: Sequence[Example],
     method: Method,
     pool: Sequence[Example] = (),
     max_length: int | None = None,
 ) -> tuple[list[PreparedQuestion], int]:
-    """Token ids of everything that is asked.
+    """Make the requests of all examples.
 
-    Args: pool: labelled examples to take few-shot examples from; those that are asked themselves
-        are left out. max_length: tokens that the model can read, an option or answer included.
+    Args:
+        encoder: makes token ids of prompts, or messages for a chat server.
+        examples: what is asked.
+        method: how it is asked.
+        pool: labelled examples to take few-shot examples from; those that are asked themselves
+            are left out.
+        max_length: tokens that the model can read, an option or answer included; None is any.
 
     Returns:
-        an entry per example, and how many tokens all prefixes have in common at their start.
+        An entry per example, and how many tokens all prefixes have in common at their start.
 
-    Raises: ScoringError: a method that does not fit the examples, a question that is too long, too
-        small a pool.
+    Raises:
+        ScoringError: a method that does not fit the examples or a chat server, a question that is
+            too long, or too small a pool.
     """
     check_method(examples, method, encoder.style)
+    chat_server = isinstance(encoder, MessageEncoder)
+    if chat_server and method.scoring not in ("letters", "generate"):
+        raise ScoringError(
+            f"--scoring {method.scoring} needs log-probabilities of whole texts, and --api chat"
+            " knows the first token's only; use --api completions, or --scoring letters or generate"
+        )
     if method.scoring == "perplexity":
-        return [ask_passage(encoder, example, max_length) for example in examples], 0
+        return [prepare_passage(encoder, example, max_length) for example in examples], 0
     completion = choose_completion(encoder, method)
     shots = choose_shots(encoder, examples, method, pool, completion)
-    asked = [
-        PreparedQuestion(example, choose_orders(example, method), [], False, shots=some)
-        for example, some in zip(examples, shots, strict=True)
-    ]
+    questions = []
     prompts = []
     variants = []
-    for entry in asked:
+    for example, some in zip(examples, shots, strict=True):
+        entry = PreparedQuestion(example, choose_orders(example, method), [], False, shots=some)
+        questions.append(entry)
         for order in entry.orders:
-            variant = reorder(entry.example, order)
+            variant = reorder(example, order)
             prompt = render(variant, encoder.style, completion)
-            prompts.append(replace(prompt, shots=entry.shots))
+            prompts.append(replace(prompt, shots=some))
             variants.append(variant)
-    prefixes = encode_prefixes(encoder, prompts)
-    texts = [
-        candidates(v, encoder.style, completion) if method.scoring != "generate" else []
-        for v in variants
-    ]
-    options = (
-        encode_candidates(encoder, prompts, prefixes, texts)
-        if method.scoring != "generate"
-        else [[[]]] * len(texts)
-    )
+    texts: list[list[str]] = [[] for _ in variants]
+    if method.scoring != "generate":
+        texts = [candidates(variant, encoder.style, completion) for variant in variants]
+    if chat_server:
+        add_messages(questions, prompts, texts)
+        return questions, 0
+    add_token_ids(encoder, questions, variants, prompts, texts, method, max_length)
+    whole = [entry.requests[0].prefix for entry in questions if not entry.truncated]
+    return questions, count_common(whole)
+
+
+def add_messages(
+    questions: Sequence[PreparedQuestion], prompts: Sequence[Prompt], texts: Sequence[list[str]]
+) -> None:
+    """Add one request of messages per question and order."""
     number = 0
-    for entry in asked:
+    for entry in questions:
+        for order in range(len(entry.orders)):
+            options = texts[number]
+            entry.requests.append(ChatRequest(make_messages(prompts[number]), options))
+            entry.places.append([order * len(options) + i for i in range(len(options))])
+            number += 1
+
+
+def add_token_ids(
+    encoder: Encoder,
+    questions: Sequence[PreparedQuestion],
+    variants: Sequence[Example],
+    prompts: list[Prompt],
+    texts: list[list[str]],
+    method: Method,
+    max_length: int | None,
+) -> None:
+    """Add the requests of token ids of each question and order.
+
+    Args:
+        encoder: makes the token ids.
+        questions: the entries to add requests to.
+        variants, prompts, texts: one per question and order: the reordered example, its prompt and
+            the texts of its options.
+        method, max_length: see `prepare_questions`.
+    """
+    prefixes = encode_prefixes(encoder, prompts)
+    # A generated answer has no options; an empty one keeps the lengths' arithmetic the same.
+    options: list[list[list[int]]] = [[[]]] * len(texts)
+    if method.scoring != "generate":
+        options = encode_candidates(encoder, prompts, prefixes, texts)
+    number = 0
+    for entry in questions:
         for order in range(len(entry.orders)):
             parts, cut = fit_request(
                 encoder,
@@ -107,10 +166,10 @@ def ask(
                 entry.places.append([order * len(options[number]) + i for i in members])
             entry.truncated |= cut
             number += 1
-    return asked, count_common([entry.requests[0].prefix for entry in asked if not entry.truncated])
 
 
-def choose_completion(encoder: Encoder, method: Method) -> str:
+def choose_completion(encoder: Encoder | MessageEncoder, method: Method) -> str:
+    """Return the completion that prompts are rendered for under this scoring method."""
     if method.scoring == "cloze":
         return "cloze"
     if method.scoring == "letters" and encoder.completion not in ("letter", "letter_text"):
@@ -119,29 +178,30 @@ def choose_completion(encoder: Encoder, method: Method) -> str:
 
 
 def choose_orders(example: Example, method: Method) -> list[tuple[int, ...]]:
-    """Orders of the options: position -> original number, the given order first."""
+    """Return orders of the options, position -> original number, the given order first.
+
+    The first n orders are cyclic, so that each option stands at each position once; more orders
+    come in whole rounds of rotations.
+    """
     if not isinstance(example, MultipleChoice) or method.permutations == 1:
         return [tuple(range(len(getattr(example, "options", ()))))]
     n = len(example.options)
-    if 1 < method.permutations <= n:  # cyclic: each option stands at each position once
+    if 1 < method.permutations <= n:
         return [tuple((start + i) % n for i in range(n)) for start in range(method.permutations)]
-    # whole rounds of rotations first
-    wanted = (
-        math.factorial(n)
-        if method.permutations == 0
-        else min(method.permutations, math.factorial(n))
-    )
+    wanted = math.factorial(n)
+    if method.permutations != 0:
+        wanted = min(method.permutations, wanted)
     if wanted > MAX_PERMUTATIONS:
         raise ScoringError(
             f"{example.id}: {wanted} orders of {n} options; ask for at most {MAX_PERMUTATIONS}"
         )
-    starts = ((0, *rest) for rest in itertools.permutations(range(1, n)))
-    return list(
-        itertools.islice((order[k:] + order[:k] for order in starts for k in range(n)), wanted)
-    )
+    first_of_round = ((0, *rest) for rest in itertools.permutations(range(1, n)))
+    orders = (order[k:] + order[:k] for order in first_of_round for k in range(n))
+    return list(itertools.islice(orders, wanted))
 
 
 def reorder(example: Example, order: tuple[int, ...]) -> Example:
+    """Return the example with its options in another order, and its answer's new position."""
     if not order or order == tuple(range(len(order))):
         return example
     answer = None if example.answer is None else order.index(example.answer)
@@ -157,26 +217,28 @@ def fit_request(
     method: Method,
     max_length: int | None,
 ) -> tuple[list[tuple[list[int], list[int]]], bool]:
-    """Prefixes that fit the model, each with the options behind it, and whether something was cut.
+    """Return prefixes that fit the model, each with the numbers of the options that it scores, and
+    whether something was cut.
 
     Style lm_eval cuts from the left what stands over `max_length`, more for a longer option, as
     lm-evaluation-harness does; other styles cut the context from its end, as in training.
     """
     every = list(range(len(options)))
-    room = (
-        None
-        if max_length is None
-        else max_length + 1 - (method.max_new_tokens + 1 if method.scoring == "generate" else 0)
-    )
     longest = max(len(option) for option in options)
-    if room is None or len(prefix) + longest <= room:
+    if max_length is None:
+        return [(prefix, every)], False
+    # The last token of an option is never read, so a prompt and an option may have one more.
+    room = max_length + 1
+    if method.scoring == "generate":
+        room -= method.max_new_tokens + 1
+    if len(prefix) + longest <= room:
         return [(prefix, every)], False
     if encoder.style == "lm_eval" and longest < room:
-        lengths = sorted({len(option) for option in options})
-        return [
-            (prefix[max(0, len(prefix) + n - room) :], [i for i in every if len(options[i]) == n])
-            for n in lengths
-        ], True
+        parts = []
+        for length in sorted({len(option) for option in options}):
+            members = [i for i in every if len(options[i]) == length]
+            parts.append((prefix[max(0, len(prefix) + length - room) :], members))
+        return parts, True
     context = "\n".join(getattr(example, "context", ()))
     while context and len(prefix) + longest > room:
         context = cut_tokens(encoder.tokenizer, context, len(prefix) + longest - room)
@@ -193,10 +255,11 @@ def fit_request(
     return [(prefix, every)], True
 
 
-def ask_passage(encoder: Encoder, passage: Passage, max_length: int | None) -> PreparedQuestion:
-    """Every token of a text is asked for once, in disjoint windows; the last one reads as much
-    before it as fits (lm-evaluation-harness: rolling log-likelihood). What stands before the first
-    token is BOS, else the end token.
+def prepare_passage(encoder: Encoder, passage: Passage, max_length: int | None) -> PreparedQuestion:
+    """Make requests that ask for every token of a text once, in disjoint windows.
+
+    The last window reads as many tokens before it as fit, as in lm-evaluation-harness's rolling
+    log-likelihood. BOS stands before the first token, or the end token where there is no BOS.
     """
     ids = encode_text(encoder.tokenizer, passage.text)
     tokens = [*(encoder.leading_ids[-1:] or (encoder.end_id,)), *ids]
@@ -211,32 +274,37 @@ def ask_passage(encoder: Encoder, passage: Passage, max_length: int | None) -> P
 
 
 def count_common(prefixes: Sequence[list[int]]) -> int:
-    """Tokens that all prefixes start with, at least one less than the shortest has."""
+    """Count the tokens that all prefixes start with, at most one less than the shortest has."""
     if len(prefixes) < 2:
         return 0
+    # Lists compare by their first difference, so the two extremes differ first.
     low = min(prefixes)
-    high = max(prefixes)  # lists compare by their first difference
-    common = next(
-        (i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b),
-        min(len(low), len(high)),
-    )
+    high = max(prefixes)
+    common = min(len(low), len(high))
+    for position, (a, b) in enumerate(zip(low, high, strict=False)):
+        if a != b:
+            common = position
+            break
     return min(common, min(map(len, prefixes)) - 1)
 
 
-def describe_prompt(encoder: Encoder, method: Method, shots: Sequence[Prompt] = ()) -> str:
-    """The prompt's fingerprint: the training prompt's own for plain letters, one that tells also
-    the way of asking and the fixed worked examples else."""
-    completion = (
-        encoder.completion if method.scoring == "cloze" else choose_completion(encoder, method)
-    )
+def describe_prompt(
+    encoder: Encoder | MessageEncoder, method: Method, shots: Sequence[Prompt] = ()
+) -> str:
+    """Return the prompt's fingerprint, as SHA-256.
+
+    Plain letters have the training prompt's own fingerprint. Any other method has one that also
+    depends on the method and on the fixed worked examples.
+    """
+    if method.scoring == "cloze":
+        completion = encoder.completion
+    else:
+        completion = choose_completion(encoder, method)
     digest = fingerprint(replace(encoder, completion=completion))
-    if (
-        method.scoring in ("letters", "generate")
-        and method.num_fewshot == 0
-        and method.permutations == 1
-    ):
+    by_training = method.scoring in ("letters", "generate")
+    if by_training and method.num_fewshot == 0 and method.permutations == 1:
         return digest
-    facts = [
+    parts = [
         digest,
         method.scoring,
         method.permutations,
@@ -244,32 +312,33 @@ def describe_prompt(encoder: Encoder, method: Method, shots: Sequence[Prompt] = 
         method.fewshot,
         [[shot.user, shot.completion] for shot in shots],
     ]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def seed_of(id: str, seed: int) -> int:
-    """A batch's own seed, the same in every run that has this batch."""
+def derive_seed(id: str, seed: int) -> int:
+    """Return a batch's own seed, the same in every run that has this batch."""
     return (hash_id(id) + seed) % (1 << 31)
 
 
 def describe_example(entry: PreparedQuestion, kind: str) -> dict[str, Any]:
+    """Return the part of a prediction row that the example gives."""
     example = entry.example
-    facts = {
+    row = {
         "id": example.id,
         "kind": kind,
         "dataset": example.dataset,
         "subject": getattr(example, "subject", None),
     }
     if isinstance(example, MultipleChoice):
-        facts |= {
+        row |= {
             "topic": example.topic,
             "choice_type": example.choice_type,
             "question": example.question,
             "options": list(example.options),
         }
-        facts["gold"] = None if example.answer is None else LETTERS[example.answer]
+        row["gold"] = None if example.answer is None else LETTERS[example.answer]
     elif isinstance(example, OpenAnswer):
-        facts |= {"question": example.question, "gold": example.answer}
+        row |= {"question": example.question, "gold": example.answer}
     if entry.truncated:
-        facts["truncated"] = True
-    return facts
+        row["truncated"] = True
+    return row

@@ -1,12 +1,11 @@
-"""A tokenizer's chat template, rendered once around a sentinel instead of once per row."""
+"""Chat templates: a tokenizer's own, rendered once, or a server's, which gets messages."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from medqlora.prompts.styles import PromptError
+from medqlora.prompts.styles import Prompt, PromptError
 
 if TYPE_CHECKING:  # Its import takes half a second.
     from transformers import PreTrainedTokenizerBase
@@ -14,9 +13,14 @@ if TYPE_CHECKING:  # Its import takes half a second.
 
 @dataclass(frozen=True)
 class ChatFrame:
-    """What a chat template puts around user turns: `before + user + after + completion + end`;
-    `between` stands from a completion to the next user turn (None: the template does not keep
-    earlier turns as they were).
+    """The text that a chat template puts around turns: `before + user + after + completion + end`.
+
+    Attributes:
+        before: stands before the first user turn.
+        after: stands between a user turn and the completion.
+        end: ends the completion; one token.
+        between: stands between a completion and the next user turn. None where the template does
+            not keep earlier turns as they were.
     """
 
     before: str
@@ -33,15 +37,19 @@ class Encoder:
     style: str
     completion: str
     frame: ChatFrame | None
-    leading_ids: tuple[int, ...]  # what the tokenizer puts before plain text: its BOS, or nothing
-    end_id: int  # end of the completion; what generation stops at
+    leading_ids: tuple[int, ...]  # The tokenizer puts these before plain text: its BOS, or nothing.
+    end_id: int  # This token ends the completion, and generation stops at it.
 
 
 def make_encoder(
     tokenizer: PreTrainedTokenizerBase, style: str = "auto", completion: str = "letter"
 ) -> Encoder:
-    """Resolve the style ("auto": chat where the tokenizer has a template) and read the template's
-    frame once.
+    """Resolve the prompt style and read the chat template's frame once.
+
+    Args:
+        tokenizer: the model's own.
+        style: a PromptStyle; "auto" is chat where the tokenizer has a template, plain elsewhere.
+        completion: a Completion, what the model writes for a multiple-choice question.
 
     Raises:
         PromptError: style chat without a template, or a tokenizer without an end token.
@@ -65,41 +73,34 @@ def make_encoder(
     return Encoder(tokenizer, style, completion, frame, tuple(leading), end_id)
 
 
-class TextTokenizer:
-    """For servers that tokenize by themselves: token ids are the text's Unicode code points."""
+@dataclass(frozen=True)
+class MessageEncoder:
+    """Stands in the place of an Encoder where a chat server renders messages by itself.
 
-    eos_token_id = 0
-    bos_token_id = None
-    chat_template = None
-    all_special_ids = (0,)
-
-    def __call__(self, text: str | list[str], **_: object) -> dict[str, list]:
-        return {
-            "input_ids": (
-                list(map(ord, text))
-                if isinstance(text, str)
-                else [list(map(ord, one)) for one in text]
-            )
-        }
-
-    def decode(self, ids: Sequence[int], **_: object) -> str:
-        return "".join(map(chr, ids))
-
-
-# ASCII record separator: stands between the turns of a chat that a server will render
-TURN = "\x1e"
-
-
-def make_text_encoder(completion: str = "letter") -> Encoder:
-    """An encoder for chat servers: user and assistant turns as text, with TURN after each of
-    them.
+    It has no tokenizer: requests carry messages, see `make_messages`.
     """
-    return Encoder(TextTokenizer(), "chat", completion, ChatFrame("", TURN, TURN, TURN), (), 0)
+
+    completion: str = "letter"
+    style: str = "chat"
+
+
+def make_messages(prompt: Prompt) -> list[dict[str, str]]:
+    """Return a chat prompt as messages: worked examples as earlier turns, then the question."""
+    turns = []
+    for shot in prompt.shots:
+        turns.append({"role": "user", "content": shot.user})
+        turns.append({"role": "assistant", "content": shot.completion})
+    return [*turns, {"role": "user", "content": prompt.user}]
 
 
 def read_frame(tokenizer: PreTrainedTokenizerBase) -> ChatFrame:
-    """Render the template around a sentinel instead of once per row (a hundred times faster), and
-    check that on text.
+    """Render the chat template around a sentinel and return what stands around it.
+
+    Frames are joined with each row's text, which is a hundred times faster than rendering the
+    template for each row. A probe text shows that both give the same.
+
+    Raises:
+        PromptError: the template changes the text of a message, or doubles the BOS token.
     """
 
     def apply(*turns: str) -> str:
@@ -110,31 +111,29 @@ def read_frame(tokenizer: PreTrainedTokenizerBase) -> ChatFrame:
             messages,
             tokenize=False,
             add_generation_prompt=len(turns) % 2 == 1,
-            # templates that print today's date would make every day another prompt
+            # Templates that print today's date would give another prompt every day.
             date_string="26 Jul 2024",
         )
 
     user = "<<user text>>"
     assistant = "<<assistant text>>"
-    before, found, after = apply(user).partition(user)
-    _, found_again, tail = apply(user, assistant).partition(assistant)
+    before, user_kept, after = apply(user).partition(user)
+    _, assistant_kept, tail = apply(user, assistant).partition(assistant)
     probe = "Which?\nA. one\n\nAnswer."
-    if not found or not found_again or apply(probe) != before + probe + after:
-        raise PromptError(
-            "the chat template changes the text of a message; use --data.prompt_style plain"
-        )
+    if not user_kept or not assistant_kept or apply(probe) != before + probe + after:
+        raise PromptError("the chat template changes the text of a message; use prompt_style plain")
     start = encode_text(tokenizer, before)[:2]
     if tokenizer.bos_token_id is not None and start == [tokenizer.bos_token_id] * 2:
         raise PromptError(
             "the chat template adds a second beginning-of-sequence token; take one bos_token out"
             " of it"
         )
-    again = apply(user, assistant, "<<next text>>")
+    next_user = "<<next text>>"
     head = before + user + after + assistant
-    middle = again.partition(assistant)[2].partition("<<next text>>")
-    between = (
-        middle[0] if again == head + middle[0] + "<<next text>>" + after and middle[1] else None
-    )
+    conversation = apply(user, assistant, next_user)
+    between = conversation.partition(assistant)[2].partition(next_user)[0]
+    if not between or conversation != head + between + next_user + after:
+        between = None
     ids = encode_text(tokenizer, tail)
     special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
     if not ids or ids[0] not in special:
@@ -143,4 +142,5 @@ def read_frame(tokenizer: PreTrainedTokenizerBase) -> ChatFrame:
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the token ids of a text, without special tokens."""
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -9,7 +9,7 @@ import hashlib
 import json
 
 from medqlora.data.examples import MultipleChoice, OpenAnswer
-from medqlora.prompts.chat_template import Encoder
+from medqlora.prompts.chat_template import Encoder, MessageEncoder, make_messages
 from medqlora.prompts.encoding import encode_completions, encode_prefixes
 from medqlora.prompts.styles import PromptError, render
 
@@ -41,7 +41,7 @@ PROBES = (
 )
 
 
-def fingerprint(encoder: Encoder) -> str:
+def fingerprint(encoder: Encoder | MessageEncoder) -> str:
     """SHA-256 over the token ids of the probe examples: equal if and only if the prompts are (for
     all that they show).
     """
@@ -50,6 +50,9 @@ def fingerprint(encoder: Encoder) -> str:
         try:
             prompt = render(probe, encoder.style, encoder.completion)
         except PromptError:
+            continue
+        if isinstance(encoder, MessageEncoder):
+            shown.append([make_messages(prompt), prompt.completion])
             continue
         completion = encode_completions(encoder, [prompt], [prompt.completion])[0]
         shown.append([encode_prefixes(encoder, [prompt])[0], completion, encoder.end_id])

@@ -62,7 +62,7 @@ def test_resolved_config_is_valid_input(write, tmp_path):
         (BASE + "data: {train: []}\n", ["--data.train.0.format", "medqa"], ["index"]),
         ("lora: {r: 3}\n", [], ["model is missing"]),
         ("model: {base: [x\n", [], ["not valid YAML"]),
-        ("- a\n", [], ["expected sections"]),
+        ("- a\n", [], ["expected keys with values"]),
         (BASE + "data:\n  train: [{format: qa, path: a, share: 0.2}]\n", [], ["share"]),
         (BASE, ["--lora.variant", "dora", "--model.quantization", "int8"], ["dora", "int8"]),
         (BASE + "training: {early_stopping_patience: 2}\n", [], ["eval_steps"]),

@@ -2,10 +2,6 @@
 OpenAI-compatible servers good and bad.
 """
 
-import contextlib
-import http.server
-import json
-import threading
 import time
 import warnings
 
@@ -13,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ARCHITECTURES, build_model
+from replying_server import Server
 
 from medqlora.engines.hf import HfEngine, count_tokens, lay_out
-from medqlora.engines.interface import EngineError, Request, Sampling
-from medqlora.engines.openai import OpenAIEngine
+from medqlora.engines.interface import ChatRequest, EngineError, Request, Sampling
+from medqlora.engines.openai import ChatEngine, CompletionsEngine, Connection
 from medqlora.model.attention.documents import DOCUMENTS
 
 RANDOM = np.random.default_rng(0)
@@ -165,45 +162,6 @@ def test_generation_is_that_of_one_row_alone():
 # ---- servers -------------------------------------------------------------------------------------
 
 
-class Server:
-    """An HTTP server that answers each POST with what `reply(path, body)` gives: (status, object or
-    raw bytes).
-    """
-
-    def __init__(self, reply):
-        self.bodies = []
-        self.headers = []
-        outer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.bodies.append(body)
-                outer.headers.append({name.lower(): value for name, value in self.headers.items()})
-                status, content = reply(self.path, body)
-                content = content if isinstance(content, bytes) else json.dumps(content).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                with contextlib.suppress(BrokenPipeError):
-                    self.wfile.write(content)
-
-            def log_message(self, *_):
-                pass
-
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-
-    def __enter__(self):
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.http.shutdown()
-        self.http.server_close()
-
-
 MODEL = build_model("llama")
 
 
@@ -256,9 +214,10 @@ def test_servers_score_as_the_model_itself(ways):
         ]
     expected = np.array([plain_scores(MODEL, request) for request in requests])
     with Server(completions(ways)) as server:
-        engine = OpenAIEngine(server.url, "m", decode, key="secret", concurrency=3, retries=0)
+        connection = Connection(server.url, "m", key="secret", concurrency=3, retries=0)
+        engine = CompletionsEngine(connection, decode)
         found = np.array(engine.score(requests))
-    assert engine.way == (ways[0] if ways else "top")
+    assert engine.scoring == (ways[0] if ways else "top")
     known = ~np.isnan(found)
     assert abs(found - expected)[known].max() < 1e-4
     assert known.all() if ways else known[:, :2].all() and not known[:, 2].all()
@@ -290,23 +249,19 @@ def test_chat_servers_get_messages():
             ]
         }
 
-    text = "One?\x1eA\x1eTwo?\x1e"
-    ids = list(map(ord, text))
+    messages = [
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "A"},
+        {"role": "user", "content": "Two?"},
+    ]
     with Server(reply) as server:
-        engine = OpenAIEngine(
-            server.url, "m", lambda ids: "".join(map(chr, ids)), chat=True, retries=0
-        )
-        (scores,) = engine.score([Request(ids, [[ord("A")], [ord("B")], [ord("C")]])])
-        texts = engine.generate([ids], Sampling(20, (0,), str, temperature=1.0, samples=2))
+        engine = ChatEngine(Connection(server.url, "m", retries=0))
+        (scores,) = engine.score([ChatRequest(messages, ["A", "B", "C"])])
+        texts = engine.generate([messages], Sampling(20, temperature=1.0, samples=2))
     assert scores[:2] == [-2.0, -0.2]
     assert np.isnan(scores[2])
     assert texts == [["Answer: A", "Answer: B"]]
-    assert [message["role"] for message in server.bodies[0]["messages"]] == [
-        "user",
-        "assistant",
-        "user",
-    ]
-    assert [message["content"] for message in server.bodies[0]["messages"]] == ["One?", "A", "Two?"]
+    assert all(body["messages"] == messages for body in server.bodies)
 
 
 def test_failed_requests_are_tried_again():
@@ -317,8 +272,7 @@ def test_failed_requests_are_tried_again():
     requests = make_requests(1)[:1]
     requests = [Request(requests[0].prefix, requests[0].options[:2])]
     with Server(lambda path, body: next(failures, None) or good(path, body)) as server:
-        engine = OpenAIEngine(server.url, "m", decode, retries=3)
-        engine.client = engine.client.with_options(max_retries=3)
+        engine = CompletionsEngine(Connection(server.url, "m", retries=3), decode)
         found = engine.score(requests)
     assert found[0] == pytest.approx(plain_scores(MODEL, requests[0]), abs=1e-4)
 
@@ -341,7 +295,7 @@ def test_failed_requests_are_tried_again():
 )
 def test_bad_servers(reply, message):
     with Server(lambda path, body: reply) as server:
-        engine = OpenAIEngine(server.url, "m", decode, retries=0)
+        engine = CompletionsEngine(Connection(server.url, "m", retries=0), decode)
         with pytest.raises(EngineError, match=message) as caught:
             engine.score(make_requests(1))
     assert "\n" not in str(caught.value)
@@ -349,14 +303,15 @@ def test_bad_servers(reply, message):
 
 
 def test_server_that_is_down_or_slow():
+    down = CompletionsEngine(Connection("http://127.0.0.1:9/v1", "m", retries=0), decode)
     with pytest.raises(EngineError, match="cannot be reached"):
-        OpenAIEngine("http://127.0.0.1:9/v1", "m", decode, retries=0).score(make_requests(1))
-    slow = Server(lambda path, body: time.sleep(1) or (200, {}))
-    with (
-        slow as server,
-        pytest.raises(EngineError, match=r"did not answer in 0\.2 s, 1 times; raise --timeout"),
-    ):
-        OpenAIEngine(server.url, "m", decode, timeout=0.2, retries=0).score(make_requests(1))
+        down.score(make_requests(1))
+    with Server(lambda path, body: time.sleep(1) or (200, {})) as server:
+        slow = CompletionsEngine(Connection(server.url, "m", timeout=0.2, retries=0), decode)
+        with pytest.raises(
+            EngineError, match=r"did not answer in 0\.2 s, 1 times; raise --timeout"
+        ):
+            slow.score(make_requests(1))
 
 
 @pytest.mark.parametrize("architecture", ["mamba", "stablelm"])

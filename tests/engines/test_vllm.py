@@ -25,7 +25,7 @@ from medqlora.data.reading import read_examples
 from medqlora.engines.hf import HfEngine
 from medqlora.engines.interface import Sampling
 from medqlora.evaluation.method import Method
-from medqlora.evaluation.questions import ask
+from medqlora.evaluation.questions import prepare_questions
 from medqlora.model.adapter import attach_adapter, save_adapter
 from medqlora.model.attention.documents import DOCUMENTS
 from medqlora.model.identity import architecture_hash
@@ -86,7 +86,7 @@ def prepare(folder):
     pool, _ = read_examples(
         DataEntry(format="medmcqa", path=str(DEMO / "data" / "train.jsonl"), limit=30), "train"
     )
-    asked, shared = ask(
+    asked, shared = prepare_questions(
         encoder, read_examples(QUESTIONS, "test")[0], Method(num_fewshot=1), pool, 511
     )
     requests = [request for entry in asked for request in entry.requests]

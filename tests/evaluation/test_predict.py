@@ -198,9 +198,9 @@ def test_more_questions_reuse_what_is_there(whole, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--shard", "3/2"], "--shard 3/2: expected I/N"),
-        (["--shard", "a"], "--shard a: expected I/N"),
-        (["--limit", "0"], "--limit 0: expected 1 or more"),
+        (["--shard", "3/2"], "shard got '3/2'; expected I/N"),
+        (["--shard", "a"], "shard got 'a'; expected I/N"),
+        (["--limit", "0"], "--limit: limit got '0'; input should be greater than or equal to 1"),
         (["--engine", "openai"], "give the server's address"),
         (
             [

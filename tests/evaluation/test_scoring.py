@@ -17,9 +17,9 @@ from medqlora.data.examples import LETTERS, MultipleChoice, OpenAnswer, Passage
 from medqlora.data.reading import read_examples
 from medqlora.engines.hf import HfEngine
 from medqlora.engines.interface import Sampling
-from medqlora.evaluation.answering import answer, predict
+from medqlora.evaluation.answering import answer_letters, predict
 from medqlora.evaluation.method import Method, ScoringError
-from medqlora.evaluation.questions import ask, choose_orders, count_common, reorder
+from medqlora.evaluation.questions import choose_orders, count_common, prepare_questions, reorder
 from medqlora.evaluation.shots import find_nearest
 from medqlora.model.base import load_base
 from medqlora.prompts.answers import parse_answer
@@ -75,7 +75,7 @@ def test_scores_equal_transformers(folder, method):
     examples = read_examples(DEMO_TEST, "test")[0]
     pool = read_examples(DEMO_TRAIN, "train")[0]
     encoder = make_encoder(AutoTokenizer.from_pretrained(path), "plain")
-    asked, shared = ask(encoder, examples, method, pool, 512)
+    asked, shared = prepare_questions(encoder, examples, method, pool, 512)
     assert (shared > 40) is (method.num_fewshot > 0 and method.fewshot == "fixed")
     rows = rows_of(HfEngine(*load(path), 2048), encoder, asked, shared, method)
     plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -116,7 +116,7 @@ def test_equal_to_the_reference_harness(task):
     # [questions, options]
     recorded = np.load(ROOT / "tests" / "recorded" / "lm_eval_0.4.13_stories260k.npz")[task]
     encoder = make_encoder(AutoTokenizer.from_pretrained(path), "lm_eval")
-    rows = answer(HfEngine(*load(path)), encoder, examples, "m", 512)
+    rows = answer_letters(HfEngine(*load(path)), encoder, examples, "m", 512)
     found = np.array([list(row["option_logprobs"].values()) for row in rows])
     assert abs(found - recorded).max() < 1e-4
     assert [row["prediction"] for row in rows] == [LETTERS[i] for i in recorded.argmax(1)]
@@ -133,12 +133,12 @@ def test_prompts_that_are_too_long():
         "q", "Which one?", ("yes", "no"), 0, "mcq", "here", context=("word " * 400, "end")
     )
     with pytest.raises(PromptError, match="no place for a question's context"):
-        ask(make_encoder(tokenizer, "lm_eval"), [example], Method(), (), 100)
+        prepare_questions(make_encoder(tokenizer, "lm_eval"), [example], Method(), (), 100)
     wordy = dataclasses.replace(example, question="word " * 400, context=())
-    asked, _ = ask(make_encoder(tokenizer, "lm_eval"), [wordy], Method(), (), 100)
+    asked, _ = prepare_questions(make_encoder(tokenizer, "lm_eval"), [wordy], Method(), (), 100)
     assert asked[0].truncated
     assert len(asked[0].requests[0].prefix) == 100
-    asked, _ = ask(make_encoder(tokenizer, "plain"), [example], Method(), (), 100)
+    asked, _ = prepare_questions(make_encoder(tokenizer, "plain"), [example], Method(), (), 100)
     text = tokenizer.decode(asked[0].requests[0].prefix)
     assert asked[0].truncated
     assert len(asked[0].requests[0].prefix) <= 100
@@ -147,13 +147,13 @@ def test_prompts_that_are_too_long():
     assert "B. no" in text
     assert "end" not in text
     generating = Method(scoring="generate", max_new_tokens=20)
-    asked, _ = ask(make_encoder(tokenizer, "lm_eval"), [wordy], generating, (), 100)
+    asked, _ = prepare_questions(make_encoder(tokenizer, "lm_eval"), [wordy], generating, (), 100)
     assert len(asked[0].requests[0].prefix) == 80
     assert HfEngine(*load(DEMO / "base")).generate(
         [asked[0].requests[0].prefix], Sampling(20, (0,), str)
     )
     with pytest.raises(ScoringError, match="without its context, the model has room for 8"):
-        ask(make_encoder(tokenizer, "plain"), [example], Method(), (), 8)
+        prepare_questions(make_encoder(tokenizer, "plain"), [example], Method(), (), 8)
 
 
 @pytest.mark.parametrize("style", ["plain", "lm_eval"])
@@ -168,7 +168,7 @@ def test_option_tokens_are_those_of_the_whole_text(tokenizer, style):
             "p", "Is it?", ("yes", "no", "maybe"), 0, "pubmedqa", "s", context=("Seen.",)
         ),
     ]
-    asked, _ = ask(encoder, examples, Method(), (), None)
+    asked, _ = prepare_questions(encoder, examples, Method(), (), None)
     for entry, example in zip(asked, examples, strict=True):
         prompt = render(example, style, "letter")
         (request,) = entry.requests
@@ -190,7 +190,9 @@ def test_few_shot_text(tokenizer, style):
     examples = read_examples(DEMO_TEST, "test")[0][:3]
     pool = read_examples(DEMO_TRAIN, "train")[0][:20]
     encoder = make_encoder(tokenizer, style)
-    asked, _shared = ask(encoder, examples, Method(num_fewshot=2), [*pool[:2], examples[0]], None)
+    asked, _shared = prepare_questions(
+        encoder, examples, Method(num_fewshot=2), [*pool[:2], examples[0]], None
+    )
     text = tokenizer.decode(asked[1].requests[0].prefix)
     assert examples[0].question not in text
     for shot in pool[:2]:
@@ -210,7 +212,7 @@ def test_few_shot_text(tokenizer, style):
         )
         assert asked[1].requests[0].prefix == encode_text(tokenizer, whole)
     with pytest.raises(ScoringError, match="--num_fewshot 5: 2 labelled examples are left of 3"):
-        ask(encoder, examples, Method(num_fewshot=5), [*pool[:2], examples[0]], None)
+        prepare_questions(encoder, examples, Method(num_fewshot=5), [*pool[:2], examples[0]], None)
 
 
 def test_nearest_examples():
@@ -250,7 +252,7 @@ def test_permuted_scores_are_averaged_per_option(demo_tokenizer):
     encoder = make_encoder(demo_tokenizer, "plain")
     engine = HfEngine(*load(DEMO / "base"), 2048)
     method = Method(permutations=4)
-    asked, shared = ask(encoder, examples, method, (), 512)
+    asked, shared = prepare_questions(encoder, examples, method, (), 512)
     rows = rows_of(engine, encoder, asked, shared, method)
     for example in examples[:5]:
         row = rows[example.id]
@@ -259,7 +261,7 @@ def test_permuted_scores_are_averaged_per_option(demo_tokenizer):
             shown = dataclasses.replace(
                 example, options=tuple(example.options[LETTERS.index(letter)] for letter in order)
             )
-            alone = answer(engine, encoder, [shown], "m", 512)[0]["option_logprobs"]
+            alone = answer_letters(engine, encoder, [shown], "m", 512)[0]["option_logprobs"]
             assert logprobs == pytest.approx(list(alone.values()), abs=1e-4)
             for letter, value in zip(order, logprobs, strict=True):
                 chances[letter].append(np.exp(value))
@@ -272,7 +274,7 @@ def test_generated_answers_are_parsed_or_left_open(demo_tokenizer):
     examples, _ = read_examples(DEMO_TEST, "test")
     encoder = make_encoder(demo_tokenizer, "plain")
     method = Method(scoring="generate", max_new_tokens=4)
-    asked, shared = ask(encoder, examples, method, (), 512)
+    asked, shared = prepare_questions(encoder, examples, method, (), 512)
     model, backend = load(DEMO / "base")
     rows = rows_of(HfEngine(model, backend, 2048), encoder, asked, shared, method)
     for entry in asked[:6]:
@@ -294,7 +296,7 @@ def test_samples_vote(demo_tokenizer):
     examples, _ = read_examples(DEMO_TEST, "test")
     encoder = make_encoder(demo_tokenizer, "plain")
     method = Method(scoring="generate", max_new_tokens=3, temperature=1.0, samples=5)
-    asked, shared = ask(encoder, examples, method, (), 512)
+    asked, shared = prepare_questions(encoder, examples, method, (), 512)
     engine = HfEngine(*load(DEMO / "base"), 2048)
     rows = rows_of(engine, encoder, asked, shared, method)
     assert rows == rows_of(engine, encoder, asked, shared, method), "the seed decides"
@@ -316,7 +318,7 @@ def test_perplexity_asks_for_every_token_once():
     tokenizer = AutoTokenizer.from_pretrained(path)
     encoder = make_encoder(tokenizer, "plain")
     text = "Once upon a time there was a little girl who had a fever. " * 30
-    (short, long), _ = ask(
+    (short, long), _ = prepare_questions(
         encoder,
         [Passage("a", text[:200], "text", "s"), Passage("b", text, "text", "s")],
         Method(scoring="perplexity"),
@@ -366,7 +368,7 @@ def test_perplexity_asks_for_every_token_once():
 )
 def test_methods_that_do_not_fit(demo_tokenizer, example, method, message):
     with pytest.raises(ScoringError, match=message):
-        ask(make_encoder(demo_tokenizer, "plain"), [example], method)
+        prepare_questions(make_encoder(demo_tokenizer, "plain"), [example], method)
 
 
 @given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=8), min_size=2, max_size=6))
@@ -382,7 +384,7 @@ def test_key_tells_every_change(demo_tokenizer):
     example = MultipleChoice("q", "Which?", ("one", "two"), 0, "mcq", "s")
 
     def key(example, run="r", **changes) -> str:
-        return ask(encoder, [example], Method(**changes))[0][0].key(run)
+        return prepare_questions(encoder, [example], Method(**changes))[0][0].key(run)
 
     changed = [
         key(example, "other"),

@@ -1,0 +1,257 @@
+"""Settings of a model and its engine, how the model wants to be asked, and the engine itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from medqlora.core.config import Attention, Completion, Model, PromptStyle, Section
+from medqlora.core.errors import ConfigError
+from medqlora.engines.interface import Engine
+from medqlora.prompts.chat_template import Encoder, MessageEncoder, make_encoder
+from medqlora.prompts.fingerprint import fingerprint
+
+QUANTIZATIONS = ("nf4", "fp4", "int8")
+
+
+class ModelSettings(Section):
+    """Which model is asked, and in which words."""
+
+    model: str
+    """Folder or hub id of the base or merged model; --engine openai: the server's name for it."""
+    adapter: Path | None = None
+    """Adapter folder of a run."""
+    revision: str | None = None
+    """Hub commit or tag of the model."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "nf4", "fp4", "int8"] | None = None
+    """Compute dtype, or a quantization. Without it, the adapter's own quantization and dtype are
+    taken, or auto.
+    """
+    prompt_style: PromptStyle | None = None
+    """How questions are rendered; by default as the adapter was trained, else auto."""
+    completion: Completion | None = None
+    """What the model writes; by default what the adapter was trained to write, else letter."""
+
+
+class EngineSettings(Section):
+    """What runs the model."""
+
+    engine: Literal["hf", "vllm", "openai"] = "hf"
+    """hf is transformers with packed batches, vllm is vLLM in this process, openai is any
+    OpenAI-compatible server.
+    """
+    attention: Attention = "auto"
+    """hf: attention backend."""
+    max_tokens: int | None = Field(None, ge=1)
+    """hf: tokens per forward pass; by default as many as the free memory takes."""
+    max_length: int | None = Field(None, ge=2)
+    """Tokens that a prompt and its answer may have together; by default the model's positions."""
+    gpu_memory: float = Field(0.9, gt=0, le=1)
+    """vllm: share of the GPU's memory."""
+    tensor_parallel: int = Field(1, ge=1)
+    """vllm: GPUs per model."""
+    server: str | None = None
+    """openai: the server's address, as http://127.0.0.1:8000/v1."""
+    api: Literal["completions", "chat"] = "completions"
+    """openai: completions takes our token ids and needs --tokenizer; chat is for servers that take
+    messages only.
+    """
+    tokenizer: str | None = None
+    """openai: folder or hub id of the served model's tokenizer; by default --model."""
+    api_key_variable: str = "OPENAI_API_KEY"
+    """openai: the environment variable that holds the key."""
+    concurrency: int = Field(32, ge=1)
+    """openai: requests in flight."""
+    timeout: float = Field(120, ge=0.001)
+    """openai: seconds per request."""
+    retries: int = Field(5, ge=0)
+    """openai: further tries of a failed request."""
+
+    @model_validator(mode="after")
+    def check_server(self) -> EngineSettings:
+        if self.engine == "openai" and not self.server:
+            raise ValueError(
+                "--engine openai: give the server's address with --server, as"
+                " http://127.0.0.1:8000/v1"
+            )
+        if self.api == "chat" and self.engine != "openai":
+            raise ValueError(f"--api chat is for --engine openai, not {self.engine}; leave it out")
+        if self.api == "chat" and self.max_length:
+            raise ValueError(
+                "--max_length counts tokens, which a chat server makes by itself; leave it out"
+            )
+        return self
+
+
+class RunSettings(ModelSettings, EngineSettings):
+    """A model and what runs it."""
+
+    @model_validator(mode="after")
+    def check_adapter_place(self) -> RunSettings:
+        if self.engine == "openai" and self.adapter:
+            raise ValueError(
+                "--engine openai: the server owns its adapters; give the served adapter's name as"
+                " --model, without --adapter"
+            )
+        if self.api == "chat" and self.prompt_style not in (None, "auto", "chat"):
+            raise ValueError(
+                f"--prompt_style {self.prompt_style}: a chat server takes messages only; leave it"
+                " out, or use --api completions"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How one model is asked.
+
+    Attributes:
+        encoder: makes its prompts.
+        metadata: how it was trained to be asked, as its adapter or merge says; empty if unknown.
+        max_length: tokens that it can read; None if unknown.
+        identity: what tells it from every other model.
+    """
+
+    encoder: Encoder | MessageEncoder
+    metadata: dict[str, Any]
+    max_length: int | None
+    identity: dict[str, Any]
+
+
+def prepare_asking(settings: RunSettings) -> Asking:
+    """Read how the model is asked: tokenizer, prompt style, length. No weights are loaded.
+
+    Raises:
+        ConfigError: a length that the model does not have, or a tokenizer that does not give the
+            prompts that the adapter was trained with.
+    """
+    if settings.engine == "openai":
+        identity = {"server": settings.server, "model": settings.model}
+        if settings.api == "chat":
+            encoder = MessageEncoder(settings.completion or "letter")
+            return Asking(encoder, {}, None, identity)
+        source = settings.tokenizer or settings.model
+        return Asking(open_encoder(settings, source, {}), {}, settings.max_length, identity)
+    # transformers takes seconds to import, and a chat server needs none of it.
+    from medqlora.model.adapter import check_adapter
+    from medqlora.model.base import read_model_config
+    from medqlora.model.hardware import choose_dtype, default_device
+    from medqlora.model.identity import describe_model, read_merged_metadata
+
+    config = read_model_config(settings.model, settings.revision)
+    if settings.adapter:
+        metadata = check_adapter(settings.adapter, config)
+    else:
+        metadata = read_merged_metadata(settings.model)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if settings.max_length and positions and settings.max_length > positions:
+        raise ConfigError(
+            f"--max_length {settings.max_length}: the model has {positions} positions"
+        )
+    max_length = settings.max_length or positions
+    if settings.engine == "vllm" and positions and not settings.max_length:
+        max_length = positions - 1  # vLLM generates a token in order to score one.
+    loading = describe_loading(settings, metadata)
+    identity = describe_model(settings.model, settings.revision, settings.adapter) | {
+        "quantization": loading.quantization,
+        "dtype": str(choose_dtype(loading.dtype, default_device())),
+    }
+    encoder = open_encoder(settings, settings.model, metadata)
+    asked_otherwise = settings.prompt_style or settings.completion
+    if settings.adapter and metadata and not asked_otherwise:
+        check_prompts(encoder, settings.adapter, metadata)
+    return Asking(encoder, metadata, max_length, identity)
+
+
+def open_encoder(settings: RunSettings, source: str, metadata: dict[str, Any]) -> Encoder:
+    """Load the tokenizer and resolve how prompts are rendered."""
+    from medqlora.model.base import load_tokenizer
+
+    return make_encoder(
+        load_tokenizer(source, settings.revision),
+        settings.prompt_style or metadata.get("prompt_style", "auto"),
+        settings.completion or metadata.get("completion", "letter"),
+    )
+
+
+def check_prompts(encoder: Encoder, adapter: Path, metadata: dict[str, Any]) -> None:
+    """Refuse a tokenizer whose prompts are not those of the adapter's training."""
+    if fingerprint(encoder) != metadata["prompt_sha256"]:
+        raise ConfigError(
+            f"--adapter {adapter}: this tokenizer does not give the prompts that the adapter was"
+            f" trained with; use its base {metadata['base']}, or name a --prompt_style"
+        )
+
+
+def describe_loading(settings: RunSettings, metadata: dict[str, Any]) -> Model:
+    """Return how the model is loaded: as the adapter was trained, unless --dtype says otherwise."""
+    if settings.dtype in QUANTIZATIONS:
+        quantization = settings.dtype
+        dtype = "auto"
+    elif settings.dtype:
+        quantization = "none"
+        dtype = settings.dtype
+    else:
+        quantization = metadata.get("quantization", "none")
+        dtype = metadata.get("dtype", "auto")
+    return Model(
+        base=settings.model,
+        revision=settings.revision,
+        attention=settings.attention,
+        quantization=quantization,
+        double_quantization=metadata.get("double_quantization", True),
+        dtype=dtype,
+    )
+
+
+def open_engine(settings: RunSettings, asking: Asking, seed: int, key: str | None) -> Engine:
+    """Load the model, or connect to the server.
+
+    Args:
+        settings: the model and what runs it.
+        asking: what `prepare_asking` returned for them.
+        seed: vLLM's seed.
+        key: the server's key, or None.
+
+    Raises:
+        EngineError: an engine that cannot run here.
+    """
+    if settings.engine == "openai":
+        from medqlora.engines.openai import ChatEngine, CompletionsEngine, Connection
+
+        connection = Connection(
+            settings.server,
+            settings.model,
+            key,
+            concurrency=settings.concurrency,
+            timeout=settings.timeout,
+            retries=settings.retries,
+        )
+        if settings.api == "chat":
+            return ChatEngine(connection)
+        return CompletionsEngine(connection, asking.encoder.tokenizer.decode)
+    if settings.engine == "vllm":
+        from medqlora.engines.vllm import VllmEngine
+
+        return VllmEngine(
+            settings.model,
+            settings.adapter,
+            dtype=settings.dtype or "auto",
+            revision=settings.revision,
+            max_length=settings.max_length,
+            gpu_memory=settings.gpu_memory,
+            tensor_parallel=settings.tensor_parallel,
+            seed=seed,
+        )
+    from medqlora.engines.hf import HfEngine
+    from medqlora.model.adapter import load_adapter
+    from medqlora.model.base import load_base
+    from medqlora.model.hardware import default_device
+
+    model, backend = load_base(describe_loading(settings, asking.metadata), default_device())
+    if settings.adapter:
+        model = load_adapter(model, settings.adapter)
+    return HfEngine(model, backend, settings.max_tokens)

@@ -1,0 +1,196 @@
+"""The typed settings of an evaluation; the flags and keys of eval/predict.py are made of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from medqlora.core.config import DataEntry, Section
+from medqlora.core.errors import ConfigError
+from medqlora.data.cleaning import clean
+from medqlora.data.examples import DataError, Example
+from medqlora.data.formats.registry import FORMATS, find_format
+from medqlora.data.reading import read_examples
+from medqlora.engines.registry import EngineSettings, ModelSettings, RunSettings
+from medqlora.evaluation.method import Method
+
+
+class QuestionSettings(Section):
+    """Which questions are asked."""
+
+    format: str
+    """Dataset, or layout of the records, as in a training configuration's data entries."""
+    path: str | None = None
+    """File, folder or hub id; by default the dataset's hub home."""
+    split: str | None = None
+    """Split of a folder or hub id, by default the one that scores are published on; a file is taken
+    as it is.
+    """
+    subset: str | None = None
+    """Configuration name of a hub dataset."""
+    columns: dict[str, str | list[str]] = Field({})
+    """mcq, qa, text: our field -> the file's column, as a JSON object on the command line."""
+    test_pmids: str | None = None
+    """pubmedqa: file with the official test PMIDs."""
+    limit: int | None = Field(None, ge=1)
+    """Ask only the first questions."""
+    drop_invalid: bool = False
+    """Leave invalid rows out instead of stopping at the first."""
+    fewshot_path: str | None = None
+    """File, folder or hub id of the worked examples; by default --path."""
+    fewshot_split: str | None = None
+    """Split of the worked examples; by default train, and dev for mmlu."""
+
+    @field_validator("format")
+    @classmethod
+    def check_format(cls, value: str) -> str:
+        try:
+            find_format(value)
+        except DataError as error:
+            raise ValueError(str(error)) from None
+        return value
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def parse_columns(cls, value: Any) -> Any:
+        """Read the JSON of a flag; a YAML file has a mapping."""
+        if not isinstance(value, str):
+            return value
+        try:
+            columns = json.loads(value)
+        except json.JSONDecodeError:
+            columns = None
+        if not isinstance(columns, dict):
+            raise ValueError('expected a JSON object, e.g. \'{"question": "stem"}\'')
+        return columns
+
+
+class MethodSettings(Method):
+    """How questions are asked."""
+
+    scoring: Literal["letters", "cloze", "generate", "perplexity"] | None = None
+    """How the answer is read: by the probability of each letter, by the probability of each
+    option's text (cloze), from generated text, or, for texts, by their perplexity. By default
+    letters, generate for open questions and perplexity for texts.
+    """
+
+
+class OutputSettings(Section):
+    """What is written."""
+
+    shard: str = "0/1"
+    """I/N answers part I (from 0) of N."""
+    output: Path
+    """Predictions file to write (.jsonl)."""
+
+    @field_validator("shard")
+    @classmethod
+    def check_shard(cls, value: str) -> str:
+        numbers = re.fullmatch(r"(\d+)/(\d+)", value)
+        if not numbers or int(numbers[1]) >= int(numbers[2]):
+            raise ValueError("expected I/N with I from 0 to N - 1, as 0/4")
+        return value
+
+
+class EvaluationSettings(RunSettings, QuestionSettings, MethodSettings, OutputSettings):
+    """One evaluation: a model, questions, a method, and the file for the predictions."""
+
+
+# These groups are the headings of --help.
+GROUPS = {
+    "model": ModelSettings,
+    "questions": QuestionSettings,
+    "method": Method,
+    "engine": EngineSettings,
+    "output": OutputSettings,
+}
+
+
+def check_output(output: Path) -> None:
+    """Refuse a predictions file that cannot be written."""
+    if output.suffix != ".jsonl":
+        raise ConfigError(f"--output {output}: expected a name that ends in .jsonl")
+    if not output.parent.is_dir():
+        raise ConfigError(f"--output {output}: no folder {output.parent}; make it first")
+
+
+def choose_method(settings: EvaluationSettings) -> Method:
+    """Return the method; where the scoring is not given, the dataset decides it."""
+    values = {name: getattr(settings, name) for name in Method.model_fields}
+    if settings.scoring is None:
+        kind = find_format(settings.format)
+        values["scoring"] = kind.scoring
+        if settings.prompt_style == "lm_eval" and kind.harness.answer == "cloze":
+            values["scoring"] = "cloze"
+    return Method(**values)
+
+
+def choose_split(settings: QuestionSettings) -> str:
+    """Return the split that scores are published on.
+
+    A file is taken as it is; of PubMedQA's file everything but the official test is taken.
+    """
+    if settings.split:
+        return settings.split
+    if settings.path and Path(settings.path).expanduser().is_file():
+        return "validation"
+    return find_format(settings.format).published_split
+
+
+def read_questions(settings: QuestionSettings, style: str) -> tuple[list[Example], list[str]]:
+    """Read the questions to ask.
+
+    Style lm_eval keeps texts as they stand, because its prompts are the reference harness's own;
+    other styles get cleaned texts, as in training.
+
+    Returns:
+        Examples with unique ids, and one line for each row that was left out.
+
+    Raises:
+        DataError: an invalid row or a repeated id, unless `drop_invalid` is set.
+    """
+    entry = DataEntry(
+        format=settings.format,
+        path=settings.path,
+        subset=settings.subset,
+        limit=settings.limit,
+        test_pmids=settings.test_pmids,
+        columns=settings.columns,
+    )
+    examples, removals = read_examples(entry, choose_split(settings), settings.drop_invalid)
+    left_out = [f"{removal.source}: {removal.reason}" for removal in removals]
+    first_source: dict[str, str] = {}
+    unique = []
+    for example in examples:
+        first = first_source.setdefault(example.id, example.source)
+        if first == example.source:
+            unique.append(example)
+            continue
+        problem = f"{example.source}: id {example.id} stands at {first} too; ids must be unique"
+        if not settings.drop_invalid:
+            raise DataError(f"{settings.format}: {problem} (--drop_invalid keeps the first)")
+        left_out.append(problem)
+    return clean_texts(unique, style), left_out
+
+
+def read_pool(settings: QuestionSettings, style: str) -> list[Example]:
+    """Read the examples that worked examples are taken from."""
+    entry = DataEntry(
+        format=settings.format,
+        path=settings.fewshot_path or settings.path,
+        subset=settings.subset,
+        test_pmids=settings.test_pmids,
+        columns=settings.columns,
+    )
+    split = settings.fewshot_split or FORMATS[settings.format].fewshot_split
+    examples, _ = read_examples(entry, split, drop_invalid=True)
+    return clean_texts(examples, style)
+
+
+def clean_texts(examples: list[Example], style: str) -> list[Example]:
+    """Return the examples with cleaned texts, unless the style is lm_eval."""
+    return examples if style == "lm_eval" else [clean(example) for example in examples]
