@@ -149,7 +149,7 @@ def main() -> None:
     write_atomic(arguments.output, render_report(runs))
     console = Console(highlight=False, soft_wrap=True, markup=False)
     for run in runs:
-        console.print(f"{run.name}: {judge(run)[2]}")
+        console.print(f"{run.name}: {judge(run).sentence}")
     console.print(f"report in {arguments.output}")
 
 

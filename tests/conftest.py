@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from transformers import (
@@ -25,6 +26,10 @@ torch.set_num_threads(1)  # the models here are so small that threads only wait 
 os.environ["OMP_NUM_THREADS"] = "1"  # the same for the scripts that tests start
 # bitsandbytes imports torch's compiler at every start otherwise, for functions that nothing calls
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
+
+# No test may depend on the machine's speed, and hypothesis would fail one that takes long.
+hypothesis.settings.register_profile("any_machine", deadline=None)
+hypothesis.settings.load_profile("any_machine")
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "recipes" / "demo"

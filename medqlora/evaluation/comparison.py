@@ -15,13 +15,20 @@ from medqlora.evaluation.statistics import adjust_holm, mcnemar_exact
 def compare_paired(
     a: np.ndarray, b: np.ndarray, resamples: int = 10_000, seed: int = 0
 ) -> dict[str, Any]:
-    """Compare two models on the same questions (bool [n] each); `difference` is b - a with a paired
-    bootstrap interval.
+    """Compare two models on the same questions.
 
-    Resampling n pairs with replacement only changes how many fall into (a only, b only, other): one
-    multinomial draw each.
+    `difference` is b - a with a paired bootstrap interval (Efron & Tibshirani, An Introduction to
+    the Bootstrap, 1993). Resampling n pairs with replacement only changes how many of them fall
+    into (only a right, only b right, other), so each resample is one multinomial draw.
+
+    Args:
+        a, b: bool [n], which questions each model got right.
+        resamples: how often the pairs are drawn.
+        seed: of the draws.
     """
-    a, b, n = np.asarray(a, bool), np.asarray(b, bool), len(a)
+    a = np.asarray(a, bool)
+    b = np.asarray(b, bool)
+    n = len(a)
     only_a = int((a & ~b).sum())
     only_b = int((b & ~a).sum())
     counts = np.random.default_rng(seed).multinomial(
@@ -43,18 +50,24 @@ def compare_paired(
 def align(
     a: Predictions, b: Predictions, common: bool = False, any_prompt: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers of the same questions in both files, in the order of `a`.
+    """Return the row numbers of the same questions in both files, in the order of `a`.
 
-    Raises: PredictionError: different questions (unless `common`: the shared ones are taken),
-        different labels, or different prompts (unless `any_prompt`).
+    Args:
+        a, b: the files' rows.
+        common: takes the shared questions where the files hold different ones.
+        any_prompt: allows different prompts.
+
+    Raises:
+        PredictionError: different questions, labels or prompts.
     """
     place = {id: i for i, id in enumerate(b.ids)}
     pairs = [(i, place[id]) for i, id in enumerate(a.ids) if id in place]
-    missing = (len(a) - len(pairs), len(b) - len(pairs))
-    if (any(missing) and not common) or not pairs:
+    only_first = len(a) - len(pairs)
+    only_second = len(b) - len(pairs)
+    if not pairs or ((only_first or only_second) and not common):
         raise PredictionError(
-            f"{a.path} and {b.path} hold different questions ({missing[0]} only in the first,"
-            f" {missing[1]} only in the second, {len(pairs)} in both); predict the same file with"
+            f"{a.path} and {b.path} hold different questions ({only_first} only in the first,"
+            f" {only_second} only in the second, {len(pairs)} in both); predict the same file with"
             " both, or compare the shared ones with --common"
         )
     for i, j in pairs:
@@ -77,8 +90,13 @@ def align(
 def compare_predictions(
     a: Predictions, b: Predictions, common: bool = False, any_prompt: bool = False
 ) -> dict[str, Any]:
-    """Paired comparison of two files of multiple-choice predictions: overall, per subject (Holm),
-    and what changed.
+    """Compare two files of multiple-choice predictions question by question.
+
+    The result is that of `compare_paired` overall and per subject (with Holm's correction), what
+    changed, and how alike the answers are.
+
+    Raises:
+        PredictionError: other kinds of predictions, or files that do not belong together.
     """
     for rows in (a, b):
         if rows.kind != "choice":
@@ -107,8 +125,13 @@ def compare_predictions(
 def describe_outcomes(
     a: Predictions, rows: np.ndarray, right_a: np.ndarray, right_b: np.ndarray, shown: int = 20
 ) -> dict[str, Any]:
-    """Questions that b fixed, broke, or left wrong: how many, in which groups, and which (drawn by
-    a hash of the id: the same in every run).
+    """Count the questions that b fixed, broke or left wrong, by groups, and name some of them.
+
+    Args:
+        a: rows of the first file.
+        rows: row numbers of the compared questions in it, int [n].
+        right_a, right_b: bool [n], which of them each model got right.
+        shown: how many ids are named; a hash of the id draws them, the same ones in every run.
     """
     words = np.array(a.length)[rows]
     edges = np.quantile(words, [0.25, 0.5, 0.75]) if len(words) else [0, 0, 0]
@@ -131,42 +154,43 @@ def describe_outcomes(
         "both_wrong": ~right_a & ~right_b,
         "both_right": right_a & right_b,
     }
-    described = {}
+    described = {"all": {"n": len(rows)} | count_groups(groups, np.ones(len(rows), bool))}
     for name, here in outcomes.items():
-        ids = (
-            sorted((a.ids[i] for i in rows[here]), key=hash_id)[:shown]
-            if name != "both_right"
-            else []
-        )
-        described[name] = {"n": int(here.sum()), "ids": ids}
-        described[name] |= {
-            f"by_{key}": dict(sorted(Counter(map(str, values[here])).items()))
-            for key, values in groups.items()
-        }
-    totals = {
-        f"by_{key}": dict(sorted(Counter(map(str, values)).items()))
-        for key, values in groups.items()
-    }
-    return {"all": {"n": len(rows), **totals}, **described}
+        ids = []
+        if name != "both_right":
+            ids = sorted((a.ids[i] for i in rows[here]), key=hash_id)[:shown]
+        described[name] = {"n": int(here.sum()), "ids": ids} | count_groups(groups, here)
+    return described
+
+
+def count_groups(groups: dict[str, np.ndarray], here: np.ndarray) -> dict[str, dict[str, int]]:
+    """Count the questions of each group where the mask `here`, bool [n], is set."""
+    counts = {}
+    for key, values in groups.items():
+        counted = Counter(map(str, values[here]))
+        counts[f"by_{key}"] = dict(sorted(counted.items()))
+    return counts
 
 
 def measure_agreement(
     a: Predictions, b: Predictions, first: np.ndarray, second: np.ndarray
 ) -> dict[str, Any]:
-    """How alike two runs answer: share of equal predictions, and how far the options'
-    log-probabilities lie apart (nats).
+    """Measure how alike two runs answer.
+
+    The result is the share of equal predictions, and how far the options' log-probabilities lie
+    apart, in nats.
     """
     same = [a.prediction[i] == b.prediction[j] for i, j in zip(first, second, strict=True)]
-    facts: dict[str, Any] = {
+    agreement: dict[str, Any] = {
         "same_prediction": float(np.mean(same)),
         "different_predictions": int(len(same) - sum(same)),
     }
     if a.logprobs.shape[1] and a.logprobs.shape[1] == b.logprobs.shape[1]:
-        with np.errstate(invalid="ignore"):  # two impossible options (-inf) have no distance
+        with np.errstate(invalid="ignore"):  # Two impossible options (-inf) have no distance.
             distance = np.abs(a.logprobs[first] - b.logprobs[second])
         if not np.isnan(distance).all():
-            facts |= {
+            agreement |= {
                 "mean_logprob_difference": float(np.nanmean(distance)),
                 "max_logprob_difference": float(np.nanmax(distance)),
             }
-    return facts
+    return agreement

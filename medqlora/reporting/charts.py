@@ -1,4 +1,4 @@
-"""Charts as SVG."""
+"""Charts as SVG: this module computes coordinates, templates/charts.html writes the elements."""
 
 from __future__ import annotations
 
@@ -7,16 +7,32 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from medqlora.reporting.markup import Html, fold, tag
 from medqlora.reporting.numbers import interval, percent, short
 
-BARS = 40  # groups shown at once; further ones fold away
+WIDTH = 360  # A chart of this size, margins included, is readable at a phone's width.
+HEIGHT = 230
+LEFT = 46
+RIGHT = 14
+TOP = 10
+BOTTOM = 36
+BAR_STEP = 17  # pixels from one bar of a group to the next
+BARS = 40  # This many groups are shown at once; further ones fold away.
+
+# Style a is dashed with open circles, style b is solid with filled diamonds.
+STYLES = {"base": "a", "evaluation": "a"}
+
+Place = Callable[[float, float], tuple[float, float]]  # values of the data -> pixels
 
 
 @dataclass
 class Line:
-    """A curve: its points; spread: (x, low, high), whiskers where points are marked, else a
-    band.
+    """A curve.
+
+    Attributes:
+        name: stands in the legend; a curve without a name has no entry there.
+        points: (x, y) in the data's own units.
+        spread: (x, low, high); drawn as whiskers where points are marked, else as a band.
+        marks: marks each point.
     """
 
     name: str
@@ -25,14 +41,60 @@ class Line:
     marks: bool = False
 
 
-WIDTH = 360
-HEIGHT = 230
-LEFT = 46
-RIGHT = 14
-TOP = 10
-BOTTOM = 36  # of a chart and its margins: readable at a phone's width
-# dashed with open circles; all others are solid with filled diamonds
-STYLES = {"base": "a", "evaluation": "a"}
+@dataclass(frozen=True)
+class Path:
+    """An SVG path; `kind` is its class in the stylesheet."""
+
+    d: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text in a chart; `anchor` is SVG's text-anchor."""
+
+    x: str
+    y: str
+    text: str
+    anchor: str
+
+
+@dataclass(frozen=True)
+class LegendEntry:
+    """A curve's name with a short piece of it."""
+
+    name: str
+    swatch: list[Path]
+
+
+@dataclass(frozen=True)
+class LineChart:
+    """Curves in a frame with ticks, as templates/charts.html draws them."""
+
+    title: str
+    label: str
+    legend: list[LegendEntry]
+    shapes: list[Path | Text]
+    note: str
+    width: int = WIDTH
+    height: int = HEIGHT
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The frame of a chart: the range of x and y, their ticks and how ticks are written."""
+
+    x_range: tuple[float, float]
+    y_range: tuple[float, float]
+    x_ticks: list[float]
+    y_ticks: list[float]
+    form: Callable[[float], str]
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        """Return the pixels of a point."""
+        right = (x - self.x_range[0]) / (self.x_range[1] - self.x_range[0])
+        down = (self.y_range[1] - y) / (self.y_range[1] - self.y_range[0])
+        return LEFT + right * (WIDTH - LEFT - RIGHT), TOP + down * (HEIGHT - TOP - BOTTOM)
 
 
 def line_chart(
@@ -45,61 +107,59 @@ def line_chart(
     diagonal: bool = False,
     from_zero: bool = False,
     note: str = "",
-) -> Html | None:
-    """Curves in a frame with ticks; None where there are no points."""
+) -> LineChart | None:
+    """Draw curves in a frame with ticks; None where there are no points.
+
+    Args:
+        title, x_label, note: texts above, below the frame and under it.
+        lines: the curves.
+        x_range, y_range: what the frame covers; by default what the points cover.
+        form: writes a tick's value.
+        diagonal: draws the line of equal x and y.
+        from_zero: makes the y axis begin at zero.
+    """
     lines = [line for line in lines if line.points]
     if not lines:
         return None
-    xs = [x for line in lines for x, _ in line.points]
-    ys = [y for line in lines for _, y in line.points] + [
-        y for line in lines for _, *ends in line.spread for y in ends
-    ]
-    x_ticks = make_ticks(*(x_range or (min(xs), max(xs))))
-    y_ticks = make_ticks(*(y_range or (0 if from_zero else min(ys), max(ys))))
-    x_low, x_high = x_range or (min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1)
-    y_low, y_high = y_range or (y_ticks[0], y_ticks[-1])
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        right = (x - x_low) / (x_high - x_low)
-        down = (y_high - y) / (y_high - y_low)
-        return LEFT + right * (WIDTH - LEFT - RIGHT), TOP + down * (HEIGHT - TOP - BOTTOM)
-
-    drawn = draw_axes(
-        place,
-        x_low,
-        x_high,
-        y_low,
-        [t for t in x_ticks if x_low <= t <= x_high],
-        y_ticks,
-        form,
-        x_label,
-    )
+    axes = choose_axes(lines, x_range, y_range, form, from_zero)
+    shapes = draw_axes(axes, x_label)
     if diagonal:
-        (x1, y1), (x2, y2) = place(0, 0), place(1, 1)
-        drawn.append(stroke(x1, y1, x2, y2, "diagonal"))
+        shapes.append(stroke(*axes.place(0, 0), *axes.place(1, 1), "diagonal"))
     for line in lines:
-        drawn += draw_line(line, place)
-    names = [tag("li", swatch(line), line.name) for line in lines if line.name]
-    facts = "; ".join(
+        shapes += draw_line(line, axes.place)
+    ends = "; ".join(
         f"{line.name or 'from'} {form(line.points[0][1])} to {form(line.points[-1][1])}"
         for line in lines
     )
-    label = f"{title}, over {x_label}, first to last point: {facts}"
-    picture = tag(
-        "svg", *drawn, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=label, class_="chart"
-    )
-    legend = [tag("ul", *names, class_="legend")] if names else []
-    return tag(
-        "figure",
-        tag("figcaption", title),
-        *legend,
-        picture,
-        *([tag("p", note, class_="small")] if note else []),
-    )
+    label = f"{title}, over {x_label}, first to last point: {ends}"
+    legend = [LegendEntry(line.name, draw_swatch(line)) for line in lines if line.name]
+    return LineChart(title, label, legend, shapes, note)
+
+
+def choose_axes(
+    lines: Sequence[Line],
+    x_range: tuple[float, float] | None,
+    y_range: tuple[float, float] | None,
+    form: Callable[[float], str],
+    from_zero: bool,
+) -> Axes:
+    """Choose ranges and ticks that hold all points; see `line_chart`."""
+    xs = [x for line in lines for x, _ in line.points]
+    ys = [y for line in lines for _, y in line.points]
+    for line in lines:
+        for _, low, high in line.spread:
+            ys += [low, high]
+    x_ticks = make_ticks(*(x_range or (min(xs), max(xs))))
+    y_ticks = make_ticks(*(y_range or (0 if from_zero else min(ys), max(ys))))
+    if x_range is None:
+        # A single point stands at the left end of a frame of width one.
+        x_range = (min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1)
+    x_ticks = [tick for tick in x_ticks if x_range[0] <= tick <= x_range[1]]
+    return Axes(x_range, y_range or (y_ticks[0], y_ticks[-1]), x_ticks, y_ticks, form)
 
 
 def make_ticks(low: float, high: float, wanted: int = 4) -> list[float]:
-    """Round numbers from at most `low` to at least `high`."""
+    """Return round numbers from at most `low` to at least `high`."""
     if high <= low:
         low, high = (low - 1, high + 1) if low else (0.0, 1.0)
     rough = (high - low) / wanted
@@ -110,218 +170,176 @@ def make_ticks(low: float, high: float, wanted: int = 4) -> list[float]:
     return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
-def draw_axes(place, x_low, x_high, y_low, x_ticks, y_ticks, form, x_label) -> list[Html]:
-    drawn = []
-    for tick in y_ticks:
-        x1, y = place(x_low, tick)
-        drawn.append(stroke(x1, y, place(x_high, tick)[0], y, "grid"))
-        drawn.append(write(x1 - 6, y + 4, form(tick), "end"))
-    for i, tick in enumerate(x_ticks):
-        x, y = place(tick, y_low)
-        drawn.append(stroke(x, y, x, y + 4, "axis"))
-        drawn.append(
-            write(
-                x,
-                y + 16,
-                form(tick),
-                "end" if i and i == len(x_ticks) - 1 and x > WIDTH - 30 else "middle",
-            )
-        )
-    (x1, y1), (x2, _) = place(x_low, y_low), place(x_high, y_low)
-    return [
-        *drawn,
-        stroke(x1, y1, x2, y1, "axis"),
-        write((x1 + x2) / 2, HEIGHT - 5, x_label, "middle"),
-    ]
+def draw_axes(axes: Axes, x_label: str) -> list[Path | Text]:
+    """Draw the grid, both axes and their ticks."""
+    x_low, x_high = axes.x_range
+    y_low = axes.y_range[0]
+    shapes: list[Path | Text] = []
+    for tick in axes.y_ticks:
+        left, y = axes.place(x_low, tick)
+        right, _ = axes.place(x_high, tick)
+        shapes.append(stroke(left, y, right, y, "grid"))
+        shapes.append(write(left - 6, y + 4, axes.form(tick), "end"))
+    for number, tick in enumerate(axes.x_ticks):
+        x, y = axes.place(tick, y_low)
+        # The last label would reach over the chart's right edge.
+        at_edge = number > 0 and number == len(axes.x_ticks) - 1 and x > WIDTH - 30
+        shapes.append(stroke(x, y, x, y + 4, "axis"))
+        shapes.append(write(x, y + 16, axes.form(tick), "end" if at_edge else "middle"))
+    left, y = axes.place(x_low, y_low)
+    right, _ = axes.place(x_high, y_low)
+    shapes.append(stroke(left, y, right, y, "axis"))
+    shapes.append(write((left + right) / 2, HEIGHT - 5, x_label, "middle"))
+    return shapes
 
 
-def draw_line(line: Line, place) -> list[Html]:
+def draw_line(line: Line, place: Place) -> list[Path]:
+    """Draw a curve with its spread and marks."""
     style = STYLES.get(line.name, "b")
-    drawn = []
+    shapes = []
     if line.spread and line.marks:
         for x, low, high in line.spread:
-            (left, bottom), (_, top) = place(x, low), place(x, high)
-            drawn.append(
-                tag(
-                    "path",
-                    d=(
-                        f"M{left:.1f} {bottom:.1f}V{top:.1f}M{left - 3:.1f}"
-                        f" {top:.1f}h6M{left - 3:.1f} {bottom:.1f}h6"
-                    ),
-                    class_=f"whisker {style}",
-                )
-            )
+            left, bottom = place(x, low)
+            _, top = place(x, high)
+            ends = f"M{left - 3:.1f} {top:.1f}h6M{left - 3:.1f} {bottom:.1f}h6"
+            shapes.append(Path(f"M{left:.1f} {bottom:.1f}V{top:.1f}{ends}", f"whisker {style}"))
     elif line.spread:
-        around = [place(x, high) for x, _, high in line.spread] + [
-            place(x, low) for x, low, _ in reversed(line.spread)
-        ]
-        drawn.append(tag("path", d=path_of(around) + "Z", class_=f"band {style}"))
-    at = [place(x, y) for x, y in line.points]
-    drawn.append(tag("path", d=path_of(at), class_=f"line {style}"))
-    return drawn + [mark(x, y, style) for x, y in at if line.marks or len(at) == 1]
+        upper = [place(x, high) for x, _, high in line.spread]
+        lower = [place(x, low) for x, low, _ in reversed(line.spread)]
+        shapes.append(Path(connect(upper + lower) + "Z", f"band {style}"))
+    places = [place(x, y) for x, y in line.points]
+    shapes.append(Path(connect(places), f"line {style}"))
+    if line.marks or len(places) == 1:
+        shapes += [mark(x, y, style) for x, y in places]
+    return shapes
 
 
-def path_of(places: Sequence[tuple[float, float]]) -> str:
+def connect(places: Sequence[tuple[float, float]]) -> str:
+    """Return the path through these pixels."""
     return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
 
 
-def mark(x: float, y: float, style: str) -> Html:
-    shape = (
-        f"M{x - 4:.1f} {y:.1f}a4 4 0 1 0 8 0a4 4 0 1 0 -8 0Z"
-        if style == "a"
-        else f"M{x:.1f} {y - 5:.1f}l5 5l-5 5l-5 -5Z"
-    )
-    return tag("path", d=shape, class_=f"mark {style}")
+def mark(x: float, y: float, style: str) -> Path:
+    """Draw a point: an open circle in style a, a diamond in style b."""
+    if style == "a":
+        return Path(f"M{x - 4:.1f} {y:.1f}a4 4 0 1 0 8 0a4 4 0 1 0 -8 0Z", "mark a")
+    return Path(f"M{x:.1f} {y - 5:.1f}l5 5l-5 5l-5 -5Z", f"mark {style}")
 
 
-def stroke(x1: float, y1: float, x2: float, y2: float, kind: str) -> Html:
-    return tag("path", d=f"M{x1:.1f} {y1:.1f}L{x2:.1f} {y2:.1f}", class_=kind)
+def stroke(x1: float, y1: float, x2: float, y2: float, kind: str) -> Path:
+    """Draw a straight line."""
+    return Path(f"M{x1:.1f} {y1:.1f}L{x2:.1f} {y2:.1f}", kind)
 
 
-def write(x: float, y: float, text: str, anchor: str) -> Html:
-    return tag("text", text, x=f"{x:.1f}", y=f"{y:.1f}", text_anchor=anchor)
+def write(x: float, y: float, text: str, anchor: str) -> Text:
+    """Place a text."""
+    return Text(f"{x:.1f}", f"{y:.1f}", text, anchor)
 
 
-def swatch(line: Line) -> Html:
+def draw_swatch(line: Line) -> list[Path]:
+    """Draw a short piece of a curve for the legend."""
     style = STYLES.get(line.name, "b")
-    inside = [
-        tag("path", d="M1 7H31", class_=f"line {style}"),
-        *([mark(16, 7, style)] if line.marks else []),
-    ]
-    return tag("svg", *inside, width=32, height=14, viewBox="0 0 32 14", aria_hidden="true")
+    piece = [Path("M1 7H31", f"line {style}")]
+    return [*piece, mark(16, 7, style)] if line.marks else piece
+
+
+@dataclass(frozen=True)
+class Whisker:
+    """One of the three strokes of an interval; x as a share of the width, y in pixels."""
+
+    x1: str
+    x2: str
+    y1: float
+    y2: float
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One model's bar with its interval; widths are shares, so that text never shrinks."""
+
+    model: str
+    style: str
+    y: int
+    share: str
+    accuracy: str
+    whisker: list[Whisker]
+
+
+@dataclass(frozen=True)
+class BarGroup:
+    """The bars of one group, such as a subject."""
+
+    name: str
+    n: str
+    label: str
+    height: int
+    bars: list[Bar]
+
+
+@dataclass(frozen=True)
+class BarChart:
+    """Groups of horizontal bars, as templates/charts.html draws them; best groups first."""
+
+    title: str
+    models: list[tuple[str, str]]  # name and style
+    chance: str | None  # where a vertical line shows the accuracy of guessing
+    groups: list[BarGroup]
+    folded: list[BarGroup]
 
 
 def bar_chart(
     title: str, groups: dict[str, dict[str, dict[str, Any]]], chance: float | None
-) -> Html:
-    """A horizontal bar with its 95 % interval for each group (subject) and model, best groups
-    first.
+) -> BarChart:
+    """Draw a bar with its 95 % interval for each group and model.
 
-    groups: model -> group -> its n, accuracy and accuracy_ci95. Positions are shares of the width,
-    so text never shrinks.
+    Args:
+        title: names the kind of group.
+        groups: model -> group -> its n, accuracy and accuracy_ci95.
+        chance: accuracy of guessing, or None.
     """
     last = list(groups.values())[-1]
-    names = sorted(
-        {name for of in groups.values() for name in of},
-        key=lambda name: (-last.get(name, {"accuracy": -1})["accuracy"], name),
-    )
-    models = [
-        tag(
-            "li",
-            tag("svg", bar(0.5, 1, style_of(model)), width=24, height=12, aria_hidden="true"),
-            model,
-        )
-        for model in groups
-    ]
-    extra = (
-        [
-            tag(
-                "li",
-                tag(
-                    "svg",
-                    tag("path", d="M12 0V12", class_="chance"),
-                    width=24,
-                    height=12,
-                    aria_hidden="true",
-                ),
-                "by guessing",
-            )
-        ]
-        if chance
-        else []
-    )
-    items = [
-        draw_group(name, {model: of[name] for model, of in groups.items() if name in of}, chance)
-        for name in names
-    ]
-    shown = [tag("ul", axis(), *items[:BARS], axis(), class_="bars")]
-    if len(items) > BARS:
-        shown.append(
-            fold(
-                f"{len(items) - BARS:,} more, of lower accuracy",
-                tag("ul", *items[BARS:], class_="bars"),
+
+    def rank(name: str) -> tuple[float, str]:
+        return (-last[name]["accuracy"] if name in last else 1, name)
+
+    drawn = []
+    for name in sorted({name for scores in groups.values() for name in scores}, key=rank):
+        scores = {model: some[name] for model, some in groups.items() if name in some}
+        drawn.append(draw_group(name, scores))
+    models = [(model, STYLES.get(model, "b")) for model in groups]
+    line = f"{100 * chance:.1f}%" if chance else None
+    return BarChart(title, models, line, drawn[:BARS], drawn[BARS:])
+
+
+def draw_group(name: str, scores: dict[str, dict[str, Any]]) -> BarGroup:
+    """Draw the bars of one group; scores: model -> n, accuracy and accuracy_ci95."""
+    bars = []
+    for number, (model, score) in enumerate(scores.items()):
+        y = BAR_STEP * number
+        bars.append(
+            Bar(
+                model,
+                STYLES.get(model, "b"),
+                y + 3,
+                f"{100 * score['accuracy']:.2f}%",
+                percent(score["accuracy"]),
+                draw_whisker(y + 8.5, *score["accuracy_ci95"]),
             )
         )
-    caption = f"{title}: share of right answers with 95\u00a0% interval"
-    return tag(
-        "figure",
-        tag("figcaption", caption),
-        tag("ul", *models, *extra, class_="legend"),
-        *shown,
-        class_="wide",
+    values = ", ".join(
+        f"{model} {percent(score['accuracy'])} (interval {interval(score['accuracy_ci95'])})"
+        for model, score in scores.items()
     )
-
-
-def style_of(model: str) -> str:
-    return STYLES.get(model, "b")
-
-
-def draw_group(name: str, scores: dict[str, dict[str, Any]], chance: float | None) -> Html:
-    facts = ", ".join(
-        f"{model} {percent(s['accuracy'])} (interval {interval(s['accuracy_ci95'])})"
-        for model, s in scores.items()
-    )
-    drawn = [
-        tag("line", x1=f"{x}%", x2=f"{x}%", y1=0, y2="100%", class_="grid")
-        for x in (0, 25, 50, 75, 100)
-    ]
-    for i, (model, s) in enumerate(scores.items()):
-        drawn += [
-            bar(3 + 17 * i, s["accuracy"], style_of(model)),
-            *whisker(8.5 + 17 * i, *s["accuracy_ci95"]),
-        ]
-    if chance:
-        drawn.append(
-            tag(
-                "line",
-                x1=f"{100 * chance:.1f}%",
-                x2=f"{100 * chance:.1f}%",
-                y1=0,
-                y2="100%",
-                class_="chance",
-            )
-        )
-    picture = tag(
-        "svg",
-        *drawn,
-        width="100%",
-        height=17 * len(scores),
-        role="img",
-        aria_label=f"{name}: {facts}",
-    )
-    values = [
-        tag("span", tag("span", model, class_="small"), f" {percent(s['accuracy'])}")
-        for model, s in scores.items()
-    ]
     n = next(iter(scores.values()))["n"]
-    return tag(
-        "li",
-        tag("span", name, " ", tag("span", f"n = {n:,}", class_="small"), class_="name"),
-        picture,
-        tag("span", *values, class_="values"),
-    )
+    return BarGroup(name, f"{n:,}", f"{name}: {values}", BAR_STEP * len(scores), bars)
 
 
-def bar(y: float, value: float, style: str) -> Html:
-    return tag("rect", x=0, y=y, width=f"{100 * value:.2f}%", height=11, class_=f"bar {style}")
-
-
-def whisker(y: float, low: float, high: float) -> list[Html]:
-    ends = [(low, high, y, y), (low, low, y - 3, y + 3), (high, high, y - 3, y + 3)]
+def draw_whisker(y: float, low: float, high: float) -> list[Whisker]:
+    """Draw an interval: a stroke and its two ends."""
+    left = f"{100 * low:.2f}%"
+    right = f"{100 * high:.2f}%"
     return [
-        tag("line", x1=f"{100 * a:.2f}%", x2=f"{100 * b:.2f}%", y1=c, y2=d, class_="whisker")
-        for a, b, c, d in ends
+        Whisker(left, right, y, y),
+        Whisker(left, left, y - 3, y + 3),
+        Whisker(right, right, y - 3, y + 3),
     ]
-
-
-def axis() -> Html:
-    labels = [
-        tag("text", f"{x} %", x=f"{x}%", y=12, text_anchor=anchor)
-        for x, anchor in ((0, "start"), (50, "middle"), (100, "end"))
-    ]
-    return tag(
-        "li",
-        tag("svg", *labels, width="100%", height=16, aria_hidden="true"),
-        class_="axis-row",
-        aria_hidden="true",
-    )

@@ -1,33 +1,25 @@
-"""Scores and logs of runs -> one HTML page that stands alone: no script, no font, no image, nothing
-from a network.
+"""Scores and logs of runs become one HTML page that stands alone.
 
-Numbers come from metrics.py, charts from page.py; this module chooses what is said about a run.
-Needs no torch.
+The page has no script, font or image and asks nothing of a network. evaluation/metrics.py computes
+the numbers, charts.py the charts; this module chooses what is said about a run. It needs no torch.
 """
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from medqlora import __version__
 from medqlora.evaluation.comparison import compare_predictions
 from medqlora.evaluation.predictions import PredictionError
 from medqlora.reporting.examples import show_outcomes, show_samples, show_worst
-from medqlora.reporting.markup import (
-    PAGE,
-    STYLE,
-    Html,
-    definitions,
-    fold,
-    join,
-    section,
-    table,
-    tag,
-)
 from medqlora.reporting.numbers import interval, interval_points, number, p_text, percent, points
+from medqlora.reporting.rendering import Table, render
 from medqlora.reporting.runs import Run, flatten, shorten
 from medqlora.reporting.scores import (
+    Note,
+    Verdict,
     describe_missing,
     judge,
     show_confidence,
@@ -38,33 +30,48 @@ from medqlora.reporting.scores import (
 from medqlora.reporting.training import best_loss, show_training, speed
 
 
+@dataclass(frozen=True)
+class PageSection:
+    """A section; the macro named by `key` in templates/sections.html shows its content."""
+
+    key: str
+    id: str
+    title: str
+    content: Any
+
+
+@dataclass(frozen=True)
+class RunPage:
+    """What the page says about one run."""
+
+    id: str
+    title: str
+    verdict: Verdict
+    notes: list[Note]
+    sections: list[PageSection]
+
+
 def render_report(runs: Sequence[Run]) -> str:
-    """The page for one run, or for several with a table of them before. The same runs give the same
-    bytes.
+    """Return the page of one run, or of several with a table of them before.
+
+    The same runs give the same bytes.
     """
     several = len(runs) > 1
-    title = f"{len(runs)} runs compared" if several else runs[0].name
-    body = [tag("header", tag("p", "medqlora report", class_="kicker"), tag("h1", title))]
-    if several:
-        links = [tag("li", tag("a", run.name, href=f"#run-{i}")) for i, run in enumerate(runs, 1)]
-        body.append(tag("nav", tag("ul", *links), aria_label="Runs"))
-        body.append(section("overview", "All runs", 2, *overview(runs)))
-    for i, run in enumerate(runs, 1):
-        parts = render_run(run, f"run-{i}-" if several else "", 3 if several else 2)
-        body.append(
-            section(f"run-{i}", run.name, 2, *parts, class_="run") if several else join(*parts)
-        )
-    return PAGE.format(
-        title=html.escape(f"{title} – medqlora report"),
-        style=STYLE,
-        body=join(*body),
+    pages = []
+    for position, run in enumerate(runs, 1):
+        pages.append(describe_run(run, f"run-{position}", several))
+    return render(
+        "page.html",
+        title=f"{len(runs)} runs compared" if several else runs[0].name,
+        overview=overview(runs) if several else None,
+        pages=pages,
         version=__version__,
     )
 
 
-def render_run(run: Run, prefix: str, level: int) -> list[Html]:
-    """Verdict and sections of one run; a section that has nothing to show is left out."""
-    parts = [
+def describe_run(run: Run, id: str, several: bool) -> RunPage:
+    """Return verdict and sections of a run; a section that has nothing to show is left out."""
+    contents = [
         ("scores", "Base against tuned" if len(run.shown) == 2 else "Scores", show_scores(run)),
         ("subjects", "Accuracy by subject", show_groups(run)),
         ("confidence", "Calibration and confidence", show_confidence(run)),
@@ -72,204 +79,109 @@ def render_run(run: Run, prefix: str, level: int) -> list[Html]:
         ("training", "Training", show_training(run)),
         ("worst", "Weakest subjects", show_worst(run)),
         ("outcomes", "What changed", show_outcomes(run)),
-        ("samples", "Sample questions", show_samples(run, level + 1)),
+        ("samples", "Sample questions", show_samples(run)),
         ("files", "All prediction files", show_files(run)),
         ("environment", "How it was made", show_environment(run)),
     ]
-    parts = [(prefix + key, title, content) for key, title, content in parts if content]
-    links = [tag("li", tag("a", title, href=f"#{key}")) for key, title, _ in parts]
-    kind, label, sentence = judge(run)
-    verdict = tag(
-        "div",
-        tag("p", tag("strong", label), class_="label"),
-        tag("p", sentence),
-        class_=f"verdict {kind}",
-    )
-    nav = tag("nav", tag("ul", *links), aria_label=f"Sections of {run.name}")
-    return [
-        verdict,
-        *describe_missing(run),
-        nav,
-        *(section(key, title, level, *content) for key, title, content in parts),
+    prefix = f"{id}-" if several else ""  # Ids must be unique on a page of several runs.
+    sections = [
+        PageSection(key, prefix + key, title, content)
+        for key, title, content in contents
+        if content
     ]
+    return RunPage(id, run.name, judge(run), describe_missing(run), sections)
 
 
-def show_files(run: Run) -> list[Html]:
-    """A table for each kind of predictions file: multiple choice (beside base and tuned), open
-    answers, texts.
+def show_files(run: Run) -> list[Table]:
+    """Return a table for each kind of predictions file: choices, open answers, texts.
+
+    Choices have one where there are more files than base and tuned.
     """
-    shown = []
-    scores = run.scores
-    choices = [name for name in scores if "accuracy" in scores[name]]
-    if len(choices) > len(run.shown):
-        rows = [
-            [
-                n,
-                f"{scores[n]['n']:,}",
-                percent(scores[n]["accuracy"]),
-                interval(scores[n]["accuracy_ci95"]),
-                number(scores[n].get("ece")),
-            ]
-            for n in choices
-        ]
-        shown.append(
-            table(
-                "Multiple-choice files",
-                ["multiple choice", "n", "accuracy", "95 % interval", "calibration error"],
-                rows,
-            )
-        )
-    rows = [
-        [
-            n,
-            f"{s['n']:,}",
-            *(
-                f"{percent(s[key])} ({interval(s[key + '_ci95'])})"
+    choices = []
+    answers = []
+    texts = []
+    for name, scores in run.scores.items():
+        if "accuracy" in scores:
+            accuracy = [percent(scores["accuracy"]), interval(scores["accuracy_ci95"])]
+            choices.append([name, f"{scores['n']:,}", *accuracy, number(scores.get("ece"))])
+        if "exact_match" in scores:
+            values = [
+                f"{percent(scores[key])} ({interval(scores[key + '_ci95'])})"
                 for key in ("exact_match", "f1", "rouge_l")
-            ),
-            f"{s['unparsed']:,}",
-        ]
-        for n, s in scores.items()
-        if "exact_match" in s
-    ]
-    if rows:
-        shown.append(
-            table(
-                "Open answers",
-                [
-                    "open answers",
-                    "n",
-                    "exact match (95 % interval)",
-                    "F1 of words",
-                    "ROUGE-L",
-                    "empty",
-                ],
-                rows,
-            )
-        )
-    rows = [
-        [
-            n,
-            f"{s['n']:,}",
-            f"{s['tokens']:,}",
-            number(s["perplexity"]),
-            number(s["word_perplexity"]),
-            number(s["bits_per_byte"]),
-        ]
-        for n, s in scores.items()
-        if "perplexity" in s
-    ]
-    if rows:
-        shown.append(
-            table(
-                "Texts",
-                ["texts", "n", "tokens", "perplexity per token", "per word", "bits per byte"],
-                rows,
-            )
-        )
-    return shown
+            ]
+            answers.append([name, f"{scores['n']:,}", *values, f"{scores['unparsed']:,}"])
+        if "perplexity" in scores:
+            keys = ("perplexity", "word_perplexity", "bits_per_byte")
+            values = [number(scores[key]) for key in keys]
+            texts.append([name, f"{scores['n']:,}", f"{scores['tokens']:,}", *values])
+    tables = []
+    if len(choices) > len(run.shown):
+        head = ["multiple choice", "n", "accuracy", "95 % interval", "calibration error"]
+        tables.append(Table("Multiple-choice files", head, choices))
+    if answers:
+        head = ["open answers", "n", "exact match (95 % interval)", "F1 of words", "ROUGE-L"]
+        tables.append(Table("Open answers", [*head, "empty"], answers))
+    if texts:
+        head = ["texts", "n", "tokens", "perplexity per token", "per word", "bits per byte"]
+        tables.append(Table("Texts", head, texts))
+    return tables
 
 
-def show_environment(run: Run) -> list[Html]:
-    facts = run.environment
-    base = facts.get("base") or {}
-    hardware = facts.get("hardware") or {}
-    gpus = [gpu.get("name") for gpu in hardware.get("gpus") or []]
-    machine = (
-        f"{', '.join(map(str, gpus)) or 'no GPU'}; {hardware.get('cpu')}, {hardware.get('cores')}"
-        " cores"
-        if hardware
-        else None
-    )
-    first = [
+def show_environment(run: Run) -> dict[str, Any] | None:
+    """Return what the run was made with: the main values, the whole list and the configuration."""
+    environment = run.environment
+    base = environment.get("base") or {}
+    main = [
         ("base model", base.get("base")),
         ("quantization", base.get("quantization")),
         ("dtype", base.get("dtype")),
         ("prompt style", base.get("prompt_style")),
         ("completion", base.get("completion")),
-        ("seed", facts.get("seed")),
-        ("commit", shorten(facts.get("git_commit"))),
-        ("hardware", machine),
+        ("seed", environment.get("seed")),
+        ("commit", shorten(environment.get("git_commit"))),
+        ("hardware", describe_hardware(environment.get("hardware") or {})),
     ]
-    prompts = sorted(
-        {
-            digest[:12]
-            for name in run.shown
-            if name in run.rows
-            for digest in run.rows[name].column("prompt_sha256")
-        }
-    )
-    engines = sorted(
-        {
-            engine
-            for name in run.shown
-            if name in run.rows
-            for engine in run.rows[name].column("engine")
-        }
-    )
-    first += [
-        ("prompt fingerprint of the predictions", ", ".join(prompts)),
-        ("answered by engine", ", ".join(engines)),
-    ]
-    known = [(name, value) for name, value in first if value not in (None, "")]
-    shown = [definitions(known)] if known else []
-    if facts:
-        shown.append(
-            fold(
-                "Versions, hardware and hashes",
-                table("Environment", ["fact", "value"], flatten(facts), texts=2),
-            )
-        )
-    if run.config:
-        code = tag("pre", run.config, tabindex=0, role="region", aria_label="Configuration")
-        shown.append(fold("Configuration (config.yaml)", code))
-    return shown
+    prompts = {digest[:12] for digest in list_values(run, "prompt_sha256")}
+    main.append(("prompt fingerprint of the predictions", ", ".join(sorted(prompts))))
+    main.append(("answered by engine", ", ".join(sorted(list_values(run, "engine")))))
+    known = [(name, value) for name, value in main if value not in (None, "")]
+    if not known and not environment and not run.config:
+        return None
+    everything = None
+    if environment:
+        everything = Table("Environment", ["fact", "value"], flatten(environment), texts=2)
+    return {"main": known, "all": everything, "config": run.config}
 
 
-def overview(runs: Sequence[Run]) -> list[Html]:
-    """A row per run; each run's tuned answers also against those of the first run, question by
-    question.
+def describe_hardware(hardware: dict[str, Any]) -> str | None:
+    """Return GPUs and processor in a few words."""
+    if not hardware:
+        return None
+    gpus = ", ".join(str(gpu.get("name")) for gpu in hardware.get("gpus") or [])
+    return f"{gpus or 'no GPU'}; {hardware.get('cpu')}, {hardware.get('cores')} cores"
+
+
+def list_values(run: Run, column: str) -> set[str]:
+    """Return what stands in a column of the shown prediction files."""
+    return {
+        value for name in run.shown if name in run.rows for value in run.rows[name].column(column)
+    }
+
+
+def overview(runs: Sequence[Run]) -> dict[str, Any]:
+    """Return a table with a row per run, and why some runs could not be compared.
+
+    Each run's tuned answers are also compared with those of the first run, question by question.
     """
     rows = []
     reasons = []
-    for i, run in enumerate(runs, 1):
-        against, reason = compare_with_first(runs[0], run) if i > 1 else ("–", None)
-        reasons += (
-            [tag("li", f"{run.name} is not compared with {runs[0].name} ({reason}).")]
-            if reason
-            else []
-        )
-        cells = [
-            percent(run.scores[name]["accuracy"]) if name in run.shown else "–"
-            for name in ("base", "tuned")
-        ]
-        interval_tuned = (
-            interval(run.scores["tuned"]["accuracy_ci95"]) if "tuned" in run.shown else "–"
-        )
-        n = f"{run.scores[run.shown[-1]]['n']:,}" if run.shown else "–"
-        change = "–"
-        if run.comparison:
-            change = (
-                f"{points(run.comparison['difference'])}"
-                f" ({interval_points(run.comparison['difference_ci95'])})"
-            )
-        peak = (run.metrics.get("memory_bytes") or {}).get("peak")
-        memory = "–" if peak is None else f"{peak / 2**20:,.0f} MiB"
-        link = tag("a", run.name, href=f"#run-{i}")
-        rows.append(
-            [
-                link,
-                judge(run)[1],
-                n,
-                *cells,
-                interval_tuned,
-                change,
-                against,
-                best_loss(run) or "–",
-                memory,
-                speed(run) or "–",
-            ]
-        )
+    for position, run in enumerate(runs):
+        against = "–"
+        if position > 0:
+            against, reason = compare_with_first(runs[0], run)
+            if reason:
+                reasons.append(f"{run.name} is not compared with {runs[0].name} ({reason}).")
+        rows.append(describe_row(run, against))
     head = [
         "run",
         "verdict",
@@ -283,24 +195,44 @@ def overview(runs: Sequence[Run]) -> list[Html]:
         "peak memory",
         "tokens/s",
     ]
+    links = [f"#run-{position}" for position in range(1, len(runs) + 1)]
+    return {"table": Table("All runs", head, rows, texts=2, links=links), "reasons": reasons}
+
+
+def describe_row(run: Run, against: str) -> list[str]:
+    """Return a run's cells in the table of all runs."""
+    accuracy = {name: percent(run.scores[name]["accuracy"]) for name in run.shown}
+    tuned = "–"
+    if "tuned" in run.shown:
+        tuned = interval(run.scores["tuned"]["accuracy_ci95"])
+    change = "–"
+    if run.comparison:
+        bounds = interval_points(run.comparison["difference_ci95"])
+        change = f"{points(run.comparison['difference'])} ({bounds})"
+    peak = (run.metrics.get("memory_bytes") or {}).get("peak")
     return [
-        table("All runs", head, rows, texts=2),
-        *([tag("ul", *reasons, class_="note")] if reasons else []),
+        run.name,
+        judge(run).label,
+        f"{run.scores[run.shown[-1]]['n']:,}" if run.shown else "–",
+        accuracy.get("base", "–"),
+        accuracy.get("tuned", "–"),
+        tuned,
+        change,
+        against,
+        best_loss(run) or "–",
+        "–" if peak is None else f"{peak / 2**20:,.0f} MiB",
+        speed(run) or "–",
     ]
 
 
 def compare_with_first(first: Run, other: Run) -> tuple[str, str | None]:
-    """(cell, why there is no number)."""
+    """Return the difference of the two tuned models as text, and why there is none."""
     if "tuned" not in first.rows or "tuned" not in other.rows:
         return "–", "one of them has no predictions/tuned.jsonl"
     try:
-        found = compare_predictions(first.rows["tuned"], other.rows["tuned"])
+        comparison = compare_predictions(first.rows["tuned"], other.rows["tuned"])
     except PredictionError as error:
         return "–", f"eval/compare.py: {error}"
-    return (
-        (
-            f"{points(found['difference'])} ({interval_points(found['difference_ci95'])}), p"
-            f" {p_text(found['mcnemar_p'])}"
-        ),
-        None,
-    )
+    difference = points(comparison["difference"])
+    bounds = interval_points(comparison["difference_ci95"])
+    return f"{difference} ({bounds}), p {p_text(comparison['mcnemar_p'])}", None

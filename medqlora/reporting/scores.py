@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,7 @@ import numpy as np
 from medqlora.evaluation.metrics import NEAR_TIE
 from medqlora.evaluation.predictions import Predictions
 from medqlora.evaluation.statistics import wilson_interval
-from medqlora.reporting.charts import Line, bar_chart, line_chart
-from medqlora.reporting.markup import Html, definitions, fold, table, tag
+from medqlora.reporting.charts import BarChart, Line, bar_chart, line_chart
 from medqlora.reporting.numbers import (
     interval,
     number,
@@ -20,34 +20,47 @@ from medqlora.reporting.numbers import (
     percent_short,
     points,
 )
+from medqlora.reporting.rendering import Table
 from medqlora.reporting.runs import Run
 
-LEVEL = 0.05  # of the two-sided test
+LEVEL = 0.05  # A two-sided test below this level counts as shown.
 
 
-def judge(run: Run) -> tuple[str, str, str]:
-    """(kind, label, sentence): kind is better, worse, even or open.
+@dataclass(frozen=True)
+class Verdict:
+    """What a run showed; kind is better, worse, even or open."""
 
-    A difference counts as shown where its 95 % interval leaves out 0 and the exact test is below
-    0.05, both.
+    kind: str
+    label: str
+    sentence: str
+
+
+def judge(run: Run) -> Verdict:
+    """Say in one sentence whether the tuned model is better than the base.
+
+    A difference counts as shown only where both its 95 % interval leaves out 0 and the exact test
+    is below 0.05.
     """
-    found = run.comparison
-    if found is None:
-        return "open", "Nothing compared", describe_single(run)
-    low, high = found["difference_ci95"]
-    facts = (
-        f"{percent(found['accuracy_b'])} of {found['n']:,} questions right, the base"
-        f" {percent(found['accuracy_a'])}: {points(found['difference'])} points (95 % interval"
-        f" {points(low)} to {points(high)}, exact McNemar p {p_text(found['mcnemar_p'])})."
+    comparison = run.comparison
+    if comparison is None:
+        return Verdict("open", "Nothing compared", describe_single(run))
+    low, high = comparison["difference_ci95"]
+    figures = (
+        f"{percent(comparison['accuracy_b'])} of {comparison['n']:,} questions right, the base"
+        f" {percent(comparison['accuracy_a'])}: {points(comparison['difference'])} points (95 %"
+        f" interval {points(low)} to {points(high)}, exact McNemar p"
+        f" {p_text(comparison['mcnemar_p'])})."
     )
-    if not (low > 0 or high < 0) or found["mcnemar_p"] >= LEVEL:
-        return "even", "No difference shown", f"No difference was shown: tuned answers {facts}"
-    if found["difference"] < 0:
-        return "worse", "Worse", f"Tuned got worse: it answers {facts}"
-    return "better", "Better", f"Tuned answers {facts}"
+    if not (low > 0 or high < 0) or comparison["mcnemar_p"] >= LEVEL:
+        sentence = f"No difference was shown: tuned answers {figures}"
+        return Verdict("even", "No difference shown", sentence)
+    if comparison["difference"] < 0:
+        return Verdict("worse", "Worse", f"Tuned got worse: it answers {figures}")
+    return Verdict("better", "Better", f"Tuned answers {figures}")
 
 
 def describe_single(run: Run) -> str:
+    """Say what is known where base and tuned are not compared."""
     sentences = []
     for name in run.shown:
         low, high = run.scores[name]["accuracy_ci95"]
@@ -84,26 +97,32 @@ LOST = {
 }
 
 
-def describe_missing(run: Run) -> list[Html]:
-    """What the folder lacks, and where its files contradict each other."""
+@dataclass(frozen=True)
+class Note:
+    """A remark about one file of the run folder; the text follows the file's name."""
+
+    file: str
+    text: str
+
+
+def describe_missing(run: Run) -> list[Note]:
+    """Say what the folder lacks, and where its files contradict each other."""
     notes = []
     for name in run.missing:
         stem = name.removeprefix("predictions/").removesuffix(".jsonl")
-        lost = (
-            "its scores are those kept in metrics.json, without sample questions"
-            if stem in run.scores
-            else LOST[name]
-        )
-        notes.append(tag("li", tag("code", name), f" is missing: {lost}."))
+        lost = LOST[name]
+        if stem in run.scores:
+            lost = "its scores are those kept in metrics.json, without sample questions"
+        notes.append(Note(name, f" is missing: {lost}."))
     kept = run.metrics.get("accuracy")
-    found = run.scores.get("tuned", {}).get("accuracy")
-    if isinstance(kept, float) and found is not None and abs(kept - found) > 1e-9:
-        facts = (
-            f" says {percent(kept)} for the tuned model, its predictions give {percent(found)};"
+    scored = run.scores.get("tuned", {}).get("accuracy")
+    if isinstance(kept, float) and scored is not None and abs(kept - scored) > 1e-9:
+        text = (
+            f" says {percent(kept)} for the tuned model, its predictions give {percent(scored)};"
             " this page shows the predictions."
         )
-        notes.append(tag("li", tag("code", "metrics.json"), facts))
-    return [tag("ul", *notes, class_="note")] if notes else []
+        notes.append(Note("metrics.json", text))
+    return notes
 
 
 MEASURES: list[tuple[str, Callable[[dict], Any], str]] = [
@@ -144,30 +163,28 @@ MEASURES: list[tuple[str, Callable[[dict], Any], str]] = [
 ]
 
 
-def show_scores(run: Run) -> list[Html]:
+def show_scores(run: Run) -> dict[str, Any] | None:
+    """Return the table of scores and what its measures mean."""
     if not run.shown:
-        return []
+        return None
     scores = [run.scores[name] for name in run.shown]
     rows = [[label, *map(measure, scores)] for label, measure, _ in MEASURES]
     rows.insert(3, ["by guessing", *(percent(guessing(run.rows.get(name))) for name in run.shown)])
     meanings = [(label, meaning) for label, _, meaning in MEASURES if meaning]
     meanings.insert(2, ("by guessing", "accuracy of answers drawn by lot"))
-    return [
-        table("Scores", ["", *run.shown], rows),
-        fold("What these measures are", definitions(meanings)),
-    ]
+    return {"table": Table("Scores", ["", *run.shown], rows), "meanings": meanings}
 
 
 def guessing(rows: Predictions | None) -> float | None:
-    """Accuracy of a random choice among each question's options."""
+    """Return the accuracy of a random choice among each question's options."""
     if rows is None or not rows.logprobs.shape[1]:
         return None
     options = (~np.isnan(rows.logprobs)).sum(1)
     return float((1 / options).mean()) if options.all() else None
 
 
-def show_groups(run: Run) -> list[Html]:
-    """Bars of each subject; of each dataset and choice type too where there are several."""
+def show_groups(run: Run) -> list[BarChart]:
+    """Return bars of each subject, and of each dataset and choice type where there are several."""
     shown = []
     for key, title in (
         ("per_subject", "Subject"),
@@ -180,126 +197,92 @@ def show_groups(run: Run) -> list[Html]:
     return shown
 
 
-def show_confidence(run: Run) -> list[Html]:
+def show_confidence(run: Run) -> dict[str, Any] | None:
+    """Return the curves of calibration and of selective answering, with the numbers behind them."""
     known = [
         name
         for name in run.shown
         if run.scores[name].get("reliability") and run.scores[name].get("selective")
     ]
     if not known:
-        return []
-    curves = []
-    kept = []
+        return None
+    calibration = []
+    selective = []
+    rows = []
     for name in known:
         bins = run.scores[name]["reliability"]
+        points = [(b["confidence"], b["accuracy"]) for b in bins]
         spread = [
             (b["confidence"], *wilson_interval(round(b["accuracy"] * b["n"]), b["n"])) for b in bins
         ]
-        curves.append(
-            Line(name, [(b["confidence"], b["accuracy"]) for b in bins], spread, marks=True)
-        )
-        shares = run.scores[name]["selective"]["accuracy_at_coverage"]
-        kept.append(
-            Line(
-                name,
-                [(float(share.rstrip("%")) / 100, accuracy) for share, accuracy in shares.items()],
-                marks=True,
-            )
-        )
+        calibration.append(Line(name, points, spread, marks=True))
+        kept = run.scores[name]["selective"]["accuracy_at_coverage"]
+        points = [(float(share.rstrip("%")) / 100, accuracy) for share, accuracy in kept.items()]
+        selective.append(Line(name, points, marks=True))
+        for b in bins:
+            bounds = f"{100 * b['from']:.0f}–{100 * b['to']:.0f}\u00a0%"
+            numbers = [f"{b['n']:,}", percent(b["confidence"]), percent(b["accuracy"])]
+            rows.append([bounds, name, *numbers])
     unit = {"x_range": (0, 1), "y_range": (0, 1), "form": percent_short}
-    rows = [
-        [
-            f"{100 * b['from']:.0f}–{100 * b['to']:.0f}\u00a0%",
-            name,
-            f"{b['n']:,}",
-            percent(b["confidence"]),
-            percent(b["accuracy"]),
-        ]
-        for name in known
-        for b in run.scores[name]["reliability"]
-    ]
-    return [
-        tag(
-            "div",
-            line_chart(
-                "Accuracy at each confidence",
-                curves,
-                "confidence of the answer",
-                diagonal=True,
-                **unit,
-                note=(
-                    "On the diagonal, confidence is honest; below it, the model is too sure."
-                    " Whiskers: 95 % intervals."
-                ),
-            ),
-            line_chart(
-                "Accuracy when only the surest answers are kept",
-                kept,
-                "share of questions answered",
-                **unit,
-                note="A useful confidence makes the curve rise to the left.",
-            ),
-            class_="charts",
-        ),
-        fold(
-            "Numbers of the calibration curve",
-            table(
-                "Calibration",
-                ["confidence", "model", "n", "mean confidence", "accuracy"],
-                rows,
-                texts=2,
+    charts = [
+        line_chart(
+            "Accuracy at each confidence",
+            calibration,
+            "confidence of the answer",
+            diagonal=True,
+            **unit,
+            note=(
+                "On the diagonal, confidence is honest; below it, the model is too sure."
+                " Whiskers: 95 % intervals."
             ),
         ),
+        line_chart(
+            "Accuracy when only the surest answers are kept",
+            selective,
+            "share of questions answered",
+            **unit,
+            note="A useful confidence makes the curve rise to the left.",
+        ),
     ]
+    head = ["confidence", "model", "n", "mean confidence", "accuracy"]
+    return {"charts": charts, "numbers": Table("Calibration", head, rows, texts=2)}
 
 
-def show_positions(run: Run) -> list[Html]:
+def show_positions(run: Run) -> dict[str, Any] | None:
+    """Return how often each letter is right and answered, and how often the order of the options
+    changes the answer.
+    """
     biases = {
         name: run.scores[name]["position_bias"]
         for name in run.shown
         if run.scores[name].get("position_bias", {}).get("letters")
     }
     if not biases:
-        return []
-    letters = sorted({letter for bias in biases.values() for letter in bias["letters"]})
+        return None
+    head = ["letter", "is right"]
+    for name in biases:
+        head += [f"{name} answers", f"{name} probability"]
     empty = {"gold": 0.0, "predicted": 0.0, "mean_probability": None}
     rows = []
-    for letter in letters:
-        of = [bias["letters"].get(letter, empty) for bias in biases.values()]
-        cells = [
-            cell
-            for facts in of
-            for cell in (percent(facts["predicted"]), percent(facts["mean_probability"]))
-        ]
-        rows.append([letter, percent(of[0]["gold"]), *cells])
-    head = [
-        "letter",
-        "is right",
-        *(text for name in biases for text in (f"{name} answers", f"{name} probability")),
-    ]
-    intro = (
-        "A model without bias answers each letter about as often as it is right; probability is the"
-        " mean that the letter gets."
+    for letter in sorted({letter for bias in biases.values() for letter in bias["letters"]}):
+        counts = [bias["letters"].get(letter, empty) for bias in biases.values()]
+        row = [letter, percent(counts[0]["gold"])]
+        for count in counts:
+            row += [percent(count["predicted"]), percent(count["mean_probability"])]
+        rows.append(row)
+    flips = [show_flips(name, bias) for name, bias in biases.items() if "flip_rate" in bias]
+    return {"letters": Table("Letters", head, rows), "flips": flips}
+
+
+def show_flips(name: str, bias: dict[str, Any]) -> dict[str, Any]:
+    """Return how one model's answers depend on the order of the options."""
+    sentence = (
+        f"{name.capitalize()}: {percent(bias['flip_rate'])} of the answers change with the order of"
+        " the options."
     )
-    shown = [tag("p", intro), table("Letters", head, rows)]
-    for name, bias in biases.items():
-        if "flip_rate" in bias:
-            shown.append(
-                tag(
-                    "p",
-                    f"{name.capitalize()}: {percent(bias['flip_rate'])} of the answers change with"
-                    " the order of the options.",
-                )
-            )
-            rows = [
-                [place, f"{s['n']:,}", percent(s["accuracy"]), interval(s["accuracy_ci95"])]
-                for place, s in bias["per_position"].items()
-            ]
-            shown.append(
-                table(
-                    f"Accuracy of {name} by position",
-                    [f"{name}: right option at", "n", "accuracy", "95 % interval"],
-                    rows,
-                )
-            )
-    return shown
+    rows = [
+        [place, f"{score['n']:,}", percent(score["accuracy"]), interval(score["accuracy_ci95"])]
+        for place, score in bias["per_position"].items()
+    ]
+    head = [f"{name}: right option at", "n", "accuracy", "95 % interval"]
+    return {"sentence": sentence, "table": Table(f"Accuracy of {name} by position", head, rows)}

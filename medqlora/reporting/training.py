@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from medqlora.reporting.charts import Line, line_chart
-from medqlora.reporting.markup import Html, definitions, tag
 from medqlora.reporting.runs import Run
 
-POINTS = 200  # of a curve; what lies between two of them is drawn as a band from lowest to highest
+POINTS = 200  # A longer curve is thinned; a band shows the range that each point stands for.
 
 
-def show_training(run: Run) -> list[Html]:
+def show_training(run: Run) -> dict[str, Any] | None:
+    """Return the figures and charts of the training; None where nothing is known of it."""
     charts = [
         line_chart(
             "Loss per supervised token",
@@ -34,53 +34,63 @@ def show_training(run: Run) -> list[Html]:
             "Gradient norm before clipping", [curve("", run.log, "grad_norm")], from_zero=True
         ),
     ]
-    memory = run.metrics.get("memory_bytes") or {}
-    last = max((row["step"] for row in run.log if number_in(row, "step")), default=None)
-    facts = [
-        (name, f"{step:,}")
-        for name, step in (("steps", last), ("adapter of step", run.metrics.get("best_step")))
-        if step is not None
-    ]
-    facts += [("lowest evaluation loss", best_loss(run))]
-    facts += [("tokens per second, median", speed(run))]
-    facts += [(f"memory {name}", f"{value / 2**20:,.0f} MiB") for name, value in memory.items()]
-    facts = [(name, value) for name, value in facts if value is not None]
     charts = [chart for chart in charts if chart]
+    memory = run.metrics.get("memory_bytes") or {}
     if not charts and not memory:
-        return []
-    return [definitions(facts), *([tag("div", *charts, class_="charts")] if charts else [])]
+        return None
+    last = max((row["step"] for row in run.log if has_number(row, "step")), default=None)
+    best = run.metrics.get("best_step")
+    figures = [
+        ("steps", None if last is None else f"{last:,}"),
+        ("adapter of step", None if best is None else f"{best:,}"),
+        ("lowest evaluation loss", best_loss(run)),
+        ("tokens per second, median", speed(run)),
+    ]
+    figures += [(f"memory {name}", f"{value / 2**20:,.0f} MiB") for name, value in memory.items()]
+    known = [(name, value) for name, value in figures if value is not None]
+    return {"figures": known, "charts": charts}
 
 
 def curve(
     name: str, log: list[dict[str, Any]], key: str, scale: float = 1.0, marks: bool = False
 ) -> Line:
-    """One column of the log over the steps, thinned to at most POINTS means with the range that
-    each of them stands for.
+    """Return one column of the log over the steps.
+
+    A long one is thinned to at most POINTS means with the range that each of them stands for.
+
+    Args:
+        name: stands in the legend.
+        log: rows of train_log.jsonl.
+        key: the column.
+        scale: multiplies each value.
+        marks: marks each point.
     """
     points = [
         (row["step"], row[key] * scale)
         for row in log
-        if number_in(row, "step") and number_in(row, key)
+        if has_number(row, "step") and has_number(row, key)
     ]
     if len(points) <= POINTS:
         return Line(name, points, marks=marks)
     size = -(-len(points) // POINTS)
     parts = [np.array(points[start : start + size], float) for start in range(0, len(points), size)]
     means = [(part[:, 0].mean(), part[:, 1].mean()) for part in parts]
-    return Line(
-        name, means, [(part[:, 0].mean(), part[:, 1].min(), part[:, 1].max()) for part in parts]
-    )
+    ranges = [(part[:, 0].mean(), part[:, 1].min(), part[:, 1].max()) for part in parts]
+    return Line(name, means, ranges)
 
 
-def number_in(row: dict[str, Any], key: str) -> bool:
+def has_number(row: dict[str, Any], key: str) -> bool:
+    """Whether a row of the log has a finite number there; a damaged log may have anything."""
     return isinstance(row.get(key), (int, float)) and math.isfinite(row[key])
 
 
 def best_loss(run: Run) -> str | None:
-    losses = [row["eval_loss"] for row in run.log if number_in(row, "eval_loss")]
+    """Return the lowest evaluation loss, as text."""
+    losses = [row["eval_loss"] for row in run.log if has_number(row, "eval_loss")]
     return f"{min(losses):.4f}" if losses else None
 
 
 def speed(run: Run) -> str | None:
-    speeds = [row["tokens_per_second"] for row in run.log if number_in(row, "tokens_per_second")]
+    """Return the median of the steps' tokens per second, as text."""
+    speeds = [row["tokens_per_second"] for row in run.log if has_number(row, "tokens_per_second")]
     return f"{np.median(speeds):,.0f}" if speeds else None

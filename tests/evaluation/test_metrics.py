@@ -1,9 +1,10 @@
 import itertools
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from medqlora.evaluation.comparison import compare_paired, compare_predictions
@@ -33,12 +34,22 @@ def test_wilson_holds_the_estimate(total, data):
     assert 0 <= low <= right / total <= high <= 1
 
 
-def test_mcnemar_against_the_binomial_sum():
-    exact = 2 * sum(math.comb(18, i) for i in range(6)) / 2**18
-    assert mcnemar_exact(5, 13) == pytest.approx(exact)
-    assert mcnemar_exact(0, 0) == 1
-    assert mcnemar_exact(7, 7) == 1
-    assert mcnemar_exact(0, 400) < 1e-100
+def sum_binomial(only_a: int, only_b: int) -> float:
+    """The test by its definition: twice the smaller tail, in exact fractions."""
+    n = only_a + only_b
+    tail = sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1))
+    return float(min(Fraction(1), Fraction(2 * tail, 2**n)))
+
+
+@given(st.integers(0, 600), st.integers(0, 600))
+@example(5, 13)
+@example(0, 0)
+@example(7, 7)
+@example(0, 1000)
+def test_mcnemar_is_the_binomial_sum(only_a, only_b):
+    expected = sum_binomial(only_a, only_b)
+    assert mcnemar_exact(only_a, only_b) == pytest.approx(expected, rel=1e-9)
+    assert mcnemar_exact(only_b, only_a) == pytest.approx(expected, rel=1e-9)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=200))

@@ -378,7 +378,7 @@ def test_verdict(tmp_path, counts, label, sentence):
     ],
 )
 def test_interval_and_test_must_both_show_it(low, high, p, kind):
-    facts = {
+    comparison = {
         "n": 99,
         "accuracy_a": 0.5,
         "accuracy_b": 0.52,
@@ -386,9 +386,9 @@ def test_interval_and_test_must_both_show_it(low, high, p, kind):
         "difference_ci95": [low, high],
         "mcnemar_p": p,
     }
-    found, _, sentence = judge(Run("r", comparison=facts))
-    assert found == kind
-    assert sentence.startswith("No difference was shown") == (kind == "even")
+    verdict = judge(Run("r", comparison=comparison))
+    assert verdict.kind == kind
+    assert verdict.sentence.startswith("No difference was shown") == (kind == "even")
 
 
 def test_verdict_is_printed_too(tmp_path):
