@@ -13,6 +13,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+import warm_processes
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -102,10 +103,18 @@ def build_model(architecture: str, attention: str | None = None, **changes) -> t
     return model.eval()
 
 
-def run_script(*arguments: str, cwd: Path = ROOT, **options) -> subprocess.CompletedProcess:
-    """Run a script of the project as a user does."""
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, **options)
+def run_script(
+    *arguments: str, cwd: Path = ROOT, cold: bool = False, **options
+) -> subprocess.CompletedProcess:
+    """Run a script of the project as a user does; `cold` starts a new interpreter for it."""
+    if cold:
+        command = [sys.executable, *map(str, arguments)]
+        return subprocess.run(
+            command, cwd=cwd, capture_output=True, text=True, timeout=600, **options
+        )
+    process = warm_processes.start(arguments, cwd, **options)
+    out, err = process.communicate(timeout=600)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def run_inside(script: Path, arguments: list[str], monkeypatch) -> tuple[int, str]:
