@@ -1,43 +1,48 @@
-"""Normalise, de-duplicate and decontaminate examples. Every removal is returned with its reason."""
+"""Normalise, de-duplicate and decontaminate examples.
+
+Every example that is dropped is returned as a `Removal` with its reason.
+"""
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import replace
 
 from medqlora.data.examples import Example, MultipleChoice, Passage, Removal
 
-# A stem this long (normalised characters) is the same question whatever its options: MedQA ships
-# each question with four and with five options. Shorter stems ("Which is true?") are shared by
-# different questions.
-SELF_TELLING_STEM = 80
+# Two questions with the same stem of at least this many normalised characters are taken for the
+# same question, whatever their options are, because MedQA exists with four and with five options
+# per question. Different questions share shorter stems such as "Which is true?".
+DISTINCTIVE_STEM = 80
 
 
-def compose(text: str) -> str:
+def to_nfc(text: str) -> str:
+    """Return the text in Unicode normalization form C."""
     return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
 def normalise_line(text: str, lowercase: bool = False) -> str:
-    """One blank between words."""
-    text = " ".join(compose(text).split())
+    """Return the text in form NFC with one blank between words and none around it."""
+    text = " ".join(to_nfc(text).split())
     return text.lower() if lowercase else text
 
 
 def normalise_paragraphs(text: str | None, lowercase: bool = False) -> str | None:
-    """Collapse blanks inside lines and runs of empty lines; keep paragraphs."""
+    """Collapse blanks inside lines and runs of empty lines; paragraphs and line ends stay."""
     if text is None:
         return None
-    lines = compose(text).splitlines()
-    if len(lines) < 2:  # most explanations
+    lines = to_nfc(text).splitlines()
+    if len(lines) < 2:
         return normalise_line(text, lowercase)
-    text = re.sub(r"\n{3,}", "\n\n", "\n".join(" ".join(line.split()) for line in lines)).strip()
+    joined = "\n".join(" ".join(line.split()) for line in lines)
+    text = re.sub(r"\n{3,}", "\n\n", joined).strip()
     return text.lower() if lowercase else text
 
 
 def clean(example: Example, lowercase: bool = False) -> Example:
-    """Whitespace normalised (NFC text), optionally lower-cased."""
+    """Return the example with normalised blanks, in Unicode form NFC, optionally in lower case."""
     if isinstance(example, Passage):
         return replace(example, text=normalise_paragraphs(example.text, lowercase))
     changes = {"question": normalise_line(example.question, lowercase)}
@@ -48,22 +53,22 @@ def clean(example: Example, lowercase: bool = False) -> Example:
         changes["explanation"] = normalise_paragraphs(example.explanation, lowercase)
     else:
         changes["answer"] = normalise_paragraphs(example.answer, lowercase)
-    return (
-        example
-        if all(getattr(example, name) == value for name, value in changes.items())
-        else replace(example, **changes)
-    )
+    if all(getattr(example, name) == value for name, value in changes.items()):
+        return example
+    return replace(example, **changes)
 
 
 def squash(text: str) -> str:
-    """Letters, digits and signs that change a value, case-folded: "pH < 7.35!" and "PH <7.35" are
-    one.
+    """Return the case-folded letters and digits of a text, with the signs that change a value.
+
+    "pH < 7.35!" and "PH <7.35" become the same text.
     """
     folded = unicodedata.normalize("NFKC", text).casefold()
     return re.sub(r"[^\w<>=+%/.-]+", "", folded).strip(".")
 
 
 def exact_key(example: Example) -> Hashable:
+    """Return what two examples have in common that are equal character by character."""
     if isinstance(example, Passage):
         return example.text
     if isinstance(example, MultipleChoice):
@@ -72,7 +77,7 @@ def exact_key(example: Example) -> Hashable:
 
 
 def normalized_key(example: Example) -> Hashable:
-    """Normalised stem + sorted options, or question, or text."""
+    """Return the normalised stem with the sorted options, the open question, or the text."""
     if isinstance(example, Passage):
         return squash(example.text)
     if isinstance(example, MultipleChoice):
@@ -80,68 +85,73 @@ def normalized_key(example: Example) -> Hashable:
     return squash(example.question)
 
 
-def deduplicate(examples: Iterable[Example], how: str) -> tuple[list[Example], list[Removal]]:
-    """Keep the first of each group of equal examples; `how` is none, exact or normalized
-    (config.Data).
+def normalized_training_key(example: Example) -> Hashable:
+    """Return the normalized key, with the answer of an open question.
+
+    Two different answers to one open question are two rows to learn from.
     """
-    if how == "none":
+    if isinstance(example, MultipleChoice):
+        return normalized_key(example), ""
+    return normalized_key(example), squash(getattr(example, "answer", None) or "")
+
+
+def deduplicate(examples: Iterable[Example], method: str) -> tuple[list[Example], list[Removal]]:
+    """Keep the first of each group of equal examples.
+
+    Args:
+        examples: The examples, in the order in which they are kept.
+        method: "none", "exact" or "normalized", as in config.Data.deduplicate.
+    """
+    if method == "none":
         return list(examples), []
-    key: Callable[[Example], Hashable] = {"exact": exact_key, "normalized": normalized_key}[how]
-    if how == "normalized":  # two answers to one open question are two rows to learn from
-
-        def key(e):
-            return (
-                normalized_key(e),
-                squash(getattr(e, "answer", None) or "")
-                if not isinstance(e, MultipleChoice)
-                else "",
-            )
-
-    first = {}
+    key_of = {"exact": exact_key, "normalized": normalized_training_key}[method]
+    first_of = {}
     kept = []
     removals = []
     for example in examples:
-        seen = first.setdefault(key(example), example)
-        if seen is example:
+        first = first_of.setdefault(key_of(example), example)
+        if first is example:
             kept.append(example)
         else:
             removals.append(
-                Removal(example.source, example.id, f"duplicate ({how}) of {seen.source}")
+                Removal(example.source, example.id, f"duplicate ({method}) of {first.source}")
             )
     return kept, removals
 
 
 def contamination_keys(example: Example) -> list[Hashable]:
+    """Return the keys of an example; two examples that share one are taken for the same."""
     keys = [normalized_key(example)]
-    if not isinstance(example, Passage):
-        stem = squash(example.question)
-        keys += (
-            [("stem", stem)]
-            if len(stem) >= SELF_TELLING_STEM or not isinstance(example, MultipleChoice)
-            else []
-        )
+    if isinstance(example, Passage):
+        return keys
+    stem = squash(example.question)
+    if len(stem) >= DISTINCTIVE_STEM or not isinstance(example, MultipleChoice):
+        keys.append(("stem", stem))
     return keys
 
 
 def decontaminate(
     train: Iterable[Example], evaluation: Iterable[Example]
 ) -> tuple[list[Example], list[Removal]]:
-    """Remove training examples that stand in an evaluation set.
+    """Remove the training examples that are also in an evaluation set.
 
-    A multiple-choice question stands there if normalised stem and sorted options do, or a stem of
-    at least SELF_TELLING_STEM characters does; an open question if its normalised question does.
+    A multiple-choice question is in it if its normalised stem and its sorted options are, or if its
+    stem is and has at least DISTINCTIVE_STEM characters. An open question is in it if its
+    normalised question is, a passage if its normalised text is.
     """
-    held_out = {key: example for example in evaluation for key in contamination_keys(example)}
+    held_out = {}
+    for example in evaluation:
+        for key in contamination_keys(example):
+            held_out[key] = example
     if not held_out:
         return list(train), []
     kept = []
     removals = []
     for example in train:
-        hit = next((held_out[key] for key in contamination_keys(example) if key in held_out), None)
-        if hit is None:
+        shared = [key for key in contamination_keys(example) if key in held_out]
+        if not shared:
             kept.append(example)
-        else:
-            removals.append(
-                Removal(example.source, example.id, f"stands in evaluation data: {hit.source}")
-            )
+            continue
+        source = held_out[shared[0]].source
+        removals.append(Removal(example.source, example.id, f"stands in evaluation data: {source}"))
     return kept, removals

@@ -1,4 +1,4 @@
-"""The kinds of examples that the rest of the package works on."""
+"""The kinds of examples that the rest of the package works on, and their error."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ class DataError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class MultipleChoice:
-    """A question with options of which one is right."""
+    """A question with several options, one of which is right."""
 
     id: str
     question: str
     options: tuple[str, ...]
-    answer: int | None  # index into options; None where the dataset hides it
+    answer: int | None  # index into `options`; None where the dataset hides the label
     dataset: str
-    source: str  # file and line, for messages
+    source: str  # the file and the line, for messages
     subject: str | None = None
     topic: str | None = None
     choice_type: str | None = None
-    context: tuple[str, ...] = ()  # passages to read before answering
+    context: tuple[str, ...] = ()  # passages that are shown before the question
     explanation: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class OpenAnswer:
-    """A question answered in free text."""
+    """A question that is answered in free text."""
 
     id: str
     question: str
@@ -58,7 +58,7 @@ Example = MultipleChoice | OpenAnswer | Passage
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """A record or example that was dropped, and why."""
+    """A record or example that was dropped, with the reason."""
 
     source: str
     id: str

@@ -1,6 +1,6 @@
-"""Records become examples.
+"""Turn the records of a data entry into examples.
 
-Every error names the format, the file and the line (JSON lines) or row.
+Every error names the format, the file, and the line (of JSON lines) or the row.
 """
 
 from __future__ import annotations
@@ -11,45 +11,47 @@ from dataclasses import replace
 
 from medqlora.core.config import DataEntry
 from medqlora.data.examples import DataError, Example, Removal
-from medqlora.data.formats.registry import FORMATS, find_format
+from medqlora.data.formats.registry import FORMATS, Format, find_format
 from medqlora.data.sources import locate_file, read_records
 
 
 def check_signature(entry: DataEntry, source: str, record: dict) -> None:
-    """Raises DataError where a record has the keys of another format, or of none."""
-    groups = find_format(entry.format).signatures
-    if not groups or any(group <= set(record) for group in groups):
+    """Raise DataError where a record has the keys of another format, or of no format."""
+    expected = find_format(entry.format)
+    if not expected.signatures or has_signature(record, expected):
         return
-    fits = [
-        other.name
-        for other in FORMATS.values()
-        if any(group <= set(record) for group in other.signatures)
-    ]
-    hint = (
-        f"; this looks like {fits[0]}"
-        if fits
-        else "; for a layout of your own use mcq or qa with columns"
-    )
+    fitting = [other.name for other in FORMATS.values() if has_signature(record, other)]
+    hint = "for a layout of your own use mcq or qa with columns"
+    if fitting:
+        hint = f"this looks like {fitting[0]}"
+    groups = [", ".join(sorted(group)) for group in expected.signatures]
     raise DataError(
         f"{entry.format}: {source}: has {', '.join(map(str, record))}; {entry.format} needs "
-        f"{' or '.join(', '.join(sorted(group)) for group in groups)}{hint}"
+        f"{' or '.join(groups)}; {hint}"
     )
+
+
+def has_signature(record: dict, kind: Format) -> bool:
+    """Whether a record has all keys of one of a format's signatures."""
+    return any(group <= set(record) for group in kind.signatures)
 
 
 def read_examples(
     entry: DataEntry, split: str, drop_invalid: bool = False
 ) -> tuple[list[Example], list[Removal]]:
-    """Read one data entry.
+    """Read the examples of one data entry.
 
     Args:
-        entry: what to read; its own `split` wins over `split`.
-        drop_invalid: list bad rows as removals instead of raising at the first.
+        entry: The entry. Its own `split`, if it has one, is used instead of `split`.
+        split: The split to read.
+        drop_invalid: Return bad rows as removals instead of raising at the first one.
 
-    Returns: examples with unique non-empty ids (a missing id becomes "<format>-<hash of the
-        content>"), and removals.
+    Returns:
+        Examples with non-empty ids, at most `entry.limit`, and the removals. A missing id becomes
+        "<dataset>-<hash of the content>".
 
     Raises:
-        DataError: one line naming format, file and line.
+        DataError: The entry or a row cannot be used.
     """
     kind = find_format(entry.format)
     split = entry.split or split
@@ -72,15 +74,15 @@ def read_examples(
     examples = [
         example if example.id else replace(example, id=content_id(example)) for example in examples
     ]
-    return (examples[: entry.limit], removals)
+    return examples[: entry.limit], removals
 
 
 def content_id(example: Example) -> str:
-    """An id from the example's own text, so that it does not change when a file is reordered or
-    split.
+    """Return an id made from the example's own text.
+
+    The id stays the same when a file is reordered or split.
     """
-    parts = [
-        getattr(example, key, None) for key in ("question", "options", "answer", "context", "text")
-    ]
+    keys = ("question", "options", "answer", "context", "text")
+    parts = [getattr(example, key, None) for key in keys]
     digest = hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()
     return f"{example.dataset}-{digest[:16]}"

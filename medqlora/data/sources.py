@@ -1,10 +1,14 @@
-"""Files and hub datasets become records: rows as they stand there, each with its place."""
+"""Read files and hub datasets into records.
+
+A record is a row as the file holds it. It comes with its source: the file and the line or row.
+"""
 
 from __future__ import annotations
 
 import csv
 import json
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from medqlora.core.config import DataEntry
@@ -20,10 +24,13 @@ SPLIT_NAMES = {
 
 
 def locate_file(entry: DataEntry, split: str) -> Path | None:
-    """The entry's file, or None where its path is a hub id.
+    """Return the entry's file, or None where its path is a hub id.
+
+    In a folder, the file of a split is the one that is named after it (see SPLIT_NAMES), or else
+    the one whose name begins so.
 
     Raises:
-        DataError: no such file, or a folder without one file for the split.
+        DataError: There is no such file, or a folder does not hold exactly one for the split.
     """
     if entry.path is None:
         if find_format(entry.format).hub is None:
@@ -34,22 +41,17 @@ def locate_file(entry: DataEntry, split: str) -> Path | None:
     suffixes = (*SUFFIXES, ".txt") if reads_passages else SUFFIXES
     if path.is_dir():
         names = SPLIT_NAMES.get(split, (split,))
-        found = [
-            p for p in sorted(path.iterdir()) if p.suffix in suffixes and p.stem.lower() in names
-        ]
-        if not found:
-            found = [
-                p
-                for p in sorted(path.iterdir())
-                if p.suffix in suffixes and p.stem.lower().startswith(names)
-            ]
-        if len(found) != 1:
-            listed = ", ".join(p.name for p in found) or "none"
+        files = [file for file in sorted(path.iterdir()) if file.suffix in suffixes]
+        candidates = [file for file in files if file.stem.lower() in names]
+        if not candidates:
+            candidates = [file for file in files if file.stem.lower().startswith(names)]
+        if len(candidates) != 1:
+            listed = ", ".join(file.name for file in candidates) or "none"
             raise DataError(
                 f"{entry.format}: folder {path} has {listed} for split {split}; name the file in"
                 " `path`"
             )
-        return found[0]
+        return candidates[0]
     if path.is_file():
         if path.suffix not in suffixes:
             raise DataError(
@@ -57,11 +59,8 @@ def locate_file(entry: DataEntry, split: str) -> Path | None:
                 f" {' '.join(suffixes)}"
             )
         return path
-    if (
-        path.suffix in (*SUFFIXES, ".txt")
-        or entry.path.startswith((".", "/", "~"))
-        or entry.path.count("/") != 1
-    ):
+    looks_like_a_file = path.suffix in (*SUFFIXES, ".txt") or entry.path.startswith((".", "/", "~"))
+    if looks_like_a_file or entry.path.count("/") != 1:
         raise DataError(
             f"{entry.format}: no file or folder {entry.path}; give an existing one or a hub id"
             " (owner/name)"
@@ -70,7 +69,14 @@ def locate_file(entry: DataEntry, split: str) -> Path | None:
 
 
 def read_records(entry: DataEntry, split: str) -> tuple[str, list[tuple[str, dict]]]:
-    """All records of an entry -> (name of the file or hub dataset, [(source, record)])."""
+    """Read all records of an entry.
+
+    Returns:
+        The name of the file or hub dataset, and a (source, record) for each record.
+
+    Raises:
+        DataError: The file or dataset cannot be read.
+    """
     path = locate_file(entry, split)
     if path is None:
         hub, subset = find_format(entry.format).hub or (None, None)
@@ -79,26 +85,7 @@ def read_records(entry: DataEntry, split: str) -> tuple[str, list[tuple[str, dic
         return hub, read_hub(hub, subset, split, entry.revision)
     name = path.name
     try:
-        if path.suffix == ".jsonl":
-            return name, read_json_lines(path)
-        if path.suffix == ".json":
-            return name, read_json(path)
-        if path.suffix == ".csv":
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                return name, [
-                    (f"{name} row {i}", row) for i, row in enumerate(csv.DictReader(file), 1)
-                ]
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            return name, [
-                (f"{name} row {i}", r)
-                for i, r in enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
-            ]
-        return name, [
-            (f"{name} passage {i}", {"text": t})
-            for i, t in enumerate(split_text(path.read_text("utf-8")), 1)
-        ]
+        return name, READERS[path.suffix](path)
     except UnicodeDecodeError as error:
         raise DataError(
             f"{entry.format}: {name} is not UTF-8 text (byte {error.start}); convert the file"
@@ -114,6 +101,7 @@ def read_records(entry: DataEntry, split: str) -> tuple[str, list[tuple[str, dic
 
 
 def read_json_lines(path: Path) -> list[tuple[str, dict]]:
+    """Read one object per line; empty lines are skipped."""
     records = []
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -133,7 +121,7 @@ def read_json_lines(path: Path) -> list[tuple[str, dict]]:
 
 
 def read_json(path: Path) -> list[tuple[str, dict]]:
-    """A list of objects, or PubMedQA's original {id: object}."""
+    """Read a list of objects, or an object of objects whose keys are ids (PubMedQA's form)."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -145,27 +133,74 @@ def read_json(path: Path) -> list[tuple[str, dict]]:
         return [(f"{path.name} key {key}", {"id": key, **value}) for key, value in tree.items()]
     if not isinstance(tree, list) or not all(isinstance(row, dict) for row in tree):
         raise DataError(f"{path.name}: expected a list of objects or an object of objects")
-    return [(f"{path.name} row {i}", row) for i, row in enumerate(tree, 1)]
+    return number_rows(path.name, tree)
+
+
+def read_csv(path: Path) -> list[tuple[str, dict]]:
+    """Read a table whose first line names the columns."""
+    # Spreadsheet programs begin UTF-8 files with a byte order mark, which "utf-8-sig" skips.
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        return number_rows(path.name, csv.DictReader(file))
+
+
+def read_parquet(path: Path) -> list[tuple[str, dict]]:
+    """Read a Parquet table."""
+    import pyarrow.parquet
+
+    return number_rows(path.name, pyarrow.parquet.read_table(path).to_pylist())
+
+
+def read_passages(path: Path) -> list[tuple[str, dict]]:
+    """Read plain text as passages."""
+    passages = split_text(path.read_text("utf-8"))
+    return [(f"{path.name} passage {i}", {"text": text}) for i, text in enumerate(passages, 1)]
+
+
+def number_rows(name: str, rows: Iterable[dict]) -> list[tuple[str, dict]]:
+    """Return each row with its source, counted from 1."""
+    return [(f"{name} row {i}", row) for i, row in enumerate(rows, 1)]
+
+
+READERS: dict[str, Callable[[Path], list[tuple[str, dict]]]] = {
+    ".jsonl": read_json_lines,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".parquet": read_parquet,
+    ".txt": read_passages,
+}
 
 
 def read_hub(
     hub: str, subset: str | None, split: str, revision: str | None
 ) -> list[tuple[str, dict]]:
+    """Load one split of a hub dataset.
+
+    Raises:
+        DataError: The dataset cannot be loaded.
+    """
     import datasets
 
     try:
         table = datasets.load_dataset(hub, subset, split=split, revision=revision)
-    # the library raises a dozen unrelated types for one mistake of the user
+    # An unknown dataset, subset, split or revision, a private dataset and a lost connection end in
+    # unrelated types (DatasetNotFoundError, ValueError, OSError, errors of httpx and fsspec). Each
+    # of them means that the user cannot have this dataset, and the message keeps the reason.
     except Exception as error:  # noqa: BLE001
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
             f"hub dataset {hub} (subset {subset}, split {split}) cannot be loaded: {reason}"
         ) from None
-    return [(f"{hub} {split} row {i}", dict(row)) for i, row in enumerate(table, 1)]
+    return number_rows(f"{hub} {split}", map(dict, table))
 
 
 def split_text(text: str, characters: int = 2_000) -> list[str]:
-    """Paragraphs joined up to about `characters`, so that a book becomes rows."""
+    """Split a text at empty lines and join paragraphs to passages.
+
+    Args:
+        text: The text.
+        characters: A passage is closed before it would grow beyond this many characters. A longer
+            paragraph is a passage of its own.
+    """
     passages = []
     current = ""
     for paragraph in re.split(r"\n\s*\n", text):

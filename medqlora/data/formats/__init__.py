@@ -1,7 +1,10 @@
-"""One file per dataset. Each is read here, so that it registers itself."""
+"""The dataset formats, one module per dataset.
+
+Importing this package imports every module in it, and each module registers its own format.
+"""
 
 import importlib
 import pkgutil
 
-for found in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{found.name}")
+for module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{module.name}")

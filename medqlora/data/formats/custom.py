@@ -1,4 +1,7 @@
-"""Layouts of a user's own: multiple choice, open questions, plain text; columns can be renamed."""
+"""General formats for a user's own files: multiple choice, open questions and plain text.
+
+The column map of a data entry says which columns of the file hold our fields.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,12 @@ from medqlora.data.formats.registry import Format, register
 
 
 def parse_mcq(record: dict, source: str, entry: DataEntry) -> MultipleChoice:
+    """Parse a multiple-choice question with its options in one field."""
     record = take_columns(record, entry)
     options = read_options(record.get("options"))
-    answer = None if record.get("answer") in (None, "") else find_answer(record["answer"], options)
+    answer = None
+    if record.get("answer") not in (None, ""):
+        answer = find_answer(record["answer"], options)
     check_answer(answer, options)
     return MultipleChoice(
         id=optional_text(record, "id") or "",
@@ -36,6 +42,7 @@ def parse_mcq(record: dict, source: str, entry: DataEntry) -> MultipleChoice:
 
 
 def parse_qa(record: dict, source: str, entry: DataEntry) -> OpenAnswer:
+    """Parse a question that is answered in free text."""
     record = take_columns(record, entry)
     return OpenAnswer(
         id=optional_text(record, "id") or "",
@@ -49,6 +56,7 @@ def parse_qa(record: dict, source: str, entry: DataEntry) -> OpenAnswer:
 
 
 def parse_text(record: dict, source: str, entry: DataEntry) -> Passage:
+    """Parse a plain text to learn from or to measure perplexity on."""
     record = take_columns(record, entry)
     return Passage(
         id=optional_text(record, "id") or "",

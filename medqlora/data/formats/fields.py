@@ -1,6 +1,7 @@
-"""Fields of a record: what every dataset's parser needs to read them.
+"""Readers of single fields of a record, shared by the parsers of all datasets.
 
-A ValueError becomes a DataError with the record's place before it.
+They raise ValueError where a field cannot be used. `read_examples` turns that into a DataError
+which also names the file and the line.
 """
 
 from __future__ import annotations
@@ -11,28 +12,51 @@ from medqlora.core.config import DataEntry
 from medqlora.data.examples import LETTERS
 
 
+def is_blank(value: object) -> bool:
+    """Whether a field holds nothing but blanks."""
+    # pandas writes a missing value as NaN, the only value that differs from itself.
+    return value is None or value != value or not str(value).strip()
+
+
 def need_text(record: dict, key: str) -> str:
+    """Return a field that every record must have.
+
+    Raises:
+        ValueError: The field is missing or blank.
+    """
     value = record.get(key)
-    # NaN is how pandas writes nothing
-    if value is None or value != value or not str(value).strip():
+    if is_blank(value):
         raise ValueError(f'"{key}" is empty; every row needs text there')
     return str(value)
 
 
 def optional_text(record: dict, key: str) -> str | None:
+    """Return a field, or None where it is missing, blank or the word "nan"."""
     value = record.get(key)
     text = "" if value is None else str(value)
-    return text if text[:4].lower() != "nan" and text.strip() else None
+    if text.lower() == "nan" or not text.strip():
+        return None
+    return text
 
 
 def need_option(record: dict, key: str) -> str:
+    """Return the text of one option.
+
+    Raises:
+        ValueError: The field is missing or blank.
+    """
     value = record.get(key)
-    if value is None or value != value or not str(value).strip():
+    if is_blank(value):
         raise ValueError(f'option "{key}" is empty; every option needs text')
     return str(value)
 
 
 def whole_number(value: object, name: str) -> int:
+    """Return a number, or a text that spells one, as an integer.
+
+    Raises:
+        ValueError: The value is no whole number. The message calls it `name`.
+    """
     try:
         if float(value) == int(float(value)) and not isinstance(value, bool):
             return int(float(value))
@@ -42,23 +66,21 @@ def whole_number(value: object, name: str) -> int:
 
 
 def read_options(value: object) -> tuple[str, ...]:
-    """{"A": …}, [{"key": "A", "value": …}] or a list of texts, in the order of their letters."""
+    """Return the texts of the options in the order of their letters.
+
+    Args:
+        value: {"A": text, ...}, [{"key": "A", "value": text}, ...] or [text, ...]; a string is
+            read as JSON of one of these forms.
+
+    Raises:
+        ValueError: The value has none of these forms, or an option is blank.
+    """
     if isinstance(value, str) and value.strip()[:1] in "[{":
         value = json.loads(value)
-    if (
-        isinstance(value, list)
-        and value
-        and all(isinstance(v, dict) and {"key", "value"} <= set(v) for v in value)
-    ):
-        value = {v["key"]: v["value"] for v in value}
+    if is_list_of_pairs(value):
+        value = {pair["key"]: pair["value"] for pair in value}
     if isinstance(value, dict):
-        value = {k: v for k, v in value.items() if v is not None}
-        if sorted(value) != list(LETTERS[: len(value)]):
-            raise ValueError(
-                f"options are lettered {', '.join(map(str, value))}; expected"
-                f" {', '.join(LETTERS[: len(value)])}"
-            )
-        value = [value[letter] for letter in LETTERS[: len(value)]]
+        value = order_by_letter(value)
     if not isinstance(value, (list, tuple)) or not 2 <= len(value) <= len(LETTERS):
         raise ValueError(
             f"options are {value!r}; expected 2 to {len(LETTERS)} texts, as a list or by letter"
@@ -69,8 +91,32 @@ def read_options(value: object) -> tuple[str, ...]:
     return tuple(map(str, value))
 
 
+def is_list_of_pairs(value: object) -> bool:
+    """Whether a value is a list of objects, each with a "key" and a "value"."""
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(pair, dict) and {"key", "value"} <= set(pair) for pair in value)
+
+
+def order_by_letter(options: dict) -> list:
+    """Return the texts of {"A": text, ...} in the order of their letters; None is left out."""
+    present = {letter: text for letter, text in options.items() if text is not None}
+    expected = LETTERS[: len(present)]
+    if sorted(present) != list(expected):
+        raise ValueError(
+            f"options are lettered {', '.join(map(str, present))}; expected {', '.join(expected)}"
+        )
+    return [present[letter] for letter in expected]
+
+
 def find_answer(value: object, options: tuple[str, ...]) -> int:
-    """A letter, an option's exact text, or a 0-based index -> index."""
+    """Return the index of the right option, given as a letter, its exact text or an index from 0.
+
+    The index may lie beyond the last option; `check_answer` refuses that.
+
+    Raises:
+        ValueError: The value is none of the three.
+    """
     if isinstance(value, str):
         text = value.strip()
         if len(text) == 1 and text.upper() in LETTERS:
@@ -86,6 +132,7 @@ def find_answer(value: object, options: tuple[str, ...]) -> int:
 
 
 def check_answer(answer: int | None, options: tuple[str, ...]) -> None:
+    """Raise ValueError where a known answer is not the index of an option."""
     if answer is not None and not 0 <= answer < len(options):
         raise ValueError(
             f"answer is option {answer} (from 0) of {len(options)}; it must be one of the options"
@@ -93,8 +140,12 @@ def check_answer(answer: int | None, options: tuple[str, ...]) -> None:
 
 
 def take_columns(record: dict, entry: DataEntry) -> dict:
-    """Rename by the entry's column map: {our field: the file's column}."""
-    taken = dict(record)
+    """Add our fields to a record by the entry's column map {our field: the file's column}.
+
+    Raises:
+        ValueError: The record lacks a column that the map names.
+    """
+    renamed = dict(record)
     for field, column in entry.columns.items():
         names = [column] if isinstance(column, str) else column
         missing = [name for name in names if name not in record]
@@ -102,16 +153,16 @@ def take_columns(record: dict, entry: DataEntry) -> dict:
             raise ValueError(
                 f'columns.{field} names "{missing[0]}"; the row has {", ".join(map(str, record))}'
             )
-        taken[field] = (
-            record[column] if isinstance(column, str) else [record[name] for name in column]
-        )
-    return taken
+        if isinstance(column, str):
+            renamed[field] = record[column]
+        else:
+            renamed[field] = [record[name] for name in column]
+    return renamed
 
 
 def read_context(record: dict) -> tuple[str, ...]:
+    """Return the passages of the field "context", which holds one text or a list of texts."""
     value = record.get("context")
-    return (
-        tuple(map(str, value))
-        if isinstance(value, (list, tuple))
-        else ((str(value),) if value else ())
-    )
+    if isinstance(value, (list, tuple)):
+        return tuple(map(str, value))
+    return (str(value),) if value else ()

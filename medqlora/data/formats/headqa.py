@@ -9,24 +9,33 @@ from medqlora.data.formats.registry import Format, HarnessPrompt, register
 
 
 def parse_headqa(record: dict, source: str, entry: DataEntry) -> MultipleChoice:
-    """`answers` is [{aid: 1…, atext}], `ra` the number of the right one."""
+    """Parse a HEAD-QA question.
+
+    "answers" is [{"aid": 1, "atext": text}, ...]; "ra" is the "aid" of the right answer.
+    """
     answers = record.get("answers")
-    if isinstance(answers, dict):  # how older versions of datasets give a list of objects
+    # Older versions of the datasets library return a list of objects as an object of lists.
+    if isinstance(answers, dict):
         answers = [
             {"aid": aid, "atext": text}
             for aid, text in zip(answers["aid"], answers["atext"], strict=True)
         ]
-    if not isinstance(answers, list) or not all(
-        isinstance(a, dict) and "atext" in a for a in answers
-    ):
+    if not isinstance(answers, list) or not all(map(is_answer, answers)):
         raise ValueError(
             f'"answers" is {answers!r}; expected a list of {{"aid": number, "atext": text}}'
         )
-    options = read_options([a["atext"] for a in answers])
+    options = read_options([answer["atext"] for answer in answers])
+    numbers = [
+        whole_number(answer.get("aid", position), "aid")
+        for position, answer in enumerate(answers, 1)
+    ]
     right = record.get("ra")
-    numbers = [whole_number(a.get("aid", i), "aid") for i, a in enumerate(answers, 1)]
-    if right not in (None, -1) and whole_number(right, "ra") not in numbers:
-        raise ValueError(f"ra is {right}; the answers are numbered {', '.join(map(str, numbers))}")
+    index = None
+    if right not in (None, -1):
+        if whole_number(right, "ra") not in numbers:
+            listed = ", ".join(map(str, numbers))
+            raise ValueError(f"ra is {right}; the answers are numbered {listed}")
+        index = numbers.index(whole_number(right, "ra"))
     name = optional_text(record, "name")
     number = optional_text(record, "qid")
     return MultipleChoice(
@@ -34,13 +43,19 @@ def parse_headqa(record: dict, source: str, entry: DataEntry) -> MultipleChoice:
         question=need_text(record, "qtext"),
         options=options,
         dataset="headqa",
-        answer=None if right in (None, -1) else numbers.index(whole_number(right, "ra")),
+        answer=index,
         source=source,
         subject=optional_text(record, "category"),
     )
 
 
+def is_answer(answer: object) -> bool:
+    """Whether an entry of "answers" is an object with a text."""
+    return isinstance(answer, dict) and "atext" in answer
+
+
 def ask_harness(example: MultipleChoice, context: str) -> str:
+    """Return the prompt of lm-evaluation-harness's task headqa."""
     return f"Question: {example.question}\nAnswer:"
 
 

@@ -19,11 +19,15 @@ from medqlora.data.formats.registry import Format, register
 
 
 def parse_medqa(record: dict, source: str, entry: DataEntry) -> MultipleChoice:
-    if "sent1" in record:  # the hub's "-hf" form
+    """Parse a MedQA question, in the original form or in the one of the hub's "-hf" copies.
+
+    The original form has "options" and "answer_idx", the other "sent1", "ending0" ... and "label".
+    """
+    if "sent1" in record:
         endings = sorted(key for key in record if re.fullmatch(r"ending\d", key))
         options = tuple(need_option(record, key) for key in endings)
-        letter = record.get("label")
-        answer = None if letter in (None, -1) else whole_number(letter, "label")
+        label = record.get("label")
+        answer = None if label in (None, -1) else whole_number(label, "label")
         check_answer(answer, options)
         question = need_text(record, "sent1")
     else:
@@ -33,11 +37,7 @@ def parse_medqa(record: dict, source: str, entry: DataEntry) -> MultipleChoice:
         answer = None if letter is None else find_answer(letter, options)
         check_answer(answer, options)
         text = record.get("answer")
-        if (
-            answer is not None
-            and text is not None
-            and " ".join(str(text).split()) != " ".join(options[answer].split())
-        ):
+        if answer is not None and text is not None and not same_words(str(text), options[answer]):
             raise ValueError(
                 f'answer_idx {letter} is "{options[answer]}" but answer is "{text}"; they must'
                 " agree"
@@ -51,6 +51,11 @@ def parse_medqa(record: dict, source: str, entry: DataEntry) -> MultipleChoice:
         source=source,
         subject=optional_text(record, "meta_info"),
     )
+
+
+def same_words(first: str, second: str) -> bool:
+    """Whether two texts differ at most in their blanks."""
+    return first.split() == second.split()
 
 
 register(

@@ -1,4 +1,4 @@
-"""MedQuAD (Ben Abacha and Demner-Fushman, 2019): open questions with answers of the NIH."""
+"""MedQuAD (Ben Abacha and Demner-Fushman, 2019): open questions with answers from the NIH."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from medqlora.data.formats.registry import Format, register
 
 
 def parse_medquad(record: dict, source: str, entry: DataEntry) -> OpenAnswer:
+    """Parse a MedQuAD question; "qtype" or "question_type" becomes its subject."""
     subject = optional_text(record, "qtype") or optional_text(record, "question_type")
     return OpenAnswer(
-        # ids repeat across its sources: content_id gives one
+        # MedQuAD's ids repeat across its sources; an empty id is replaced by a hash of the content.
         id="",
         question=need_text(record, "question"),
         answer=need_text(record, "answer"),

@@ -19,8 +19,7 @@ from medqlora.data.formats.registry import (
     register,
 )
 
-# MMLU's medical subjects, as medical papers report them (Singhal et al., Nature 620, 2023, "MMLU
-# clinical topics").
+# Medical papers report these subjects (Singhal et al., Nature 620, 2023, "MMLU clinical topics").
 MMLU_SUBJECTS = (
     "anatomy",
     "clinical_knowledge",
@@ -32,8 +31,11 @@ MMLU_SUBJECTS = (
 
 
 def parse_mmlu(record: dict, source: str, entry: DataEntry) -> MultipleChoice:
+    """Parse an MMLU question: "choices" is a list of texts, "answer" an index or a letter."""
     options = read_options(record.get("choices"))
-    answer = None if record.get("answer") in (None, -1) else find_answer(record["answer"], options)
+    answer = None
+    if record.get("answer") not in (None, -1):
+        answer = find_answer(record["answer"], options)
     check_answer(answer, options)
     return MultipleChoice(
         id=optional_text(record, "id") or "",
@@ -47,7 +49,13 @@ def parse_mmlu(record: dict, source: str, entry: DataEntry) -> MultipleChoice:
 
 
 def choose_subjects(records: Records, entry: DataEntry, on_hub: bool) -> Records:
-    """The medical subjects, unless the entry names a subset."""
+    """Keep the records of the medical subjects, unless the entry names a subset.
+
+    A record without a subject is kept.
+
+    Raises:
+        DataError: No record is left.
+    """
     if entry.subset is not None:
         return records
     kept = [
@@ -64,10 +72,12 @@ def choose_subjects(records: Records, entry: DataEntry, on_hub: bool) -> Records
 
 
 def ask_harness(example: MultipleChoice, context: str) -> str:
+    """Return the prompt of one question in lm-evaluation-harness's task mmlu."""
     return "\n".join([example.question.strip(), *letter_options(example), "Answer:"])
 
 
 def lead_harness(example: MultipleChoice) -> str:
+    """Return the line that stands before all questions in lm-evaluation-harness's task mmlu."""
     subject = (example.subject or "medicine").replace("_", " ")
     return f"The following are multiple choice questions (with answers) about {subject}.\n\n"
 

@@ -1,4 +1,4 @@
-"""PubMedQA (Jin et al., 2019): yes, no or maybe from an abstract."""
+"""PubMedQA (Jin et al., 2019): questions answered by yes, no or maybe from an abstract."""
 
 from __future__ import annotations
 
@@ -11,11 +11,17 @@ from medqlora.data.formats.fields import need_text, optional_text
 from medqlora.data.formats.registry import Format, HarnessPrompt, register
 
 PUBMEDQA_OPTIONS = ("yes", "no", "maybe")
+TEST_LISTS = ("test_pmids.txt", "test_ground_truth.json")  # files looked for beside the data
 
 
 def parse_pubmedqa(record: dict, source: str, entry: DataEntry) -> MultipleChoice:
+    """Parse a PubMedQA question, in the original form or in the hub's.
+
+    The original form has keys in capitals and the passages under "CONTEXTS"; the hub's has them
+    under "contexts" inside "context".
+    """
     record = {key.lower(): value for key, value in record.items()}
-    context = record.get("contexts") if "contexts" in record else (record.get("context") or {})
+    context = record["contexts"] if "contexts" in record else (record.get("context") or {})
     passages = context.get("contexts") if isinstance(context, dict) else context
     if not isinstance(passages, (list, tuple)) or not passages:
         raise ValueError('"contexts" is empty; every question needs its abstract')
@@ -39,24 +45,20 @@ def parse_pubmedqa(record: dict, source: str, entry: DataEntry) -> MultipleChoic
 def select_pubmedqa_split(
     examples: list[MultipleChoice], entry: DataEntry, split: str
 ) -> list[MultipleChoice]:
-    """The official test is a list of 500 PMIDs; a file that is a part already needs no list.
+    """Keep the questions of a split.
 
-    Raises: DataError: the file holds the whole labelled set (over 500 rows) and no list tells its
-        test questions apart.
+    The official test set is a list of 500 PMIDs; every other question belongs to the training set.
+    Without a list, at most 500 rows are taken to be a part that holds no test questions.
+
+    Raises:
+        DataError: A list is needed and there is none, or it cannot be read, or the split is empty.
     """
     if split == "all":
         return examples
-    listed = entry.test_pmids
-    path = Path(entry.path).expanduser() if entry.path else None
-    if listed is None and path is not None and path.exists():
-        folder = path if path.is_dir() else path.parent
-        beside = [
-            folder / name
-            for name in ("test_pmids.txt", "test_ground_truth.json")
-            if (folder / name).is_file()
-        ]
-        listed = str(beside[0]) if beside else None
-    if listed is None:
+    list_file = entry.test_pmids
+    if list_file is None:
+        list_file = find_test_list(entry)
+    if list_file is None:
         if len(examples) > 500 or split == "test":
             raise DataError(
                 f"pubmedqa: split {split} of {len(examples)} rows needs the official list of test"
@@ -65,19 +67,32 @@ def select_pubmedqa_split(
             )
         return examples
     try:
-        text = Path(listed).expanduser().read_text(encoding="utf-8")
-        pmids = set(json.loads(text)) if listed.endswith(".json") else set(text.split())
+        text = Path(list_file).expanduser().read_text(encoding="utf-8")
+        pmids = set(json.loads(text)) if list_file.endswith(".json") else set(text.split())
     except (OSError, ValueError) as error:
-        raise DataError(f"pubmedqa: test_pmids {listed} cannot be read: {error}") from None
+        raise DataError(f"pubmedqa: test_pmids {list_file} cannot be read: {error}") from None
     kept = [example for example in examples if (example.id in pmids) == (split == "test")]
     if not kept:
         raise DataError(
-            f"pubmedqa: none of the {len(examples)} rows belongs to split {split} by {listed}"
+            f"pubmedqa: none of the {len(examples)} rows belongs to split {split} by {list_file}"
         )
     return kept
 
 
+def find_test_list(entry: DataEntry) -> str | None:
+    """Return the official list of test PMIDs that lies beside the entry's file, if there is one."""
+    path = Path(entry.path).expanduser() if entry.path else None
+    if path is None or not path.exists():
+        return None
+    folder = path if path.is_dir() else path.parent
+    for name in TEST_LISTS:
+        if (folder / name).is_file():
+            return str(folder / name)
+    return None
+
+
 def ask_harness(example: MultipleChoice, context: str) -> str:
+    """Return the prompt of lm-evaluation-harness's task pubmedqa."""
     return f"Abstract: {context}\nQuestion: {example.question}\nAnswer:"
 
 

@@ -1,6 +1,6 @@
-"""What the rest of the package knows of a dataset, which registers itself in a file of its own.
+"""The registry of dataset formats, through which the rest of the package knows a dataset.
 
-To add one, write a file beside this one that calls `register`; nothing else changes.
+To add a dataset, write a module in this folder that calls `register`; nothing else changes.
 """
 
 from __future__ import annotations
@@ -14,23 +14,26 @@ from medqlora.core.config import DataEntry
 from medqlora.data.examples import LETTERS, DataError, Example, MultipleChoice
 
 Record = dict
-Records = list[tuple[str, Record]]  # the place of each record, and the record
+Records = list[tuple[str, Record]]  # each record with its source: the file and the line
 
 
 def keep_records(records: Records, entry: DataEntry, on_hub: bool) -> Records:
+    """Return the records as they are: the default of `Format.prepare`."""
     return records
 
 
 def keep_examples(examples: list[Example], entry: DataEntry, split: str) -> list[Example]:
+    """Return the examples as they are: the default of `Format.select_split`."""
     return examples
 
 
 def ask_by_letter(example: MultipleChoice, context: str) -> str:
-    """Question, lettered options and "Answer:", as most tasks of lm-evaluation-harness ask."""
+    """Return question, lettered options and "Answer:", as most tasks of lm-evaluation-harness."""
     return "\n".join([f"Question: {example.question}", *letter_options(example), "Answer:"])
 
 
 def letter_options(example: MultipleChoice) -> list[str]:
+    """Return one line per option, each with its letter."""
     lettered = zip(LETTERS, example.options, strict=False)
     return [f"{letter}. {option}" for letter, option in lettered]
 
@@ -40,11 +43,11 @@ class HarnessPrompt:
     """A dataset's prompt in lm-evaluation-harness 0.4.13, character by character.
 
     Args:
-        ask: example and joined context -> all text up to the answer.
-        lead: example -> text before everything, worked examples included.
-        answer: what completes the prompt, a letter or an option's text; "cloze" is an option's
-            text after a question that is asked without options.
-        takes_context: whether the prompt has a place for passages.
+        ask: Takes an example and its joined passages; returns the text up to the answer.
+        lead: Takes an example; returns the text before everything else, worked examples included.
+        answer: Says how the prompt is completed: by a letter, by an option's text, or ("cloze") by
+            an option's text after a question that is asked without its options.
+        takes_context: Whether the prompt has a place for passages.
     """
 
     ask: Callable[[MultipleChoice, str], str] = ask_by_letter
@@ -55,22 +58,27 @@ class HarnessPrompt:
 
 @dataclass(frozen=True)
 class Format:
-    """One dataset, or one layout of a user's own.
+    """One dataset, or one general layout for a user's own files.
 
     Args:
-        name: how entries and flags call it.
-        parse: (record, its place, entry) -> example. A ValueError says what is wrong with the
-            record; the caller puts the place before it. An empty id is replaced by a hash.
-        scoring: how its questions are scored where nothing else is asked for.
-        hub: (hub id, subset) of its home, for entries without a path.
-        published_split: the split that scores are published on.
-        fewshot_split: the split that worked examples come from.
-        fewshot_by_subject: whether they must be of the question's own subject, in their order.
-        signatures: keys that only its records have; a record that has all of one group fits.
-        prepare: (records, entry, on_hub) -> records, with what only a whole file shows.
-        select_split: (examples, entry, split) -> examples, where one file holds several splits.
-        splits_share_a_file: whether train and test may lie in one file, told apart by the above.
-        harness: its prompt in lm-evaluation-harness.
+        name: The name in data entries and in the flag --format.
+        parse: Takes a record, its source and the data entry; returns an example. It raises a
+            ValueError that says what is wrong with the record, and the caller adds the source.
+            An example may have an empty id, which is replaced by a hash of its content.
+        scoring: How the questions are scored unless the user asks for another method.
+        hub: (hub id, subset) of the dataset, for entries without a path.
+        published_split: The split on which published scores are measured.
+        fewshot_split: The split from which worked examples are taken.
+        fewshot_by_subject: Whether worked examples must have the question's subject and keep the
+            order of their split.
+        signatures: Groups of keys. A record that has all keys of one group has this format.
+        prepare: Takes (records, entry, on_hub) and returns records, completed with what only the
+            whole file can tell.
+        select_split: Takes (examples, entry, split) and returns the examples of that split, for a
+            file that holds several splits.
+        splits_share_a_file: Whether one file may hold both train and test, which `select_split`
+            then tells apart.
+        harness: The dataset's prompt in lm-evaluation-harness.
     """
 
     name: str
@@ -90,16 +98,21 @@ class Format:
 FORMATS: dict[str, Format] = {}
 
 
-def register(entry: Format) -> None:
-    assert entry.name not in FORMATS, f"two files register the format {entry.name}"
-    FORMATS[entry.name] = entry
+def register(new: Format) -> None:
+    """Make a format known under its name."""
+    assert new.name not in FORMATS, f"two files register the format {new.name}"
+    FORMATS[new.name] = new
 
 
 def find_format(name: str, place: str = "format") -> Format:
-    """The registered format of this name.
+    """Return the registered format of a name.
+
+    Args:
+        name: The name.
+        place: Where the name was given; it begins the error message.
 
     Raises:
-        DataError: there is none.
+        DataError: No format has this name.
     """
     if name in FORMATS:
         return FORMATS[name]
