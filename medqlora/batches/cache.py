@@ -1,4 +1,7 @@
-"""Prepared rows and plans on disk, memory-mapped, named by a hash of what they are made of."""
+"""The cache on disk: tokenized rows and plans, memory-mapped.
+
+Each folder is named by a hash of what its content is made from, so a change makes a new folder.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,21 @@ from medqlora.prompts.encoding import TokenTable
 
 
 def save_arrays(folder: Path, arrays: dict[str, np.ndarray]) -> None:
-    """One .npy file per array in `folder`, which must not exist; complete or absent."""
+    """Write one .npy file per array in `folder`, unless the folder exists.
+
+    The files are written to a folder aside, which is then renamed. So a folder is complete or
+    absent, also after a kill, and several processes may write the same one.
+
+    Raises:
+        PlanError: The disk refuses.
+    """
     aside = folder.with_name(f"{folder.name}.{np.random.default_rng().integers(2**32):08x}.tmp")
     try:
         aside.mkdir(parents=True)
         for name, array in arrays.items():
             np.save(aside / f"{name}.npy", array)
-        if not folder.is_dir():  # else another process was first, with the same content
+        # Another process may have been first; its folder of this name has the same content.
+        if not folder.is_dir():
             aside.rename(folder)
     except OSError as error:
         if not folder.is_dir():
@@ -38,16 +49,24 @@ def save_arrays(folder: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def load_arrays(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
-    """Memory-mapped, read-only."""
+    """Open arrays of save_arrays, memory-mapped and read-only."""
     return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """train, eval: tokenized rows (eval None without data.eval); repeats float [rows]: times each
-    training row is seen per epoch; test: labelled multiple-choice examples; removals: everything
-    dropped; mixture: rows, tokens per source; hashes: of data, prompt, tokenizer; folders: of the
-    tables in the cache."""
+    """The data of a run after reading, cleaning and tokenizing.
+
+    Args:
+        train: The tokenized training rows.
+        eval: The tokenized evaluation rows; None without data.eval.
+        repeats: How often each training row is seen per epoch, float64 [rows].
+        test: The labelled multiple-choice questions of data.test.
+        removals: Every record and example that was dropped.
+        mixture: The rows and shares of each entry of data.train (see describe_mixture).
+        hashes: SHA-256 of the training examples, the prompt and the tokenizer.
+        folders: The cache folder of each table, by "train" and "eval".
+    """
 
     train: TokenTable
     eval: TokenTable | None
@@ -60,64 +79,73 @@ class Prepared:
 
 
 def load_table(folder: Path) -> tuple[TokenTable, list[Removal]]:
+    """Open a table that `pipeline.tokenize` cached, with the removals of its tokenization."""
     notes = json.loads(str(np.load(folder / "names.npy")))
     arrays = load_arrays(folder, ["ids", "offsets", "prompt_lengths"])
-    return TokenTable(**arrays, names=notes["names"]), [
-        Removal(**removal) for removal in notes["removals"]
-    ]
+    removals = [Removal(**removal) for removal in notes["removals"]]
+    return TokenTable(**arrays, names=notes["names"]), removals
 
 
 def save_prepared(data: Data, prepared: Prepared) -> str:
-    """Keep what other processes need in the cache; -> name of the folder, for load_prepared."""
-    facts = {
+    """Write prepared data to the cache for the other processes of a run.
+
+    Returns:
+        The name of the cache folder, for load_prepared.
+    """
+    content = {
         "folders": prepared.folders,
         "hashes": prepared.hashes,
         "mixture": prepared.mixture,
         "test": [asdict(example) for example in prepared.test],
         "removals": [asdict(removal) for removal in prepared.removals],
     }
-    key = hash_json([facts, hashlib.sha256(prepared.repeats.tobytes()).hexdigest()])
+    key = hash_json([content, hashlib.sha256(prepared.repeats.tobytes()).hexdigest()])
     folder = Path(data.cache_dir).expanduser() / f"prepared-{key[:24]}"
     if not folder.is_dir():
-        save_arrays(folder, {"repeats": prepared.repeats, "facts": np.array(json.dumps(facts))})
+        save_arrays(folder, {"repeats": prepared.repeats, "facts": np.array(json.dumps(content))})
     return folder.name
 
 
 def load_prepared(data: Data, name: str) -> Prepared:
-    """What another process prepared; its arrays are memory-mapped."""
+    """Read what another process saved with save_prepared; its arrays are memory-mapped."""
     cache = Path(data.cache_dir).expanduser()
-    facts = json.loads(str(np.load(cache / name / "facts.npy")))
-    tables = {role: load_table(cache / folder)[0] for role, folder in facts["folders"].items()}
-    test = [
-        MultipleChoice(
-            **{
-                key: tuple(value) if isinstance(value, list) else value
-                for key, value in row.items()
-            }
-        )
-        for row in facts["test"]
-    ]
-    removals = [Removal(**removal) for removal in facts["removals"]]
-    repeats = load_arrays(cache / name, ["repeats"])["repeats"]
+    content = json.loads(str(np.load(cache / name / "facts.npy")))
+    tables = {role: load_table(cache / folder)[0] for role, folder in content["folders"].items()}
     return Prepared(
-        tables["train"],
-        tables.get("eval"),
-        repeats,
-        test,
-        removals,
-        facts["mixture"],
-        facts["hashes"],
-        facts["folders"],
+        train=tables["train"],
+        eval=tables.get("eval"),
+        repeats=load_arrays(cache / name, ["repeats"])["repeats"],
+        test=[restore_question(row) for row in content["test"]],
+        removals=[Removal(**removal) for removal in content["removals"]],
+        mixture=content["mixture"],
+        hashes=content["hashes"],
+        folders=content["folders"],
     )
+
+
+def restore_question(row: dict[str, Any]) -> MultipleChoice:
+    """Make a question again from its JSON, which has lists where the question has tuples."""
+    fields_of_row = {}
+    for key, value in row.items():
+        fields_of_row[key] = tuple(value) if isinstance(value, list) else value
+    return MultipleChoice(**fields_of_row)
 
 
 def prepare_plan(
     config: Config, prepared: Prepared, ranks: int, packed_tokens: int | None = None
 ) -> tuple[Plan, str]:
-    """The training plan (memory-mapped from the cache) and its name, which holds its hash.
+    """Make the training plan, or open it where the cache holds it.
 
-    config: with training.max_tokens_per_batch decided, a rank's micro-batch; packed_tokens: of the
-    bins that rows are packed in (plan.choose_packing), default the same.
+    Args:
+        config: The configuration. Its training.max_tokens_per_batch is no longer "auto": it is the
+            size of a rank's micro-batch in tokens.
+        prepared: The prepared data.
+        ranks: The number of processes.
+        packed_tokens: The size in tokens of the bins that rows are packed in (see
+            plan.choose_packing); the micro-batch by default.
+
+    Returns:
+        The plan, memory-mapped, and the name of its cache folder, which holds its hash.
     """
     training = config.training
     data = config.data
@@ -133,9 +161,8 @@ def prepare_plan(
         "packing": data.packing,
     }
     lengths = prepared.train.lengths
-    key = hash_json(
-        [settings, hashlib.sha256(lengths.tobytes() + prepared.repeats.tobytes()).hexdigest()]
-    )
+    rows_sha256 = hashlib.sha256(lengths.tobytes() + prepared.repeats.tobytes()).hexdigest()
+    key = hash_json([settings, rows_sha256])
     folder = Path(data.cache_dir).expanduser() / f"plan-{key[:24]}"
     if not folder.is_dir():
         plan = make_plan(lengths, repeats=prepared.repeats, **settings)
@@ -144,9 +171,6 @@ def prepare_plan(
 
 
 def load_plan(data: Data, name: str) -> Plan:
-    """The plan of that name in the cache, memory-mapped."""
-    return Plan(
-        **load_arrays(
-            Path(data.cache_dir).expanduser() / name, [field.name for field in fields(Plan)]
-        )
-    )
+    """Open the plan of that name in the cache, memory-mapped."""
+    folder = Path(data.cache_dir).expanduser() / name
+    return Plan(**load_arrays(folder, [field.name for field in fields(Plan)]))

@@ -1,18 +1,26 @@
-"""Rows of a plan become packed micro-batches."""
+"""Turn the rows of a plan into packed micro-batches."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from medqlora.batches.plan import PlanError, level
+from medqlora.batches.plan import PlanError, spread_rows
 from medqlora.prompts.encoding import TokenTable
 
 
 def cap_batches(lengths: np.ndarray, batches: list[np.ndarray], budget: int) -> list[np.ndarray]:
-    """The same rows in micro-batches of at most `budget` tokens (after running out of memory).
+    """Divide micro-batches of more than `budget` tokens, after a step that ran out of memory.
+
+    Args:
+        lengths: The tokens of each row, int [rows].
+        batches: The row numbers of each micro-batch.
+        budget: The largest number of tokens that a micro-batch may have.
+
+    Returns:
+        The row numbers of micro-batches that hold the same rows.
 
     Raises:
-        PlanError: a single row is over the budget.
+        PlanError: A single row is over the budget.
     """
     capped = []
     for rows in batches:
@@ -23,32 +31,41 @@ def cap_batches(lengths: np.ndarray, batches: list[np.ndarray], budget: int) -> 
                 " lower data.max_length, set training.gradient_checkpointing to full, or use a"
                 " smaller model"
             )
-        capped += [rows] if tokens <= budget else level(lengths, rows, -(-tokens // budget), budget)
+        if tokens <= budget:
+            capped.append(rows)
+        else:
+            capped += spread_rows(lengths, rows, -(-tokens // budget), budget)
     return capped
 
 
 def most_supervised(table: TokenTable, tokens: int) -> int:
-    """No micro-batch of so many tokens has more supervised ones: those of the densest rows that
-    fill it.
+    """Return an upper bound for the supervised tokens of a micro-batch of `tokens` tokens.
+
+    It is reached by a micro-batch of the rows with the largest supervised part.
     """
     order = np.argsort(-table.supervised / table.lengths, kind="stable")
     filled = np.cumsum(table.lengths[order])
-    return int(table.supervised[order[: int(np.searchsorted(filled, tokens)) + 1]].sum())
+    count = int(np.searchsorted(filled, tokens)) + 1
+    return int(table.supervised[order[:count]].sum())
 
 
 def collate(table: TokenTable, rows: np.ndarray) -> dict[str, np.ndarray | int]:
     """Pack rows into one sequence without padding.
 
-    Returns: input_ids, position_ids int64 [1, tokens]; cu_seqlens int32 [rows + 1]; max_seqlen;
-        predict_at int64 [labelled]: positions whose next token is supervised; targets int64
-        [labelled]: those tokens.
+    Returns:
+        input_ids: int64 [1, tokens].
+        position_ids: int64 [1, tokens]; they begin from 0 in each row.
+        cu_seqlens: int32 [rows + 1]; where rows begin and end in the sequence.
+        max_seqlen: The length of the longest row.
+        predict_at: int64 [labelled]; the positions whose next token is supervised.
+        targets: int64 [labelled]; those next tokens.
     """
-    starts = table.offsets[rows]
+    table_starts = table.offsets[rows]
     lengths = table.lengths[rows]
     ends = np.cumsum(lengths)
-    begins = ends - lengths
-    position_ids = np.arange(ends[-1]) - np.repeat(begins, lengths)
-    ids = table.ids[np.repeat(starts, lengths) + position_ids].astype(np.int64)
+    starts = ends - lengths
+    position_ids = np.arange(ends[-1]) - np.repeat(starts, lengths)
+    ids = table.ids[np.repeat(table_starts, lengths) + position_ids].astype(np.int64)
     supervised = position_ids >= np.repeat(table.prompt_lengths[rows], lengths)
     labelled = np.flatnonzero(supervised)
     return {

@@ -1,4 +1,7 @@
-"""Data entries become tokenized rows: read, clean, separate, tokenize."""
+"""Turn data entries into tokenized rows.
+
+The rows are read, cleaned, separated from the evaluation data and tokenized.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
+from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -31,14 +35,15 @@ DEFAULT_SPLIT = {"train": "train", "eval": "validation", "test": "test"}
 
 
 def name_entry(role: str, index: int) -> str:
+    """Return what error messages call a data entry."""
     return f"data.{role}[{index}]"
 
 
 def check_entries(data: Data) -> None:
-    """Every file is there, and no evaluation file is a training file.
+    """Check that every file is there and that no evaluation data is also training data.
 
     Raises:
-        DataError
+        DataError: One of the two does not hold, or data.train is empty.
     """
     if not data.train:
         raise DataError(
@@ -48,14 +53,7 @@ def check_entries(data: Data) -> None:
     for role in ("train", "eval", "test"):
         for index, entry in enumerate(getattr(data, role)):
             find_format(entry.format, f"{name_entry(role, index)}: format")
-            split = entry.split or DEFAULT_SPLIT[role]
-            path = locate_file(entry, split)
-            # Where one file holds several splits, the split tells its parts apart.
-            home = (
-                (path.resolve(), split if find_format(entry.format).splits_share_a_file else "")
-                if path
-                else (entry.path or entry.format, split)
-            )
+            home = find_home(entry, entry.split or DEFAULT_SPLIT[role])
             if role != "train" and home in homes:
                 raise DataError(
                     f"{name_entry(role, index)} is the same data as {homes[home]} ({home[0]});"
@@ -65,8 +63,28 @@ def check_entries(data: Data) -> None:
                 homes[home] = name_entry(role, index)
 
 
+def find_home(entry: DataEntry, split: str) -> tuple[Any, str]:
+    """Return what two entries have in common that read the same data: a place and a split."""
+    path = locate_file(entry, split)
+    if path is None:
+        return entry.path or entry.format, split
+    # A file is the same data whatever split is named, unless its format keeps several in one file.
+    return path.resolve(), split if find_format(entry.format).splits_share_a_file else ""
+
+
 def read_role(data: Data, role: str) -> tuple[list[list[Example]], list[Removal]]:
-    """Clean examples of each entry of data.train, data.eval or data.test."""
+    """Read and clean the entries of data.train, data.eval or data.test.
+
+    Args:
+        data: The configuration's section.
+        role: "train", "eval" or "test".
+
+    Returns:
+        The labelled examples of each entry, and everything that was dropped.
+
+    Raises:
+        DataError: An entry cannot be used, or has rows without a label that may not be dropped.
+    """
     entries = []
     removals = []
     for index, entry in enumerate(getattr(data, role)):
@@ -74,26 +92,34 @@ def read_role(data: Data, role: str) -> tuple[list[list[Example]], list[Removal]
         if not examples:
             raise DataError(f"{name_entry(role, index)}: no valid row is left of {len(dropped)}")
         examples = [clean(example, data.lowercase) for example in examples]
-        hidden = [e for e in examples if not isinstance(e, Passage) and e.answer is None]
-        if hidden and role != "train":
+        unlabelled = [example for example in examples if not is_labelled(example)]
+        if unlabelled and role != "train":
             raise DataError(
-                f"{name_entry(role, index)}: {hidden[0].source}: no label; a split with hidden"
+                f"{name_entry(role, index)}: {unlabelled[0].source}: no label; a split with hidden"
                 " answers cannot be evaluated on"
             )
-        if hidden and not data.drop_invalid:
+        if unlabelled and not data.drop_invalid:
             raise DataError(
-                f"{name_entry(role, index)}: {hidden[0].source}: no label; drop such rows with"
+                f"{name_entry(role, index)}: {unlabelled[0].source}: no label; drop such rows with"
                 " --data.drop_invalid true"
             )
-        removals += dropped + [Removal(e.source, e.id, "no label") for e in hidden]
-        entries.append([e for e in examples if isinstance(e, Passage) or e.answer is not None])
+        removals += dropped
+        removals += [Removal(example.source, example.id, "no label") for example in unlabelled]
+        entries.append([example for example in examples if is_labelled(example)])
     return entries, removals
 
 
+def is_labelled(example: Example) -> bool:
+    """Whether an example can be learned from; a passage needs no label."""
+    return isinstance(example, Passage) or example.answer is not None
+
+
 @contextmanager
-def without_collection() -> Iterator[None]:
-    """Millions of small objects are made here and none of them in a cycle: looking for cycles would
-    take a quarter of the time.
+def pause_garbage_collection() -> Iterator[None]:
+    """Stop Python's search for reference cycles inside the block.
+
+    Preparing data makes millions of small objects and no cycles; searching for cycles among them
+    would take a quarter of the time.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -104,14 +130,19 @@ def without_collection() -> Iterator[None]:
             gc.enable()
 
 
-@without_collection()
+@pause_garbage_collection()
 def prepare(
     config: Config, encoder: Encoder, report: Callable[[str], None] = lambda stage: None
 ) -> Prepared:
-    """Read, clean, separate and tokenize everything the config names; `report` is told each stage.
+    """Read, clean, separate and tokenize all data that the configuration names.
+
+    Args:
+        config: The configuration.
+        encoder: Makes prompts and token ids of examples.
+        report: Is called with the name of each stage as it begins.
 
     Raises:
-        DataError: see check_entries, read_examples, encode_examples.
+        DataError: The data cannot be used; see check_entries, read_examples and encode_examples.
     """
     data = config.data
     check_entries(data)
@@ -120,30 +151,26 @@ def prepare(
     eval_entries, dropped = read_role(data, "eval")
     test_entries, dropped_test = read_role(data, "test")
     removals += dropped + dropped_test
-    held_out = [
-        example
-        for entries in (eval_entries, test_entries)
-        for examples in entries
-        for example in examples
-    ]
-    test = [example for examples in test_entries for example in examples]
-    if other := next(
-        (example for example in test if not isinstance(example, MultipleChoice)), None
-    ):
-        raise DataError(
-            f"data.test: {other.source}: not a multiple-choice question; put open answers and text"
-            " in data.eval"
-        )
+    evaluation = list(chain.from_iterable(eval_entries))
+    test = list(chain.from_iterable(test_entries))
+    for example in test:
+        if not isinstance(example, MultipleChoice):
+            raise DataError(
+                f"data.test: {example.source}: not a multiple-choice question; put open answers and"
+                " text in data.eval"
+            )
 
-    origin = {
-        id(example): index for index, examples in enumerate(train_entries) for example in examples
-    }
-    train = [example for examples in train_entries for example in examples]
+    # Two entries may hold equal examples, so an example's entry is known by its identity.
+    entry_of_object = {}
+    for index, examples in enumerate(train_entries):
+        for example in examples:
+            entry_of_object[id(example)] = index
+    train = list(chain.from_iterable(train_entries))
     report(f"cleaning {len(train):,} rows")
     train, dropped = deduplicate(train, data.deduplicate)
     removals += dropped
     if data.decontaminate:
-        train, dropped = decontaminate(train, held_out)
+        train, dropped = decontaminate(train, evaluation + test)
         removals += dropped
     if not train:
         raise DataError(
@@ -155,71 +182,91 @@ def prepare(
     data_sha256 = hash_examples(train)
     folders["train"], table, dropped = tokenize(encoder, train, data, data_sha256)
     removals += dropped
-    # A passage gives several rows; its example's name ties them together.
-    entry_of = {example.id: origin[id(example)] for example in train}
-    source = np.array([entry_of[name] for name in table.names])
-    repeats = count_repeats(data.train, source)
+    # A passage becomes several rows, all of which have its example's name.
+    entry_of_name = {example.id: entry_of_object[id(example)] for example in train}
+    entry_of_row = np.array([entry_of_name[name] for name in table.names])
+    repeats = count_repeats(data.train, entry_of_row)
     eval_table = None
     if eval_entries:
-        held = [example for examples in eval_entries for example in examples]
-        folders["eval"], eval_table, dropped = tokenize(encoder, held, data, hash_examples(held))
+        folders["eval"], eval_table, dropped = tokenize(
+            encoder, evaluation, data, hash_examples(evaluation)
+        )
         removals += dropped
     hashes = {
         "data_sha256": data_sha256,
         "prompt_sha256": fingerprint(encoder),
         "tokenizer_sha256": hash_tokenizer(encoder),
     }
-    mixture = describe_mixture(data.train, source, repeats, table.lengths)
+    mixture = describe_mixture(data.train, entry_of_row, repeats, table.lengths)
     return Prepared(table, eval_table, repeats, test, removals, mixture, hashes, folders)
 
 
-def count_repeats(entries: list[DataEntry], source: np.ndarray) -> np.ndarray:
-    """Weight, or the weight that gives an entry its share of all rows, for each row."""
-    rows = np.bincount(source, minlength=len(entries)).astype(float)
+def count_repeats(entries: list[DataEntry], entry_of_row: np.ndarray) -> np.ndarray:
+    """Return how often each row is seen per epoch, float64 [rows].
+
+    It is the weight of the row's entry, or the weight that gives the entry its share of all rows.
+
+    Args:
+        entries: The entries of data.train.
+        entry_of_row: The number of each row's entry, int64 [rows].
+    """
+    rows = np.bincount(entry_of_row, minlength=len(entries)).astype(float)
     shares = np.array([entry.share or 0.0 for entry in entries])
     weights = np.array([entry.weight for entry in entries])
-    others = (rows * weights)[shares == 0].sum()
-    total = others / (1 - shares.sum())
+    without_share = (rows * weights)[shares == 0].sum()
+    total = without_share / (1 - shares.sum())
     weights = np.where(shares > 0, shares * total / np.maximum(rows, 1), weights)
-    return weights[source]
+    return weights[entry_of_row]
 
 
 def describe_mixture(
-    entries: list[DataEntry], source: np.ndarray, repeats: np.ndarray, lengths: np.ndarray
+    entries: list[DataEntry], entry_of_row: np.ndarray, repeats: np.ndarray, lengths: np.ndarray
 ) -> list[dict]:
-    return [
-        {
-            "entry": name_entry("train", index),
-            "format": entry.format,
-            "path": entry.path,
-            "rows": int((source == index).sum()),
-            "rows_per_epoch": round(float(repeats[source == index].sum())),
-            "row_share": float(repeats[source == index].sum() / repeats.sum()),
-            "token_share": float(
-                (repeats * lengths)[source == index].sum() / (repeats * lengths).sum()
-            ),
-        }
-        for index, entry in enumerate(entries)
-    ]
+    """Return the rows of each entry of data.train and its share of an epoch's rows and tokens."""
+    tokens = repeats * lengths
+    mixture = []
+    for index, entry in enumerate(entries):
+        own = entry_of_row == index
+        mixture.append(
+            {
+                "entry": name_entry("train", index),
+                "format": entry.format,
+                "path": entry.path,
+                "rows": int(own.sum()),
+                "rows_per_epoch": round(float(repeats[own].sum())),
+                "row_share": float(repeats[own].sum() / repeats.sum()),
+                "token_share": float(tokens[own].sum() / tokens.sum()),
+            }
+        )
+    return mixture
 
 
 def hash_examples(examples: list[Example]) -> str:
-    """SHA-256 over everything but where the examples stood."""
+    """Return the SHA-256 of the examples, without the file and line that they come from."""
+    readers = {}
+    for kind in {type(example) for example in examples}:
+        names = [field.name for field in fields(kind) if field.name != "source"]
+        readers[kind] = attrgetter(*names)
     digest = hashlib.sha256()
-    read = {
-        kind: attrgetter(*(field.name for field in fields(kind) if field.name != "source"))
-        for kind in {type(e) for e in examples}
-    }
     for example in examples:
-        digest.update(repr((type(example).__name__, read[type(example)](example))).encode())
+        kind = type(example)
+        digest.update(repr((kind.__name__, readers[kind](example))).encode())
     return digest.hexdigest()
 
 
 def tokenize(
     encoder: Encoder, examples: list[Example], data: Data, sha256: str
 ) -> tuple[str, TokenTable, list[Removal]]:
-    """encode_examples, from the cache where the same was done before; -> name of the cache folder
-    too.
+    """Tokenize examples, or open their table where the cache holds it.
+
+    Args:
+        encoder: Makes prompts and token ids of examples.
+        examples: The examples.
+        data: The configuration's section.
+        sha256: The hash of the examples (see hash_examples).
+
+    Returns:
+        The name of the cache folder, the table, and what was dropped.
     """
     key = hash_json(
         [
@@ -233,25 +280,25 @@ def tokenize(
     folder = Path(data.cache_dir).expanduser() / f"tokens-{key[:24]}"
     if not (folder / "names.npy").is_file():
         table, removals = encode_examples(encoder, examples, data.max_length, data.drop_invalid)
-        notes = np.array(
-            json.dumps({"names": list(table.names), "removals": [asdict(r) for r in removals]})
-        )
-        save_arrays(
-            folder,
-            {
-                "ids": table.ids,
-                "offsets": table.offsets,
-                "prompt_lengths": table.prompt_lengths,
-                "names": notes,
-            },
-        )
+        notes = {
+            "names": list(table.names),
+            "removals": [asdict(removal) for removal in removals],
+        }
+        arrays = {
+            "ids": table.ids,
+            "offsets": table.offsets,
+            "prompt_lengths": table.prompt_lengths,
+            "names": np.array(json.dumps(notes)),
+        }
+        save_arrays(folder, arrays)
     return folder.name, *load_table(folder)
 
 
 def count_reasons(removals: list[Removal]) -> dict[str, int]:
-    """How many were dropped for each kind of reason."""
-    return dict(
-        Counter(
-            removal.reason.partition(":")[0].partition(" of ")[0] for removal in removals
-        ).most_common()
-    )
+    """Return how many examples were dropped for each kind of reason, most frequent first."""
+    counts = Counter()
+    for removal in removals:
+        # The details of a row stand after a colon, or after "of" ("duplicate of FILE line 3").
+        kind = removal.reason.partition(":")[0].partition(" of ")[0]
+        counts[kind] += 1
+    return dict(counts.most_common())

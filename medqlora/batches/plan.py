@@ -1,30 +1,40 @@
-"""Row lengths become one deterministic plan of packed micro-batches, balanced over ranks."""
+"""Make one deterministic plan of packed micro-batches, balanced over ranks, from row lengths.
+
+A step is packed in bins. Where the ranks can share the bins evenly, a bin is a micro-batch; else
+the rows of the step are divided anew among the ranks. So the rows of a step do not depend on the
+number of ranks.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
 from medqlora.core.config import Training
 from medqlora.core.errors import UserError
 
-# bins below this are reopened with the next window, so that only an epoch's last bins stay
-# underfull
+# A bin that is filled to a smaller part is packed again with the next window of rows, so that only
+# the last bins of an epoch stay underfull.
 WELL_FILLED = 0.98
 
 
 class PlanError(UserError):
-    """Batch arithmetic that does not work out."""
+    """A batch size that cannot be kept, or rows that cannot be packed."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which rows go into which micro-batch of which step.
+    """The rows of every micro-batch of every step.
 
-    rows int32 [placed rows]; bins int64 [bins + 1] offsets into rows; steps int64 [steps + 1]
-    offsets into bins; epochs float64 [steps]: passes completed after each step. The bins of a step
-    are dealt to the ranks in turn.
+    The micro-batches of a step are dealt to the ranks in turn.
+
+    Args:
+        rows: The row numbers of all micro-batches, one after the other, int32 [placed rows].
+        bins: Where each micro-batch begins and ends in `rows`, int64 [micro-batches + 1].
+        steps: Where each step begins and ends in `bins`, int64 [steps + 1].
+        epochs: The passes over the data that are completed after each step, float64 [steps].
     """
 
     rows: np.ndarray
@@ -36,40 +46,48 @@ class Plan:
         return len(self.steps) - 1
 
     def rows_of(self, step: int) -> np.ndarray:
-        """Row numbers of all ranks and micro-batches of a step."""
+        """Return the row numbers of a step, those of all ranks and micro-batches."""
         return self.rows[self.bins[self.steps[step]] : self.bins[self.steps[step + 1]]]
 
     def micro_batches(self, step: int, rank: int = 0, ranks: int = 1) -> list[np.ndarray]:
-        """Row numbers of each micro-batch of this rank in step `step` (from 0)."""
-        return [
-            self.rows[self.bins[b] : self.bins[b + 1]]
-            for b in range(self.steps[step] + rank, self.steps[step + 1], ranks)
-        ]
+        """Return the row numbers of each micro-batch of a rank in a step, counted from 0."""
+        numbers = range(self.steps[step] + rank, self.steps[step + 1], ranks)
+        return [self.rows[self.bins[number] : self.bins[number + 1]] for number in numbers]
 
     def round(self, step: int, number: int, ranks: int) -> list[np.ndarray]:
-        """Row numbers of the micro-batches that the ranks compute side by side, as their
-        `number`-th of step `step`.
+        """Return the row numbers of the micro-batches that the ranks compute side by side.
+
+        Args:
+            step: The step, counted from 0.
+            number: How many micro-batches of the step each rank has computed before.
+            ranks: The number of ranks.
         """
         first = self.steps[step] + number * ranks
-        return [
-            self.rows[self.bins[b] : self.bins[b + 1]]
-            for b in range(first, min(first + ranks, self.steps[step + 1]))
-        ]
+        numbers = range(first, min(first + ranks, self.steps[step + 1]))
+        return [self.rows[self.bins[number] : self.bins[number + 1]] for number in numbers]
 
 
 def fit_bins(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Best-fit decreasing: indices of `lengths` (each at most `capacity`) in bins of at most
-    `capacity` tokens.
+    """Pack rows in bins by best-fit decreasing (Johnson et al., SIAM J. Comput. 3, 1974).
+
+    Args:
+        lengths: The tokens of each row, int [rows], none over `capacity`.
+        capacity: The largest number of tokens in a bin.
+
+    Returns:
+        The indices into `lengths` of each bin.
     """
     order = np.argsort(-lengths, kind="stable")
-    space_bits = 0  # bit s is set while some open bin has s tokens of space
-    open_bins: list[list[int] | None] = [None] * (capacity + 1)  # space -> numbers of bins with it
+    # Bit s is set while an open bin has s tokens of space, so that the lowest set bit from a row's
+    # length on is the tightest fit.
+    space_bits = 0
+    bins_with_space: list[list[int] | None] = [None] * (capacity + 1)
     bins: list[list[int]] = []
     for index, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
         fitting = space_bits >> length
         if fitting:
             space = length + (fitting & -fitting).bit_length() - 1
-            stack = open_bins[space]
+            stack = bins_with_space[space]
             number = stack.pop()
             if not stack:
                 space_bits ^= 1 << space
@@ -80,10 +98,10 @@ def fit_bins(lengths: np.ndarray, capacity: int) -> list[list[int]]:
             bins.append([index])
         space -= length
         if space:
-            if open_bins[space]:
-                open_bins[space].append(number)
+            if bins_with_space[space]:
+                bins_with_space[space].append(number)
             else:
-                open_bins[space] = [number]
+                bins_with_space[space] = [number]
                 space_bits |= 1 << space
     return bins
 
@@ -91,59 +109,97 @@ def fit_bins(lengths: np.ndarray, capacity: int) -> list[list[int]]:
 def pack_epoch(
     lengths: np.ndarray, rows: np.ndarray, capacity: int, window: int
 ) -> list[np.ndarray]:
-    """Pack shuffled `rows` window by window; rows of underfull bins wait for the next window."""
+    """Pack shuffled rows window by window; the rows of underfull bins join the next window.
+
+    Args:
+        lengths: The tokens of each row, int64.
+        rows: The row numbers of an epoch, in shuffled order.
+        capacity: The largest number of tokens in a bin.
+        window: The number of rows that are packed at a time.
+
+    Returns:
+        The row numbers of each bin.
+    """
     packed = []
     waiting = np.empty(0, np.int64)
     for start in range(0, len(rows), window):
         pool = np.concatenate([waiting, rows[start : start + window]])
         last = start + window >= len(rows)
-        bins = [pool[chosen] for chosen in fit_bins(lengths[pool], capacity)]
-        tokens = np.add.reduceat(
-            lengths[np.concatenate(bins)], np.cumsum([0] + [len(b) for b in bins[:-1]])
-        )
-        full = tokens >= WELL_FILLED * capacity
-        packed += [chosen for chosen, keep in zip(bins, full | last, strict=True) if keep]
-        under = [chosen for chosen, keep in zip(bins, full | last, strict=True) if not keep]
-        waiting = np.concatenate(under) if under else np.empty(0, np.int64)
+        bins = [pool[indices] for indices in fit_bins(lengths[pool], capacity)]
+        bin_starts = np.cumsum([0] + [len(members) for members in bins[:-1]])
+        tokens = np.add.reduceat(lengths[np.concatenate(bins)], bin_starts)
+        closed = (tokens >= WELL_FILLED * capacity) | last
+        packed += [members for members, keep in zip(bins, closed, strict=True) if keep]
+        underfull = [members for members, keep in zip(bins, closed, strict=True) if not keep]
+        waiting = np.concatenate(underfull) if underfull else np.empty(0, np.int64)
     return packed
 
 
-def level(lengths: np.ndarray, rows: np.ndarray, count: int, capacity: int) -> list[np.ndarray]:
-    """Spread rows over at least `count` bins as evenly as longest-first allows, no bin over
-    `capacity`.
+def spread_rows(
+    lengths: np.ndarray, rows: np.ndarray, count: int, capacity: int
+) -> list[np.ndarray]:
+    """Spread rows evenly over bins: each row, longest first, goes into the lightest bin.
+
+    Args:
+        lengths: The tokens of each row, int.
+        rows: The row numbers.
+        count: The number of bins. There are more where a bin would be over `capacity`, and fewer
+            where there are fewer rows.
+        capacity: The largest number of tokens in a bin, at least the longest row.
+
+    Returns:
+        The row numbers of each bin; none is empty.
     """
     bins = [[] for _ in range(count)]
     tokens = np.zeros(count, np.int64)
     for row in rows[np.argsort(-lengths[rows], kind="stable")]:
         lightest = int(tokens.argmin())
         if tokens[lightest] + lengths[row] > capacity:
-            return level(lengths, rows, count + 1, capacity)
+            return spread_rows(lengths, rows, count + 1, capacity)
         bins[lightest].append(row)
         tokens[lightest] += lengths[row]
-    return [np.asarray(chosen) for chosen in bins if chosen]
+    return [np.asarray(members) for members in bins if members]
 
 
 def divide_step(
     lengths: np.ndarray, bins: list[np.ndarray], ranks: int, capacity: int
 ) -> list[np.ndarray]:
-    """A step's micro-batches for `ranks` processes: the same rows in a multiple of `ranks` bins of
-    at most `capacity` tokens. Where there are fewer rows than processes, bins are left empty.
+    """Divide the bins of a step anew where the ranks cannot share them evenly.
+
+    Args:
+        lengths: The tokens of each row, int64.
+        bins: The row numbers of each bin of the step.
+        ranks: The number of ranks.
+        capacity: The largest number of tokens in a micro-batch.
+
+    Returns:
+        The row numbers of a multiple of `ranks` micro-batches that hold the same rows. Where there
+        are fewer rows than ranks, the last micro-batches are empty.
     """
     if len(bins) % ranks == 0:
         return bins
     rows = np.concatenate(bins)
     rounds = max(1, -(-int(lengths[rows].sum()) // (ranks * capacity)))
-    divided = level(lengths, rows, rounds * ranks, capacity)
+    divided = spread_rows(lengths, rows, rounds * ranks, capacity)
     while len(divided) > rounds * ranks:
         rounds += 1
-        divided = level(lengths, rows, rounds * ranks, capacity)
+        divided = spread_rows(lengths, rows, rounds * ranks, capacity)
     empty = [np.empty(0, np.int64)] * (rounds * ranks - len(divided))
     return divided + empty
 
 
 def draw_rows(repeats: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Each row floor(repeats) times, and once more for a random part of those with a fraction;
-    shuffled.
+    """Draw the rows of an epoch, shuffled.
+
+    A row that is to be seen 2.25 times per epoch is drawn twice. A random quarter of the rows with
+    this number of repeats is drawn once more.
+
+    Args:
+        repeats: How often each row is seen per epoch, float64 [rows].
+        generator: The generator that is drawn from.
+
+    Returns:
+        The drawn row numbers, int64.
     """
     whole = np.floor(repeats).astype(np.int64)
     rows = [np.repeat(np.arange(len(repeats)), whole)]
@@ -154,31 +210,38 @@ def draw_rows(repeats: np.ndarray, generator: np.random.Generator) -> np.ndarray
 
 
 def count_bins(global_batch_tokens: int, packed_tokens: int) -> int:
-    """Bins of `packed_tokens` tokens that a step is packed in.
+    """Return the number of bins of `packed_tokens` tokens that a step is packed in.
 
     Raises:
-        PlanError: the global batch is not a multiple of them.
+        PlanError: The global batch is not a multiple of the bins.
     """
     bins, rest = divmod(global_batch_tokens, packed_tokens)
     if rest:
         lower = bins * packed_tokens
+        higher = lower + packed_tokens
+        multiples = f"{higher} or {lower}" if lower else f"{higher}"
         raise PlanError(
             f"training.global_batch_tokens {global_batch_tokens} is not a multiple of"
-            f" max_tokens_per_batch {packed_tokens}; use {lower + packed_tokens}"
-            f"{f' or {lower}' if lower else ''}, or change the other"
+            f" max_tokens_per_batch {packed_tokens}; use {multiples}, or change the other"
         )
     return bins
 
 
 def share_bins(global_batch_tokens: int, packed_tokens: int, longest: int, ranks: int) -> int:
-    """Tokens of a process's micro-batch, where a step is packed in bins of `packed_tokens`.
+    """Return the largest number of tokens in a rank's micro-batch.
 
-    The global batch is the experiment, and which rows a step holds does not depend on the number
-    of processes. Where the bins cannot be dealt out evenly, the step's rows are divided anew:
-    longest-first fills no micro-batch beyond an even share and one row of `longest` tokens.
+    A micro-batch is a bin where the ranks can share the bins of a step evenly. Where they cannot,
+    `divide_step` spreads the rows of the step, which fills no micro-batch beyond an even share and
+    one row.
+
+    Args:
+        global_batch_tokens: The tokens of a step.
+        packed_tokens: The tokens of a bin.
+        longest: The tokens of the longest row.
+        ranks: The number of ranks.
 
     Raises:
-        PlanError: the global batch is not a multiple of the bins.
+        PlanError: The global batch is not a multiple of the bins.
     """
     bins = count_bins(global_batch_tokens, packed_tokens)
     if bins % ranks == 0:
@@ -189,11 +252,13 @@ def share_bins(global_batch_tokens: int, packed_tokens: int, longest: int, ranks
 
 
 def list_budgets(training: Training, longest: int, ranks: int) -> list[int]:
-    """What a process's micro-batch can be in tokens, largest first: what follows from the given
-    value, or for auto all that divide the global batch and hold a row of `longest` tokens.
+    """Return the sizes in tokens that a rank's micro-batch can have, largest first.
+
+    A given training.max_tokens_per_batch leaves one size. For "auto" the sizes are all that divide
+    a rank's part of the global batch and hold a row of `longest` tokens.
 
     Raises:
-        PlanError: the global batch cannot be divided.
+        PlanError: The global batch cannot be divided so.
     """
     total = training.global_batch_tokens
     if training.max_tokens_per_batch != "auto":
@@ -201,7 +266,7 @@ def list_budgets(training: Training, longest: int, ranks: int) -> list[int]:
     share, rest = divmod(total, ranks)
     sizes = [share // count for count in range(1, share // longest + 1) if share % count == 0]
     if rest or not sizes:
-        # The whole step is one bin, which is divided anew in ever more rounds.
+        # The whole step is one bin, whose rows are spread over 1, 2, 3 ... micro-batches per rank.
         shares = {-(-total // (ranks * rounds)) for rounds in range(1, total // longest + 1)}
         sizes = sorted({min(total, share + longest) for share in shares}, reverse=True)
     if not sizes:
@@ -213,8 +278,15 @@ def list_budgets(training: Training, longest: int, ranks: int) -> list[int]:
 
 
 def choose_packing(training: Training, micro_tokens: int, ranks: int) -> int:
-    """Tokens of the bins that steps are packed in: the given value; for auto the micro-batch that
-    was decided on, or the whole step where it does not divide the global batch.
+    """Return the size in tokens of the bins that steps are packed in.
+
+    It is the given training.max_tokens_per_batch. For "auto" it is the size of the micro-batch that
+    was decided on, or the whole step where micro-batches of this size do not divide the step.
+
+    Args:
+        training: The configuration's section.
+        micro_tokens: The decided size of a rank's micro-batch.
+        ranks: The number of ranks.
     """
     if training.max_tokens_per_batch != "auto":
         return training.max_tokens_per_batch
@@ -223,7 +295,11 @@ def choose_packing(training: Training, micro_tokens: int, ranks: int) -> int:
 
 
 def describe_batch(training: Training, longest: int, ranks: int) -> str:
-    """The batch arithmetic in words; raises as list_budgets."""
+    """Return a line that says how a step is divided into micro-batches.
+
+    Raises:
+        PlanError: The global batch cannot be divided.
+    """
     sizes = list_budgets(training, longest, ranks)
     total = f"{training.global_batch_tokens:,} tokens per step = {ranks}"
     if training.max_tokens_per_batch == "auto":
@@ -252,20 +328,26 @@ def make_plan(
     seed: int = 0,
     packing: bool = True,
 ) -> Plan:
-    """Plan a whole training. Which rows a step holds does not depend on the number of processes.
+    """Plan a whole training. The rows of a step do not depend on the number of ranks.
 
     Args:
-        lengths: tokens per row, int [rows].
-        capacity: tokens of the bins that rows are packed in.
-        global_tokens: tokens per step over all ranks; a multiple of capacity.
-        micro_tokens: of a rank's micro-batch, where bins cannot be dealt out evenly (share_bins);
-            default capacity.
-        repeats: times each row is seen per epoch, float [rows]; default 1.
-        packing: False puts one row in each micro-batch, on one rank only: a step of whole rounds
-            would depend on the number of ranks.
+        lengths: The tokens of each row, int [rows].
+        capacity: The largest number of tokens in a bin.
+        global_tokens: The tokens of a step over all ranks, a multiple of `capacity`.
+        ranks: The number of ranks.
+        micro_tokens: The largest number of tokens in a micro-batch where the ranks cannot share
+            the bins of a step evenly (see share_bins); `capacity` by default.
+        epochs: The number of passes over the data, which may be a fraction.
+        max_steps: The number of steps after which the plan ends, if not before.
+        repeats: How often each row is seen per epoch, float64 [rows]; once by default.
+        window: The number of rows that are packed at a time.
+        seed: The seed of the order of rows and steps.
+        packing: Whether to pack. Without packing each micro-batch is one row, which is possible on
+            one rank only: steps of whole rounds of micro-batches would depend on `ranks`.
 
     Raises:
-        PlanError: a row longer than `capacity`, or batch arithmetic that does not work out.
+        PlanError: A row is longer than `capacity`, the global batch cannot be divided, or no row is
+            left.
     """
     bins_per_step = count_bins(global_tokens, capacity)
     if ranks > 1 and not packing:
@@ -281,52 +363,64 @@ def make_plan(
     lengths = np.asarray(lengths, np.int64)
     repeats = np.ones(len(lengths)) if repeats is None else repeats
     steps = []
-    ends = []
+    epochs_done = []
     for epoch in range(int(np.ceil(epochs))):
         generator = np.random.default_rng([seed, epoch])
         rows = draw_rows(repeats, generator)
         if packing:
-            chosen = plan_packed_epoch(lengths, rows, capacity, bins_per_step, window, generator)
+            epoch_steps = plan_packed_epoch(
+                lengths, rows, capacity, bins_per_step, window, generator
+            )
             micro = micro_tokens or capacity
-            chosen = [divide_step(lengths, step, ranks, micro) for step in chosen]
+            epoch_steps = [divide_step(lengths, step, ranks, micro) for step in epoch_steps]
         else:
-            chosen = plan_single_rows(lengths, rows, global_tokens)
-        chosen = chosen[: max(1, round(len(chosen) * min(1.0, epochs - epoch)))]
-        ends += [
-            epoch + min(1.0, epochs - epoch) * (i + 1) / len(chosen) for i in range(len(chosen))
-        ]
-        steps += chosen
+            epoch_steps = plan_single_rows(lengths, rows, global_tokens)
+        part = min(1.0, epochs - epoch)
+        epoch_steps = epoch_steps[: max(1, round(len(epoch_steps) * part))]
+        count = len(epoch_steps)
+        epochs_done += [epoch + part * (number + 1) / count for number in range(count)]
+        steps += epoch_steps
         if max_steps and len(steps) >= max_steps:
             break
     steps = steps[:max_steps]
-    ends = ends[:max_steps]
-    bins = [chosen for step in steps for chosen in step]
+    epochs_done = epochs_done[:max_steps]
+    bins = list(chain.from_iterable(steps))
     if not bins:
         raise PlanError("no row is left to train on; give more data")
     return Plan(
         rows=np.concatenate(bins).astype(np.int32),
-        bins=np.cumsum([0] + [len(b) for b in bins]),
-        steps=np.cumsum([0] + [len(s) for s in steps]),
-        epochs=np.asarray(ends),
+        bins=np.cumsum([0] + [len(members) for members in bins]),
+        steps=np.cumsum([0] + [len(step) for step in steps]),
+        epochs=np.asarray(epochs_done),
     )
 
 
 def plan_packed_epoch(
-    lengths, rows, capacity, bins_per_step, window, generator
+    lengths: np.ndarray,
+    rows: np.ndarray,
+    capacity: int,
+    bins_per_step: int,
+    window: int,
+    generator: np.random.Generator,
 ) -> list[list[np.ndarray]]:
+    """Return the row numbers of each bin of each step of an epoch."""
     bins = pack_epoch(lengths, rows, capacity, window)
     bins = [bins[i] for i in generator.permutation(len(bins))]
-    # Bins of like weight share a step, so that ranks that run side by side wait for nobody; full
-    # ones stay shuffled.
-    bins.sort(key=lambda chosen: -min(int(lengths[chosen].sum()), WELL_FILLED * capacity))
-    cut = (len(bins) - 1) // bins_per_step * bins_per_step
-    steps = [bins[i : i + bins_per_step] for i in range(0, cut, bins_per_step)]
+    # Bins of nearly the same size share a step, so that no rank waits long for another. The sort is
+    # stable and takes all well filled bins for equal, so these stay shuffled.
+    bins.sort(key=lambda members: -min(int(lengths[members].sum()), WELL_FILLED * capacity))
+    # The last step of an epoch takes the smallest bins, and perhaps fewer of them.
+    last_start = (len(bins) - 1) // bins_per_step * bins_per_step
+    steps = [bins[i : i + bins_per_step] for i in range(0, last_start, bins_per_step)]
     steps = [steps[i] for i in generator.permutation(len(steps))]
-    steps.append(bins[cut:])  # the epoch's last step: the lightest bins, and perhaps fewer
+    steps.append(bins[last_start:])
     return [step for step in steps if step]
 
 
-def plan_single_rows(lengths, rows, global_tokens) -> list[list[np.ndarray]]:
+def plan_single_rows(
+    lengths: np.ndarray, rows: np.ndarray, global_tokens: int
+) -> list[list[np.ndarray]]:
+    """Return steps of at most `global_tokens` tokens in which each row is a micro-batch."""
     steps = []
     step = []
     tokens = 0
