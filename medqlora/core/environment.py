@@ -1,12 +1,13 @@
-"""What a program runs in: versions, commit, hardware, the memory that it takes.
+"""The environment of a program: versions, commit, hardware and the memory that it takes.
 
-Nothing here imports torch when it is read, so that a script can set torch's variables before.
+This module imports torch only inside functions, because torch reads some environment variables when
+it is imported and a script must be able to set them before.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import importlib.metadata
 import os
 import platform
 import resource
@@ -20,7 +21,7 @@ import psutil
 
 
 def read_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that numbers depend on."""
+    """Return the versions of Python and of the installed packages that results depend on."""
     packages = (
         "medqlora",
         "torch",
@@ -41,29 +42,30 @@ def read_versions() -> dict[str, str]:
 
 
 def name_command(script: str, arguments: list[str]) -> list[str]:
-    """A command as it is recorded: of absolute paths, which are one machine's, the last part."""
-    return [
-        script,
-        *(
-            Path(argument).name if Path(argument).is_absolute() else argument
-            for argument in arguments
-        ),
-    ]
+    """Return a command in the form in which it is recorded.
+
+    Absolute paths mean nothing on another machine, so only their last part is recorded.
+    """
+    recorded = [script]
+    for argument in arguments:
+        path = Path(argument)
+        recorded.append(path.name if path.is_absolute() else argument)
+    return recorded
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions, commit and hardware."""
+    """Return the versions, the commit and the hardware, as environment.json holds them."""
     import torch
 
     gpus = []
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
-            facts = torch.cuda.get_device_properties(index)
+            properties = torch.cuda.get_device_properties(index)
             gpus.append(
                 {
-                    "name": facts.name,
-                    "memory_bytes": facts.total_memory,
-                    "capability": f"{facts.major}.{facts.minor}",
+                    "name": properties.name,
+                    "memory_bytes": properties.total_memory,
+                    "capability": f"{properties.major}.{properties.minor}",
                 }
             )
     return {
@@ -80,8 +82,9 @@ def describe_environment() -> dict[str, Any]:
 
 
 def read_commit() -> str | None:
-    """Commit of the source tree this package runs from, with "-dirty" where files differ; None
-    outside a checkout.
+    """Return the commit of the source tree that this package runs from; None outside a checkout.
+
+    The commit ends in "-dirty" where the tree has uncommitted changes.
     """
     folder = Path(__file__).parent
     try:
@@ -97,15 +100,18 @@ def read_commit() -> str | None:
 
 
 class MemoryMeter:
-    """Peak memory in bytes: what tensors take of a GPU where one trains, else this process's
-    resident memory.
+    """Measures memory in bytes: that of tensors on the GPU, or the process's resident memory.
+
+    Args:
+        cuda: Whether the program computes on a GPU.
     """
 
     def __init__(self, cuda: bool):
-        self.cuda, self.process = cuda, psutil.Process()
+        self.cuda = cuda
+        self.process = psutil.Process()
 
     def now(self) -> int:
-        """Bytes in use at this moment."""
+        """Return the bytes in use at this moment."""
         if self.cuda:
             import torch
 
@@ -113,17 +119,19 @@ class MemoryMeter:
         return self.process.memory_info().rss
 
     def begin(self) -> None:
-        """Count peaks from here on. Linux can do so for resident memory too."""
+        """Count peaks from here on."""
         if self.cuda:
             import torch
 
             torch.cuda.reset_peak_memory_stats()
             return
+        # Linux resets the peak of resident memory so. Other systems have no such file, and their
+        # peak counts from the start of the process.
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
 
     def read_peaks(self) -> dict[str, int]:
-        """The peaks that a step is logged with."""
+        """Return the peaks that are logged for a step."""
         if not self.cuda:
             return {"peak_memory_bytes": self.read_peak()}
         return {
@@ -132,13 +140,13 @@ class MemoryMeter:
         }
 
     def read_reserved(self) -> int:
-        """Highest value of what CUDA's allocator held of the GPU since begin()."""
+        """Return the most GPU memory that torch's allocator has reserved since begin()."""
         import torch
 
         return torch.cuda.max_memory_reserved()
 
     def read_peak(self) -> int:
-        """Highest value since begin(), or since the start of the process."""
+        """Return the most memory in use since begin(), or since the start of the process."""
         if self.cuda:
             import torch
 
@@ -147,29 +155,32 @@ class MemoryMeter:
 
 
 def read_peak_resident() -> int:
-    """Highest resident memory of this process in bytes. Linux's getrusage would count what the
-    parent held at the fork.
-    """
+    """Return the highest resident memory of this process in bytes."""
+    # On Linux getrusage would count what the parent process held when it forked this one.
     status = Path("/proc/self/status")
     if status.is_file():
-        return next(
-            int(line.split()[1]) * 1024
-            for line in status.read_text().splitlines()
-            if line.startswith("VmHWM")
-        )
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM"):
+                kibibytes = int(line.split()[1])
+                return kibibytes * 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, other systems KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-EXPAND = "expandable_segments:True"
-# torch 2.11 and newer read both; older versions and other tools know only the second, which is the
-# one that we set.
+EXPANDABLE = "expandable_segments:True"
+# torch reads both from version 2.11 on. Older versions and other tools know only the second, so the
+# second is set.
 VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def prefer_expandable_segments(environ: MutableMapping[str, str]) -> None:
-    """Ask for segments that grow, before torch is imported: without them more memory is reserved
-    than is in use. What a user has set stays; Windows has no such segments."""
+    """Let torch's GPU allocator use segments that grow; to be called before torch is imported.
+
+    With fixed segments the allocator reserves more memory than is in use. A setting of the user is
+    kept. Only Linux has such segments.
+
+    Args:
+        environ: The environment variables, which are changed.
+    """
     if sys.platform == "linux" and not any(environ.get(name) for name in VARIABLES):
-        environ[VARIABLES[1]] = EXPAND
+        environ[VARIABLES[1]] = EXPANDABLE

@@ -1,19 +1,17 @@
-"""Mistakes that a user can mend.
-
-Every message is one line: what was got, what was expected, what to do.
-"""
+"""The errors that a user can correct."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """A mistake the user can mend. The message is one line: what was got, what was expected, what
-    to do.
+    """An error that the user can correct.
+
+    Its message is one line that says what was got, what was expected and what to do.
     """
 
 
 class ConfigError(UserError):
-    """An unknown, ill-typed or contradictory configuration key."""
+    """A configuration key that is unknown, has a wrong type or contradicts another."""
 
 
 class RunError(UserError):

@@ -1,4 +1,4 @@
-"""Files that survive a kill, and checks before anything is written."""
+"""Write files that are never half written, and check before any work that they can be written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ PICTURES = (".png", ".svg", ".pdf")
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write aside, flush to disk, rename: the file is the old one or the new one, never a part."""
+    """Replace a file as a whole: a kill leaves the old file or the new one, never a part of it.
+
+    Raises:
+        RunError: The disk refuses.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with aside.open("wb") as file:
@@ -34,20 +38,30 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def check_new(path: Path | None, flag: str = "--output") -> None:
-    """Raises RunError where a file to be written exists, or its folder does not: before any work,
-    nothing is written over.
+    """Check before any work that a new file can be written; None is no file and passes.
+
+    Args:
+        path: The file.
+        flag: The flag that named the file, for messages.
+
+    Raises:
+        RunError: The file exists, its folder does not, or the folder cannot be written to.
     """
-    if path is not None and path.exists():
+    if path is None:
+        return
+    if path.exists():
         raise RunError(f"{flag} {path} exists; give a new file name")
-    if path is not None and not path.parent.is_dir():
+    if not path.parent.is_dir():
         raise RunError(f"{flag} {path}: no folder {path.parent}; make it first")
-    if path is not None and not os.access(path.parent, os.W_OK):
+    if not os.access(path.parent, os.W_OK):
         raise RunError(f"{flag} {path}: folder {path.parent} cannot be written to; give another")
 
 
 def check_picture(path: Path | None) -> None:
-    """Raises RunError where --plot names a file that exists, a format that is not drawn, or
-    matplotlib is missing.
+    """Check before any work that the picture of --plot can be written.
+
+    Raises:
+        RunError: The file cannot be written, its format is unknown, or matplotlib is missing.
     """
     if path is None:
         return
@@ -59,14 +73,21 @@ def check_picture(path: Path | None) -> None:
 
 
 def write_json(path: Path, tree: Any) -> None:
+    """Write one JSON document; see write_atomic."""
     write_atomic(path, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_json_lines(path: Path, rows: list[dict]) -> None:
+    """Write one JSON object per line; see write_atomic."""
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def append_line(path: Path, row: dict) -> None:
+    """Append one JSON object to a log.
+
+    Raises:
+        RunError: The disk refuses.
+    """
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -77,7 +98,10 @@ def append_line(path: Path, row: dict) -> None:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """All complete lines of an append-only log; a last line cut short by a kill is left out."""
+    """Return the rows of a log; a file that does not exist has none.
+
+    A line that is no complete JSON, such as one that a kill cut short, is left out.
+    """
     if not path.is_file():
         return []
     rows = []
@@ -88,7 +112,16 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def check_disk(folder: Path, needed: int, purpose: str) -> None:
-    """Raises RunError where the folder's disk has less than `needed` bytes."""
+    """Check that the disk of the output folder has enough space.
+
+    Args:
+        folder: The output folder, which need not exist yet.
+        needed: The bytes that are needed.
+        purpose: What they are needed for, for the message.
+
+    Raises:
+        RunError: Less is free.
+    """
     existing = next(parent for parent in [folder, *folder.parents] if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -99,4 +132,6 @@ def check_disk(folder: Path, needed: int, purpose: str) -> None:
 
 
 def hash_json(tree: Any) -> str:
-    return hashlib.sha256(json.dumps(tree, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    """Return the SHA-256 of a JSON document, whatever the order of its keys."""
+    text = json.dumps(tree, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The run folder: what it may hold before a run, and what a resumed run may change."""
+"""The run folder: what it may hold before a run, and which settings a resumed run may change."""
 
 from __future__ import annotations
 
@@ -15,14 +15,20 @@ from medqlora.core.errors import RunError
 from medqlora.core.files import read_lines, write_atomic, write_json_lines
 
 LOG = "train_log.jsonl"
-LAUNCH = "launch"  # written by launch/slurm_train.sbatch before the run exists
+LAUNCH = "launch"  # the folder that launch/slurm_train.sbatch writes before the run exists
 
 
 def check_run(folder: Path, config: Config, resume: bool) -> None:
-    """Say what is wrong with the output folder before any work is done; nothing is written.
+    """Check the output folder before any work; nothing is written.
 
-    Raises: RunError: the folder holds something and `resume` is off, or it holds a run of another
-        configuration.
+    Args:
+        folder: The output folder, which need not exist yet.
+        config: The configuration of this run.
+        resume: Whether the run in the folder is to be continued.
+
+    Raises:
+        RunError: The folder holds something and `resume` is off, or it holds a run of another
+            configuration.
     """
     saved = folder / "config.yaml"
     if folder.exists() and not folder.is_dir():
@@ -34,15 +40,16 @@ def check_run(folder: Path, config: Config, resume: bool) -> None:
                 " folder"
             )
         try:
-            before = yaml.safe_load(saved.read_text(encoding="utf-8"))
+            old_tree = yaml.safe_load(saved.read_text(encoding="utf-8"))
         except yaml.YAMLError:
             raise RunError(
                 f"{saved} is not valid YAML; the run cannot be resumed, choose another --output_dir"
             ) from None
-        # A run of an older version lacks the keys that are new; what it did is their default.
+        # The file of an older version lacks the keys that are new. Such a run did what their
+        # defaults say. A file that is no longer valid is compared as it is.
         with contextlib.suppress(ValidationError):
-            before = yaml.safe_load(dump_config(Config.model_validate(before)))
-        for key, old, new in list_differences(before, yaml.safe_load(dump_config(config))):
+            old_tree = yaml.safe_load(dump_config(Config.model_validate(old_tree)))
+        for key, old, new in list_differences(old_tree, yaml.safe_load(dump_config(config))):
             if key not in FREE_TO_CHANGE:
                 raise RunError(
                     f"--resume: {key} was {old!r} in {saved}, now {new!r}; give the same value or"
@@ -55,10 +62,10 @@ def check_run(folder: Path, config: Config, resume: bool) -> None:
 
 
 def open_run(folder: Path, config: Config) -> None:
-    """Make the run folder with its resolved configuration.
+    """Make the run folder and write its resolved configuration.
 
     Raises:
-        RunError: it cannot be written.
+        RunError: The folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +76,8 @@ def open_run(folder: Path, config: Config) -> None:
     write_atomic(folder / "config.yaml", dump_config(config))
 
 
-# What a resumed run may change: nothing that the remaining steps' losses depend on.
+# A resumed run may change these keys, because the losses of the remaining steps do not depend on
+# them.
 FREE_TO_CHANGE = {
     "training.save_steps",
     "training.keep_checkpoints",
@@ -79,18 +87,18 @@ FREE_TO_CHANGE = {
 
 
 def list_differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        names = list(dict.fromkeys([*old, *new]))
-        return [
-            d
-            for n in names
-            for d in list_differences(old.get(n), new.get(n), f"{key}.{n}" if key else n)
-        ]
-    return [] if old == new else [(key, old, new)]
+    """Return the dotted key, the old value and the new value of each difference of two trees."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return [] if old == new else [(key, old, new)]
+    differences = []
+    for name in dict.fromkeys([*old, *new]):
+        dotted = f"{key}.{name}" if key else name
+        differences += list_differences(old.get(name), new.get(name), dotted)
+    return differences
 
 
 def rewind_log(path: Path, step: int) -> None:
-    """Drop what was logged after `step`: the resumed run writes those lines again."""
+    """Drop the log's rows after a step; the resumed run writes them again."""
     rows = [row for row in read_lines(path) if row["step"] <= step]
     if path.is_file():
         write_json_lines(path, rows)

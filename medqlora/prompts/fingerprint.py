@@ -1,6 +1,7 @@
 """The fingerprint of a prompt: a hash of the token ids of fixed probe examples.
 
-It travels with an adapter, whose prompts must be the same wherever it is used.
+It is part of the adapter metadata, because an adapter must be used with the prompts that it was
+trained on.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from medqlora.prompts.chat_template import Encoder, MessageEncoder, make_message
 from medqlora.prompts.encoding import encode_completions, encode_prefixes
 from medqlora.prompts.styles import PromptError, render
 
-# Renders that together show every rule above; their ids are the prompt's fingerprint (see
-# tokens.fingerprint).
+# These examples use every rule of the styles: the numbers of options, an explanation, a context, an
+# open question. A change of a probe would change the fingerprint of every saved adapter.
 PROBES = (
     MultipleChoice(
         "p1",
@@ -42,28 +43,32 @@ PROBES = (
 
 
 def fingerprint(encoder: Encoder | MessageEncoder) -> str:
-    """SHA-256 over the token ids of the probe examples: equal if and only if the prompts are (for
-    all that they show).
+    """Return the SHA-256 of the token ids, or messages, of the probe examples.
+
+    A probe that has no prompt in the encoder's style is left out.
     """
-    shown = []
+    encoded = []
     for probe in PROBES:
         try:
             prompt = render(probe, encoder.style, encoder.completion)
         except PromptError:
             continue
         if isinstance(encoder, MessageEncoder):
-            shown.append([make_messages(prompt), prompt.completion])
+            encoded.append([make_messages(prompt), prompt.completion])
             continue
         completion = encode_completions(encoder, [prompt], [prompt.completion])[0]
-        shown.append([encode_prefixes(encoder, [prompt])[0], completion, encoder.end_id])
-    return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
+        encoded.append([encode_prefixes(encoder, [prompt])[0], completion, encoder.end_id])
+    return hashlib.sha256(json.dumps(encoded).encode()).hexdigest()
 
 
 def hash_tokenizer(encoder: Encoder) -> str:
+    """Return the SHA-256 of the tokenizer and its chat template.
+
+    For a tokenizer without a Rust backend the vocabulary alone is hashed.
+    """
     backend = getattr(encoder.tokenizer, "backend_tokenizer", None)
-    facts = (
-        backend.to_str()
-        if backend is not None
-        else json.dumps(sorted(encoder.tokenizer.get_vocab().items()))
-    )
-    return hashlib.sha256(f"{facts}{encoder.tokenizer.chat_template}".encode()).hexdigest()
+    if backend is not None:
+        definition = backend.to_str()
+    else:
+        definition = json.dumps(sorted(encoder.tokenizer.get_vocab().items()))
+    return hashlib.sha256(f"{definition}{encoder.tokenizer.chat_template}".encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Examples become text and completion, in named styles."""
+"""Render examples as prompt and completion in one of the named styles."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from dataclasses import dataclass
 
 from medqlora.core.errors import UserError
 from medqlora.data.examples import LETTERS, Example, MultipleChoice, OpenAnswer, Passage
-from medqlora.data.formats.registry import FORMATS, HarnessPrompt
+from medqlora.data.formats.registry import FORMATS, HarnessPrompt, letter_options
 
 
 class PromptError(UserError):
-    """An example that has no prompt in the asked style."""
+    """An example that has no prompt in the requested style."""
 
 
-INSTRUCTIONS = {  # chat only: plain text shows by its own form what comes next
+# Only the chat style needs instructions: the other styles end in "Answer:" or "Explanation:".
+INSTRUCTIONS = {
     "letter": "Answer with the letter of the correct option.",
     "letter_text": "Answer with the letter and the text of the correct option.",
     "explanation": (
@@ -25,18 +26,22 @@ INSTRUCTIONS = {  # chat only: plain text shows by its own form what comes next
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What the model reads and what it should write.
+    """What a model reads and what it should write.
 
-    `user` is the text of the one user turn (chat) or the whole text up to the answer (plain,
-    lm_eval). `completion` is None where the example has no known answer; in the text styles it
-    carries its leading space.
+    Args:
+        user: The user's turn in the chat style; in the other styles the text up to the answer.
+        completion: The text that the model should write, or None where the answer is not known. In
+            the styles without chat it begins with a space.
+        chat: Whether the style is chat.
+        lead: The text before everything else, worked examples included.
+        shots: The worked examples, each with its completion.
     """
 
     user: str
     completion: str | None
     chat: bool
-    lead: str = ""  # text before everything, worked examples included
-    shots: tuple[Prompt, ...] = ()  # worked examples, each with its completion
+    lead: str = ""
+    shots: tuple[Prompt, ...] = ()
 
 
 def render(
@@ -46,37 +51,28 @@ def render(
     context: str | None = None,
     explanation: str | None = None,
 ) -> Prompt:
-    """Render an example.
+    """Render an example as a prompt with its completion.
 
-    Args: style: "chat", "plain" or "lm_eval". completion: "letter", "letter_text", "explanation" or
-        "text" (see config.Data), or "cloze": the question without its options, answered by the text
-        of one. context, explanation: shortened texts to use instead of the example's own
-        (truncation).
+    Args:
+        example: The example.
+        style: "chat", "plain" or "lm_eval".
+        completion: "letter", "letter_text", "explanation" or "text" (see config.Data), or "cloze",
+            which asks without the options and is answered by the text of one.
+        context: A text to use instead of the example's own context, which was too long.
+        explanation: A text to use instead of the example's own explanation, which was too long.
 
     Raises:
-        PromptError: the style or completion does not exist for such an example.
+        PromptError: The style or the completion does not exist for such an example.
     """
-    context = (
-        "\n".join(example.context)
-        if context is None and not isinstance(example, Passage)
-        else context
-    )
     if isinstance(example, Passage):
         return Prompt(user="", completion=example.text, chat=False)
+    if context is None:
+        context = "\n".join(example.context)
     if style == "lm_eval":
         return render_lm_eval(example, context, completion)
     chat = style == "chat"
     if isinstance(example, OpenAnswer):
-        user = f"{context}\n\n{example.question}" if context else example.question
-        user = (
-            user
-            if chat
-            else (
-                f"{f'Context: {context}' + chr(10) if context else ''}Question:"
-                f" {example.question}\nAnswer:"
-            )
-        )
-        return Prompt(user, with_space(example.answer, chat), chat)
+        return render_open_question(example, context, chat)
     if completion == "text":
         raise PromptError(
             f"{example.dataset}: completion text is for open questions; use letter, letter_text or"
@@ -85,32 +81,50 @@ def render(
     if completion == "explanation":
         explanation = example.explanation if explanation is None else explanation
     lines = [f"Context: {context}"] if context else []
-    lines += [f"Question: {example.question}"]
+    lines.append(f"Question: {example.question}")
     if completion == "cloze":
         answer = None if example.answer is None else example.options[example.answer]
-        return Prompt(
-            "\n".join(lines if chat else [*lines, "Answer:"]), with_space(answer, chat), chat
-        )
-    lines += [
-        f"{letter}. {option}" for letter, option in zip(LETTERS, example.options, strict=False)
-    ]
+        if not chat:
+            lines.append("Answer:")
+        return Prompt("\n".join(lines), with_space(answer, chat), chat)
+    lines += letter_options(example)
     if chat:
         lines += ["", INSTRUCTIONS[completion]]
     else:
-        lines += ["Explanation:" if completion == "explanation" else "Answer:"]
-    return Prompt(
-        "\n".join(lines), with_space(render_answer(example, completion, explanation), chat), chat
-    )
+        lines.append("Explanation:" if completion == "explanation" else "Answer:")
+    answer = render_answer(example, completion, explanation)
+    return Prompt("\n".join(lines), with_space(answer, chat), chat)
+
+
+def render_open_question(example: OpenAnswer, context: str, chat: bool) -> Prompt:
+    """Render an open question in the chat style or the plain style."""
+    if chat:
+        user = f"{context}\n\n{example.question}" if context else example.question
+    else:
+        lines = [f"Context: {context}"] if context else []
+        lines += [f"Question: {example.question}", "Answer:"]
+        user = "\n".join(lines)
+    return Prompt(user, with_space(example.answer, chat), chat)
 
 
 def with_space(completion: str | None, chat: bool) -> str | None:
+    """Return a completion with the space that separates it from the text before it.
+
+    A chat template separates turns by itself.
+    """
     return completion if chat or completion is None else f" {completion}"
 
 
 def render_answer(
     example: MultipleChoice, completion: str, explanation: str | None = None
 ) -> str | None:
-    """The completion's text, without a leading space; None for an unlabelled example."""
+    """Return the completion without a leading space, or None for an unlabelled example.
+
+    Args:
+        example: The example.
+        completion: "letter", "letter_text" or "explanation".
+        explanation: The explanation that stands before the letter, if there is one.
+    """
     if example.answer is None:
         return None
     letter = LETTERS[example.answer]
@@ -125,9 +139,14 @@ def render_answer(
 def render_lm_eval(
     example: MultipleChoice | OpenAnswer, context: str, completion: str = "letter"
 ) -> Prompt:
-    """lm-evaluation-harness 0.4.13's own prompts for medmcqa, medqa_4options, pubmedqa, mmlu and
-    headqa, character by character; its headqa, and what it calls continuation elsewhere, are
-    cloze."""
+    """Render the prompt of lm-evaluation-harness 0.4.13, character by character.
+
+    Its tasks are medmcqa, medqa_4options, pubmedqa, mmlu and headqa. The task headqa and the
+    variants that it calls continuation ask without the options, which is called cloze here.
+
+    Raises:
+        PromptError: The harness has no such prompt.
+    """
     if isinstance(example, OpenAnswer):
         raise PromptError(
             f"{example.dataset}: style lm_eval knows multiple-choice questions only; use plain or"
@@ -146,23 +165,24 @@ def render_lm_eval(
         )
     right = None if example.answer is None else example.options[example.answer]
     if completion == "cloze" and harness.answer == "letter":
-        asked = f"Question: {example.question}\nAnswer:"
-        return Prompt(asked, with_space(right, False), chat=False)
+        user = f"Question: {example.question}\nAnswer:"
+        return Prompt(user, with_space(right, False), chat=False)
     if harness.answer == "letter" and right is not None:
         right = LETTERS[example.answer]
-    asked = harness.ask(example, context)
-    return Prompt(asked, with_space(right, False), chat=False, lead=harness.lead(example))
+    user = harness.ask(example, context)
+    return Prompt(user, with_space(right, False), chat=False, lead=harness.lead(example))
 
 
 def find_harness(example: MultipleChoice) -> HarnessPrompt:
-    """The dataset's own prompt, or the common one where the dataset has no file."""
-    known = FORMATS.get(example.dataset)
-    return known.harness if known else HarnessPrompt()
+    """Return the dataset's own prompt, or the common one for a dataset without a format."""
+    registered = FORMATS.get(example.dataset)
+    return registered.harness if registered else HarnessPrompt()
 
 
 def candidates(example: MultipleChoice, style: str, completion: str = "letter") -> list[str]:
-    """The completions that stand for each option when the model's choice is read from
-    probabilities.
+    """Return the completion that stands for each option when a model's choice is scored.
+
+    The model chooses the option whose completion it finds most likely.
     """
     by_text = style == "lm_eval" and find_harness(example).answer == "text"
     if completion == "cloze" or by_text:
