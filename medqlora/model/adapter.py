@@ -1,4 +1,4 @@
-"""Attach, name, save and load a LoRA adapter."""
+"""Attach, save and load a LoRA adapter (Hu et al., 2021, arXiv 2106.09685)."""
 
 from __future__ import annotations
 
@@ -26,39 +26,46 @@ from medqlora.model.overrides import ADAPTER_OVERRIDES, apply_overrides
 
 
 def attach_adapter(model: torch.nn.Module, lora: Lora, seed: int) -> PeftModel:
-    """A fresh adapter with float32 weights (the compute dtype is cast to on use), initialised from
-    `seed`.
+    """Put a new adapter on a base model, which is changed.
+
+    The adapter's weights are float32 and are cast to the compute dtype where they are used.
+
+    Args:
+        model: A transformers causal LM.
+        lora: The configuration's section.
+        seed: The seed of the initial weights.
 
     Raises:
-        ModelError: a target name that no layer has.
+        ModelError: The base has no layer of a target's name.
     """
     torch.manual_seed(seed)
-    targets = (
-        lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    targets = lora.target_modules
+    if not isinstance(targets, str):
+        targets = list(targets)
+    settings = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        use_rslora=lora.variant == "rslora",
+        use_dora=lora.variant == "dora",
     )
     try:
-        adapted = get_peft_model(
-            model,
-            LoraConfig(
-                task_type="CAUSAL_LM",
-                r=lora.r,
-                lora_alpha=lora.alpha,
-                lora_dropout=lora.dropout,
-                target_modules=targets,
-                use_rslora=lora.variant == "rslora",
-                use_dora=lora.variant == "dora",
-            ),
-        )
+        adapted = get_peft_model(model, settings)
     except ValueError as error:
         raise ModelError(
             f"lora.target_modules {lora.target_modules}: {' '.join(str(error).split())[:200]}"
         ) from None
-    make_lighter(adapted)
+    replace_layer_methods(adapted)
     return adapted
 
 
-def make_lighter(model: PeftModel) -> None:
-    """Give LoRA layers dropout that keeps no mask, and plain ones our forward (overrides.py)."""
+def replace_layer_methods(model: PeftModel) -> None:
+    """Let the LoRA layers keep less memory for the backward pass.
+
+    All of them get dropout that stores no mask, and plain ones the forward of overrides.py.
+    """
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
         for name, dropout in layer.lora_dropout.items():
@@ -70,35 +77,35 @@ def make_lighter(model: PeftModel) -> None:
 def adapter_weights(
     model: PeftModel, values: dict[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
-    """The adapter's tensors in PEFT's own names, on the CPU; values: by parameter name, where a
-    strategy has gathered them.
+    """Return the adapter's tensors on the CPU, by PEFT's names.
+
+    Args:
+        model: The model with its adapter.
+        values: The values by parameter name, where a strategy has gathered them from all ranks;
+            the model's own by default.
     """
-    return {
-        key: value.detach().cpu().contiguous()
-        for key, value in get_peft_model_state_dict(model, state_dict=values).items()
-    }
+    state = get_peft_model_state_dict(model, state_dict=values)
+    return {key: value.detach().cpu().contiguous() for key, value in state.items()}
 
 
 def name_parameters(model: PeftModel, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inverse of adapter_weights: PEFT's own names -> parameter names."""
-    named = {
-        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
-    }
+    """Return tensors of adapter_weights by the names of the model's parameters."""
+    named = trainable(model)
     names = {id(parameter): name for name, parameter in named.items()}
-    keys = get_peft_model_state_dict(model, state_dict=dict(named))
+    keys = get_peft_model_state_dict(model, state_dict=named)
     return {names[id(parameter)]: weights[key] for key, parameter in keys.items()}
 
 
 def restore_adapter(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
-    """Load tensors from `adapter_weights`.
+    """Load tensors of adapter_weights into the model's adapter.
 
     Raises:
-        ModelError: missing, surplus or misshapen tensors.
+        ModelError: A tensor is missing, surplus or of another shape.
     """
     expected = get_peft_model_state_dict(model)
-    wrong = sorted(set(expected) ^ set(weights)) or [
-        k for k in expected if expected[k].shape != weights[k].shape
-    ]
+    wrong = sorted(set(expected) ^ set(weights))
+    if not wrong:
+        wrong = [key for key in expected if expected[key].shape != weights[key].shape]
     if wrong:
         raise ModelError(
             f"adapter does not fit this model: tensor {wrong[0]} is missing, surplus or of another"
@@ -108,27 +115,29 @@ def restore_adapter(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
 
 
 def load_adapter(model: torch.nn.Module, folder: Path) -> PeftModel:
-    """Attach a saved adapter for evaluation.
+    """Put a saved adapter on a base model for evaluation.
 
     Raises:
-        ModelError: no adapter there, or one for another base.
+        ModelError: The folder holds no adapter, or one for another base.
     """
     check_adapter(folder, model.config)
     with warnings.catch_warnings():
-        # we check it ourselves, below
+        # PEFT only warns of a tensor that is missing; restore_adapter refuses it.
         warnings.filterwarnings("ignore", message="Found missing adapter keys")
         adapted = PeftModel.from_pretrained(model, folder)
     restore_adapter(adapted, load_file(folder / "adapter_model.safetensors"))
-    make_lighter(adapted)
+    replace_layer_methods(adapted)
     return adapted
 
 
 def read_adapter_metadata(folder: Path) -> dict[str, Any]:
-    """medqlora.json of an adapter: prompt style, completion, fingerprint, base id, architecture
-    hash, quantization.
+    """Return the adapter metadata: the content of medqlora.json.
+
+    It names the base and holds its architecture's hash, the quantization, the prompt style, the
+    completion and the prompt's fingerprint. An adapter of another program has none.
 
     Raises:
-        ModelError: not an adapter folder, or one whose weights do not match the metadata.
+        ModelError: The folder holds no adapter, or weights that do not match the metadata.
     """
     folder = Path(folder)
     if (
@@ -139,24 +148,24 @@ def read_adapter_metadata(folder: Path) -> dict[str, Any]:
             f"adapter {folder}: no adapter_config.json and adapter_model.safetensors; give a run's"
             " adapter folder"
         )
-    metadata = folder / "medqlora.json"
-    if not metadata.is_file():
+    metadata_file = folder / "medqlora.json"
+    if not metadata_file.is_file():
         return {}
-    facts = json.loads(metadata.read_text(encoding="utf-8"))
+    metadata = json.loads(metadata_file.read_text(encoding="utf-8"))
     digest = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
-    if facts.get("weights_sha256") not in (None, digest):
+    if metadata.get("weights_sha256") not in (None, digest):
         raise ModelError(
             f"adapter {folder}: adapter_model.safetensors is not the file medqlora.json describes;"
             " it was cut or changed"
         )
-    return facts
+    return metadata
 
 
 def check_adapter(folder: Path, config: PretrainedConfig) -> dict[str, Any]:
-    """The adapter's metadata, if it was trained on a base of this architecture.
+    """Return the adapter metadata if the adapter was trained on a base of this architecture.
 
     Raises:
-        ModelError: adapter for another base.
+        ModelError: The adapter was trained on another base.
     """
     metadata = read_adapter_metadata(folder)
     if metadata and metadata["architecture_sha256"] != architecture_hash(config):
@@ -173,20 +182,24 @@ def save_adapter(
     metadata: dict[str, Any],
     weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write a PEFT adapter with its metadata (see read_adapter_metadata).
+    """Write a PEFT adapter with its metadata.
 
-    Each file is replaced whole. The metadata holds the weights' hash, so that a kill between two
-    files is seen when the adapter is read.
+    Each file is replaced as a whole. The metadata holds the weights' hash, so that a kill between
+    two files is noticed when the adapter is read.
 
-    weights: of adapter_weights; default the model's own.
+    Args:
+        folder: The adapter's folder; its parent must exist.
+        model: The model with its adapter.
+        metadata: The content of medqlora.json (see read_adapter_metadata).
+        weights: Tensors of adapter_weights; the model's own by default.
 
     Raises:
-        ModelError: the disk refused.
+        ModelError: The disk refuses.
     """
+    if weights is None:
+        weights = adapter_weights(model)
     try:
-        write_adapter_files(
-            folder, model, metadata, adapter_weights(model) if weights is None else weights
-        )
+        write_adapter_files(folder, model, metadata, weights)
     except OSError as error:
         raise ModelError(
             f"adapter {folder} cannot be written: {error.strerror or error}; free space and"
@@ -197,10 +210,12 @@ def save_adapter(
 def write_adapter_files(
     folder: Path, model: PeftModel, metadata: dict[str, Any], weights: dict[str, torch.Tensor]
 ) -> None:
+    """Write the three files of an adapter aside, then move each to its place."""
     aside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    # its own writer reports a full disk as an error of the format
+    # The writer of safetensors reports a full disk as an error of the format, so its bytes are
+    # written here.
     content = serialize(weights, metadata={"format": "pt"})
     (aside / "adapter_model.safetensors").write_bytes(content)
     model.active_peft_config.save_pretrained(aside)
@@ -215,6 +230,7 @@ def write_adapter_files(
 
 
 def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Return the parameters that are trained, by name."""
     return {
         name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
     }

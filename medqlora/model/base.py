@@ -23,35 +23,37 @@ from medqlora.model.quantization import keep_quantized_layout, quantization_conf
 
 
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:
-    """The transformers causal LM inside a PEFT model."""
+    """Return the transformers causal LM inside a PEFT model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def backbone_of(causal: torch.nn.Module) -> torch.nn.Module:
-    """The model without its head, adapters included."""
+    """Return the model without its head; adapters belong to it."""
     return getattr(causal, causal.base_model_prefix)
 
 
 class ModelError(UserError):
-    """A model, adapter or quantization that cannot be used here."""
+    """A model, adapter or quantization that cannot be used."""
 
 
 def read_model_config(
     base: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> PretrainedConfig:
-    """Architecture facts, without weights.
+    """Read the config of a model, without its weights.
 
-    Raises: ModelError: no such model, no safetensors weights, or a GPTQ/AWQ model where only plain
-        weights can be used.
+    Args:
+        base: A folder or a hub id.
+        revision: The hub's revision; the newest by default.
+        trust_remote_code: Whether code of the hub may run.
+
+    Raises:
+        ModelError: There is no such model, or it has no safetensors weights.
     """
     folder = Path(base).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            hint = (
-                "; this is an adapter, give its base"
-                if (folder / "adapter_config.json").is_file()
-                else ""
-            )
+            is_adapter = (folder / "adapter_config.json").is_file()
+            hint = "; this is an adapter, give its base" if is_adapter else ""
             raise ModelError(
                 f"model {base}: no config.json in this folder; expected a transformers model{hint}"
             )
@@ -76,14 +78,15 @@ def read_model_config(
 
 
 def load_tokenizer(base: str, revision: str | None = None, trust_remote_code: bool = False):
-    """The base model's own tokenizer.
+    """Load the base model's own tokenizer; the arguments are those of read_model_config.
 
     Raises:
-        ModelError: none, or none that can be read.
+        ModelError: There is none that can be read.
     """
+    folder = Path(base).expanduser()
     try:
         return AutoTokenizer.from_pretrained(
-            Path(base).expanduser() if Path(base).expanduser().is_dir() else base,
+            folder if folder.is_dir() else base,
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
@@ -94,10 +97,10 @@ def load_tokenizer(base: str, revision: str | None = None, trust_remote_code: bo
 
 
 def check_hardware(model: Model, device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse what this machine cannot run, before any weight loads.
+    """Refuse what this machine cannot run, before any weight is loaded.
 
     Raises:
-        ModelError: with what to use instead.
+        ModelError: The quantization or the dtype cannot be used; the message says which can.
     """
     if model.quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(
@@ -116,6 +119,16 @@ def check_hardware(model: Model, device: torch.device, dtype: torch.dtype) -> No
 
 
 def check_length(config: PretrainedConfig, length: int, key: str = "data.max_length") -> None:
+    """Refuse rows of more tokens than the model has positions.
+
+    Args:
+        config: The model's config.
+        length: The number of tokens.
+        key: The configuration key or flag that holds it, for the message.
+
+    Raises:
+        ModelError: The length is over the model's positions.
+    """
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if longest and length > longest:
         raise ModelError(
@@ -126,14 +139,19 @@ def check_length(config: PretrainedConfig, length: int, key: str = "data.max_len
 def load_base(
     model: Model, device: torch.device, storage: torch.dtype = torch.uint8
 ) -> tuple[torch.nn.Module, str]:
-    """Load the frozen base in its storage format on one device. storage: dtype that 4-bit weights
-    are packed in (strategies.choose_storage).
+    """Load the frozen base model on one device, quantized as the configuration says.
+
+    Args:
+        model: The configuration's section.
+        device: The device.
+        storage: The dtype in which 4-bit weights are packed (see strategies.launch.choose_storage).
 
     Returns:
-        the transformers model in eval mode, and the resolved attention backend.
+        The transformers model in eval mode, and the name of the attention backend.
 
     Raises:
-        ModelError, AttentionError: see check_hardware, read_model_config, choose_backend.
+        ModelError: The model cannot be used (see check_hardware and read_model_config).
+        AttentionError: The attention backend cannot run (see choose_backend).
     """
     dtype = choose_dtype(model.dtype, device)
     check_hardware(model, device, dtype)
@@ -152,6 +170,8 @@ def load_base(
             device_map={"": device},
         )
     except KeyError as error:
+        # transformers looks an attention's name up among those that a model supports. Any other
+        # KeyError is not about attention.
         if str(error).strip("'") not in IMPLEMENTATIONS.values():
             raise
         raise ModelError(
@@ -163,21 +183,29 @@ def load_base(
 
 
 def freeze(base: torch.nn.Module, model: Model, dtype: torch.dtype) -> None:
-    """Nothing of a base is trained, and its layers are made lighter; dtype: of computing."""
+    """Freeze all parameters of a base and apply the overrides that suit it.
+
+    Args:
+        base: A transformers causal LM, which is changed.
+        model: The configuration's section.
+        dtype: The compute dtype.
+    """
     base.requires_grad_(False)
     if model.upcast_embeddings:
         for embedding in (base.get_input_embeddings(), base.get_output_embeddings()):
             embedding.to(torch.float32)
     keep_quantized_layout(base)
     if model.quantization == "int8":
-        # bitsandbytes would say of every product that its input is cast to float16.
+        # bitsandbytes would warn at every matrix product that its input is cast to float16.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     apply_overrides(base.modules(), BASE_OVERRIDES, dtype)
 
 
 def find_layers(causal: torch.nn.Module) -> list[torch.nn.Module]:
-    """The decoder layers, in order."""
+    """Return the decoder layers, in order.
+
+    They are the first module list of as many modules as the config names layers.
+    """
     count = causal.config.get_text_config().num_hidden_layers
-    return list(
-        next(m for m in causal.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count)
-    )
+    lists = (module for module in causal.modules() if isinstance(module, torch.nn.ModuleList))
+    return list(next(layers for layers in lists if len(layers) == count))

@@ -1,4 +1,7 @@
-"""Dropout that keeps a seed instead of a mask."""
+"""Dropout (Srivastava et al., 2014) that stores a seed for the backward pass instead of a mask.
+
+The backward pass draws the mask again from the seed.
+"""
 
 from __future__ import annotations
 
@@ -7,41 +10,64 @@ import torch.nn.functional as F
 
 
 def draw_kept(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
-    """bool like x: what dropout with probability p keeps, a function of the seed and the device."""
+    """Draw which values dropout keeps; the same seed gives the same mask on the same device.
+
+    Args:
+        x: A tensor that gives the shape and the device.
+        p: The probability of a value to be dropped.
+        seed: The seed.
+
+    Returns:
+        bool of x's shape, True where a value is kept.
+    """
     if x.is_meta:
         return torch.empty(x.shape, dtype=torch.bool, device=x.device)
     generator = torch.Generator(x.device).manual_seed(seed)
-    # bernoulli_ takes twice as long there as whole numbers from 0 to 2^31 - 1
     if x.device.type == "cpu":
-        return torch.empty(x.shape, dtype=torch.int32).random_(generator=generator) >= round(
-            p * 2**31
-        )
-    return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(
-        1 - p, generator=generator
-    )
+        # On a CPU bernoulli_ takes twice as long as drawing whole numbers from 0 to 2^31 - 1.
+        numbers = torch.empty(x.shape, dtype=torch.int32).random_(generator=generator)
+        return numbers >= round(p * 2**31)
+    kept = torch.empty(x.shape, dtype=torch.bool, device=x.device)
+    return kept.bernoulli_(1 - p, generator=generator)
 
 
 def draw_seed() -> int:
-    """From torch's own generator on the CPU: nothing waits for a GPU, and recomputed layers draw
-    the same again.
+    """Draw a seed from torch's generator on the CPU.
+
+    Drawing on the CPU does not wait for the GPU. torch's checkpoint restores this generator, so a
+    layer that is computed again draws the same seed.
     """
     return int(torch.randint(2**62, ()))
 
 
 class DroppedLinear(torch.autograd.Function):
-    """dropout(x) W^T that keeps x, which other products keep too, and a seed, instead of the
-    dropped input and a mask.
+    """Computes dropout(x) W^T and stores x and a seed for the backward pass.
+
+    Other matrix products of x store x anyway, so it takes no further memory; a mask and the
+    dropped input would.
     """
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, p: float) -> torch.Tensor:
-        """x [tokens, in], weight [out, in] -> [tokens, out]"""
-        ctx.p, ctx.seed = p, draw_seed()
+        """Compute the product.
+
+        Args:
+            ctx: What autograd keeps for the backward pass.
+            x: [tokens, in].
+            weight: [out, in].
+            p: The probability of a value of x to be dropped.
+
+        Returns:
+            [tokens, out].
+        """
+        ctx.p = p
+        ctx.seed = draw_seed()
         ctx.save_for_backward(x, weight)
         return F.linear(x * draw_kept(x, p, ctx.seed), weight) / (1 - p)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
+        """Return the gradients of x [tokens, in] and weight [out, in]."""
         x, weight = ctx.saved_tensors
         kept = draw_kept(x, ctx.p, ctx.seed)
         gradient = gradient / (1 - ctx.p)
@@ -51,24 +77,28 @@ class DroppedLinear(torch.autograd.Function):
 
 
 class Dropped(torch.autograd.Function):
-    """dropout(x) that keeps a seed instead of a mask."""
+    """Computes dropout(x) and stores a seed for the backward pass instead of a mask."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, p: float) -> torch.Tensor:
-        ctx.p, ctx.seed = p, draw_seed()
+        """Return x with values dropped and the others scaled by 1 / (1 - p); any shape."""
+        ctx.p = p
+        ctx.seed = draw_seed()
         return x * draw_kept(x, p, ctx.seed) / (1 - p)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
+        """Return the gradient of x."""
         return gradient * draw_kept(gradient, ctx.p, ctx.seed) / (1 - ctx.p), None
 
 
 class SeededDropout(torch.nn.Module):
-    """torch.nn.Dropout that keeps a seed instead of a mask."""
+    """Does what torch.nn.Dropout does, but stores a seed instead of a mask."""
 
     def __init__(self, p: float):
         super().__init__()
         self.p = p
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x, with values dropped in training mode; any shape."""
         return Dropped.apply(x, self.p) if self.training and self.p > 0 else x

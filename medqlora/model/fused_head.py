@@ -1,4 +1,4 @@
-"""A frozen head whose loss and gradient are made together."""
+"""The loss of a frozen head, computed together with the gradient of its input."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ import torch.nn.functional as F
 
 
 def describe_logits(causal: torch.nn.Module) -> tuple[float, float | None]:
-    """What the model does to its head's output: factor, and cap of a tanh afterwards."""
+    """Return what a model does to the output of its head to get logits.
+
+    Returns:
+        The factor by which the output is multiplied (Cohere and Granite have one), and the cap of
+        the function cap * tanh(logits / cap) that follows in Gemma-2, or None.
+    """
     config = causal.config.get_text_config()
-    scale = getattr(config, "logit_scale", None)  # Cohere
-    if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
+    scale = getattr(config, "logit_scale", None)
+    divisor = getattr(config, "logits_scaling", None)
+    if divisor is not None:
         scale = 1 / divisor
-    # Gemma-2
-    return 1.0 if scale is None else scale, getattr(config, "final_logit_softcapping", None)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return 1.0 if scale is None else scale, cap
 
 
 def forward_head(
@@ -23,16 +29,29 @@ def forward_head(
     scale: float = 1.0,
     cap: float | None = None,
 ) -> torch.Tensor:
-    """A head's own forward; with targets the summed loss instead."""
+    """Compute a head's output, or its summed loss where targets are given.
+
+    Args:
+        head: The head, [vocab, hidden].
+        hidden: [positions, hidden].
+        targets: The right tokens, int64 [positions].
+        scale: The first result of describe_logits.
+        cap: The second result of describe_logits.
+
+    Returns:
+        [positions, vocab] without targets; a float32 scalar with them.
+    """
     if targets is None:
         return F.linear(hidden, head.weight, head.bias)
     return HeadLoss.apply(hidden, head, targets, scale, cap)
 
 
 class HeadLoss(torch.autograd.Function):
-    """Summed cross entropy of a frozen head. The gradient of its input is made at once from the
-    same logits, in their memory, so that neither they nor the head are needed again in the backward
-    pass (as Liger-Kernel does, Hsu et al., 2024, arXiv 2410.10989).
+    """Computes the summed cross entropy of a frozen head.
+
+    The forward pass also computes the gradient of the head's input, in the memory of the logits.
+    So the backward pass needs neither the logits nor the head. The method is that of Liger-Kernel's
+    fused linear cross entropy (Hsu et al., 2024, arXiv 2410.10989).
     """
 
     @staticmethod
@@ -44,9 +63,22 @@ class HeadLoss(torch.autograd.Function):
         scale: float,
         cap: float | None,
     ) -> torch.Tensor:
-        """hidden [labelled, hidden], targets int64 [labelled] -> float32 []"""
+        """Compute the loss.
+
+        Args:
+            ctx: What autograd keeps for the backward pass.
+            hidden: The hidden states of labelled positions, [labelled, hidden].
+            head: The frozen head, [vocab, hidden].
+            targets: The right tokens, int64 [labelled].
+            scale: The first result of describe_logits.
+            cap: The second result of describe_logits.
+
+        Returns:
+            The sum over the positions, a float32 scalar.
+        """
         scores = F.linear(hidden, head.weight, head.bias).float()
-        slope = scale  # [labelled, vocab]
+        # The derivative of the logits by the head's output: a number, or [labelled, vocab].
+        slope = scale
         if scale != 1:
             scores *= scale
         if cap is not None:
@@ -54,19 +86,23 @@ class HeadLoss(torch.autograd.Function):
             slope = scale * (1 - scores * scores) if ctx.needs_input_grad[0] else None
             scores *= cap
         targets = targets[:, None]
-        picked = scores.gather(1, targets)
+        target_logits = scores.gather(1, targets)
         highest = scores.amax(1, keepdim=True)
-        total = scores.sub_(highest).exp_().sum(1, keepdim=True)
+        sum_exp = scores.sub_(highest).exp_().sum(1, keepdim=True)
         if ctx.needs_input_grad[0]:
-            # small probabilities vanish in it
-            ctx.lift = lift = 1024.0 if hidden.dtype is torch.float16 else 1.0
-            scores.div_(total).scatter_add_(1, targets, torch.full_like(picked, -1.0))
-            if torch.is_tensor(slope) or slope * lift != 1:
-                scores *= slope * lift
+            # float16 would round small probabilities to zero, so they are enlarged until backward.
+            ctx.grad_factor = 1024.0 if hidden.dtype is torch.float16 else 1.0
+            # The gradient of the logits is the probabilities, less 1 at the target.
+            minus_one = torch.full_like(target_logits, -1.0)
+            scores.div_(sum_exp).scatter_add_(1, targets, minus_one)
+            if torch.is_tensor(slope) or slope * ctx.grad_factor != 1:
+                scores *= slope * ctx.grad_factor
             ctx.save_for_backward(scores.to(hidden.dtype) @ head.weight)
-        return (total.log() + highest - picked).sum()
+        return (sum_exp.log() + highest - target_logits).sum()
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
-        (ready,) = ctx.saved_tensors
-        return (ready * (gradient / ctx.lift)).to(ready.dtype), None, None, None, None
+        """Return the gradient of the hidden states, [labelled, hidden]."""
+        (grad_hidden,) = ctx.saved_tensors
+        scaled = (grad_hidden * (gradient / ctx.grad_factor)).to(grad_hidden.dtype)
+        return scaled, None, None, None, None

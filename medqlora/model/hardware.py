@@ -1,61 +1,58 @@
-"""Compute capability, and the compute dtype that follows from it."""
+"""The compute capability of a GPU, and the compute dtype that follows from it."""
 
 from __future__ import annotations
 
 import torch
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-AMPERE = (8, 0)  # bfloat16 tensor cores and torch's flash attention begin here
-# A forecast for a GPU that is not here takes it to be of 2020 or later, unless it is told
-# otherwise.
+AMPERE = (8, 0)  # the first capability with bfloat16 tensor cores and torch's flash attention
+# On a machine without a GPU, forecasts assume this capability unless they are told another.
 ASSUMED_CAPABILITY = AMPERE
 
 
 def default_device() -> torch.device:
-    """The GPU where there is one, else the CPU."""
+    """Return the GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def read_capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability (major, minor) of this machine's GPU, or the one that is assumed of a GPU
-    that is not here.
+    """Return the compute capability (major, minor) of this machine's GPU.
+
+    A machine without a GPU returns ASSUMED_CAPABILITY, for forecasts.
     """
-    return (
-        torch.cuda.get_device_capability(device)
-        if torch.cuda.is_available()
-        else ASSUMED_CAPABILITY
-    )
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_capability(device)
+    return ASSUMED_CAPABILITY
 
 
 def name_capability(capability: tuple[int, int]) -> str:
-    """(7, 5) -> "7.5", as NVIDIA writes it."""
+    """Return a capability as NVIDIA writes it; (7, 5) becomes "7.5"."""
     return ".".join(map(str, capability))
 
 
 def choose_dtype(
     requested: str, device: torch.device, capability: tuple[int, int] | None = None
 ) -> torch.dtype:
-    """Compute dtype; "auto" is bfloat16 where the hardware multiplies it natively, else float16
-    (GPU) or float32 (CPU).
+    """Return the compute dtype.
 
-    capability: of a GPU that is not here; default this machine's, see read_capability.
+    Args:
+        requested: A key of DTYPES, or "auto". That is bfloat16 where the hardware multiplies it
+            natively, else float16 on a GPU and float32 on a CPU.
+        device: The device that is computed on.
+        capability: The compute capability of a GPU that this machine lacks; this machine's by
+            default (see read_capability).
     """
     if requested != "auto":
         return DTYPES[requested]
     if device.type == "cuda":
-        return (
-            torch.bfloat16 if (capability or read_capability(device)) >= AMPERE else torch.float16
-        )
-    return (
-        torch.bfloat16
-        if torch.ops.mkldnn._is_mkldnn_bf16_supported() and has_bf16_units()
-        else torch.float32
-    )
+        capability = capability or read_capability(device)
+        return torch.bfloat16 if capability >= AMPERE else torch.float16
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported() and has_bf16_units():
+        return torch.bfloat16
+    return torch.float32
 
 
 def has_bf16_units() -> bool:
-    """AVX512-BF16 or AMX: without them bfloat16 on a CPU is slower than float32, not faster."""
-    return bool(
-        getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-        or torch.cpu._is_amx_tile_supported()
-    )
+    """Whether the CPU has AVX512-BF16 or AMX, without which bfloat16 is slower than float32."""
+    has_avx512_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return bool(has_avx512_bf16() or torch.cpu._is_amx_tile_supported())

@@ -1,5 +1,7 @@
-"""Answer-only cross entropy: the head runs at labelled positions alone, a chunk at a time, and its
-gradient is made with the loss.
+"""The cross entropy of answers.
+
+The head runs at labelled positions only, on one chunk of them at a time, and the gradient of its
+input is computed together with the loss.
 """
 
 from __future__ import annotations
@@ -16,17 +18,19 @@ from medqlora.model.overrides import apply_overrides, make_head_override
 
 
 class AnswerLoss(torch.nn.Module):
-    """A causal language model whose forward is the summed loss over a packed batch's supervised
-    tokens.
+    """A causal language model whose forward returns the summed loss of a packed batch.
 
-    Wrap this module (not the model) in DDP, DeepSpeed or FSDP. The sum is normalised by the caller,
-    by the supervised tokens of the whole global batch, so that accumulation and the number of
-    processes do not change the gradient.
+    DDP, DeepSpeed and FSDP must wrap this module, not the model inside. The caller divides the sum
+    by the number of supervised tokens of the whole global batch, so that neither accumulation nor
+    the number of processes changes the gradient.
     """
 
     def __init__(self, model: torch.nn.Module, chunk: int):
-        """model: a transformers causal LM, or a PEFT model around one; chunk: labelled positions
-        per head call.
+        """Wrap a model, and replace the forward of its head where the head is plain and frozen.
+
+        Args:
+            model: A transformers causal LM, or a PEFT model around one.
+            chunk: The number of labelled positions that the head computes at a time.
         """
         super().__init__()
         self.model = model
@@ -46,12 +50,20 @@ class AnswerLoss(torch.nn.Module):
         chunks: int | None = None,
         **packing: Any,
     ) -> torch.Tensor:
-        """input_ids, position_ids int64 [1, tokens]; predict_at, targets int64 [labelled]
-        (packing.collate) -> float32 []
+        """Compute the summed cross entropy; the arguments are those of batches.collate.collate.
 
-        chunks: calls of the head; default as few as `chunk` allows. Where the head is divided over
-        ranks, each call gathers it from all of them, so they must make the same number of calls:
-        see count_chunks.
+        Args:
+            input_ids: int64 [1, tokens].
+            position_ids: int64 [1, tokens].
+            predict_at: The positions whose next token is supervised, int64 [labelled].
+            targets: Those next tokens, int64 [labelled].
+            chunks: The number of calls of the head; by default as few as `self.chunk` allows. Where
+                the head is divided over ranks, each call gathers it from all of them, so all ranks
+                must make the same number of calls (see count_chunks).
+            packing: Arguments of the attention (see packed_batch.packing_arguments).
+
+        Returns:
+            The sum over the labelled positions, a float32 scalar.
         """
         causal = unwrap(self.model)
         hidden = backbone_of(causal)(
@@ -64,37 +76,53 @@ class AnswerLoss(torch.nn.Module):
         labelled = hidden[0].index_select(0, predict_at)  # [labelled, hidden]
         total = labelled.new_zeros((), dtype=torch.float32)
         chunks = chunks or count_chunks(len(targets), self.chunk)
-        pieces = list(zip(labelled.tensor_split(chunks), targets.tensor_split(chunks), strict=True))
-        for piece, target in pieces:
+        hidden_chunks = labelled.tensor_split(chunks)
+        target_chunks = targets.tensor_split(chunks)
+        for chunk, target in zip(hidden_chunks, target_chunks, strict=True):
             if self.fused:
                 scale, cap = describe_logits(causal)
-                total = total + causal.get_output_embeddings()(piece, target, scale, cap)
-            # else all chunks' logits would wait for the backward pass
-            elif len(pieces) > 1 and torch.is_grad_enabled():
-                total = total + checkpoint(
-                    sum_cross_entropy, causal, piece, target, use_reentrant=False
-                )
+                loss = causal.get_output_embeddings()(chunk, target, scale, cap)
+            elif chunks > 1 and torch.is_grad_enabled():
+                # Without recomputation the logits of all chunks would wait for the backward pass.
+                loss = checkpoint(sum_cross_entropy, causal, chunk, target, use_reentrant=False)
             else:
-                total = total + sum_cross_entropy(causal, piece, target)
+                loss = sum_cross_entropy(causal, chunk, target)
+            total = total + loss
         return total
 
 
 def count_chunks(labelled: int, chunk: int) -> int:
-    """Calls of the head for so many labelled positions."""
+    """Return the number of calls of the head for `labelled` positions, at least one."""
     return max(1, -(-labelled // chunk))
 
 
 def compute_logits(causal: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """Hidden states [positions, hidden] -> logits float32 [positions, vocab], scaled and capped as
-    the model itself does.
+    """Compute logits, scaled and capped as the model itself does (see describe_logits).
+
+    Args:
+        causal: A transformers causal LM.
+        hidden: Hidden states, [positions, hidden].
+
+    Returns:
+        float32 [positions, vocab].
     """
     scale, cap = describe_logits(causal)
     logits = causal.get_output_embeddings()(hidden)
-    logits = logits if scale == 1 else logits * scale
-    return (logits if cap is None else cap * torch.tanh(logits / cap)).float()
+    if scale != 1:
+        logits = logits * scale
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    return logits.float()
 
 
 def sum_cross_entropy(
     causal: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
+    """Return the summed cross entropy, a float32 scalar.
+
+    Args:
+        causal: A transformers causal LM.
+        hidden: Hidden states, [positions, hidden].
+        targets: The right tokens, int64 [positions].
+    """
     return F.cross_entropy(compute_logits(causal, hidden), targets, reduction="sum")

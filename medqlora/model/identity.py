@@ -1,4 +1,4 @@
-"""Which base, which adapter: hashes and metadata that travel with results."""
+"""The identity of a base and an adapter: hashes and metadata that are saved with results."""
 
 from __future__ import annotations
 
@@ -13,34 +13,38 @@ from medqlora.model.base import read_model_config
 
 
 def read_merged_metadata(model: str) -> dict[str, Any]:
-    """How a merged model was trained to be asked; nothing for other models."""
+    """Return the prompt style and the completion that a merged model was trained with.
+
+    Another model has none, and the result is empty.
+    """
     path = Path(model).expanduser() / "medqlora.json"
-    facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {key: facts[key] for key in ("prompt_style", "completion") if key in facts}
+    metadata = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {key: metadata[key] for key in ("prompt_style", "completion") if key in metadata}
 
 
 def describe_model(model: str, revision: str | None, adapter: Path | None) -> dict[str, Any]:
-    """What tells this model from every other one: samples of its weights, or its hub id and commit;
-    the adapter's hash.
+    """Return what tells a model from every other one.
+
+    That is the hash of its architecture, samples of a folder's weights or a hub id with its
+    revision, and the hashes of the adapter's files.
     """
     folder = Path(model).expanduser()
-    facts = {"config": architecture_hash(read_model_config(model, revision)), "adapter": None}
-    facts |= (
-        {"weights": sample_weights(folder)}
-        if folder.is_dir()
-        else {"hub": model, "revision": revision}
-    )
+    identity = {"config": architecture_hash(read_model_config(model, revision)), "adapter": None}
+    if folder.is_dir():
+        identity["weights"] = sample_weights(folder)
+    else:
+        identity |= {"hub": model, "revision": revision}
     if adapter is not None:
-        files = [
-            Path(adapter) / name for name in ("adapter_model.safetensors", "adapter_config.json")
-        ]
-        facts["adapter"] = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
-    return facts
+        names = ("adapter_model.safetensors", "adapter_config.json")
+        files = [Path(adapter) / name for name in names]
+        identity["adapter"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    return identity
 
 
 def architecture_hash(config: PretrainedConfig) -> str:
-    """SHA-256 of the shape-giving part of a model's config; a revision that only renames itself
-    keeps it.
+    """Return the SHA-256 of those config keys that determine the shapes of a model's weights.
+
+    Changes of the config that leave the shapes as they are do not change it.
     """
     text = config.get_text_config()
     keys = (
@@ -54,14 +58,14 @@ def architecture_hash(config: PretrainedConfig) -> str:
         "vocab_size",
         "tie_word_embeddings",
     )
-    return hashlib.sha256(
-        json.dumps([getattr(text, key, None) for key in keys]).encode()
-    ).hexdigest()
+    values = [getattr(text, key, None) for key in keys]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def resolve_base(base: str, revision: str | None = None) -> Path:
-    """The local folder with the base's safetensors and tokenizer; a hub id is fetched into the hub
-    cache first.
+    """Return the local folder with the base's safetensors and tokenizer.
+
+    A base on the hub is downloaded to the hub's cache first.
     """
     folder = Path(base).expanduser()
     if folder.is_dir():
@@ -78,18 +82,23 @@ def resolve_base(base: str, revision: str | None = None) -> Path:
 
 
 def sample_weights(folder: Path) -> str:
-    """SHA-256 over header, size and the first and middle KiB of every tensor: tells a model from
-    its fine-tuned siblings without reading 16 GB."""
+    """Return a SHA-256 that tells a model from its fine-tuned variants without reading all of it.
+
+    It covers the header and the size of each safetensors file, and 1 KiB from the start and the
+    middle of each tensor. The format is described in the documentation of safetensors.
+    """
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = file.read(size)
             digest.update(header + path.stat().st_size.to_bytes(8, "little"))
-            for facts in json.loads(header).values():
-                if "data_offsets" in facts:
-                    start, end = facts["data_offsets"]
-                    for at in (start, (start + end) // 2):
-                        file.seek(8 + size + at)
-                        digest.update(file.read(min(1_024, end - at)))
+            for entry in json.loads(header).values():
+                # The entry "__metadata__" is no tensor.
+                if "data_offsets" not in entry:
+                    continue
+                start, end = entry["data_offsets"]
+                for position in (start, (start + end) // 2):
+                    file.seek(8 + size + position)
+                    digest.update(file.read(min(1_024, end - position)))
     return digest.hexdigest()
