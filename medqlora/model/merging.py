@@ -1,5 +1,6 @@
-"""Adapter + base shards -> merged shards, one tensor in memory at a time; and the check that they
-agree.
+"""Merge an adapter into the weight files of its base, with one tensor in memory at a time.
+
+compare_logits checks that the merged model and the base with its adapter agree.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from medqlora.core.errors import UserError
 from medqlora.model.hardware import DTYPES
 
+# The dtypes that can be merged, with their names in the headers of safetensors files.
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-COPIED = (
+# Files of the base whose names begin so are copied to the merged model.
+COPIED_PREFIXES = (
     "tokenizer",
     "special_tokens_map",
     "added_tokens",
@@ -41,11 +44,19 @@ class MergeError(UserError):
 
 
 class AdapterTensors:
-    """The adapter's tensors by base module: A [r, in], B [out, r], DoRA magnitude [out] or None,
-    and the scale.
+    """The tensors of an adapter by the base's modules.
+
+    `modules` holds for each module the float32 tensors "A" [r, in], "B" [out, r] and, for DoRA,
+    "magnitude_vector" [out]. `scale` is alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski,
+    2023, arXiv 2312.03732).
     """
 
     def __init__(self, folder: Path):
+        """Read a PEFT adapter.
+
+        Raises:
+            MergeError: The adapter is of a kind that cannot be merged.
+        """
         settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         if (
             settings.get("peft_type") != "LORA"
@@ -56,46 +67,57 @@ class AdapterTensors:
                 f"adapter {folder}: only LoRA, rsLoRA and DoRA without bias and modules_to_save can"
                 " be merged"
             )
-        self.scale = settings["lora_alpha"] / (
-            math.sqrt(settings["r"]) if settings.get("use_rslora") else settings["r"]
-        )
+        rank = settings["r"]
+        divisor = math.sqrt(rank) if settings.get("use_rslora") else rank
+        self.scale = settings["lora_alpha"] / divisor
         self.modules: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in load_file(folder / "adapter_model.safetensors").items():
             module, _, part = key.removeprefix("base_model.model.").partition(".lora_")
             self.modules.setdefault(module, {})[part.partition(".")[0]] = tensor.float()
 
     def apply(self, module: str, weight: torch.Tensor) -> torch.Tensor:
-        """weight [out, in] float32 -> merged, in place where it can be. DoRA: arXiv 2402.09353, eq.
-        5.
+        """Add the adapter's update to a module's weight, in place.
+
+        DoRA also scales each row (Liu et al., 2024, arXiv 2402.09353, equation 5).
+
+        Args:
+            module: The name of the module in the base.
+            weight: float32 [out, in], which is changed.
+
+        Returns:
+            The same tensor.
+
+        Raises:
+            MergeError: The weight has another shape than the adapter's base.
         """
         parts = self.modules[module]
-        if weight.shape != (parts["B"].shape[0], parts["A"].shape[1]):
+        expected = [parts["B"].shape[0], parts["A"].shape[1]]
+        if list(weight.shape) != expected:
             raise MergeError(
-                f"tensor {module}.weight is {list(weight.shape)} in the base,"
-                f" {[parts['B'].shape[0], parts['A'].shape[1]]} in the adapter; this is not the"
-                " base that was trained on"
+                f"tensor {module}.weight is {list(weight.shape)} in the base, {expected} in the"
+                " adapter; this is not the base that was trained on"
             )
         weight.addmm_(parts["B"], parts["A"], alpha=self.scale)
         if "magnitude_vector" in parts:
-            weight.mul_((parts["magnitude_vector"].view(-1) / weight.norm(dim=1))[:, None])
+            row_scale = parts["magnitude_vector"].view(-1) / weight.norm(dim=1)
+            weight.mul_(row_scale[:, None])
         return weight
 
 
 def list_shards(folder: Path) -> list[Path]:
-    """The base's weight files.
+    """Return the base's weight files.
 
     Raises:
-        MergeError: a file of the index is missing.
+        MergeError: A file that the index names is missing.
     """
     index = folder / INDEX
     if not index.is_file():
-        return (
-            [folder / "model.safetensors"]
-            if (folder / "model.safetensors").is_file()
-            else sorted(folder.glob("*.safetensors"))
-        )
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    if missing := [name for name in names if not (folder / name).is_file()]:
+        single = folder / "model.safetensors"
+        return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    names = sorted(set(weight_map.values()))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
         raise MergeError(
             f"base {folder}: {INDEX} names {missing[0]}, which is missing; fetch the whole model"
         )
@@ -103,30 +125,36 @@ def list_shards(folder: Path) -> list[Path]:
 
 
 def quantized_modules(config: PretrainedConfig) -> set[str]:
-    """Names of the linear layers that bitsandbytes quantizes when this architecture loads in 4 or 8
-    bits.
-    """
+    """Return the names of the linear layers that transformers quantizes in this architecture."""
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
-    kept = get_keys_to_not_convert(model)
-    return {
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and not any(name == k or name.startswith(f"{k}.") for k in kept)
-    }
+    unquantized = get_keys_to_not_convert(model)
+    names = set()
+    for name, module in model.named_modules():
+        kept = any(name == key or name.startswith(f"{key}.") for key in unquantized)
+        if isinstance(module, torch.nn.Linear) and not kept:
+            names.add(name)
+    return names
 
 
 def make_dequantizer(
     quantization: str, double: bool, dtype: torch.dtype
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Weight as loaded -> the weight that training really multiplied with, through quantization and
-    back.
+    """Return a function that quantizes a weight and dequantizes it again.
+
+    Its result [out, in] is the weight that training multiplied with. The 4-bit types are those of
+    QLoRA (Dettmers et al., 2023, arXiv 2305.14314), the 8-bit type is that of LLM.int8 (Dettmers et
+    al., 2022, arXiv 2208.07339).
+
+    Args:
+        quantization: "nf4", "fp4" or "int8".
+        double: Whether the 4-bit scales were quantized too.
+        dtype: The compute dtype.
     """
     import bitsandbytes.functional as bnb
 
     def through_4bit(weight: torch.Tensor) -> torch.Tensor:
-        # double quantization is compress_statistics in bitsandbytes
+        # bitsandbytes calls double quantization compress_statistics.
         packed, state = bnb.quantize_4bit(
             weight.to(dtype).contiguous(), compress_statistics=double, quant_type=quantization
         )
@@ -140,56 +168,72 @@ def make_dequantizer(
 
 
 class ShardWriter:
-    """A safetensors file written one tensor at a time (the library's own writer wants all of them
-    at once).
+    """Writes a safetensors file one tensor at a time.
 
-    Format: 8-byte little-endian header length, JSON header, raw tensors; see the safetensors
-    documentation.
+    The writer of the safetensors library needs all tensors at once. A file is the length of the
+    header in 8 bytes (little-endian), the header in JSON and the raw tensors, as the documentation
+    of safetensors says.
     """
 
     def __init__(self, path: Path, layout: dict[str, tuple[torch.dtype, list[int]]]):
+        """Open a file and write its header.
+
+        Args:
+            path: The file.
+            layout: The dtype and the shape of each tensor, in the order in which they are written.
+        """
         header = {"__metadata__": {"format": "pt"}}
-        at = 0
+        offset = 0
         for name, (dtype, shape) in layout.items():
             size = math.prod(shape) * dtype.itemsize
             header[name] = {
                 "dtype": SAFETENSORS_NAMES[dtype],
                 "shape": shape,
-                "data_offsets": [at, at + size],
+                "data_offsets": [offset, offset + size],
             }
-            at += size
+            offset += size
         text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
+        text += b" " * (-len(text) % 8)  # The tensors begin at a multiple of 8 bytes.
         self.names = iter(layout)
-        self.size = at
+        self.size = offset  # bytes of all tensors
         self.file: BinaryIO = path.open("wb")
         self.file.write(struct.pack("<Q", len(text)) + text)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write the next tensor of the layout."""
         assert name == next(self.names), "tensors are written in the order of the layout"
         self.file.write(tensor.contiguous().view(torch.uint8).numpy().data)
 
     def close(self) -> None:
+        """Close the file."""
         self.file.close()
 
 
 def read_layout(path: Path) -> dict[str, tuple[torch.dtype, list[int]]]:
-    kinds = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
+    """Return the dtype and the shape of each tensor of a weight file.
+
+    Raises:
+        MergeError: A tensor is of a dtype that cannot be merged.
+    """
+    dtypes = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
     with safe_open(path, "pt") as file:
         layout = {}
         for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-            part = file.get_slice(name)
-            if part.get_dtype() not in kinds:
+            tensor = file.get_slice(name)
+            if tensor.get_dtype() not in dtypes:
                 raise MergeError(
-                    f"{path.name}: tensor {name} is {part.get_dtype()}; merge from an unquantized"
+                    f"{path.name}: tensor {name} is {tensor.get_dtype()}; merge from an unquantized"
                     " 16- or 32-bit base"
                 )
-            layout[name] = (kinds[part.get_dtype()], list(part.get_shape()))
+            layout[name] = (dtypes[tensor.get_dtype()], list(tensor.get_shape()))
     return layout
 
 
 def read_tensor(path: Path, name: str) -> torch.Tensor:
-    """One tensor, copied: the file's mapping ends here, so that its pages do not stay resident."""
+    """Return a copy of one tensor.
+
+    The file is mapped into memory here only, so its pages do not stay resident.
+    """
     with safe_open(path, "pt") as file:
         return file.get_tensor(name).clone()
 
@@ -202,37 +246,42 @@ def merge(
     metadata: dict[str, Any],
     base_weights: str,
 ) -> Iterator[tuple[int, int]]:
-    """Write the merged model to `output`, which must not exist.
+    """Write the merged model to a new folder.
 
     Args:
-        adapter: PEFT folder.
-        base: local folder with safetensors.
-        config: the base's.
-        metadata: the adapter's medqlora.json.
-        base_weights: "dequantized" (the weights that were trained on, after quantization and back)
-            or "original".
+        adapter: The folder of a PEFT adapter.
+        base: The local folder of the base, with safetensors files.
+        output: The folder to write, which must not exist.
+        config: The base's config.
+        metadata: The adapter metadata (see adapter.read_adapter_metadata).
+        base_weights: "dequantized" for the weights that were trained on, which went through
+            quantization and back, or "original" for the weights of the files.
 
     Yields:
-        (tensors done, tensors in all), for a progress bar.
+        The number of tensors that are done and the number of all, for a progress bar.
 
     Raises:
-        MergeError: see above; nothing is left in `output`.
+        MergeError: The adapter and the base do not fit, or the disk refuses. Then `output` does not
+            exist.
     """
     tensors = AdapterTensors(adapter)
     shards = list_shards(base)
     layouts = {shard: read_layout(shard) for shard in shards}
     names = {name for layout in layouts.values() for name in layout}
-    module_of = {resolve_name(module, names): module for module in tensors.modules}
-    quantization = metadata.get("quantization", "none") if base_weights == "dequantized" else "none"
-    dtype = (
-        DTYPES[metadata["dtype"]]
-        if metadata.get("dtype")
-        else next(iter(layouts[shards[0]].values()))[0]
-    )
-    through = None
+    adapted_modules = {resolve_name(module, names): module for module in tensors.modules}
+    if metadata.get("dtype"):
+        dtype = DTYPES[metadata["dtype"]]
+    else:
+        # Without metadata the merged model gets the dtype of the base's first tensor.
+        dtype, _ = next(iter(layouts[shards[0]].values()))
+    quantization = "none"
+    if base_weights == "dequantized":
+        quantization = metadata.get("quantization", "none")
+    quantize_and_back = None
     quantized = set()
     if quantization != "none":
-        through = make_dequantizer(quantization, metadata.get("double_quantization", True), dtype)
+        double = metadata.get("double_quantization", True)
+        quantize_and_back = make_dequantizer(quantization, double, dtype)
         quantized = {resolve_name(module, names) for module in quantized_modules(config)}
     aside = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
@@ -243,17 +292,14 @@ def merge(
         weight_map = {}
         size = 0
         for shard in shards:
-            layout = {
-                name: (dtype if kind.is_floating_point else kind, shape)
-                for name, (kind, shape) in layouts[shard].items()
-            }
+            layout = {name: (dtype, shape) for name, (_, shape) in layouts[shard].items()}
             writer = ShardWriter(aside / shard.name, layout)
             for name in layout:
                 tensor = read_tensor(shard, name)
                 if name in quantized:
-                    tensor = through(tensor)
-                if name in module_of:
-                    tensor = tensors.apply(module_of[name], tensor.float())
+                    tensor = quantize_and_back(tensor)
+                if name in adapted_modules:
+                    tensor = tensors.apply(adapted_modules[name], tensor.float())
                 writer.write(name, tensor.to(dtype))
                 weight_map[name] = shard.name
                 done += 1
@@ -272,19 +318,22 @@ def merge(
             " another folder"
         ) from None
     except BaseException:
+        # Also an interrupt, or a caller that stops iterating, must leave no half written model.
         shutil.rmtree(aside, ignore_errors=True)
         raise
 
 
 def resolve_name(module: str, names: set[str]) -> str:
-    """The tensor's name in the base's files."""
+    """Return the name of a module's weight in the base's files.
+
+    Raises:
+        MergeError: The files have no such tensor.
+    """
     name = f"{module}.weight"
     if name not in names:
-        reason = (
-            "it shares the embedding's weights"
-            if module.endswith("lm_head")
-            else "the base stores it under another name"
-        )
+        reason = "the base stores it under another name"
+        if module.endswith("lm_head"):
+            reason = "it shares the embedding's weights"
         raise MergeError(
             f"tensor {name} of the adapter is not in the base: {reason}, or this is not the base"
             " that was trained on"
@@ -295,31 +344,48 @@ def resolve_name(module: str, names: set[str]) -> str:
 def copy_rest(
     base: Path, adapter: Path, output: Path, config: PretrainedConfig, dtype: torch.dtype
 ) -> None:
-    """Copy configuration, tokenizer, chat template and licence, and the metadata of the adapter."""
+    """Copy config, tokenizer, chat template and licence of the base, and the adapter metadata."""
     for path in base.iterdir():
-        if path.is_file() and path.suffix != ".safetensors" and path.name.startswith(COPIED):
+        if (
+            path.is_file()
+            and path.suffix != ".safetensors"
+            and path.name.startswith(COPIED_PREFIXES)
+        ):
             shutil.copyfile(path, output / path.name)
-    facts = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    facts.pop("quantization_config", None)
-    facts.pop("torch_dtype", None)
-    facts["dtype"] = str(dtype).removeprefix("torch.")
-    (output / "config.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    merged_config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    merged_config.pop("quantization_config", None)
+    merged_config.pop("torch_dtype", None)  # the name of "dtype" in older versions
+    merged_config["dtype"] = str(dtype).removeprefix("torch.")
+    text = json.dumps(merged_config, indent=2) + "\n"
+    (output / "config.json").write_text(text, encoding="utf-8")
     if (adapter / "medqlora.json").is_file():
         shutil.copyfile(adapter / "medqlora.json", output / "medqlora.json")
 
 
 @torch.inference_mode()
 def compare_logits(reference: list[torch.Tensor], merged: list[torch.Tensor]) -> dict[str, float]:
-    """Logits float32 [vocab] at the last position of each prompt, from both models -> largest and
-    mean relative error (by the norm of the centred reference) and the part of prompts with the same
-    most likely token."""
+    """Compare the logits of two models.
+
+    A constant that is added to all logits changes no probability, so each prompt's logits are
+    centred first.
+
+    Args:
+        reference: The logits at the last position of each prompt, float32 [vocab] each.
+        merged: The same of the merged model.
+
+    Returns:
+        "max_relative_error" and "mean_relative_error" over the prompts of the norm of the
+        difference by that of the reference, and "same_top_token", the part of the prompts with the
+        same most likely token.
+    """
     errors = []
     same = []
-    for a, b in zip(reference, merged, strict=True):
-        a = a - a.mean()
-        b = b - b.mean()
-        errors.append((torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(a)).item())
-        same.append(bool(a.argmax() == b.argmax()))
+    for expected, logits in zip(reference, merged, strict=True):
+        expected = expected - expected.mean()
+        logits = logits - logits.mean()
+        difference = torch.linalg.vector_norm(expected - logits)
+        errors.append((difference / torch.linalg.vector_norm(expected)).item())
+        same.append(bool(expected.argmax() == logits.argmax()))
     return {
         "max_relative_error": max(errors),
         "mean_relative_error": sum(errors) / len(errors),

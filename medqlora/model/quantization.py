@@ -1,4 +1,8 @@
-"""4- and 8-bit weights of bitsandbytes."""
+"""4- and 8-bit weights of bitsandbytes.
+
+The 4-bit types are those of QLoRA (Dettmers et al., 2023, arXiv 2305.14314), the 8-bit type is that
+of LLM.int8 (Dettmers et al., 2022, arXiv 2208.07339).
+"""
 
 from __future__ import annotations
 
@@ -9,29 +13,32 @@ from transformers import BitsAndBytesConfig
 
 from medqlora.core.config import Model
 
-# int8 layers multiply inputs over this magnitude in 16 bits; the value is the one that transformers
-# sets.
+# An int8 layer multiplies columns with an input over this magnitude in 16 bits. transformers sets
+# this value in the models that it loads.
 INT8_THRESHOLD = BitsAndBytesConfig().llm_int8_threshold
 
 
 def list_constants(parameter: torch.nn.Parameter) -> list[torch.Tensor]:
-    """What a quantized weight needs beside itself: scales and code tables; nothing for another
-    weight.
-    """
-    state = getattr(parameter, "quant_state", None)
-    found = [getattr(parameter, "SCB", None)]
+    """Return the scales and code tables of a quantized weight; a plain weight has none."""
+    constants = [getattr(parameter, "SCB", None)]  # the scales of an int8 weight
+    state = getattr(parameter, "quant_state", None)  # of a 4-bit weight
     if state is not None:
-        found += [
-            state.absmax,
-            state.code,
-            *([state.offset, state.state2.absmax, state.state2.code] if state.nested else []),
-        ]
-    return [tensor for tensor in found if torch.is_tensor(tensor)]
+        constants += [state.absmax, state.code]
+        if state.nested:
+            constants += [state.offset, state.state2.absmax, state.state2.code]
+    return [tensor for tensor in constants if torch.is_tensor(tensor)]
 
 
 def quantization_config(
     model: Model, dtype: torch.dtype, storage: torch.dtype
 ) -> BitsAndBytesConfig | None:
+    """Return the quantization settings for transformers, or None without quantization.
+
+    Args:
+        model: The configuration's section.
+        dtype: The compute dtype.
+        storage: The dtype in which 4-bit weights are packed.
+    """
     if model.quantization == "none":
         return None
     if model.quantization == "int8":
@@ -46,21 +53,27 @@ def quantization_config(
 
 
 def keep_quantized_layout(model: torch.nn.Module) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights at the first evaluation on an AVX512-BF16 CPU:
-    in that layout the gradient of the input is silently lost (bitsandbytes 0.50.2)."""
+    """Stop bitsandbytes from repacking 4-bit weights on a CPU with AVX512-BF16.
+
+    bitsandbytes repacks them at the first evaluation. In the other layout the gradient of the
+    input is lost without an error (bitsandbytes 0.50.2).
+    """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
 
 class GatheredMatMul(torch.autograd.Function):
-    """x W^T for a 4-bit W that its layer holds only while it runs. bitsandbytes keeps the packed
-    tensor for the backward pass, which ZeRO-3 has emptied by then, and gives a wrong gradient
-    without a word; here backward reads the layer again.
+    """Computes x W^T for a 4-bit W that its layer holds only while the layer runs.
+
+    bitsandbytes stores the packed weight for the backward pass. ZeRO-3 has released it by then, and
+    the gradient is wrong without an error. This function reads the layer's weight anew, which
+    ZeRO-3 has gathered for the layer's backward pass.
     """
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
+        """Return the product; x [..., in] -> [..., out]."""
         import bitsandbytes
 
         ctx.layer = layer
@@ -68,14 +81,16 @@ class GatheredMatMul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
+        """Return the gradient of x, [..., in]."""
         from bitsandbytes.functional import dequantize_4bit
 
-        weight = dequantize_4bit(ctx.layer.weight.data.view(-1, 1), ctx.layer.weight.quant_state)
+        packed = ctx.layer.weight.data.view(-1, 1)
+        weight = dequantize_4bit(packed, ctx.layer.weight.quant_state)  # [out, in]
         return gradient @ weight.to(gradient.dtype), None
 
 
 def is_quantized_linear(module: torch.nn.Module) -> bool:
-    """Whether a module is a 4-bit layer of bitsandbytes."""
+    """Whether a module is a 4-bit linear layer of bitsandbytes."""
     if importlib.util.find_spec("bitsandbytes") is None:
         return False
     import bitsandbytes
@@ -84,5 +99,6 @@ def is_quantized_linear(module: torch.nn.Module) -> bool:
 
 
 def forward_gathered(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Replace the forward of a 4-bit layer; x [..., in] -> [..., out] in x's dtype."""
     result = GatheredMatMul.apply(x.to(layer.compute_dtype or x.dtype), layer).to(x.dtype)
     return result if layer.bias is None else result + layer.bias.to(x.dtype)

@@ -1,4 +1,7 @@
-"""A base with random or no weights: memory and speed depend on shapes alone."""
+"""Bases with random weights or none, for measurements and forecasts of memory and speed.
+
+Memory and speed depend on shapes and dtypes, not on the values of the weights.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,18 @@ def make_base(
     dtype: torch.dtype,
     storage: torch.dtype = torch.uint8,
 ) -> torch.nn.Module:
-    """A base as load_base gives it, with random weights: memory and speed depend on shapes alone.
-    Tensors are made one at a time on `device`; on torch.device("meta") they have no content.
+    """Make a base like that of load_base, but with random weights.
+
+    Args:
+        architecture: The config of the model.
+        model: The configuration's section.
+        device: The device of the weights. On torch.device("meta") they have no content.
+        dtype: The compute dtype.
+        storage: The dtype in which 4-bit weights are packed.
 
     Raises:
-        ModelError: an architecture that transformers has no causal language model for.
+        ModelError: transformers has no causal language model of this architecture, or its attention
+            cannot be replaced.
     """
     try:
         with init_empty_weights(include_buffers=False):
@@ -32,38 +42,32 @@ def make_base(
                 architecture, dtype=dtype, attn_implementation=IMPLEMENTATIONS["varlen"]
             )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        # transformers raises a KeyError of the attention's name where a model does not support it.
         if str(error).strip("'") in IMPLEMENTATIONS.values():
-            error = (
+            reason = (
                 "its attention cannot be replaced, and that of transformers cannot be forecast;"
                 " train with --model.attention sdpa"
             )
         raise ModelError(
-            f"architecture {architecture.model_type}: cannot be built:"
-            f" {' '.join(str(error).split())[:200]}"
+            f"architecture {architecture.model_type}: cannot be built: {reason}"
         ) from None
     head = base.get_output_embeddings()
+    # Each weight is quantized as soon as it is made, so the unquantized model is never in memory.
     for module in list(base.modules()):
         for name, child in list(module.named_children()):
-            if (
-                type(child) in (torch.nn.Linear, Conv1D)
-                and child is not head
-                and model.quantization != "none"
-            ):
+            is_linear = type(child) in (torch.nn.Linear, Conv1D)
+            if is_linear and child is not head and model.quantization != "none":
                 setattr(module, name, quantize_linear(child, model, device, dtype, storage))
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta and device.type != "meta":
                 value = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-                setattr(
-                    module,
-                    name,
-                    torch.nn.Parameter(
-                        value.normal_(std=0.02) if value.dim() > 1 else value.fill_(1)
-                    ),
-                )
+                # Vectors are the weights of norms, or biases.
+                value = value.normal_(std=0.02) if value.dim() > 1 else value.fill_(1)
+                setattr(module, name, torch.nn.Parameter(value))
         for name, buffer in list(module.named_buffers(recurse=False)):
-            module.register_buffer(
-                name, buffer.to(device), persistent=name not in module._non_persistent_buffers_set
-            )
+            persistent = name not in module._non_persistent_buffers_set
+            module.register_buffer(name, buffer.to(device), persistent=persistent)
     base.tie_weights()
     base.is_loaded_in_4bit = model.quantization in ("nf4", "fp4")
     base.is_loaded_in_8bit = model.quantization == "int8"
@@ -78,19 +82,20 @@ def quantize_linear(
     dtype: torch.dtype,
     storage: torch.dtype,
 ) -> torch.nn.Module:
-    """The bitsandbytes layer that transformers would put in this layer's place, with random
-    weights.
+    """Return the bitsandbytes layer that transformers would put in a layer's place.
+
+    Its weights are random. The arguments are those of make_base.
     """
     import bitsandbytes
 
-    # kept for all later layers, real ones too: on the meta device, where the first might lie, it
-    # would have no content
+    # bitsandbytes makes this code table with the first layer and keeps it for all later ones. If
+    # the first layer were on the meta device, the table would have no content for real layers.
     bitsandbytes.functional.name2qmap.setdefault(
         "dynamic", bitsandbytes.functional.create_dynamic_map()
     )
-    outputs, inputs = (
-        reversed(linear.weight.shape) if type(linear) is Conv1D else linear.weight.shape
-    )
+    outputs, inputs = linear.weight.shape
+    if type(linear) is Conv1D:  # Its weight is transposed.
+        inputs, outputs = linear.weight.shape
     weight = torch.empty(outputs, inputs, dtype=dtype, device=device)
     if device.type != "meta":
         weight.normal_(std=0.02)
@@ -101,40 +106,48 @@ def quantize_linear(
         "device": device,
     }
     if model.quantization == "int8":
-        # Without content nothing can be an outlier; memory.list_inside counts what looking for them
-        # takes.
+        # On the meta device no input can be searched for outliers; memory.list_inside adds what the
+        # search takes.
         threshold = 0.0 if device.type == "meta" else INT8_THRESHOLD
-        made = bitsandbytes.nn.Linear8bitLt(**sizes, has_fp16_weights=False, threshold=threshold)
-        made.weight = bitsandbytes.nn.Int8Params(weight, requires_grad=False)._quantize(device)
+        layer = bitsandbytes.nn.Linear8bitLt(**sizes, has_fp16_weights=False, threshold=threshold)
+        layer.weight = bitsandbytes.nn.Int8Params(weight, requires_grad=False)._quantize(device)
     else:
-        given = {
+        settings = {
             "compress_statistics": model.double_quantization,
             "quant_type": model.quantization,
             "quant_storage": storage,
         }
-        made = bitsandbytes.nn.Linear4bit(**sizes, compute_dtype=dtype, **given)
-        made.weight = bitsandbytes.nn.Params4bit(
-            weight, requires_grad=False, module=made, **given
-        )._quantize(device)
-    if linear.bias is not None:
-        made.bias = torch.nn.Parameter(
-            torch.zeros(outputs, dtype=dtype, device=device), requires_grad=False
+        layer = bitsandbytes.nn.Linear4bit(**sizes, compute_dtype=dtype, **settings)
+        parameter = bitsandbytes.nn.Params4bit(
+            weight, requires_grad=False, module=layer, **settings
         )
-    return made
+        layer.weight = parameter._quantize(device)
+    if linear.bias is not None:
+        bias = torch.zeros(outputs, dtype=dtype, device=device)
+        layer.bias = torch.nn.Parameter(bias, requires_grad=False)
+    return layer
 
 
 def count_parameters(config: PretrainedConfig, lora: Lora) -> tuple[int, int]:
-    """Parameters of the base and of an adapter on it, from the architecture alone (meta device)."""
+    """Count the parameters of a base and of an adapter on it, without making them.
+
+    Args:
+        config: The config of the base.
+        lora: The configuration's section.
+
+    Returns:
+        The number of the base's parameters and the number of the adapter's.
+    """
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
-    model.tie_weights()  # on the meta device a shared embedding is two parameters until then
+    model.tie_weights()  # On the meta device a shared embedding is two parameters until then.
     head = model.get_output_embeddings()
-    total = 0
+    adapter_parameters = 0
     for name, module in model.named_modules():
-        wanted = (
-            lora.target_modules == "all-linear" or name.rpartition(".")[2] in lora.target_modules
-        )
-        if isinstance(module, torch.nn.Linear) and module is not head and wanted:
-            total += lora.r * (module.in_features + module.out_features)
-            total += module.out_features if lora.variant == "dora" else 0
-    return sum(parameter.numel() for parameter in model.parameters()), total
+        last_part = name.rpartition(".")[2]
+        is_target = lora.target_modules == "all-linear" or last_part in lora.target_modules
+        if isinstance(module, torch.nn.Linear) and module is not head and is_target:
+            adapter_parameters += lora.r * (module.in_features + module.out_features)
+            if lora.variant == "dora":
+                adapter_parameters += module.out_features
+    return sum(parameter.numel() for parameter in model.parameters()), adapter_parameters

@@ -1,6 +1,7 @@
 """Layers whose activations are computed again in the backward pass.
 
-What they begin from can wait in the host's memory.
+The method is that of Chen et al. (2016, arXiv 1604.06174). The inputs of such layers, which the
+recomputation begins from, can wait in the host's memory.
 """
 
 from __future__ import annotations
@@ -18,9 +19,16 @@ from medqlora.model.base import find_layers
 
 
 def set_checkpointing(model: torch.nn.Module, mode: str) -> int:
-    """Recompute no, all, every k-th or the first k decoder layers in the backward pass (mode:
-    training.gradient_checkpointing, not auto, which memory.plan_step decides); offload: all, and on
-    a GPU their inputs wait in the host's memory; -> how many.
+    """Choose the decoder layers that are computed again in the backward pass.
+
+    Args:
+        model: A transformers causal LM, which is changed.
+        mode: The value of training.gradient_checkpointing: "none", "full", "every_K" for every
+            K-th layer, "first_K" for the first K, or "offload" for all, whose inputs then wait in
+            the host's memory on a GPU. The planner of training.memory has resolved "auto".
+
+    Returns:
+        The number of these layers.
     """
     if mode == "none":
         return 0
@@ -37,8 +45,9 @@ def set_checkpointing(model: torch.nn.Module, mode: str) -> int:
             "every": number % int(count or 1) == 0,
             "first": number < int(count or 0),
         }[kind]
-        # the last layer's is needed at once
-        if kind == "offload" and find_device(model).type != "cpu" and number < len(layers) - 1:
+        # The backward pass begins with the last layer, so its input need not leave the GPU.
+        is_last = number == len(layers) - 1
+        if kind == "offload" and find_device(model).type != "cpu" and not is_last:
             layer._gradient_checkpointing_func = functools.partial(
                 checkpoint_offloaded, arena=model.host_arena
             )
@@ -46,8 +55,15 @@ def set_checkpointing(model: torch.nn.Module, mode: str) -> int:
 
 
 @dataclass(eq=False)
-class Waiting:
-    """A tensor that waits in a HostArena, from byte `start` on."""
+class OffloadedTensor:
+    """A tensor whose content lies in a HostArena.
+
+    Args:
+        device: The device that it came from.
+        dtype: Its dtype.
+        shape: Its shape.
+        start: The byte of the arena at which it begins.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -56,49 +72,49 @@ class Waiting:
 
 
 class HostArena:
-    """Pinned memory of the host, used again in every step, for layer inputs that wait for the
-    backward pass.
+    """Pinned memory of the host for layer inputs that wait for the backward pass.
 
-    It grows by chunks of a power of two, because that is what CUDA's host allocator rounds every
-    block up to; a tensor may lie in several. A place is free again when its Waiting is gone. Copies
-    run in the order of the GPU's own work, so a place that is taken again is written after it was
-    read.
+    The memory is used again in every step. It consists of chunks whose size is a power of two,
+    because CUDA's host allocator rounds every block up to one. A tensor may lie in several chunks.
+    Its bytes are free again when its OffloadedTensor is deleted. The copies run in the order of the
+    GPU's other work, so bytes that are taken again are overwritten only after they were read.
     """
 
     CHUNK = 32 * 2**20  # bytes
 
     def __init__(self):
-        # They are uint8 and pinned; a forecast, which moves nothing, has none.
+        # The chunks are uint8 and pinned. A forecast on the meta device has none.
         self.chunks: list[torch.Tensor] = []
         self.capacity = 0  # bytes
-        self.taken: dict[int, int] = {}  # start -> end of what waits
+        self.taken: dict[int, int] = {}  # the first byte of each tensor -> the byte after its last
 
-    def send(self, tensor: torch.Tensor) -> Waiting:
-        """Copy a tensor to the host, without waiting for the copy."""
+    def send(self, tensor: torch.Tensor) -> OffloadedTensor:
+        """Copy a tensor to the host without waiting for the copy to end."""
         start = max(self.taken.values(), default=0)
         size = tensor.numel() * tensor.itemsize
-        waiting = Waiting(tensor.device, tensor.dtype, tensor.shape, start)
+        offloaded = OffloadedTensor(tensor.device, tensor.dtype, tensor.shape, start)
         if not size:
-            return waiting
+            return offloaded
         self.grow(start + size, tensor)
         self.taken[start] = start + size
-        weakref.finalize(waiting, self.taken.pop, start, None)
+        weakref.finalize(offloaded, self.taken.pop, start, None)
         if not tensor.is_meta:
             flat = tensor.contiguous().view(-1).view(torch.uint8)
-            for chunk, inside in self.cut(start, size):
-                chunk.copy_(flat[inside], non_blocking=True)
-        return waiting
+            for chunk, part in self.split(start, size):
+                chunk.copy_(flat[part], non_blocking=True)
+        return offloaded
 
-    def fetch(self, waiting: Waiting) -> torch.Tensor:
-        """The tensor on its device again."""
-        tensor = torch.empty(waiting.shape, dtype=waiting.dtype, device=waiting.device)
+    def fetch(self, offloaded: OffloadedTensor) -> torch.Tensor:
+        """Return the tensor on its device, without waiting for the copy to end."""
+        tensor = torch.empty(offloaded.shape, dtype=offloaded.dtype, device=offloaded.device)
         if not tensor.is_meta and tensor.numel():
             flat = tensor.view(-1).view(torch.uint8)
-            for chunk, inside in self.cut(waiting.start, len(flat)):
-                flat[inside].copy_(chunk, non_blocking=True)
+            for chunk, part in self.split(offloaded.start, len(flat)):
+                flat[part].copy_(chunk, non_blocking=True)
         return tensor
 
     def grow(self, size: int, tensor: torch.Tensor) -> None:
+        """Add chunks until the arena has `size` bytes; they are pinned for a tensor of a GPU."""
         while self.capacity < size:
             self.capacity += self.CHUNK
             if not tensor.is_meta:
@@ -106,9 +122,11 @@ class HostArena:
                     torch.empty(self.CHUNK, dtype=torch.uint8, pin_memory=tensor.is_cuda)
                 )
 
-    def cut(self, start: int, size: int) -> Iterator[tuple[torch.Tensor, slice]]:
-        """The parts of the chunks that bytes start ... start + size lie in, each with its part of
-        the tensor's bytes.
+    def split(self, start: int, size: int) -> Iterator[tuple[torch.Tensor, slice]]:
+        """Yield the parts of chunks that hold `size` bytes from `start` on.
+
+        Each part is a uint8 view of a chunk, and comes with the slice of the tensor's bytes that it
+        holds.
         """
         done = 0
         while done < size:
@@ -119,15 +137,22 @@ class HostArena:
 
 
 def find_arena(model: torch.nn.Module) -> HostArena:
-    """Where a model's offloaded layer inputs wait; an empty one where none are offloaded."""
+    """Return the arena of a model's offloaded layer inputs; an empty one if none are offloaded."""
     return getattr(model, "host_arena", None) or HostArena()
 
 
 def checkpoint_offloaded(
     function: Callable, *inputs: torch.Tensor, arena: HostArena | None = None
 ) -> torch.Tensor:
-    """As torch's checkpoint, but a layer's input waits for the backward pass in the host's
-    memory.
+    """Call a layer like torch's checkpoint, but let its input wait in the host's memory.
+
+    Args:
+        function: The layer's forward.
+        inputs: Its arguments.
+        arena: The memory that the input waits in.
+
+    Returns:
+        The layer's output.
     """
     arena = arena or HostArena()
     with torch.autograd.graph.saved_tensors_hooks(arena.send, arena.fetch):

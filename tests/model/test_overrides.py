@@ -118,7 +118,7 @@ def test_a_changed_upstream_method_is_left_alone_with_a_warning(monkeypatch, cha
     monkeypatch.setattr(norm, "forward", CHANGED[change])
     model = frozen()
     with pytest.warns(
-        UserWarning, match=r"LlamaRMSNorm computes something else than what RMS norm"
+        UserWarning, match=r"LlamaRMSNorm computes something else than the override RMS norm"
     ):
         apply_overrides(model.modules(), BASE_OVERRIDES, torch.float32)
     assert "forward" not in model.model.norm.__dict__
@@ -142,7 +142,7 @@ def test_a_changed_lora_layer_is_found_although_a_fresh_adapter_adds_nothing(mon
     monkeypatch.setattr(
         Linear, "forward", lambda self, x: 2 * upstream(self, x) - self.base_layer(x)
     )
-    with pytest.warns(UserWarning, match="computes something else than what LoRA layer"):
+    with pytest.warns(UserWarning, match="computes something else than the override LoRA layer"):
         model = attach_adapter(frozen(), Lora(r=4), 0)
     assert "LoRA layer" not in {row["name"] for row in list_overrides(model)}
 

@@ -1,4 +1,4 @@
-"""Which attention runs here, and why."""
+"""The choice of the attention backend, with its reason."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from medqlora.model.attention.documents import DOCUMENTS
 from medqlora.model.attention.kernels import ALIGNED
 from medqlora.model.hardware import AMPERE, name_capability, read_capability
 
+# The backends, each with the name of the attention function that transformers calls for it.
 IMPLEMENTATIONS = {
     "varlen": DOCUMENTS,
     "grouped": DOCUMENTS,
@@ -23,11 +24,11 @@ IMPLEMENTATIONS = {
 
 
 class AttentionError(UserError):
-    """A backend that does not exist here, or that mixes packed documents."""
+    """A backend that cannot run here, or that lets packed documents see each other."""
 
 
 class Choice(NamedTuple):
-    """A backend's name, and why it was taken."""
+    """The name of a backend and the reason why it was chosen."""
 
     backend: str
     reason: str
@@ -40,31 +41,37 @@ def choose_backend(
     architecture: PretrainedConfig,
     capability: tuple[int, int] | None = None,
 ) -> Choice:
-    """Backend of config.Model.attention, "auto" resolved: varlen where its kernel runs, else the
-    flash-attn package, else grouped.
+    """Choose the attention backend.
 
-    capability: of a GPU that is not here; default this machine's (hardware.read_capability).
+    Args:
+        requested: The value of model.attention. "auto" means varlen where its kernel runs, else the
+            flash-attn package, else grouped.
+        device: The device that is computed on.
+        dtype: The compute dtype.
+        architecture: The config of the model.
+        capability: The compute capability of a GPU that this machine lacks; this machine's by
+            default (see hardware.read_capability).
 
     Raises:
-        AttentionError: the asked backend cannot run here.
+        AttentionError: The requested backend cannot run.
     """
     text = architecture.get_text_config()
     softcap = getattr(text, "attn_logit_softcapping", None)
     gpu = device.type == "cuda"
-    old = explain_flash(device, dtype, text, capability)
+    flash_obstacle = explain_flash(device, dtype, text, capability)
+    varlen_obstacle = None
+    # On a CPU varlen stands for grouped, which nothing prevents.
+    if gpu:
+        varlen_obstacle = flash_obstacle or explain_varlen(text)
     obstacles = {
-        "varlen": (
-            None
-            if not gpu
-            else old or ("attention softcap" if softcap is not None else explain_widths(text))
-        ),
-        "flash": old or "the flash-attn package is not installed",
+        "varlen": varlen_obstacle,
+        "flash": flash_obstacle or "the flash-attn package is not installed",
         "grouped": None,
         "flex": None if gpu else "a CPU",
         "sdpa": None if softcap is None else "attention softcap",
     }
-    # Importing the package takes seconds.
-    if old is None and (requested == "flash" or obstacles["varlen"]):
+    # The import of the package takes seconds, so it is tried only where the answer matters.
+    if flash_obstacle is None and (requested == "flash" or varlen_obstacle):
         obstacles["flash"] = try_flash_package()
     if requested == "auto":
         return choose_automatically(gpu, obstacles)
@@ -90,6 +97,7 @@ def choose_backend(
 
 
 def choose_automatically(gpu: bool, obstacles: dict[str, str | None]) -> Choice:
+    """Choose a backend for "auto" from what prevents each."""
     if not gpu:
         return Choice("grouped", "a CPU has no variable-length kernel")
     if not obstacles["varlen"]:
@@ -97,12 +105,10 @@ def choose_automatically(gpu: bool, obstacles: dict[str, str | None]) -> Choice:
     reason = f"torch's variable-length kernel cannot run: {obstacles['varlen']}"
     if not obstacles["flash"]:
         return Choice("flash", reason)
-    broken = (
-        f"; flash-attn is passed over: {obstacles['flash']}"
-        if "import" in obstacles["flash"]
-        else ""
-    )
-    return Choice("grouped", reason + broken)
+    # A package that is installed but broken deserves a word; one that is missing does not.
+    if "import" in obstacles["flash"]:
+        reason += f"; flash-attn is passed over: {obstacles['flash']}"
+    return Choice("grouped", reason)
 
 
 def explain_flash(
@@ -111,8 +117,17 @@ def explain_flash(
     text: PretrainedConfig,
     capability: tuple[int, int] | None,
 ) -> str | None:
-    """Why flash attention, torch's or the package's, cannot run; None where it can
-    (pytorch/aten/src/ATen/native/transformers/cuda, flash_attn/flash_api.cpp)."""
+    """Return why flash attention (Dao, 2023, arXiv 2307.08691) cannot run, or None where it can.
+
+    The conditions are those of torch's kernel (pytorch/aten/src/ATen/native/transformers/cuda,
+    flash_attn/flash_api.cpp) and of the flash-attn package.
+
+    Args:
+        device: The device that is computed on.
+        dtype: The compute dtype.
+        text: The config of the language model.
+        capability: As in choose_backend.
+    """
     if device.type != "cuda":
         return "a CPU"
     capability = capability or read_capability(device)
@@ -128,28 +143,29 @@ def explain_flash(
     return None
 
 
-def explain_widths(text: PretrainedConfig) -> str | None:
-    """Why torch's variable-length kernel cannot run on a model whose values are of another width
-    than its queries.
+def explain_varlen(text: PretrainedConfig) -> str | None:
+    """Return what in a model prevents torch's variable-length kernel, or None.
+
+    The kernel has no softcap, and its values must be as wide as its queries.
     """
+    if getattr(text, "attn_logit_softcapping", None) is not None:
+        return "attention softcap"
     values = getattr(text, "v_head_dim", None)
     queries = getattr(text, "qk_head_dim", None) or getattr(text, "head_dim", None)
-    return (
-        f"values {values} wide and queries {queries}"
-        if values and queries and values != queries
-        else None
-    )
+    if values and queries and values != queries:
+        return f"values {values} wide and queries {queries}"
+    return None
 
 
 def try_flash_package() -> str | None:
-    """Why the flash-attn package cannot be used. One that was built for another torch ends its
-    import in one of many errors.
-    """
+    """Return why the flash-attn package cannot be imported, or None where it can."""
     if importlib.util.find_spec("flash_attn") is None:
         return "the flash-attn package is not installed"
     try:
         importlib.import_module("flash_attn")
-    # ImportError, OSError or RuntimeError, by what does not match
+    # A package that was built for another torch, Python or CUDA fails to load its binary, as an
+    # ImportError, OSError, RuntimeError or AttributeError. Another backend computes the same, so
+    # the reason is reported and the package is passed over.
     except Exception as error:  # noqa: BLE001
         return f"its import ends in {type(error).__name__} ({' '.join(str(error).split())[:120]})"
     return None

@@ -1,4 +1,7 @@
-"""Attention in blocks of queries, whose scores are computed again in the backward pass."""
+"""Attention in blocks of queries, whose scores are computed again in the backward pass.
+
+The method is that of Rabe and Staats (2021, arXiv 2112.05682).
+"""
 
 from __future__ import annotations
 
@@ -6,33 +9,61 @@ from collections.abc import Iterator
 
 import torch
 
-SCORE_BYTES = 32 * 2**20  # BlockedAttention keeps about this many bytes of scores at a time.
+SCORE_BYTES = 32 * 2**20  # the size of a block's float32 scores
 
 
 def choose_scaling(query: torch.Tensor, scaling: float | None) -> float:
-    """Factor of the scores; default 1 / sqrt(head width)."""
+    """Return the factor of the scores, which is 1 / sqrt(head width) by default."""
     return query.shape[-1] ** -0.5 if scaling is None else scaling
 
 
 def allow_keys(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """bool [queries, keys]: which keys each query sees, where queries are the last of the keys;
-    window: at most so many.
+    """Return which keys each query sees in causal attention.
+
+    Args:
+        queries: The number of queries, which belong to the last tokens.
+        keys: The number of keys, one for each token.
+        window: The largest number of keys that a query sees; None for all up to its own.
+        device: The device of the result.
+
+    Returns:
+        bool [queries, keys].
     """
-    at = torch.arange(keys, device=device)
-    distance = at[keys - queries :, None] - at[None]
-    return (distance >= 0) & (distance < window) if window else distance >= 0
+    positions = torch.arange(keys, device=device)
+    distance = positions[keys - queries :, None] - positions[None]
+    return is_visible(distance, window)
+
+
+def is_visible(distance: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Return where a query sees a key that lies `distance` tokens before it, bool."""
+    visible = distance >= 0
+    return visible & (distance < window) if window else visible
 
 
 class BlockedAttention(torch.autograd.Function):
-    """Attention with softcap or a window, from plain matrix products on blocks of queries. Scores
-    exist for one block at a time and are computed again in the backward pass, so that no more is
-    kept than by a fused kernel: queries, keys and values (as Rabe and Staats, 2021, arXiv
-    2112.05682)."""
+    """Attention with a softcap or a window, from matrix products on blocks of queries.
+
+    Scores exist for one block at a time and are computed again in the backward pass. So only
+    queries, keys and values are stored, as by a fused kernel.
+    """
 
     @staticmethod
     def forward(ctx, query, key, value, mask, scaling, window, softcap):
-        """query [rows, heads, queries, width], key and value [rows, kv heads, keys, width], mask
-        bool [rows, 1, queries, keys] or None: causal -> [rows, heads, queries, width]"""
+        """Compute the attention of each row.
+
+        Args:
+            ctx: What autograd keeps for the backward pass.
+            query: [rows, heads, queries, width].
+            key: [rows, kv heads, keys, width].
+            value: [rows, kv heads, keys, width].
+            mask: bool [rows, 1, queries, keys], True where a query sees a key; None is causal.
+            scaling: The factor of the scores, or None (see choose_scaling).
+            window: The largest number of keys that a query sees, or None.
+            softcap: The cap of Gemma-2's scores, or None (see kernels.attend_rows).
+
+        Returns:
+            [rows, heads, queries, width].
+        """
         ctx.save_for_backward(query, key, value, mask)
         ctx.settings = scaling, window, softcap
         blocks = []
@@ -40,36 +71,41 @@ class BlockedAttention(torch.autograd.Function):
             weights, _ = weigh_block(query, key, mask, block, *ctx.settings, derive=False)
             first, last, start, end = block
             # [rows, kv heads, heads per kv head * block, width]
-            mixed = weights.to(value.dtype) @ cut(value, start, end)
-            blocks.append(mixed.view(query.shape[0], query.shape[1], last - first, -1))
+            out = weights.to(value.dtype) @ slice_tokens(value, start, end)
+            blocks.append(out.view(query.shape[0], query.shape[1], last - first, -1))
         return torch.cat(blocks, dim=2)
 
     @staticmethod
     def backward(ctx, gradient):
+        """Return the gradients of query, key and value, in their shapes and dtypes."""
         query, key, value, mask = ctx.saved_tensors
         scaling, window, _ = ctx.settings
+        scale = choose_scaling(query, scaling)
+        kv_heads = key.shape[1]
         grad_query = torch.empty_like(query)
-        grad_key, grad_value = (
-            torch.zeros_like(tensor, dtype=torch.float32) for tensor in (key, value)
-        )
+        # Several blocks add to the gradient of a key, so the sums are float32.
+        grad_key = torch.zeros_like(key, dtype=torch.float32)
+        grad_value = torch.zeros_like(value, dtype=torch.float32)
         for block in split_queries(query, key, mask, window):
             first, last, start, end = block
             weights, slope = weigh_block(query, key, mask, block, *ctx.settings, derive=True)
-            arriving = fold_heads(cut(gradient, first, last), key.shape[1])
-            cut(grad_value, start, end).add_(weights.to(value.dtype).transpose(-1, -2) @ arriving)
-            grad_scores = (arriving @ cut(value, start, end).transpose(-1, -2)).float()
-            grad_scores.sub_((grad_scores * weights).sum(-1, keepdim=True)).mul_(weights)
-            grad_scores = (grad_scores if slope is None else grad_scores.mul_(slope)).to(
-                query.dtype
+            grad_out = fold_heads(slice_tokens(gradient, first, last), kv_heads)
+            slice_tokens(grad_value, start, end).add_(
+                weights.to(value.dtype).transpose(-1, -2) @ grad_out
             )
-            scale = choose_scaling(query, scaling)
-            part = grad_scores @ cut(key, start, end) * scale
-            cut(grad_query, first, last).copy_(
+            # The gradient of the softmax's input is weights * (g - sum(g * weights)).
+            grad_scores = (grad_out @ slice_tokens(value, start, end).transpose(-1, -2)).float()
+            grad_scores.sub_((grad_scores * weights).sum(-1, keepdim=True)).mul_(weights)
+            if slope is not None:
+                grad_scores.mul_(slope)
+            grad_scores = grad_scores.to(query.dtype)
+            part = grad_scores @ slice_tokens(key, start, end) * scale
+            slice_tokens(grad_query, first, last).copy_(
                 part.view(query.shape[0], query.shape[1], last - first, -1)
             )
-            cut(grad_key, start, end).add_(
+            slice_tokens(grad_key, start, end).add_(
                 grad_scores.transpose(-1, -2)
-                @ (fold_heads(cut(query, first, last), key.shape[1]) * scale)
+                @ (fold_heads(slice_tokens(query, first, last), kv_heads) * scale)
             )
         return (
             grad_query,
@@ -85,27 +121,42 @@ class BlockedAttention(torch.autograd.Function):
 def split_queries(
     query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, window: int | None
 ) -> Iterator[tuple[int, int, int, int]]:
-    """Blocks of queries whose scores take SCORE_BYTES at most, as (first query, end, first key,
-    end): without a mask, keys that no query of a block sees are left out."""
+    """Yield blocks of queries whose scores take about SCORE_BYTES, and at least 16 queries.
+
+    Args:
+        query: [rows, heads, queries, width].
+        key: [rows, kv heads, keys, width].
+        mask: As in BlockedAttention.forward. Without one, keys that no query of a block sees are
+            left out.
+        window: The largest number of keys that a query sees, or None.
+
+    Yields:
+        The first query of a block, the query after its last, its first key, the key after its last.
+    """
     queries = query.shape[2]
     keys = key.shape[2]
-    rows = query.shape[0] * query.shape[1] * keys * 4  # bytes of one query's float32 scores
-    block = max(16, SCORE_BYTES // max(1, rows))
+    query_bytes = query.shape[0] * query.shape[1] * keys * 4  # the scores of one query, float32
+    block = max(16, SCORE_BYTES // max(1, query_bytes))
+    earlier = keys - queries  # tokens that have a key and no query
     for first in range(0, queries, block):
         last = min(first + block, queries)
-        behind = keys - queries
-        start = max(0, first + behind - window + 1) if window and mask is None else 0
-        yield first, last, start, keys if mask is not None else last + behind
+        if mask is not None:
+            yield first, last, 0, keys
+            continue
+        start = max(0, first + earlier - window + 1) if window else 0
+        yield first, last, start, last + earlier
 
 
-def cut(tensor: torch.Tensor, first: int, last: int) -> torch.Tensor:
-    """Part of [rows, heads, tokens, width] along its tokens, a view."""
+def slice_tokens(tensor: torch.Tensor, first: int, last: int) -> torch.Tensor:
+    """Return a view of the tokens from `first` to before `last` of [rows, heads, tokens, width]."""
     return tensor.narrow(2, first, last - first)
 
 
 def fold_heads(tensor: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """[rows, heads, queries, width] -> [rows, kv heads, heads per kv head * queries, width], so
-    that keys need no copies.
+    """Put the heads that share keys side by side, so that the keys need no copies.
+
+    Shapes: [rows, heads, queries, width] -> [rows, kv heads, heads per kv head * queries, width].
+    The sharing of keys is grouped-query attention (Ainslie et al., 2023, arXiv 2305.13245).
     """
     return tensor.unflatten(1, (kv_heads, -1)).flatten(2, 3)
 
@@ -113,11 +164,16 @@ def fold_heads(tensor: torch.Tensor, kv_heads: int) -> torch.Tensor:
 def weigh_block(
     query, key, mask, block, scaling, window, softcap, derive: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention weights float32 [rows, kv heads, heads per kv head * block, keys] of one block,
-    and, if asked, the softcap's derivative."""
+    """Compute the attention weights of a block; the arguments are those of forward.
+
+    Returns:
+        The weights, float32 [rows, kv heads, heads per kv head * block, keys]; and the derivative
+        of the softcap in the same shape if `derive` and there is a softcap, else None.
+    """
     first, last, start, end = block
-    folded = fold_heads(cut(query, first, last) * choose_scaling(query, scaling), key.shape[1])
-    scores = (folded @ cut(key, start, end).transpose(-1, -2)).float()
+    scaled = slice_tokens(query, first, last) * choose_scaling(query, scaling)
+    folded = fold_heads(scaled, key.shape[1])
+    scores = (folded @ slice_tokens(key, start, end).transpose(-1, -2)).float()
     slope = None
     if softcap is not None:
         scores.div_(softcap).tanh_()
@@ -126,14 +182,11 @@ def weigh_block(
     if mask is not None:
         allowed = mask.narrow(2, first, last - first).narrow(3, start, end - start).unsqueeze(2)
     else:
-        behind = key.shape[2] - query.shape[2]
-        at_query = torch.arange(first, last, device=query.device) + behind
-        at_key = torch.arange(start, end, device=query.device)
-        distance = at_query.unsqueeze(1) - at_key.unsqueeze(0)
-        allowed = (distance >= 0) & (distance < window) if window else distance >= 0
+        earlier = key.shape[2] - query.shape[2]
+        query_positions = torch.arange(first, last, device=query.device) + earlier
+        key_positions = torch.arange(start, end, device=query.device)
+        allowed = is_visible(query_positions.unsqueeze(1) - key_positions.unsqueeze(0), window)
     # [rows, kv heads, heads per kv head, block, keys]
-    apart = scores.view(*scores.shape[:2], -1, last - first, end - start)
-    return (
-        apart.masked_fill_(allowed.logical_not(), float("-inf")).softmax(-1).view(scores.shape),
-        slope,
-    )
+    unfolded = scores.view(*scores.shape[:2], -1, last - first, end - start)
+    weights = unfolded.masked_fill_(allowed.logical_not(), float("-inf")).softmax(-1)
+    return weights.view(scores.shape), slope

@@ -1,10 +1,10 @@
-"""Document-isolated attention over packed rows, and the proof of it on the loaded model.
+"""Causal attention (Vaswani et al., 2017, arXiv 1706.03762) within each document of a packed batch.
 
-A packed batch is one sequence of many documents. `varlen` runs each document's own causal attention
-in torch's variable-length flash kernel, which needs a GPU of 2020 or later. `grouped` lays
-documents of like length side by side and runs scaled_dot_product_attention on them, which works on
-every GPU and CPU (T^2 masks cost more time than packing saves). `flash` is the flash-attn package;
-`flex` and `sdpa` build masks from position_ids.
+A packed batch is one sequence of many documents. The backend varlen runs torch's variable-length
+flash kernel, which needs a GPU of 2020 or later. The backend grouped lays documents of like length
+side by side and runs scaled_dot_product_attention on them, which works on every GPU and CPU. One
+mask over the whole sequence would cost more time than packing saves. The other backends are not
+here: flash is the flash-attn package, and transformers' flex and sdpa make masks of position_ids.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from medqlora.model.attention.blocked import BlockedAttention, allow_keys, choos
 from medqlora.model.attention.documents import DOCUMENTS, Documents, Pad, Unpad
 from medqlora.model.attention.tree import PrefixTree, gather_rows
 
-ALIGNED = 8  # torch's fused kernels take head widths that are a multiple of it.
-# up to this length plain matrix products beat the CPU's fused attention in bfloat16, two to four
-# times
+ALIGNED = 8  # torch's fused kernels take head widths that are a multiple of this number
+# Up to this number of keys, matrix products on a CPU are two to four times as fast as torch's fused
+# attention in bfloat16.
 SHORT = 512
 
 
@@ -39,57 +39,67 @@ def attend_documents(
     documents: Documents | PrefixTree | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """AttentionInterface function: query [1, heads, tokens, width], key and value [1, kv heads,
-    tokens, width] -> [1, tokens, heads, width]. Without `documents` all tokens of a row are one
-    document (generation, evaluation). A model's own dropout on attention weights (GPT-2, BioGPT) is
-    left out: the GPU's kernel has none, and the adapter has dropout of its own.
+    """Compute attention; transformers calls this function through its AttentionInterface.
+
+    A model's own dropout on attention weights (GPT-2, BioGPT) is left out: a GPU's kernels have
+    none, and the adapter has dropout of its own.
+
+    Args:
+        module: The attention layer.
+        query: [1, heads, tokens, width].
+        key: [1, kv heads, tokens, width].
+        value: [1, kv heads, tokens, width].
+        attention_mask: None, or the mask of attend_rows where there are no documents.
+        scaling: The factor of the scores; 1 / sqrt(width) by default.
+        sliding_window: The largest number of keys that a query sees, or None.
+        softcap: The cap of Gemma-2's scores, or None (see attend_rows).
+        documents: The documents of a packed batch, or a tree of segments. Without either, all
+            tokens of a row are one document, as in generation, and there may be several rows.
+
+    Returns:
+        [1, tokens, heads, width], and None in place of the attention weights.
     """
     if isinstance(documents, PrefixTree):
         if documents.record is not None:
             documents.record[module.layer_idx] = (key, value)
-        return (
-            attend_prefix_tree(
-                module, query, key, value, scaling, sliding_window, softcap, documents
-            ),
-            None,
+        out = attend_prefix_tree(
+            module, query, key, value, scaling, sliding_window, softcap, documents
         )
+        return out, None
     if documents is None:
-        return (
-            attend_rows(
-                query, key, value, attention_mask, scaling, sliding_window, softcap, query.is_cuda
-            ),
-            None,
+        out = attend_rows(
+            query, key, value, attention_mask, scaling, sliding_window, softcap, query.is_cuda
         )
+        return out, None
     if documents.gather is None:
-        # [tokens, heads, width]
-        q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+        q, k, v = (put_tokens_first(tensor) for tensor in (query, key, value))
         ends = documents.cu_seqlens
         longest = documents.max_seqlen
-        return (
-            attend_varlen(q, k, v, ends, ends, longest, longest, scaling, sliding_window).unsqueeze(
-                0
-            ),
-            None,
-        )
-    padded = [
-        Pad.apply(tensor.squeeze(0).transpose(0, 1), documents) for tensor in (query, key, value)
-    ]
+        out = attend_varlen(q, k, v, ends, ends, longest, longest, scaling, sliding_window)
+        return out.unsqueeze(0), None
+    padded = [Pad.apply(put_tokens_first(tensor), documents) for tensor in (query, key, value)]
     sizes = [count * length for count, length in documents.groups]
+    parts_of_groups = zip(*(tensor.split(sizes) for tensor in padded), strict=True)
     outputs = []
-    for (count, length), *parts in zip(
-        documents.groups, *(tensor.split(sizes) for tensor in padded), strict=True
-    ):
+    for (count, length), parts in zip(documents.groups, parts_of_groups, strict=True):
+        # [documents, heads, length, width]
         q, k, v = (part.view(count, length, *part.shape[1:]).transpose(1, 2) for part in parts)
-        # [count, length, heads, width]
+        # [documents, length, heads, width]
         out = attend_rows(q, k, v, None, scaling, sliding_window, softcap, documents.on_gpu)
         outputs.append(out.reshape(count * length, *out.shape[2:]))
     return Unpad.apply(torch.cat(outputs), documents).unsqueeze(0), None
 
 
+def put_tokens_first(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a view [tokens, heads, width] of [1, heads, tokens, width]."""
+    return tensor.squeeze(0).transpose(0, 1)
+
+
 @functools.cache
 def varlen_names_grouped_heads() -> bool:
-    """Whether varlen_attn wants to be told of grouped heads. torch 2.11's takes them unasked and
-    has no such argument.
+    """Whether varlen_attn has an argument that allows fewer key heads than query heads.
+
+    That of torch 2.11 allows them without an argument.
     """
     from torch.nn.attention.varlen import varlen_attn
 
@@ -107,12 +117,29 @@ def attend_varlen(
     scaling: float | None,
     sliding_window: int | None,
 ) -> torch.Tensor:
-    """torch's variable-length flash kernel, causal: query [tokens, heads, width], key and value
-    [keys, kv heads, width] -> [tokens, heads, width]; cu_queries, cu_keys int32 [documents + 1]."""
+    """Run torch's variable-length flash kernel, causally.
+
+    Args:
+        query: [tokens, heads, width].
+        key: [keys, kv heads, width].
+        value: [keys, kv heads, width].
+        cu_queries: Where the queries of documents begin and end, int32 [documents + 1].
+        cu_keys: The same of keys. A document's queries belong to the last of its keys.
+        max_queries: The largest number of queries in a document.
+        max_keys: The largest number of keys in a document.
+        scaling: The factor of the scores, or None.
+        sliding_window: The largest number of keys that a query sees, or None.
+
+    Returns:
+        [tokens, heads, width].
+    """
     from torch.nn.attention.varlen import varlen_attn
 
+    # The kernel counts the keys before a query's own; -1 is all of them.
     window = (sliding_window - 1 if sliding_window else -1, 0)
-    grouped = {"enable_gqa": query.shape[1] != key.shape[1]} if varlen_names_grouped_heads() else {}
+    grouped = {}
+    if varlen_names_grouped_heads():
+        grouped["enable_gqa"] = query.shape[1] != key.shape[1]
     return varlen_attn(
         query,
         key,
@@ -135,76 +162,82 @@ def attend_prefix_tree(
     scaling: float | None,
     sliding_window: int | None,
     softcap: float | None,
-    branches: PrefixTree,
+    tree: PrefixTree,
 ) -> torch.Tensor:
-    """As attend_documents, for segments of a tree: query [1, heads, tokens, width] -> [1, tokens,
-    heads, width].
+    """Compute the attention of a tree of segments; the arguments are those of attend_documents.
+
+    Returns:
+        [1, tokens, heads, width].
     """
-    if branches.prefix:
-        before = branches.prefix[module.layer_idx]
-        key, value = (torch.cat(pair, dim=2) for pair in zip(before, (key, value), strict=True))
-    # [tokens, heads, width]
-    q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
-    if branches.scatter is None:
-        k, v = (tensor.index_select(0, branches.sources) for tensor in (k, v))
-        sizes = (branches.cu_queries, branches.cu_keys, branches.max_queries, branches.max_keys)
+    if tree.prefix:
+        prefix_key, prefix_value = tree.prefix[module.layer_idx]
+        key = torch.cat((prefix_key, key), dim=2)
+        value = torch.cat((prefix_value, value), dim=2)
+    q, k, v = (put_tokens_first(tensor) for tensor in (query, key, value))
+    if tree.scatter is None:
+        k = k.index_select(0, tree.sources)
+        v = v.index_select(0, tree.sources)
+        sizes = (tree.cu_queries, tree.cu_keys, tree.max_queries, tree.max_keys)
         return attend_varlen(q, k, v, *sizes, scaling, sliding_window).unsqueeze(0)
     outputs = []
-    for number, (queries, sources, distance) in enumerate(branches.groups):
-        parts = (
-            gather_rows(tensor, index)
-            for tensor, index in ((q, queries), (k, sources), (v, sources))
-        )
+    for number, (queries, sources, distance) in enumerate(tree.groups):
+        parts = (gather_rows(q, queries), gather_rows(k, sources), gather_rows(v, sources))
+        # [segments, queries, heads, width]
         if distance is None:
             out = attend_rows(*parts, None, scaling, sliding_window, softcap, query.is_cuda)
         else:
-            fused = softcap is None and not computes_explicitly(
-                query, sources.shape[1], query.is_cuda
-            )
-            mask = branches.mask(number, sliding_window, query.dtype if fused else None)
-            # [segments, queries, heads, width]
+            explicit = computes_explicitly(query, sources.shape[1], query.is_cuda)
+            fused = softcap is None and not explicit
+            mask = tree.mask(number, sliding_window, query.dtype if fused else None)
             out = attend_rows(*parts, mask, scaling, None, softcap, query.is_cuda)
         outputs.append(out.flatten(0, 1))
-    return torch.cat(outputs).index_select(0, branches.scatter).unsqueeze(0)
+    return torch.cat(outputs).index_select(0, tree.scatter).unsqueeze(0)
 
 
 def computes_explicitly(query: torch.Tensor, keys: int, on_gpu: bool) -> bool:
-    """Whether attention is plain matrix products here instead of torch's fused kernel."""
+    """Whether attention is computed by matrix products instead of torch's fused kernel."""
     return not on_gpu and query.dtype is not torch.float32 and keys <= SHORT
 
 
 def attend_rows(query, key, value, mask, scaling, sliding_window, softcap, on_gpu) -> torch.Tensor:
-    """Causal attention of each row for itself: [rows, heads, queries, width] -> [rows, queries,
-    heads, width].
+    """Compute the causal attention of each row for itself.
 
-    mask: bool [rows, 1, queries, keys] or additive; on_gpu: whose kernels run. Softcap is
-    Gemma-2's: scores -> softcap * tanh(scores / softcap) (arXiv 2408.00118, section 2).
+    Args:
+        query: [rows, heads, queries, width]; the queries belong to the last of the keys.
+        key: [rows, kv heads, keys, width].
+        value: [rows, kv heads, keys, width].
+        mask: bool [rows, 1, queries, keys], True where a query sees a key; or None for causal
+            attention. For the fused kernel it may also be 0 and -inf in the query's dtype.
+        scaling: The factor of the scores, or None.
+        sliding_window: The largest number of keys that a query sees, or None.
+        softcap: Gemma-2 replaces scores by softcap * tanh(scores / softcap) (Gemma Team, 2024,
+            arXiv 2408.00118, section 2); None for other models.
+        on_gpu: Whether a GPU's kernels run (see Documents).
+
+    Returns:
+        [rows, queries, heads, width].
     """
     queries = query.shape[2]
     keys = key.shape[2]
     heads = query.shape[1]
     windowed = sliding_window is not None and sliding_window < keys
-    # A window's mask, keys x keys, would be kept for the backward pass.
+    # The fused kernel would store the mask of a window, keys x keys, for the backward pass.
     if softcap is not None or (on_gpu and windowed):
         window = sliding_window if windowed else None
-        return BlockedAttention.apply(query, key, value, mask, scaling, window, softcap).transpose(
-            1, 2
-        )
+        out = BlockedAttention.apply(query, key, value, mask, scaling, window, softcap)
+        return out.transpose(1, 2)
     explicit = computes_explicitly(query, keys, on_gpu)
-    if (
-        key.shape[1] != heads
-        and mask is not None
-        and not explicit
-        and not on_gpu
-        and not torch.is_grad_enabled()
-    ):
-        return F.scaled_dot_product_attention(
+    heads_per_key = heads // key.shape[1]
+    inference_on_cpu = not on_gpu and not torch.is_grad_enabled()
+    if heads_per_key != 1 and mask is not None and not explicit and inference_on_cpu:
+        # With enable_gqa the CPU's fused kernel needs no copies of keys and values.
+        out = F.scaled_dot_product_attention(
             query, key, value, mask, scale=scaling, enable_gqa=True
-        ).transpose(1, 2)
-    if key.shape[1] != heads:
-        key, value = (
-            tensor.repeat_interleave(heads // key.shape[1], dim=1) for tensor in (key, value)
         )
+        return out.transpose(1, 2)
+    if heads_per_key != 1:
+        key = key.repeat_interleave(heads_per_key, dim=1)
+        value = value.repeat_interleave(heads_per_key, dim=1)
     if mask is None and not windowed and not explicit and queries == keys:
         return attend_fused(query, key, value, None, scaling, on_gpu).transpose(1, 2)
     if mask is None:
@@ -212,25 +245,30 @@ def attend_rows(query, key, value, mask, scaling, sliding_window, softcap, on_gp
     if not explicit:
         return attend_fused(query, key, value, mask, scaling, on_gpu).transpose(1, 2)
     scores = query * choose_scaling(query, scaling) @ key.transpose(-1, -2)
-    # The scores are the largest tensor here: what is hidden is added in place, which needs no copy
-    # of them in either pass.
-    hidden = torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device).masked_fill_(
-        mask.logical_not(), float("-inf")
-    )
-    weights = scores.add_(hidden).softmax(-1)
+    # The scores are the largest tensor here. Adding the mask in place needs no copy of them in
+    # either pass.
+    bias = torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device)
+    bias.masked_fill_(mask.logical_not(), float("-inf"))
+    weights = scores.add_(bias).softmax(-1)
     return (weights @ value).transpose(1, 2)
 
 
 def attend_fused(query, key, value, mask, scaling, on_gpu) -> torch.Tensor:
-    """torch's fused attention, causal where there is no mask; shapes as attend_rows, but [rows,
-    heads, queries, width] out.
+    """Run torch's fused attention, causally where there is no mask.
+
+    The arguments are those of attend_rows, with as many heads of keys as of queries.
+
+    Returns:
+        [rows, heads, queries, width].
     """
     width = query.shape[-1]
-    # Another width would get the formula that keeps all scores. Zeros change no score.
+    # For another width torch would use the formula that stores all scores, so heads are padded with
+    # zeros, which change no score.
     if on_gpu and width % ALIGNED:
         scaling = choose_scaling(query, scaling)
         query, key, value = (F.pad(tensor, (0, -width % ALIGNED)) for tensor in (query, key, value))
-    if query.is_meta:  # without content torch would take its unfused formula
+    # On the meta device torch would use its unfused formula, so the kernel is called by its name.
+    if query.is_meta:
         out = forecast_fused(query, key, value, mask, scaling, on_gpu)
     else:
         out = F.scaled_dot_product_attention(
@@ -240,9 +278,13 @@ def attend_fused(query, key, value, mask, scaling, on_gpu) -> torch.Tensor:
 
 
 def forecast_fused(query, key, value, mask, scaling, on_gpu) -> torch.Tensor:
-    """The kernel that attend_fused gets on a CPU, or on a GPU where the variable-length one cannot
-    run: the memory-efficient kernel, which takes every dtype and every GPU. Where a GPU takes a
-    flash kernel instead, the same tensors are kept.
+    """Call the kernel that attend_fused would run on a real device, for a forecast of memory.
+
+    On a GPU that is the memory-efficient kernel (Rabe and Staats, 2021, arXiv 2112.05682), which
+    takes every dtype. Where a GPU runs a flash kernel instead, the same tensors are stored.
+
+    Returns:
+        [rows, heads, queries, width].
     """
     if not on_gpu:
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

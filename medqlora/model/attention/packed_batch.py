@@ -1,4 +1,4 @@
-"""A packed batch as the model takes it, and the proof that its documents stay apart."""
+"""The arguments of a model for a packed batch, and the proof that its documents stay isolated."""
 
 from __future__ import annotations
 
@@ -13,13 +13,18 @@ import torch.nn.functional as F
 from medqlora.model.attention.backends import AttentionError
 from medqlora.model.attention.documents import locate_documents
 
-# The relative error that packed rows may cause in each other, by compute dtype.
+# The relative difference between packed and single documents that rounding may cause, by compute
+# dtype.
 ISOLATION_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 def packing_arguments(backend: str, batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Keyword arguments that tell the model's attention where documents end; `batch` is from
-    packing.collate.
+    """Return the keyword arguments that tell a model's attention where documents end.
+
+    Args:
+        backend: The attention backend.
+        batch: A micro-batch (see batches.collate.collate).
+        device: The device that is computed on.
     """
     cu_seqlens = torch.as_tensor(batch["cu_seqlens"])
     longest = batch["max_seqlen"]
@@ -37,32 +42,39 @@ def packing_arguments(backend: str, batch: dict[str, Any], device: torch.device)
 
 
 def move_batch(batch: dict[str, Any], backend: str, device: torch.device) -> dict[str, Any]:
-    """Batch of packing.collate -> arguments of losses.AnswerLoss on the device; to a GPU from
-    pinned memory, without waiting.
+    """Return a micro-batch as arguments of head_loss.AnswerLoss on a device.
+
+    Args:
+        batch: A micro-batch (see batches.collate.collate).
+        backend: The attention backend.
+        device: The device that is computed on.
     """
-    tensors = {
-        key: torch.from_numpy(batch[key])
-        for key in ("input_ids", "position_ids", "predict_at", "targets")
-    }
-    if device.type == "cuda":
-        tensors = {
-            key: tensor.pin_memory().to(device, non_blocking=True)
-            for key, tensor in tensors.items()
-        }
+    tensors = {}
+    for key in ("input_ids", "position_ids", "predict_at", "targets"):
+        tensor = torch.from_numpy(batch[key])
+        if device.type == "cuda":
+            # Only a copy from pinned memory runs beside the GPU's work.
+            tensor = tensor.pin_memory().to(device, non_blocking=True)
+        tensors[key] = tensor
     return tensors | packing_arguments(backend, batch, device)
 
 
 def find_device(model: torch.nn.Module) -> torch.device:
-    """Where a model computes: where its rotary tables are (offloaded weights rest elsewhere), else
-    its weights.
+    """Return the device that a model computes on.
+
+    That is the device of its first buffer, which is a table of rotary embeddings, because weights
+    may be offloaded elsewhere. A model without buffers computes where its weights are.
     """
     return next(itertools.chain(model.buffers(), model.parameters())).device
 
 
 @contextlib.contextmanager
 def without_outliers(model: torch.nn.Module) -> Iterator[None]:
-    """bitsandbytes' int8 layers multiply the columns in which any row has a large input in 16 bits:
-    so one row changes how its neighbours are rounded, which is no mistake of attention."""
+    """Let int8 layers compute without their search for outliers inside the block.
+
+    int8 layers of bitsandbytes multiply a column in 16 bits where any row has a large input in it.
+    So one row changes how its neighbours are rounded, which is no fault of the attention.
+    """
     states = [
         module.state
         for module in model.modules()
@@ -84,44 +96,54 @@ def verify_isolation(
 ) -> float:
     """Prove on the loaded model that packed documents do not see each other.
 
-    Runs three documents of random tokens packed and alone, and packed again with the first one
+    Three documents of random tokens run packed and alone, and packed again with the first one
     changed.
 
-    Returns: the largest difference of hidden states between packed and alone, relative to the
-        largest hidden state.
+    Args:
+        backbone: The model without its head.
+        backend: The attention backend.
+        vocabulary: The number of tokens to draw from.
+        tolerance: The allowed difference (see ISOLATION_TOLERANCE). The influence of a changed
+            neighbour may be a tenth of it.
 
-    Raises: AttentionError: the difference is over `tolerance`, or a document changed with its
-        neighbour.
+    Returns:
+        The largest difference of hidden states between packed and alone, relative to the largest
+        hidden state.
+
+    Raises:
+        AttentionError: The difference or the influence is over what is allowed.
     """
     device = find_device(backbone)
     generator = torch.Generator().manual_seed(0)
     documents = [torch.randint(vocabulary, (length,), generator=generator) for length in (7, 12, 9)]
 
-    def run(parts: list[torch.Tensor]) -> torch.Tensor:
-        lengths = torch.tensor([len(part) for part in parts])
+    def run_packed(rows: list[torch.Tensor]) -> torch.Tensor:
+        """Return the hidden states of rows in one packed batch, float32 [tokens, hidden]."""
+        lengths = torch.tensor([len(row) for row in rows])
         cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
         batch = {"cu_seqlens": cu_seqlens, "max_seqlen": int(lengths.max())}
-        position_ids = torch.cat([torch.arange(len(part)) for part in parts])
+        position_ids = torch.cat([torch.arange(len(row)) for row in rows])
         out = backbone(
-            input_ids=torch.cat(parts)[None].to(device),
+            input_ids=torch.cat(rows)[None].to(device),
             position_ids=position_ids[None].to(device),
             attention_mask=None,
             use_cache=False,
             **packing_arguments(backend, batch, device),
         )
-        return out.last_hidden_state[0].float()  # [tokens, hidden]
+        return out.last_hidden_state[0].float()
 
     training = backbone.training
     backbone.eval()
     with without_outliers(backbone):
-        packed = run(documents)
-        alone = torch.cat([run([document]) for document in documents])
-        other = run([(documents[0] + 1) % vocabulary, *documents[1:]])
+        packed = run_packed(documents)
+        alone = torch.cat([run_packed([document]) for document in documents])
+        changed = run_packed([(documents[0] + 1) % vocabulary, *documents[1:]])
     backbone.train(training)
     scale = packed.abs().max().item()
     error = (packed - alone).abs().max().item() / scale
-    leak = (packed - other)[len(documents[0]) :].abs().max().item() / scale
-    if not error <= tolerance or not leak <= tolerance / 10:  # also true for NaN
+    leak = (packed - changed)[len(documents[0]) :].abs().max().item() / scale
+    # These conditions also hold for NaN, which `error > tolerance` would let pass.
+    if not error <= tolerance or not leak <= tolerance / 10:
         raise AttentionError(
             f"attention {backend} does not isolate packed rows on this model (packed against alone"
             f" {error:.1e}, neighbour's influence {leak:.1e}, allowed {tolerance:.0e}); choose"
