@@ -43,6 +43,7 @@ class Plan:
     epochs: np.ndarray
 
     def __len__(self) -> int:
+        """Return the number of steps."""
         return len(self.steps) - 1
 
     def rows_of(self, step: int) -> np.ndarray:

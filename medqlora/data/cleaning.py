@@ -153,5 +153,5 @@ def decontaminate(
             kept.append(example)
             continue
         source = held_out[shared[0]].source
-        removals.append(Removal(example.source, example.id, f"stands in evaluation data: {source}"))
+        removals.append(Removal(example.source, example.id, f"is in the evaluation data: {source}"))
     return kept, removals

@@ -26,8 +26,8 @@ SPLIT_NAMES = {
 def locate_file(entry: DataEntry, split: str) -> Path | None:
     """Return the entry's file, or None where its path is a hub id.
 
-    In a folder, the file of a split is the one that is named after it (see SPLIT_NAMES), or else
-    the one whose name begins so.
+    In a folder, the file of a split is the one that has one of the split's names (see SPLIT_NAMES),
+    or else the one whose name begins with one of them.
 
     Raises:
         DataError: There is no such file, or a folder does not hold exactly one for the split.
@@ -112,7 +112,8 @@ def read_json_lines(path: Path) -> list[tuple[str, dict]]:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise DataError(
-                    f"{source}: not valid JSON ({error.msg} at column {error.colno}); mend the line"
+                    f"{source}: not valid JSON ({error.msg} at column {error.colno});"
+                    " correct the line"
                 ) from None
             if not isinstance(record, dict):
                 raise DataError(f"{source}: expected an object, got {type(record).__name__}")

@@ -103,13 +103,13 @@ def restore_adapter(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
         ModelError: A tensor is missing, surplus or of another shape.
     """
     expected = get_peft_model_state_dict(model)
-    wrong = sorted(set(expected) ^ set(weights))
-    if not wrong:
-        wrong = [key for key in expected if expected[key].shape != weights[key].shape]
-    if wrong:
+    mismatched = sorted(set(expected) ^ set(weights))
+    if not mismatched:
+        mismatched = [key for key in expected if expected[key].shape != weights[key].shape]
+    if mismatched:
         raise ModelError(
-            f"adapter does not fit this model: tensor {wrong[0]} is missing, surplus or of another"
-            " shape"
+            f"adapter does not fit this model: tensor {mismatched[0]} is missing, surplus or of"
+            " another shape"
         )
     set_peft_model_state_dict(model, weights)
 

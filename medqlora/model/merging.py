@@ -25,7 +25,7 @@ from medqlora.model.hardware import DTYPES
 
 # The dtypes that can be merged, with their names in the headers of safetensors files.
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-# Files of the base whose names begin so are copied to the merged model.
+# The base's files with these beginnings of names are copied to the merged model.
 COPIED_PREFIXES = (
     "tokenizer",
     "special_tokens_map",
@@ -153,18 +153,18 @@ def make_dequantizer(
     """
     import bitsandbytes.functional as bnb
 
-    def through_4bit(weight: torch.Tensor) -> torch.Tensor:
+    def round_trip_4bit(weight: torch.Tensor) -> torch.Tensor:
         # bitsandbytes calls double quantization compress_statistics.
         packed, state = bnb.quantize_4bit(
             weight.to(dtype).contiguous(), compress_statistics=double, quant_type=quantization
         )
         return bnb.dequantize_4bit(packed, state)
 
-    def through_8bit(weight: torch.Tensor) -> torch.Tensor:
+    def round_trip_8bit(weight: torch.Tensor) -> torch.Tensor:
         values, scales, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16).contiguous())
         return bnb.int8_vectorwise_dequant(values, scales)
 
-    return through_8bit if quantization == "int8" else through_4bit
+    return round_trip_8bit if quantization == "int8" else round_trip_4bit
 
 
 class ShardWriter:
@@ -267,7 +267,7 @@ def merge(
     tensors = AdapterTensors(adapter)
     shards = list_shards(base)
     layouts = {shard: read_layout(shard) for shard in shards}
-    names = {name for layout in layouts.values() for name in layout}
+    names = set().union(*layouts.values())
     adapted_modules = {resolve_name(module, names): module for module in tensors.modules}
     if metadata.get("dtype"):
         dtype = DTYPES[metadata["dtype"]]

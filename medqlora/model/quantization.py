@@ -21,7 +21,7 @@ INT8_THRESHOLD = BitsAndBytesConfig().llm_int8_threshold
 def list_constants(parameter: torch.nn.Parameter) -> list[torch.Tensor]:
     """Return the scales and code tables of a quantized weight; a plain weight has none."""
     constants = [getattr(parameter, "SCB", None)]  # the scales of an int8 weight
-    state = getattr(parameter, "quant_state", None)  # of a 4-bit weight
+    state = getattr(parameter, "quant_state", None)  # the constants of a 4-bit weight
     if state is not None:
         constants += [state.absmax, state.code]
         if state.nested:

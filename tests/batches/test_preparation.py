@@ -63,7 +63,7 @@ def test_training_rows_of_the_evaluation_set_are_removed_and_listed(make):
     _, prepared = make([([*rows(5), same], {})], [QUESTION])
     assert "x" not in prepared.train.names
     assert [(r.id, "eval.jsonl line 1" in r.reason) for r in prepared.removals] == [("x", True)]
-    assert count_reasons(prepared.removals) == {"stands in evaluation data": 1}
+    assert count_reasons(prepared.removals) == {"is in the evaluation data": 1}
     _, kept = make([([*rows(5), same], {})], [QUESTION], decontaminate=False)
     assert "x" in kept.train.names
 
