@@ -21,103 +21,126 @@ class Section(BaseModel):
 
 class Model(Section):
     base: str
-    """Folder or hub id of the base model (safetensors)."""
+    """The base model: a folder with safetensors files, or a hub id (owner/name)."""
     revision: str | None = None
-    """Hub commit or tag; the commit it resolved to is kept in the manifest."""
+    """Commit or tag of the base on the hub. The adapter metadata record the commit that was used.
+    """
     quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
-    """Storage of the frozen linear weights."""
+    """How the weights of the frozen linear layers are stored. none keeps them in the compute dtype.
+    """
     double_quantization: bool = True
-    """Quantize the 4-bit block constants too (saves about 0.4 bit per weight)."""
+    """With nf4 and fp4: quantize the constants of the 4-bit blocks too, which saves about 0.4 bit
+    per weight.
+    """
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Compute dtype. auto: bfloat16 where the hardware has it, else float16 on a GPU and float32 on
-    a CPU.
+    """The dtype of computation. auto takes bfloat16 where the hardware multiplies it natively,
+    otherwise float16 on a GPU and float32 on a CPU.
     """
     attention: Attention = "auto"
-    """Attention backend; auto takes the first of varlen, flash and grouped that works; varlen and
-    flash need a GPU of 2020 or later, grouped runs everywhere."""
+    """The attention backend. auto takes the first of varlen, flash and grouped that works here.
+    varlen and flash need a GPU of compute capability 8.0 or newer; grouped runs everywhere.
+    """
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Leave off unless you have read that code."""
+    """Run Python code that comes with the model. Leave it off unless you have read that code."""
     upcast_embeddings: bool = False
-    """Hold embeddings and head in float32 (+2 GB on an untied 8B model)."""
+    """Hold embeddings and head in float32, which takes about 2 GB more on an 8B model whose head is
+    not tied to its embeddings.
+    """
 
 
 class Lora(Section):
     r: int = Field(16, ge=1)
-    """Rank of the adapter."""
+    """Rank of the adapter's matrices."""
     alpha: float = Field(32, gt=0)
-    """Scale: the update is multiplied by alpha / r (rsLoRA: alpha / sqrt(r))."""
+    """Scale of the update, which is multiplied by alpha / r; rslora multiplies by alpha / sqrt(r).
+    """
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout probability on the adapter's input."""
+    """Probability that an element of the adapter's input is dropped in training."""
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
-    """Names of the linear layers to adapt; all-linear: attention and MLP, not the head."""
+    """Names of the linear layers that get an adapter. all-linear takes those of attention and MLP,
+    but not the head.
+    """
     variant: Literal["lora", "rslora", "dora"] = "lora"
-    """Parametrization of the update."""
+    """How the update is parametrized. dora also learns the norms of the weights' rows."""
 
 
 class DataEntry(Section):
     format: str
-    """Dataset, or layout of the records; the names are those of medqlora/data/formats/. mcq, qa and
-    text are for layouts of your own and take `columns`.
+    """Name of the dataset or of the layout of its records (docs/data_formats.md). mcq, qa and text
+    are for layouts of your own and take `columns`.
     """
     path: str | None = None
-    """File, folder or hub id; a dataset with a well-known hub home needs none."""
+    """File, folder or hub id. A dataset with a well-known home on the hub needs none."""
     split: str | None = None
-    """Split name; default train for training data, validation for evaluation data."""
+    """Name of the split. The default is train in data.train, validation in data.eval and test in
+    data.test.
+    """
     weight: float = Field(1.0, gt=0)
-    """Times each row is seen per epoch: 0.5 draws a new half every epoch, 2 shows each row
-    twice.
+    """How often each row is seen per epoch: 0.5 draws another half of the rows every epoch, 2 shows
+    each row twice.
     """
     share: float | None = Field(None, gt=0, lt=1)
-    """Instead of weight: this entry's part of the mixture's rows, e.g. 0.15 general beside 0.85
-    medical.
+    """The part of all training rows that this entry makes up, e.g. 0.15. It replaces weight: rows
+    are repeated or left out to reach it.
     """
     limit: int | None = Field(None, ge=1)
-    """Read only the first rows."""
+    """Take only the first rows, at most this many."""
     columns: dict[str, str | list[str]] = {}
-    """mcq, qa, text: our field -> the file's column; `options` may be a list of columns."""
+    """For mcq, qa and text: which column of the file holds which field, as {field: column}.
+    `options` may name a list of columns.
+    """
     subset: str | None = None
     """Configuration name of a hub dataset."""
     revision: str | None = None
-    """Hub commit or tag of the dataset."""
+    """Commit or tag of the dataset on the hub."""
     test_pmids: str | None = None
-    """pubmedqa: file with the 500 official test PMIDs (.txt, or the official
-    test_ground_truth.json).
+    """For pubmedqa: the file with the 500 official test PMIDs, a .txt with one per line or the
+    official test_ground_truth.json.
     """
 
 
 class Data(Section):
     train: list[DataEntry] = []
-    """Training data."""
+    """What is trained on."""
     eval: list[DataEntry] = []
-    """Labelled data for the evaluation loss during training."""
+    """Labelled data whose loss is measured during training; the adapter with the lowest is kept."""
     test: list[DataEntry] = []
-    """Labelled multiple-choice data scored before and after training."""
+    """Labelled multiple-choice questions that are answered before and after training."""
     prompt_style: PromptStyle = "auto"
-    """auto: the model's chat template where it has one, plain otherwise."""
+    """The form of prompts. auto takes the model's chat template where it has one, and plain text
+    otherwise; lm_eval takes the prompts of lm-evaluation-harness.
+    """
     completion: Completion = "letter"
-    """What the model learns to write for a multiple-choice question. Open questions are always
-    text.
+    """What the model learns to write for a multiple-choice question: the letter, the letter with
+    the option's text, or the explanation and then the letter. text is for data without
+    multiple-choice questions; open questions are always answered in text.
     """
     max_length: int = Field(1024, ge=16)
-    """Longest row in tokens; context and explanation are cut to fit, question, options and answer
-    never.
+    """Longest row in tokens. Context is cut to fit, then the explanation; question, options and
+    answer never are.
     """
     drop_invalid: bool = False
-    """Drop and list invalid rows instead of stopping at the first."""
+    """Drop invalid rows and list them in removed.jsonl, instead of stopping at the first."""
     deduplicate: Literal["none", "exact", "normalized"] = "exact"
-    """Which repeated training rows to drop; normalized ignores case, punctuation and option
-    order.
+    """Which repeated training rows are dropped. exact drops equal ones; normalized ignores case,
+    punctuation and the order of options.
     """
     decontaminate: bool = True
-    """Remove training rows that stand in any evaluation or test entry."""
+    """Remove training rows that also stand in data.eval or data.test."""
     lowercase: bool = False
     """Lower-case all text."""
     packing: bool = True
-    """Pack many rows into one batch; false: one row per micro-batch, on one process only."""
+    """Pack many rows into one micro-batch. false puts one row into each, and works on one process
+    only.
+    """
     packing_window: int = Field(32_768, ge=1)
-    """Rows shuffled and packed together: larger fills better, smaller mixes lengths less."""
+    """Rows are shuffled and packed this many at a time. A larger number fills micro-batches better;
+    a smaller one brings rows of different lengths together.
+    """
     cache_dir: str = "runs/cache"
-    """Folder of tokenized data and packing plans, named by hash."""
+    """Folder for tokenized rows and packing plans, which are named by a hash of what they are made
+    of.
+    """
 
 
 def check_checkpointing(value: str) -> str:
@@ -133,51 +156,64 @@ def check_checkpointing(value: str) -> str:
 
 class Training(Section):
     epochs: float = Field(1.0, gt=0)
-    """Passes over the training data."""
+    """Passes over the training data; 0.5 is half a pass."""
     max_steps: int | None = Field(None, ge=1)
-    """Stop after this many optimizer steps, whatever epochs says."""
+    """Stop after this many optimizer steps, whatever epochs says. The learning rate then falls
+    within these steps.
+    """
     global_batch_tokens: int = Field(16_384, ge=1)
-    """Tokens per optimizer step over all processes; a multiple of max_tokens_per_batch. Any number
-    of processes shares them."""
+    """Tokens per optimizer step, of all processes together; a multiple of max_tokens_per_batch. It
+    does not change with the number of processes.
+    """
     max_tokens_per_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = 4_096
-    """Most tokens of a micro-batch on one process; accumulation is derived from the two, and
-    micro-batches shrink where there are more processes than they divide among. auto: by forecast,
-    the fastest that fits."""
+    """Tokens that a micro-batch of one process holds at most. Gradients are accumulated until
+    global_batch_tokens are reached; micro-batches become smaller where they cannot be dealt out
+    evenly among the processes. auto takes the fastest size that fits the memory by forecast.
+    """
     lr: float = Field(2e-4, gt=0)
-    """Peak learning rate."""
+    """Highest learning rate, which is reached after warm-up."""
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the learning rate after warm-up."""
+    """Shape of the learning rate after warm-up. cosine and linear fall to zero."""
     warmup_steps: float = Field(0.03, ge=0)
-    """Warm-up in optimizer steps; below 1: part of all steps."""
+    """Optimizer steps in which the learning rate rises to lr. A value below 1 is a part of all
+    steps.
+    """
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
-    """The 8-bit ones come from bitsandbytes."""
+    """The optimizer of the adapter's weights. The 8-bit ones come from bitsandbytes; paged states
+    move to the host's memory when the GPU is full.
+    """
     weight_decay: float = Field(0.0, ge=0)
-    """Decoupled weight decay on adapter weights."""
+    """Decoupled weight decay of the adapter's weights."""
     max_grad_norm: float = Field(1.0, gt=0)
-    """Gradients are clipped to this global norm."""
+    """Largest global norm of the gradients; larger ones are scaled down to it."""
     gradient_checkpointing: Annotated[str, Field()] = "auto"
-    """Decoder layers recomputed in the backward pass: none, full, every_K (every K-th), first_K;
-    offload: full, what layers begin from waits in the host's memory (for long rows on a GPU); auto:
-    by forecast, the fastest that fits."""
+    """Which decoder layers are computed again in the backward pass instead of kept: none, full,
+    every_K (every K-th layer), first_K (the first K layers), or offload (every layer, and their
+    inputs wait in the host's memory, for long rows on a GPU). auto takes the fastest of none,
+    first_K, full and offload that fits the memory by forecast.
+    """
     deterministic: bool = False
-    """On a GPU, use kernels that give the same bits in every run, where torch has them; they are
-    slower. A resumed run is then expected to repeat an uninterrupted one to the bit."""
+    """On a GPU, use kernels that give the same bits in every run, where torch has them. They are
+    slower. A resumed run is then expected to repeat an uninterrupted one to the bit.
+    """
     compile: bool | Literal["auto"] = "auto"
-    """Norms and gated activations as one kernel each, by torch's compiler; auto: on a GPU."""
+    """Compile norms and gated activations into one kernel each with torch's compiler. auto does so
+    on a GPU.
+    """
     loss_chunk_tokens: int = Field(1_024, ge=1)
-    """Labelled positions whose logits exist at one time."""
+    """Labelled positions whose logits are computed at one time. Fewer take less memory."""
     eval_steps: int | None = Field(None, ge=1)
-    """Evaluate every N steps (and at the end)."""
+    """Measure the loss on data.eval every this many steps, and at the end."""
     save_steps: int | None = Field(None, ge=1)
-    """Write a checkpoint every N steps (and at the end)."""
+    """Write a checkpoint every this many steps, and at the end."""
     keep_checkpoints: int = Field(2, ge=1)
-    """Complete checkpoints kept."""
+    """How many of the newest complete checkpoints are kept."""
     early_stopping_patience: int | None = Field(None, ge=1)
-    """Stop after this many evaluations without a lower loss."""
+    """Stop after this many evaluations in a row without a lower loss."""
     log_with: Literal["none", "tensorboard", "wandb"] = "none"
-    """Optional experiment tracker."""
+    """Experiment tracker that gets the lines of train_log.jsonl as well."""
     seed: int = Field(0, ge=0)
-    """Seed of adapter initialisation, dropout, row order and mixture."""
+    """Seed of the adapter's initial weights, of dropout, and of the order and choice of rows."""
 
     _checkpointing = field_validator("gradient_checkpointing")(check_checkpointing)
 
