@@ -1,9 +1,26 @@
 """The documents say what the code does: keys, files, messages and links are compared with it."""
 
-import pytest
-from conftest import ROOT, run_inside
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, fields
 
+import pytest
+from conftest import DEMO, ROOT, run_inside, run_script
+
+from medqlora.core.config import DataEntry
 from medqlora.core.config_loading import all_keys
+from medqlora.data.examples import OpenAnswer, Passage, Removal
+from medqlora.data.reading import read_examples
+from medqlora.engines.latency import Served, summarize
+from medqlora.evaluation.answering import predict
+from medqlora.evaluation.comparison import compare_predictions
+from medqlora.evaluation.method import Method
+from medqlora.evaluation.metrics import score_predictions
+from medqlora.evaluation.predictions import collect_rows
+from medqlora.evaluation.questions import ask
+from medqlora.prompts.chat_template import make_encoder
+from medqlora.training.planning import Decision
 
 DOCS = ROOT / "docs"
 
@@ -26,3 +43,231 @@ def test_the_page_of_the_configuration_is_current(monkeypatch, tmp_path):
 @pytest.mark.parametrize("key", all_keys())
 def test_every_key_of_the_configuration_is_described(key):
     assert f"| `{key}` |" in (DOCS / "config.md").read_text(encoding="utf-8")
+
+
+# ---- docs/outputs.md -----------------------------------------------------------------------------
+
+
+def read_section(page: str, heading: str) -> str:
+    """The text between this heading and the next one."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    _, found, rest = text.partition(f"# {heading}\n")
+    assert found, f"{page} has no heading {heading}"
+    return re.split(r"^#", rest, maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def documented_keys(heading: str, kind: str = "") -> list[list[str]]:
+    """Keys in the first column of the tables under a heading, as segments.
+
+    kind: only rows whose second column names this kind of prediction.
+    """
+    keys = []
+    for line in read_section("outputs.md", heading).splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        if line.startswith("| `") and (not kind or cells[1] == "all" or kind in cells[1]):
+            keys += [key.split(".") for key in re.findall(r"`([^`]+)`", cells[0])]
+    return keys
+
+
+def list_keys(tree, path=()) -> Iterator[tuple[str, ...]]:
+    """Every path to a leaf of a JSON tree; "[]" after a name stands for each element of a list."""
+    if isinstance(tree, dict) and tree:
+        for key, value in tree.items():
+            yield from list_keys(value, (*path, key))
+    elif isinstance(tree, list) and tree:
+        for value in tree:
+            yield from list_keys(value, (*path[:-1], f"{path[-1]}[]"))
+    else:
+        yield path
+
+
+def fits(key: list[str], path: tuple[str, ...]) -> bool:
+    """Whether a documented key, or the object that it names, is at the beginning of a path.
+
+    An empty list or object has the keys that are documented for its elements.
+    """
+    for wanted, found in zip(key, path, strict=False):
+        name = wanted.removesuffix("[]")
+        if not re.fullmatch(r"[A-Z]{2,}", name) and name != found.removesuffix("[]"):
+            return False
+    return True
+
+
+def undocumented(tree, *keys: list[list[str]]) -> set[str]:
+    known = [key for some in keys for key in some]
+    return {".".join(path) for path in list_keys(tree) if not any(fits(key, path) for key in known)}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a run of two steps with all that a run writes."""
+    folder = tmp_path_factory.mktemp("documented")
+    flags = {
+        "--output_dir": folder / "run",
+        "--data.cache_dir": folder / "cache",
+        "--data.train.0.limit": 60,
+        "--data.eval.0.limit": 10,
+        "--data.test.0.limit": 24,
+        "--training.max_steps": 2,
+        "--training.max_tokens_per_batch": 512,
+        "--training.global_batch_tokens": 512,
+    }
+    command = [part for flag, value in flags.items() for part in (flag, str(value))]
+    done = run_script(ROOT / "recipes" / "sft_qlora.py", *command)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+@pytest.mark.slow
+def test_every_file_of_a_run_is_documented(run):
+    section = read_section("outputs.md", "The run folder")
+    section += read_section("outputs.md", "checkpoints/step-N/")
+    section += read_section("outputs.md", "adapter/")
+    for path in run.rglob("*"):
+        if path.is_file():
+            assert path.name in section, path
+    for line in (run / "train_log.jsonl").read_text().splitlines():
+        assert not undocumented(json.loads(line), documented_keys("train_log.jsonl"))
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    keys = documented_keys("checkpoints/step-N/")
+    for name in ("state.json", "manifest.json"):
+        assert not undocumented(json.loads((checkpoint / name).read_text()), keys)
+    metadata = json.loads((run / "adapter" / "medqlora.json").read_text())
+    assert not undocumented(metadata, documented_keys("adapter/"))
+
+
+@pytest.mark.slow
+def test_the_environment_is_documented(run):
+    environment = json.loads((run / "environment.json").read_text())
+    base = environment.pop("base")
+    assert not undocumented(environment, documented_keys("environment.json"))
+    assert not undocumented(base, documented_keys("adapter/"))
+    removal = asdict(Removal("file line 1", "id", "reason"))
+    assert not undocumented(removal, documented_keys("removed.jsonl"))
+    decision = {"step_plan": {field.name: 0 for field in fields(Decision)}}
+    assert not undocumented(decision, documented_keys("environment.json"))
+
+
+@pytest.mark.slow
+def test_the_metrics_of_a_run_are_documented(run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    scores = documented_keys("Scores of multiple-choice questions")
+    assert not undocumented(metrics.pop("base"), scores)
+    assert not undocumented(metrics.pop("comparison"), documented_keys("comparison.json")[:8])
+    assert not undocumented(metrics, scores, documented_keys("metrics.json of a run"))
+
+
+METHODS = {
+    "letters": Method(),
+    "letters in every order": Method(permutations=4),
+    "cloze": Method(scoring="cloze"),
+    "generated": Method(scoring="generate", max_new_tokens=2),
+    "votes": Method(scoring="generate", max_new_tokens=2, samples=3, temperature=1.0),
+}
+
+
+class AnyAnswers:
+    """An engine that scores options by their order and writes A, B or nothing."""
+
+    name = "hf"
+
+    def score(self, requests, shared=0):
+        return [[-1.0 - number for number in range(len(r.options))] for r in requests]
+
+    def generate(self, prefixes, sampling):
+        return [["A", "B", ""][: sampling.samples] for _ in prefixes]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_predictions_and_scores_are_documented(demo_tokenizer, name):
+    entry = DataEntry(format="medmcqa", path=str(DEMO / "data" / "test.jsonl"), limit=8)
+    examples, _ = read_examples(entry, "test")
+    encoder = make_encoder(demo_tokenizer, "plain", "letter")
+    asked, shared = ask(encoder, examples, METHODS[name])
+    batches = predict(AnyAnswers(), encoder, asked, shared, METHODS[name], "m")
+    rows = [row | {"truncated": True} for batch in batches for row in batch]
+    for row in rows:
+        assert not undocumented(row, documented_keys("Predictions", "choice"))
+    columns = collect_rows(rows)
+    keys = documented_keys("Scores of multiple-choice questions")
+    assert not undocumented(score_predictions(columns), keys)
+    comparison = compare_predictions(columns, columns)
+    assert not undocumented(comparison, documented_keys("comparison.json"))
+
+
+@pytest.mark.parametrize(
+    ("example", "method", "kind", "heading"),
+    [
+        (
+            OpenAnswer("1", "What is fever?", "A high temperature.", "qa", "line 1"),
+            Method(scoring="generate"),
+            "open",
+            "Scores of open questions",
+        ),
+        (
+            Passage("1", "Fever is a high temperature.", "text", "line 1"),
+            Method(scoring="perplexity"),
+            "text",
+            "Scores of texts",
+        ),
+    ],
+)
+def test_predictions_of_texts_are_documented(demo_tokenizer, example, method, kind, heading):
+    encoder = make_encoder(demo_tokenizer, "plain", "letter")
+    asked, shared = ask(encoder, [example], method)
+    (rows,) = predict(AnyAnswers(), encoder, asked, shared, method, "m")
+    assert {row["kind"] for row in rows} == {kind}
+    for row in rows:
+        assert not undocumented(row, documented_keys("Predictions", kind))
+    assert not undocumented(score_predictions(collect_rows(rows)), documented_keys(heading))
+
+
+RECORDED = {
+    "memory_": "bench/memory.py",
+    "fit_": "bench/memory.py",
+    "claim_": "bench/memory.py",
+    "t4_": "bench/memory.py",
+    "data_": "bench/data.py",
+    "strategies_": "bench/strategies.py",
+}
+
+
+def test_recorded_benchmarks_are_documented():
+    for path in (ROOT / "bench" / "results").rglob("*.json"):
+        recorded = json.loads(path.read_text())
+        prefix = path.stem.partition("_")[0] + "_"
+        recorded.pop("environment", None)
+        recorded.pop("command", None)
+        if "shapes" in path.parts:
+            continue
+        if prefix == "throughput_":
+            for case in recorded["cases"]:
+                assert not undocumented(case, documented_keys("bench/throughput.py")), path
+        elif prefix in ("sft_", "lm_"):
+            results = recorded["results"]
+            for found in results.values() if isinstance(results, dict) else results:
+                assert not undocumented(found, documented_keys("bench/peers/")), path
+        else:
+            assert not undocumented(recorded, documented_keys(RECORDED[prefix])), path
+
+
+def test_latencies_are_documented():
+    served = [Served(0.0, (0.5, 0.6), 2), Served(0.0, (0.5,), 1)]
+    loop = {"concurrency": 1} | summarize(served, 1.0, {"ttft": 1.0}) | {"short_answers": 1}
+    assert not undocumented({"loops": [loop]}, documented_keys("bench/latency.py"))
+
+
+def test_every_documented_key_is_in_the_code():
+    """A key that was renamed or never written must not stay in the page."""
+    folders = ("medqlora", "recipes", "eval", "bench")
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in paths)
+    text = (DOCS / "outputs.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    keys = [key for heading in headings for key in documented_keys(heading)]
+    assert len(keys) > 200
+    for segment in {part.replace("[]", "") for key in keys for part in key}:
+        # These prefixes and suffixes are put around a name when it is written.
+        name = re.sub(r"^(per|by)_|_ms$|^p\d\d$", "", segment)
+        if re.fullmatch(r"\w+", segment) and not re.fullmatch(r"[A-Z]{2,}", segment):
+            assert name in code, segment
