@@ -1,10 +1,10 @@
 """The measured and predicted tables of the documentation, made from the recorded figures in
 bench/results.
 
-    # between their markers: <!-- table NAME --> … <!-- end of NAME -->
-    python bench/tables.py --write README.md docs/memory.md
+    # replace what stands between <!-- table NAME --> and <!-- end of NAME -->
+    python bench/tables.py --write docs/benchmarks.md docs/memory.md docs/claims.md docs/gpu.md
     # exit code 2 if a page holds other tables
-    python bench/tables.py --check README.md docs/memory.md
+    python bench/tables.py --check docs/benchmarks.md docs/memory.md docs/claims.md docs/gpu.md
 
 No figure between markers is typed: record it with the command in its file, then write the pages.
 """
@@ -149,6 +149,38 @@ def table_throughput() -> Iterator[str]:
             ]
         )
     return markdown(["", "real tokens/s", "utilisation", "memory above the start"], rows)
+
+
+def table_lm_eval() -> Iterator[str]:
+    rows = []
+    for path in sorted(MACHINE.glob("lm_eval_*.json")):
+        recorded = read(path)
+        settings = recorded["settings"]
+        (found,) = recorded["results"]
+        memory = found["peak_memory_ratio"]
+        rows.append(
+            [
+                f"`{settings['engine']}`",
+                f"{settings['num_fewshot']}",
+                f"{found['questions']}",
+                f"{settings['batch_size']}" if settings["engine"] == "hf" else "",
+                f"{found['questions_per_second_ratio']:.1f} x",
+                "" if memory is None else f"{memory:.2f} x",
+                f"{found['different_predictions']}",
+            ]
+        )
+    return markdown(
+        [
+            "backend",
+            "worked examples",
+            "questions",
+            "rows per batch of the harness",
+            "questions/s",
+            "peak memory",
+            "predictions that differ",
+        ],
+        rows,
+    )
 
 
 # ---- on GPUs: bench/gpu.py -----------------------------------------------------------------------
@@ -347,6 +379,7 @@ TABLES = {
     "strategies": table_strategies,
     "sft": table_sft,
     "data": table_data,
+    "lm_eval": table_lm_eval,
     "measured": table_measured,
     "throughput": table_throughput,
     "fit": table_fit,
