@@ -1,4 +1,6 @@
-"""Every command in README.md runs, as it stands, in order, in a copy of the repository."""
+"""Every command of README.md and of the guide runs as it stands, in order, in a copy of the
+repository.
+"""
 
 import json
 import os
@@ -14,7 +16,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+# The guide goes on with what the commands of README.md have made. docs/gpu.md needs a GPU.
+PAGES = ("README.md", "docs/guide.md", "docs/memory.md")
 SKIPPED = {
     "git clone": "the repository is here already",
     "bash launch/test.sh": "this test is part of it",
@@ -22,7 +25,10 @@ SKIPPED = {
 
 
 def commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    pages = [(ROOT / page).read_text(encoding="utf-8") for page in PAGES]
+    blocks = [
+        block for page in pages for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    ]
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     found = [
         line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")
@@ -30,16 +36,33 @@ def commands() -> list[str]:
     return [line for line in found if not line.startswith(tuple(SKIPPED))]
 
 
-def test_readme_has_commands():
-    assert any(command.startswith("bash launch/demo.sh") for command in commands())
+def test_pages_have_commands():
+    assert commands()[0].startswith("bash launch/demo.sh")
     assert any("--resume" in command for command in commands())
+    scripts = (
+        "recipes/prepare_data.py",
+        "recipes/sft_qlora.py",
+        "recipes/merge_adapter.py",
+        "eval/predict.py",
+        "eval/score.py",
+        "eval/compare.py",
+        "eval/report.py",
+        "bench/memory.py",
+        "bench/throughput.py",
+        "bench/latency.py",
+        "launch/preflight.py",
+        "launch/submit.py",
+        "launch/merge_gate.sh",
+    )
+    for script in scripts:
+        assert any(script in command for command in commands()), script
 
 
 def test_files_named_in_commands_exist():
     for command in commands():
         for word in shlex.split(command):
             if re.fullmatch(
-                r"(recipes|eval|launch|accelerate_configs)/[\w./-]+\.(py|sh|yaml|jsonl)", word
+                r"(recipes|eval|bench|launch|accelerate_configs)/[\w./-]+\.(py|sh|yaml|jsonl)", word
             ):
                 assert (ROOT / word).exists(), f"{word} in: {command}"
 
