@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, fields
 
 import pytest
+import yaml
 from conftest import DEMO, ROOT, run_inside, run_script
 
 from medqlora.core.config import DataEntry
-from medqlora.core.config_loading import all_keys
-from medqlora.data.examples import OpenAnswer, Passage, Removal
+from medqlora.core.config_loading import all_keys, load_config
+from medqlora.data.examples import MultipleChoice, OpenAnswer, Passage, Removal
+from medqlora.data.formats.registry import FORMATS
 from medqlora.data.reading import read_examples
 from medqlora.engines.latency import Served, summarize
 from medqlora.evaluation.answering import predict
@@ -271,3 +273,62 @@ def test_every_documented_key_is_in_the_code():
         name = re.sub(r"^(per|by)_|_ms$|^p\d\d$", "", segment)
         if re.fullmatch(r"\w+", segment) and not re.fullmatch(r"[A-Z]{2,}", segment):
             assert name in code, segment
+
+
+# ---- docs/data_formats.md ------------------------------------------------------------------------
+
+
+def read_blocks(page: str) -> list[tuple[str, str, str]]:
+    """Code blocks with a comment above them -> (file name, data entry in the comment, content)."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    return re.findall(r"<!-- (\S+)(?: (\{.*?\}))? -->\n```\w+\n(.*?)```", text, re.DOTALL)
+
+
+ROWS = [block for block in read_blocks("data_formats.md") if block[1]]
+
+
+@pytest.mark.parametrize(("name", "entry", "content"), ROWS, ids=[entry for _, entry, _ in ROWS])
+def test_rows_of_the_formats_are_read(tmp_path, name, entry, content):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    entry = DataEntry(path=str(tmp_path / name), **yaml.safe_load(entry))
+    examples, removals = read_examples(entry, "train")
+    assert len(examples) == content.count("\n") - name.endswith(".csv")
+    assert not removals
+    for example in examples:
+        if isinstance(example, MultipleChoice):
+            assert example.answer is not None
+
+
+def test_every_format_has_a_row_and_its_home():
+    assert {yaml.safe_load(entry)["format"] for _, entry, _ in ROWS} == set(FORMATS)
+    text = (DOCS / "data_formats.md").read_text(encoding="utf-8")
+    for name, format in FORMATS.items():
+        (line,) = re.findall(rf"^\| `{name}` \| .*$", text, re.MULTILINE)
+        if format.hub is not None:
+            home = ", ".join(filter(None, format.hub))
+            assert line.endswith(f"| {home} | {format.published_split} |"), line
+
+
+def test_the_added_dataset_and_its_test_work(tmp_path):
+    files = {name: content for name, more, content in read_blocks("data_formats.md") if not more}
+    assert list(files) == ["medqlora/data/formats/nursing.py", "tests/data/test_nursing.py"]
+    found = {}
+    try:
+        for content in files.values():
+            exec(content, found)
+        found["test_nursing"](tmp_path)
+    finally:
+        FORMATS.pop("nursing", None)
+
+
+# ---- configurations in the pages -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", ["guide.md", "data_formats.md"])
+def test_configurations_of_the_pages_are_valid(page, tmp_path):
+    text = (DOCS / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        (tmp_path / "c.yaml").write_text(block, encoding="utf-8")
+        load_config(tmp_path / "c.yaml", [] if "base:" in block else ["--model.base", "x"])
