@@ -1,5 +1,6 @@
 """The documents say what the code does: keys, files, messages and links are compared with it."""
 
+import ast
 import json
 import re
 from collections.abc import Iterator
@@ -332,3 +333,33 @@ def test_configurations_of_the_pages_are_valid(page, tmp_path):
     for block in blocks:
         (tmp_path / "c.yaml").write_text(block, encoding="utf-8")
         load_config(tmp_path / "c.yaml", [] if "base:" in block else ["--model.base", "x"])
+
+
+# ---- docs/troubleshooting.md ---------------------------------------------------------------------
+
+
+def list_messages() -> Iterator[str]:
+    """Every text of the code, with "…" in place of what is put into it."""
+    folders = ("medqlora", "recipes", "eval", "bench", "launch")
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [n.value if isinstance(n, ast.Constant) else "…" for n in node.values]
+                yield "".join(parts)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_explained_messages_are_those_of_the_code():
+    text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    messages = list(list_messages())
+    found = [
+        line.split("` | ")[0].removeprefix("| `")
+        for line in text.splitlines()
+        if line.startswith("| `")
+    ]
+    assert len(found) > 50
+    for explained in found:
+        pieces = [piece for piece in explained.split("…") if len(piece) > 3]
+        wanted = re.compile(".*".join(map(re.escape, pieces)), re.DOTALL)
+        assert any(wanted.search(message) for message in messages), explained
