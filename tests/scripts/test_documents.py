@@ -363,3 +363,41 @@ def test_explained_messages_are_those_of_the_code():
         pieces = [piece for piece in explained.split("…") if len(piece) > 3]
         wanted = re.compile(".*".join(map(re.escape, pieces)), re.DOTALL)
         assert any(wanted.search(message) for message in messages), explained
+
+
+# ---- all pages -----------------------------------------------------------------------------------
+
+PAGES = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *DOCS.glob("*.md"),
+        ROOT / "eval" / "README.md",
+        ROOT / "bench" / "README.md",
+    ]
+)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_named_files_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#]+)", text):
+        assert link.startswith("http") or (page.parent / link).exists(), link
+    code = re.findall(r"`((?:medqlora|recipes|eval|bench|launch|tests|docs)/[\w./-]+)`", text)
+    for name in code:
+        placeholder = re.search(r"/[A-Z-]+/", name)
+        assert placeholder or (ROOT / name).exists(), name
+
+
+def test_the_readme_is_short_and_says_early_what_has_not_been_run():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 130
+    assert lines.index("## What has not been run") < 50
+    prose = [line for line in lines if not line.startswith(("|", "python", "accelerate", "bash"))]
+    assert max(map(len, prose)) <= 100
+    assert len((ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").splitlines()) <= 100
+
+
+def test_every_page_can_be_reached_from_the_readme():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for page in DOCS.glob("*.md"):
+        assert f"(docs/{page.name})" in text, page
