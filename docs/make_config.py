@@ -47,7 +47,14 @@ working folder when they stand on the command line. An unknown key ends the prog
 with the file's line and the nearest valid key. The resolved configuration is written to
 `config.yaml` in the run folder and is itself valid input.
 """
-NAMES = {str: "text", int: "whole number", float: "number", bool: "boolean", type(None): "null"}
+NAMES = {
+    str: "text",
+    int: "whole number",
+    float: "number",
+    bool: "boolean",
+    Path: "path",
+    type(None): "null",
+}
 BOUNDS = (
     (annotated_types.Ge, "ge", "{} or more"),
     (annotated_types.Gt, "gt", "above {}"),
@@ -87,19 +94,19 @@ def name_type(annotation: Any) -> str:
         return "text"
     if origin in (typing.Union, types.UnionType):
         return " or ".join(dict.fromkeys(name_type(argument) for argument in arguments))
-    if origin is list:
+    if origin in (list, tuple):
         return f"list of {name_type(arguments[0])}"
     if origin is dict:
         return f"mapping of {name_type(arguments[0])} to {name_type(arguments[1])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "entries"
-    return NAMES[annotation]
+    return NAMES.get(annotation) or getattr(annotation, "__name__", str(annotation))
 
 
 def name_default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
-    default = field.default
+    default = field.get_default(call_default_factory=True)
     if isinstance(default, bool):
         return f"`{str(default).lower()}`"
     return "`null`" if default is None else f"`{default}`"
