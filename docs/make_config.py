@@ -22,6 +22,8 @@ from medqlora.core.command import run_command
 from medqlora.core.config import Data, DataEntry, Lora, Model, Training
 from medqlora.core.errors import ConfigError
 from medqlora.core.files import write_atomic
+from medqlora.engines.registry import EngineSettings, ModelSettings
+from medqlora.evaluation.settings import MethodSettings, OutputSettings, QuestionSettings
 
 # Heading of a table, what stands before the keys in it, and the model that it describes.
 MODELS: list[tuple[str, str, type[BaseModel]]] = [
@@ -30,6 +32,11 @@ MODELS: list[tuple[str, str, type[BaseModel]]] = [
     ("`data`: what is read and how it is asked", "data.", Data),
     ("An entry of `data.train`, `data.eval` or `data.test`", "", DataEntry),
     ("`training`: steps, memory and what is kept", "training.", Training),
+    ("Evaluation: the model", "", ModelSettings),
+    ("Evaluation: the questions", "", QuestionSettings),
+    ("Evaluation: the method", "", MethodSettings),
+    ("Evaluation: the engine", "", EngineSettings),
+    ("Evaluation: the output", "", OutputSettings),
 ]
 BEGINNING = """\
 # Configuration
@@ -46,6 +53,9 @@ Paths that begin with `./` or `../` are relative to the YAML file when they stan
 working folder when they stand on the command line. An unknown key ends the program before any work,
 with the file's line and the nearest valid key. The resolved configuration is written to
 `config.yaml` in the run folder and is itself valid input.
+
+The settings of an evaluation have no sections. Each of them is a flag of `eval/predict.py`
+(`--key VALUE`) and a key in the YAML file that is given with `--config`.
 """
 NAMES = {
     str: "text",

@@ -98,7 +98,7 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8") if path.is_file() else ""
     except (OSError, UnicodeDecodeError):
         raise ReportError(
-            f"{path} cannot be read as UTF-8 text; mend it or take it out of the folder"
+            f"{path} cannot be read as UTF-8 text; correct it or take it out of the folder"
         ) from None
 
 
@@ -107,12 +107,12 @@ def read_tree(path: Path) -> dict[str, Any]:
         tree = json.loads(read_text(path) or "{}")
     except json.JSONDecodeError as error:
         raise ReportError(
-            f"{path} line {error.lineno}: not valid JSON; mend it or take it out of the folder"
+            f"{path} line {error.lineno}: not valid JSON; correct it or take it out of the folder"
         ) from None
     if not isinstance(tree, dict):
         raise ReportError(
-            f"{path}: expected an object, got {type(tree).__name__}; mend it or take it out of the"
-            " folder"
+            f"{path}: expected an object, got {type(tree).__name__}; correct it or take it out of"
+            " the folder"
         )
     return tree
 

@@ -68,7 +68,7 @@ def test_no_room_imports_itself_in_a_circle():
 def test_the_data_side_never_imports_torch(wing):
     names = [room for room in ROOMS if room.startswith(f"medqlora.{wing}.")]
     code = f"import sys, {', '.join(names)}; assert 'torch' not in sys.modules"
-    done = run_script("-c", code)
+    done = run_script("-c", code, cold=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -115,6 +115,7 @@ def test_metrics_and_scoring_need_no_torch():
         "-c",
         "import sys, medqlora.reporting.run_page, medqlora.evaluation.metrics\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)",
+        cold=True,
     )
     assert done.returncode == 0, done.stderr
 

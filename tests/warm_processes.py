@@ -20,7 +20,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import types
 from pathlib import Path
 
@@ -91,7 +90,8 @@ class Server:
     def start(
         self, arguments: list[str], cwd: Path, environment: dict[str, str], join_outputs: bool
     ) -> WarmProcess:
-        outputs = [tempfile.TemporaryFile(), tempfile.TemporaryFile()]
+        # They are read after the process has ended, and then vanish with the object.
+        outputs = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
         reading, writing = os.pipe()
         request = {"arguments": arguments, "cwd": str(cwd), "environment": environment}
         files = [outputs[0], outputs[0] if join_outputs else outputs[1]]

@@ -67,7 +67,7 @@ def read_examples(
             examples.append(kind.parse(record, source, entry))
         except (ValueError, TypeError, AttributeError) as error:
             if not drop_invalid:
-                fix = "correct the row, or drop such rows with --data.drop_invalid true"
+                fix = "correct the row, or leave such rows out with drop_invalid"
                 raise DataError(f"{entry.format}: {source}: {error} ({fix})") from None
             removals.append(Removal(source, str(record.get("id") or ""), str(error)))
     examples = kind.select_split(examples, entry, split)

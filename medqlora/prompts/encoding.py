@@ -231,7 +231,7 @@ def encode_batch(
         if problem is not None:
             if not drop:
                 raise DataError(
-                    f"{example.dataset}: {example.source}: {problem} (mend it, raise"
+                    f"{example.dataset}: {example.source}: {problem} (correct it, raise"
                     " data.max_length, or drop such rows with --data.drop_invalid true)"
                 )
             removals.append(Removal(example.source, example.id, problem))

@@ -80,7 +80,7 @@ for x, (out, gradient, kept) in zip(inputs, before):
 stats = torch._dynamo.utils.counters["stats"]
 assert 4 <= stats["unique_graphs"] <= 20, stats
 """)
-    done = run_script(tmp_path / "compare.py")
+    done = run_script(tmp_path / "compare.py", cold=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -125,7 +125,7 @@ for name in ("normalise", "normalise_backward", "gate", "gate_backward"):
     variants = len(_debug_get_cache_entry_list(getattr(compiling, name).__code__))
     assert 1 <= variants <= 4, (name, variants)
 """)
-    done = run_script(tmp_path / "count.py")
+    done = run_script(tmp_path / "count.py", cold=True)
     assert done.returncode == 0, done.stderr
 
 

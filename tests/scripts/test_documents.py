@@ -21,7 +21,7 @@ from medqlora.evaluation.comparison import compare_predictions
 from medqlora.evaluation.method import Method
 from medqlora.evaluation.metrics import score_predictions
 from medqlora.evaluation.predictions import collect_rows
-from medqlora.evaluation.questions import ask
+from medqlora.evaluation.questions import prepare_questions
 from medqlora.prompts.chat_template import make_encoder
 from medqlora.training.planning import Decision
 
@@ -186,7 +186,7 @@ def test_predictions_and_scores_are_documented(demo_tokenizer, name):
     entry = DataEntry(format="medmcqa", path=str(DEMO / "data" / "test.jsonl"), limit=8)
     examples, _ = read_examples(entry, "test")
     encoder = make_encoder(demo_tokenizer, "plain", "letter")
-    asked, shared = ask(encoder, examples, METHODS[name])
+    asked, shared = prepare_questions(encoder, examples, METHODS[name])
     batches = predict(AnyAnswers(), encoder, asked, shared, METHODS[name], "m")
     rows = [row | {"truncated": True} for batch in batches for row in batch]
     for row in rows:
@@ -217,7 +217,7 @@ def test_predictions_and_scores_are_documented(demo_tokenizer, name):
 )
 def test_predictions_of_texts_are_documented(demo_tokenizer, example, method, kind, heading):
     encoder = make_encoder(demo_tokenizer, "plain", "letter")
-    asked, shared = ask(encoder, [example], method)
+    asked, shared = prepare_questions(encoder, [example], method)
     (rows,) = predict(AnyAnswers(), encoder, asked, shared, method, "m")
     assert {row["kind"] for row in rows} == {kind}
     for row in rows:

@@ -425,6 +425,7 @@ def test_measured_peak_is_near_the_predicted_one(tmp_path):
         "--json",
         tmp_path / "found.json",
         *flags,
+        cold=True,  # Its memory is measured.
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
