@@ -35,6 +35,7 @@ PACKAGES = (
     "pydantic",
     "rich.progress",
 )
+ROOT = Path(__file__).parent.parent
 MESSAGE = 1 << 20  # bytes of a request at most
 
 
@@ -126,6 +127,37 @@ def start(
             text=True,
         )
     return server().start(arguments, cwd, environment, join_outputs)
+
+
+def start_ranks(
+    commands: list[list[str]], environments: list[dict] | None = None, cwd: Path = ROOT
+) -> list[WarmProcess]:
+    """Start one process per command, as a launcher starts ranks, each to be looked at by itself."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    count = len(commands)
+    ranks = []
+    for rank, command in enumerate(commands):
+        environment = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        if environments:
+            environment |= environments[rank]
+        ranks.append(start(command, cwd, environment))
+    return ranks
+
+
+def finish_ranks(
+    ranks: list[WarmProcess], seconds: float = 300
+) -> tuple[list[int], list[str], list[str]]:
+    """Wait for all ranks and return their exit codes, outputs and errors."""
+    shown = [rank.communicate(timeout=seconds) for rank in ranks]
+    return [rank.returncode for rank in ranks], [out for out, _ in shown], [err for _, err in shown]
 
 
 # ---- inside the server ---------------------------------------------------------------------------

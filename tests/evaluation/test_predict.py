@@ -4,11 +4,10 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
+import warm_processes
 from conftest import DEMO, ROOT, run_inside, run_script
 
 TEST = DEMO / "data" / "test.jsonl"
@@ -66,7 +65,6 @@ def test_killed_with_changing_shards_equals_uninterrupted(whole, tmp_path):
     for _ in range(60):
         shards = chance.randint(1, 5)
         command = [
-            sys.executable,
             "eval/predict.py",
             "--model",
             DEMO / "base",
@@ -79,7 +77,7 @@ def test_killed_with_changing_shards_equals_uninterrupted(whole, tmp_path):
             "--shard",
             f"{chance.randrange(shards)}/{shards}",
         ]
-        process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.DEVNULL)
+        process = warm_processes.start(command, ROOT)
         before = len(list(parts.glob("*.jsonl"))) if parts.exists() else 0
         if kills < wanted:
             deadline = time.monotonic() + 60

@@ -8,11 +8,11 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+import warm_processes
 from conftest import DEMO, ROOT, run_inside, run_script
 
 RECIPE = ROOT / "recipes" / "sft_qlora.py"
@@ -147,13 +147,8 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(finished, tmp
     kills = 0
     for _ in range(12):
         resume = ["--resume"] if (tmp_path / "run").exists() else []
-        process = subprocess.Popen(
-            [sys.executable, *flags(tmp_path / "run", finished[0] / "cache"), *resume],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        arguments = [*flags(tmp_path / "run", finished[0] / "cache"), *resume]
+        process = warm_processes.start(arguments, ROOT)
         log = tmp_path / "run" / "train_log.jsonl"
         begun = time.time()
         seen = log.stat().st_size if log.exists() else 0
@@ -185,9 +180,7 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(finished, tmp
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_writes_a_checkpoint_and_resumes(finished, tmp_path, number):
     arguments = flags(tmp_path / "run", finished[0] / "cache", "--training.save_steps", "1000")
-    process = subprocess.Popen(
-        [sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    process = warm_processes.start(arguments, ROOT)
     log = tmp_path / "run" / "train_log.jsonl"
     while process.poll() is None and not log.exists():
         time.sleep(0.05)

@@ -4,11 +4,9 @@ nothing lost.
 
 import contextlib
 import json
-import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import ROOT
+from warm_processes import finish_ranks, start_ranks
 
 RECIPE = ROOT / "recipes" / "sft_qlora.py"
 STEPS = 24
@@ -50,46 +49,6 @@ def flags(output: Path, cache: Path, *more: str) -> list[str]:
         "float32",
         *more,
     ]
-
-
-def start_ranks(
-    commands: list[list[str]], environments: list[dict] | None = None
-) -> list[subprocess.Popen]:
-    """One process per command, as a launcher would start them, each to be looked at by itself."""
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        port = found.getsockname()[1]
-    ranks = []
-    for rank, command in enumerate(commands):
-        environment = (
-            os.environ
-            | {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(len(commands)),
-                "LOCAL_WORLD_SIZE": str(len(commands)),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            }
-            | ((environments or [{}] * len(commands))[rank])
-        )
-        ranks.append(
-            subprocess.Popen(
-                [sys.executable, *command],
-                cwd=ROOT,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    return ranks
-
-
-def finish_ranks(
-    ranks: list[subprocess.Popen], seconds: float = 120
-) -> tuple[list[int], list[str], list[str]]:
-    shown = [rank.communicate(timeout=seconds) for rank in ranks]
-    return [rank.returncode for rank in ranks], [out for out, _ in shown], [err for _, err in shown]
 
 
 def complaints(text: str) -> list[str]:

@@ -4,15 +4,16 @@ configurations, the recipe.
 
 import importlib.util
 import json
-import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from conftest import DEMO, ROOT, run_script
 from safetensors.torch import load_file
+from warm_processes import finish_ranks, start_ranks
 
 from medqlora.core.config import Config
 from medqlora.core.config_loading import load_config
@@ -28,7 +29,23 @@ from medqlora.training.strategies.launch import (
 from medqlora.training.strategies.wrapping import gather_weights
 
 STEPS = 30
+RECIPE = ROOT / "recipes" / "sft_qlora.py"
 CONFIGS = ROOT / "accelerate_configs"
+LAUNCHED = ("zero2", "fsdp2")  # the whole command of `accelerate launch`, once for each kind
+TEST = [{"format": "medmcqa", "path": str(DEMO / "data" / "test.jsonl"), "limit": 40}]
+FLAGS = (
+    *("--data.test", json.dumps(TEST)),
+    *("--data.train.0.limit", "1500"),
+    *("--data.eval.0.limit", "60"),
+    *("--training.gradient_checkpointing", "none"),
+    *("--lora.dropout", "0.1"),
+    *("--training.max_steps", STEPS),
+    *("--training.max_tokens_per_batch", "512"),
+    *("--training.global_batch_tokens", "2048"),
+    *("--training.eval_steps", "15"),
+    *("--training.save_steps", "20"),
+    *("--model.dtype", "float32"),
+)
 TWO = ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2")
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
@@ -38,57 +55,35 @@ def train(
     output: Path,
     cache: Path,
     *more: str,
-    script: Path = ROOT / "recipes" / "sft_qlora.py",
-    launch: tuple = (),
-):
-    """30 steps of the demonstration in float32 under one of accelerate_configs/, or alone. Dropout
-    belongs to the plan's micro-batches: within an epoch's full steps it is the same for any number
-    of processes."""
+    script: Path = RECIPE,
+    ranks: int = 2,
+    launcher: bool = False,
+) -> SimpleNamespace:
+    """Train 30 steps of the demonstration in float32, alone or under one of accelerate_configs/.
+
+    Dropout belongs to the plan's micro-batches: within an epoch's full steps it is the same for any
+    number of processes. `launcher` runs the whole command of `accelerate launch`; otherwise the
+    ranks get the environment that it gives them. Returns exit codes, output and errors.
+    """
     if strategy.startswith("zero") and not HAS_DEEPSPEED:
         pytest.skip("deepspeed is not installed")
-    test = json.dumps(
-        [{"format": "medmcqa", "path": str(DEMO / "data" / "test.jsonl"), "limit": 40}]
-    )
-    launcher = [
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        CONFIGS / f"{strategy}.yaml",
-        "--main_process_port",
-        "0",
-        *launch,
-    ]
-    return run_script(
-        *(launcher if strategy != "one" else []),
-        script,
-        "--output_dir",
-        output,
-        "--data.cache_dir",
-        cache,
-        "--data.test",
-        test,
-        "--data.train.0.limit",
-        "1500",
-        "--data.eval.0.limit",
-        "60",
-        "--training.gradient_checkpointing",
-        "none",
-        "--lora.dropout",
-        "0.1",
-        "--training.max_steps",
-        STEPS,
-        "--training.max_tokens_per_batch",
-        "512",
-        "--training.global_batch_tokens",
-        "2048",
-        "--training.eval_steps",
-        "15",
-        "--training.save_steps",
-        "20",
-        "--model.dtype",
-        "float32",
-        *more,
-    )
+    command = [script, "--output_dir", output, "--data.cache_dir", cache, *FLAGS, *more]
+    config = CONFIGS / f"{strategy}.yaml"
+    if strategy == "one":
+        done = run_script(*command)
+    elif launcher:
+        launch = ["--config_file", config, "--main_process_port", "0", "--num_processes", ranks]
+        done = run_script("-m", "accelerate.commands.launch", *launch, *command, cold=True)
+    else:
+        environment = launch_environ(yaml.safe_load(config.read_text()))
+        started = start_ranks([command] * ranks, [environment] * ranks)
+        codes, outputs, errors = finish_ranks(started)
+        return SimpleNamespace(codes=codes, stdout="".join(outputs), stderr="".join(errors))
+    return SimpleNamespace(codes=[done.returncode], stdout=done.stdout, stderr=done.stderr)
+
+
+def check_success(done: SimpleNamespace) -> None:
+    assert set(done.codes) == {0}, done.stderr[-3000:]
 
 
 def read_log(run: Path) -> tuple[list[dict], list[float]]:
@@ -112,13 +107,16 @@ def check_same_training(run: Path, reference: Path) -> None:
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-3), row["step"]
         assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-2), row["step"]
     assert evaluations == pytest.approx(expected_evaluations, rel=1e-3)
-    found, wanted = (
-        load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (run, reference)
-    )
-    assert found.keys() == wanted.keys()
+    trained = load_file(run / "adapter" / "adapter_model.safetensors")
+    wanted = load_file(reference / "adapter" / "adapter_model.safetensors")
+    assert trained.keys() == wanted.keys()
     for name, tensor in wanted.items():
-        assert found[name].numel() > 0
-        assert torch.allclose(found[name], tensor, rtol=1e-2, atol=1e-4), name
+        difference = trained[name] - tensor
+        assert difference.numel() > 0
+        assert difference.norm() <= 1e-3 * tensor.norm(), name
+        # AdamW's first steps have the size of the learning rate, 1.5e-3, however small a gradient
+        # is: a single weight whose gradient is all rounding may part a little further.
+        assert difference.abs().max() <= 3e-4, name
     assert (run / "predictions" / "base.jsonl").read_bytes() == (
         reference / "predictions" / "base.jsonl"
     ).read_bytes()
@@ -151,8 +149,9 @@ def runs(tmp_path_factory):
                     "4",
                 ]
             )
-            done = train(strategy, folder / key, folder / "cache", *more)
-            assert done.returncode == 0, done.stderr[-3000:]
+            launcher = strategy in LAUNCHED and quantization == "nf4"
+            done = train(strategy, folder / key, folder / "cache", *more, launcher=launcher)
+            check_success(done)
             made[key] = folder / key
         return made[key]
 
@@ -196,7 +195,7 @@ def test_checkpoint_continues_under_another_strategy_and_number_of_processes(
     done = train(
         resumed_on, tmp_path / "run", tmp_path / "cache", "--resume", "--model.quantization", "nf4"
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    check_success(done)
     assert "resuming after step 20" in done.stdout
     check_same_training(tmp_path / "run", runs("one"))
 
@@ -219,9 +218,8 @@ def test_three_processes_divide_what_does_not_divide_and_resume(runs, tmp_path):
     # faster, bfloat16 runs part by themselves
     common += ["--model.dtype", "bfloat16", "--training.eval_steps", "100", "--training.lr", "2e-4"]
     for strategy in ("one", "zero3", "fsdp2"):
-        launch = () if strategy == "one" else ("--num_processes", "3")
-        done = train(strategy, tmp_path / strategy, tmp_path / "cache", *common, launch=launch)
-        assert done.returncode == 0, done.stderr[-3000:]
+        done = train(strategy, tmp_path / strategy, tmp_path / "cache", *common, ranks=3)
+        check_success(done)
     for strategy in ("zero3", "fsdp2"):
         for row, other in zip(
             read_log(tmp_path / strategy)[0], read_log(tmp_path / "one")[0], strict=True
@@ -239,9 +237,9 @@ def test_three_processes_divide_what_does_not_divide_and_resume(runs, tmp_path):
         tmp_path / "cache",
         *common,
         "--resume",
-        launch=("--num_processes", "3"),
+        ranks=3,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    check_success(done)
     assert [row["loss"] for row in read_log(tmp_path / "zero3")[0]] == pytest.approx(
         [row["loss"] for row in before], rel=1e-6
     )
@@ -249,7 +247,6 @@ def test_three_processes_divide_what_does_not_divide_and_resume(runs, tmp_path):
 
 @pytest.mark.slow
 def test_zero3_on_one_process_resumes(runs, tmp_path):
-    alone = ("--num_processes", "1")
     short = [
         "--training.max_steps",
         "6",
@@ -258,14 +255,12 @@ def test_zero3_on_one_process_resumes(runs, tmp_path):
         "--training.eval_steps",
         "100",
     ]
-    done = train("zero3_offload", tmp_path / "run", tmp_path / "cache", *short, launch=alone)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = train("zero3_offload", tmp_path / "run", tmp_path / "cache", *short, ranks=1)
+    check_success(done)
     before = read_log(tmp_path / "run")[0]
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-6")
-    done = train(
-        "zero3_offload", tmp_path / "run", tmp_path / "cache", *short, "--resume", launch=alone
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = train("zero3_offload", tmp_path / "run", tmp_path / "cache", *short, "--resume", ranks=1)
+    check_success(done)
     assert [row["loss"] for row in read_log(tmp_path / "run")[0]] == pytest.approx(
         [row["loss"] for row in before], rel=1e-6
     )
@@ -289,11 +284,10 @@ def test_wrong_gradients_are_refused_before_training(tmp_path):
     script = tmp_path / "wrong.py"
     script.write_text(WRONG.format(recipe=str(ROOT / "recipes" / "sft_qlora.py")))
     done = train("zero3", tmp_path / "run", tmp_path / "cache", script=script)
-    assert done.returncode != 0
+    assert done.codes == [2, 2], done.stderr[-3000:]
     said = [line for line in done.stderr.splitlines() if "trains wrongly" in line]
     assert len(said) == 1, done.stderr[-3000:]
     assert "differs from the unsharded model's" in said[0]
-    assert len(re.findall(r"exitcode  : 2", done.stderr)) == 2, done.stderr[-3000:]
     assert not (tmp_path / "run" / "train_log.jsonl").exists()
 
 
@@ -417,7 +411,7 @@ def one_micro_batch(tmp_path_factory):
     """Steps that are a single micro-batch of one process, without dropout."""
     folder = tmp_path_factory.mktemp("one_micro_batch")
     done = train("one", folder / "run", folder / "cache", *ONE_MICRO_BATCH)
-    assert done.returncode == 0, done.stderr
+    check_success(done)
     return folder
 
 
@@ -442,10 +436,9 @@ ONE_MICRO_BATCH = (
 def test_more_processes_than_micro_batches_train_the_same(
     one_micro_batch, tmp_path, strategy, ranks
 ):
-    launch = ("--num_processes", ranks)
     run = tmp_path / "run"
-    done = train(strategy, run, one_micro_batch / "cache", *ONE_MICRO_BATCH, launch=launch)
-    assert done.returncode == 0, done.stderr
+    done = train(strategy, run, one_micro_batch / "cache", *ONE_MICRO_BATCH, ranks=ranks)
+    check_success(done)
     assert f"1,024 tokens per step = {ranks} x 1 micro-batch(es) of at most" in done.stdout
     steps, evaluations = read_log(run)
     expected, expected_evaluations = read_log(one_micro_batch / "run")
@@ -463,9 +456,9 @@ def test_a_rank_without_a_row_counts_zero(one_micro_batch, tmp_path):
     more = [*ONE_MICRO_BATCH, "--data.train.0.limit", "2", "--data.eval", "[]"]
     more += ["--data.train.1.limit", "1", "--data.train.1.share", "null"]
     losses = []
-    for name, launch in (("one", ()), ("ddp", ("--num_processes", 3))):
+    for name in ("one", "ddp"):
         run = tmp_path / name
-        done = train(name, run, tmp_path / "cache", *more, launch=launch)
-        assert done.returncode == 0, done.stderr
+        done = train(name, run, tmp_path / "cache", *more, ranks=3)
+        check_success(done)
         losses.append([row["loss"] for row in read_log(run)[0]])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
