@@ -1,27 +1,29 @@
-"""Does it fit? Memory of a training step, predicted without weights, GPU or network, and measured
-beside it.
+"""Does it fit? This command predicts the memory of a training step, without weights, GPU or
+network, and measures it beside the prediction.
 
-    python bench/memory.py  # the demonstration
-    # what a step needs, and for what
+    # The demonstration.
+    python bench/memory.py
+    # What a step needs, by category.
     python bench/memory.py --config recipes/configs/llama3-8b_medmcqa.yaml
-    # what fits, and the YAML for it
+    # What fits a GPU of 8 GiB, and the YAML for it.
     python bench/memory.py --config recipes/configs/llama3-8b_medmcqa.yaml --fit 8GiB
-    # on a T4
+    # The same on a T4.
     python bench/memory.py --config recipes/configs/llama3-8b_medmcqa.yaml --fit 16GiB \\
         --capability 7.5
     python bench/memory.py --config recipes/configs/llama3-8b_medmcqa.yaml --gpus 8 --strategy fsdp
-    # weights and keys/values for serving
+    # Weights, keys and values for serving.
     python bench/memory.py --config recipes/configs/qwen2.5-3b_8gb.yaml --serve 4096
-    # real steps beside the prediction
+    # Real steps beside the prediction.
     python bench/memory.py --config recipes/configs/demo.yaml --measure --plot memory.png
 
-Any key of a recipe can be given as --section.key VALUE. A shape that is not shipped in
-bench/architectures: --model.base FILE, a config.json of transformers. What the forecast follows and
-what it assumes stands in medqlora/memory.py.
+Any key of a recipe can be given as --section.key VALUE. For a shape that is not shipped in
+bench/architectures, give --model.base a config.json of transformers. medqlora/training/memory holds
+the forecast and states its assumptions.
 """
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -29,7 +31,7 @@ import sys
 import tempfile
 import threading
 import time
-import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -51,18 +53,35 @@ STRATEGIES = {"ddp": "ddp", "zero1": "zero1", "zero2": "zero2", "zero3": "zero3"
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+    """Read and check the command line; the list holds the overrides of the recipe's keys."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--config", type=Path, default=DEMO, help="recipe YAML (default: the demonstration)"
     )
+    add_hardware_flags(parser)
+    add_mode_flags(parser)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        help="with --measure: picture of memory over time (.png or .svg; needs matplotlib)",
+    )
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    arguments, overrides = parser.parse_known_args()
+    load_config(arguments.config, overrides)
+    check_arguments(arguments)
+    return arguments, overrides
+
+
+def add_hardware_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device",
         choices=["cuda", "cpu"],
         help=(
-            "what the step runs on; it need not be here (default: cuda; with --measure, what is"
-            " here)"
+            "device of the step; this machine need not have it (default: cuda; with --measure,"
+            " the device of this machine)"
         ),
     )
     parser.add_argument(
@@ -77,17 +96,25 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         "--gpus", type=int, default=1, help="processes that train together (default 1)"
     )
     parser.add_argument(
-        "--strategy", choices=list(STRATEGIES), help="with --gpus: how they share (default ddp)"
+        "--strategy",
+        choices=list(STRATEGIES),
+        help="with --gpus: how the processes share the model (default ddp)",
     )
+
+
+def add_mode_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--supervised",
         type=int,
-        help="supervised tokens of a micro-batch (default: assumed from data.completion, and said)",
+        help=(
+            "supervised tokens of a micro-batch (default: assumed from data.completion; the output"
+            " says so)"
+        ),
     )
     parser.add_argument(
         "--fit",
         metavar="SIZE",
-        help="memory of the card, e.g. 8GiB: search what fits and print the YAML to use",
+        help="memory of the GPU, e.g. 8GiB: search what fits and print the YAML to use",
     )
     parser.add_argument(
         "--serve",
@@ -103,28 +130,34 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--steps", type=int, default=3, help="with --measure: optimizer steps (default 3)"
     )
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument(
-        "--plot",
-        type=Path,
-        help="with --measure: picture of memory over time (.png or .svg; needs matplotlib)",
-    )
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    arguments, overrides = parser.parse_known_args()
-    load_config(arguments.config, overrides)
-    return arguments, overrides
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    check_new(arguments.json, "--json")
+    check_picture(arguments.plot)
+    for flag in ("gpus", "steps", "supervised", "serve"):
+        value = getattr(arguments, flag)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{flag} {value}: expected 1 or more")
+    if arguments.strategy and arguments.gpus == 1:
+        raise ConfigError(f"--strategy {arguments.strategy} is for several processes; give --gpus")
+    if arguments.measure and (arguments.gpus > 1 or arguments.fit or arguments.serve):
+        raise ConfigError(
+            "--measure is for one process and a given step; leave out --gpus, --fit and --serve"
+        )
+    if arguments.plot and not arguments.measure:
+        raise ConfigError("--plot shows measured memory; give --measure")
 
 
 if __name__ == "__main__":
-    # A mistake is said before torch is imported, which takes seconds. torch reads the allocator's
+    # Importing torch takes seconds, so mistakes are reported before. torch reads the allocator's
     # variable when it is imported.
     ARGUMENTS, OVERRIDES = run_early(parse_arguments)
     prefer_expandable_segments(os.environ)
 
 import huggingface_hub
 import torch
-import transformers
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from medqlora.model.base import check_length
 from medqlora.model.hardware import choose_dtype, default_device
@@ -144,83 +177,74 @@ from medqlora.training.memory.target import (
     usable,
 )
 from medqlora.training.memory.tracker import GIB, ForecastError
+from medqlora.training.setup import quiet_libraries
 from medqlora.training.strategies.launch import Strategy, check_strategy, choose_storage
 from medqlora.training.trial import Trial, make_table
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
-
-
 DISPLAY = "0.3 to 1 GiB"  # We assume this for a desktop with a browser.
-
-
-SEQUENCES = 32  # answered side by side, in the forecast for serving
-
+SEQUENCES = 32  # The forecast for serving assumes so many sequences side by side.
 
 console = Console(highlight=False, soft_wrap=True)
 
 
+@dataclass(frozen=True)
+class Case:
+    """What a forecast is made for.
+
+    Args:
+        given: supervised tokens of a micro-batch; None: they are assumed from data.completion.
+    """
+
+    config: Config
+    architecture: PretrainedConfig
+    target: TargetHardware
+    given: int | None
+
+    def supervised(self, tokens: int) -> int:
+        """Supervised tokens of a micro-batch of so many tokens."""
+        return self.given or assume_labelled(self.config, tokens)
+
+
 def main() -> None:
     arguments = ARGUMENTS
-    overrides = OVERRIDES
-    warnings.simplefilter("ignore", FutureWarning)  # Libraries warn each other.
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    quiet_libraries(os.environ)
     huggingface_hub.utils.logging.set_verbosity_error()
-    config = load_config(arguments.config, overrides)
+    config = load_config(arguments.config, OVERRIDES)
     if arguments.worker:
-        measure_here(config, arguments)
+        write_json(arguments.worker, measure_here(config, arguments))
         return
-    check_arguments(arguments)
     began = time.perf_counter()
     architecture = read_architecture(config.model.base, ARCHITECTURES, config.model.revision)
-    target = read_setting(config, arguments)
+    target = choose_target(config, arguments)
     check_length(architecture, config.data.max_length)
+    case = Case(config, architecture, target, arguments.supervised)
     if arguments.serve:
         check_length(architecture, arguments.serve, "--serve")
-        found = serve(config, architecture, target, arguments)
+        figures = serve(case, arguments.serve)
     elif arguments.fit:
-        found = fit(config, architecture, target, arguments)
+        figures = fit(case, arguments.fit)
     else:
-        found = predict(config, architecture, target, arguments)
-    found |= {
-        "model": config.model.base,
-        "seconds": time.perf_counter() - began,
-        "base_parameters": count_parameters(architecture, config.lora)[0],
-    }
-    console.print(f"{found['seconds']:.1f} s")
+        figures = predict(case)
+    figures["model"] = config.model.base
+    figures["seconds"] = time.perf_counter() - began
+    figures["base_parameters"] = count_parameters(architecture, config.lora)[0]
+    console.print(f"{figures['seconds']:.1f} s")
     if arguments.measure:
-        found |= measure(found, arguments, overrides)
+        figures |= measure(figures, arguments)
     if arguments.json:
-        write_json(
-            arguments.json,
-            found
-            | {
-                "command": name_command("bench/memory.py", sys.argv[1:]),
-                "environment": describe_environment(),
-            },
-        )
+        figures["command"] = name_command("bench/memory.py", sys.argv[1:])
+        figures["environment"] = describe_environment()
+        write_json(arguments.json, figures)
     if arguments.plot:
-        draw(found["timeline"], found["predicted_peak_bytes"], arguments.plot)
+        draw(figures["timeline"], figures["predicted_peak_bytes"], arguments.plot)
 
 
-def check_arguments(arguments: argparse.Namespace) -> None:
-    check_new(arguments.json, "--json")
-    check_picture(arguments.plot)
-    for flag in ("gpus", "steps", "supervised", "serve"):
-        if getattr(arguments, flag) is not None and getattr(arguments, flag) < 1:
-            raise ConfigError(f"--{flag} {getattr(arguments, flag)}: expected 1 or more")
-    if arguments.strategy and arguments.gpus == 1:
-        raise ConfigError(f"--strategy {arguments.strategy} is for several processes; give --gpus")
-    if arguments.measure and (arguments.gpus > 1 or arguments.fit or arguments.serve):
-        raise ConfigError(
-            "--measure is of one process and a given step; leave out --gpus, --fit and --serve"
-        )
-    if arguments.plot and not arguments.measure:
-        raise ConfigError("--plot shows measured memory; give --measure")
+# ---- prediction ----------------------------------------------------------------------------------
 
 
-def read_setting(config: Config, arguments: argparse.Namespace) -> TargetHardware:
-    """Where the step is to run. Memory: of --fit, else without bound."""
+def choose_target(config: Config, arguments: argparse.Namespace) -> TargetHardware:
+    """The hardware that the flags describe; without --fit its memory has no bound."""
     here = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(arguments.device or (here if arguments.measure else "cuda"))
     if arguments.measure and device.type != here:
@@ -235,15 +259,14 @@ def read_setting(config: Config, arguments: argparse.Namespace) -> TargetHardwar
         )
     capability = parse_capability(arguments.capability)
     dtype = choose_dtype(config.model.dtype, device, capability)
-    strategy = Strategy(
-        STRATEGIES[arguments.strategy or "ddp"] if arguments.gpus > 1 else "one", arguments.gpus
-    )
+    name = STRATEGIES[arguments.strategy or "ddp"] if arguments.gpus > 1 else "one"
+    strategy = Strategy(name, arguments.gpus)
     check_strategy(strategy, config, dtype, {})
     memory = usable(parse_size(arguments.fit), device) if arguments.fit else sys.maxsize
     if memory <= 0:
         raise ForecastError(
             f"--fit {arguments.fit}: {(CONTEXT + KERNELS) / GIB:.2f} GiB go to the CUDA context and"
-            " kernels alone; give the memory of a card, e.g. 8GiB"
+            " kernels alone; give the memory of a GPU, e.g. 8GiB"
         )
     storage = choose_storage(strategy, config.model.quantization, dtype)
     return TargetHardware(
@@ -261,97 +284,76 @@ def parse_capability(text: str | None) -> tuple[int, int] | None:
     """ "7.5" -> (7, 5)."""
     if text is None:
         return None
-    found = re.fullmatch(r"(\d+)\.(\d)", text)
-    if not found:
+    match = re.fullmatch(r"(\d+)\.(\d)", text)
+    if not match:
         raise ConfigError(
             f"--capability {text}: expected a major and a minor number, e.g. 7.5 for a T4 or 8.9"
             " for an RTX 4090"
         )
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
-def labelled_of(config: Config, arguments: argparse.Namespace):
-    return lambda tokens: arguments.supervised or assume_labelled(config, tokens)
-
-
-def predict(
-    config: Config, architecture, target: TargetHardware, arguments: argparse.Namespace
-) -> dict:
-    """The step that the recipe describes; where it says auto and no card is named, with every layer
-    recomputed.
+def predict(case: Case) -> dict:
+    """Forecast the recipe's own step. Where it says auto, every layer is recomputed, because no
+    memory is given that a plan could be made for.
     """
-    training = config.training
+    training = case.config.training
     mode = "full" if training.gradient_checkpointing == "auto" else training.gradient_checkpointing
-    tokens = list_budgets(training, config.data.max_length, target.strategy.ranks)[-1]
-    plan = forecast_plan(
-        config, architecture, target, tokens, mode, labelled_of(config, arguments)(tokens)
-    )
-    console.print(
-        f"[bold]{config.model.base}[/]: {describe(config, architecture, target, plan, arguments)}"
-    )
+    ranks = case.target.strategy.ranks
+    tokens = list_budgets(training, case.config.data.max_length, ranks)[-1]
+    supervised = case.supervised(tokens)
+    plan = forecast_plan(case.config, case.architecture, case.target, tokens, mode, supervised)
+    console.print(f"[bold]{case.config.model.base}[/]: {describe(case, plan)}")
     if "auto" in (training.gradient_checkpointing, training.max_tokens_per_batch):
         console.print(
-            "the recipe says auto: here every layer is recomputed; --fit SIZE shows what it would"
-            " choose on a card"
+            "the recipe says auto: here every layer is recomputed; --fit SIZE shows what auto"
+            " would choose on a GPU"
         )
-    show(plan, target)
-    return collect(plan, target)
+    show(plan, case.target)
+    return collect(plan, case.target)
 
 
-def describe(
-    config: Config,
-    architecture,
-    target: TargetHardware,
-    plan: StepPlan,
-    arguments: argparse.Namespace,
-) -> str:
-    labelled = labelled_of(config, arguments)(plan.tokens)
-    assumed = "" if arguments.supervised else " (assumed)"
-    share = (
-        f", {target.strategy.name} on {target.strategy.ranks} GPUs"
-        if target.strategy.ranks > 1
-        else ""
-    )
-    attention = target.choose_attention(config, architecture)
-    cost = cost_of_attention(config, architecture, target, plan, labelled)
+def describe(case: Case, plan: StepPlan) -> str:
+    config = case.config
+    forecast = plan.forecast
+    strategy = case.target.strategy
+    supervised = case.supervised(plan.tokens)
+    assumed = "" if case.given else " (assumed)"
+    share = f", {strategy.name} on {strategy.ranks} GPUs" if strategy.ranks > 1 else ""
+    attention = case.target.choose_attention(config, case.architecture)
+    cost = cost_of_attention(config, case.architecture, case.target, plan, supervised)
     more = f", {cost / GIB:+.2f} GiB against the variable-length kernel" if cost is not None else ""
     return (
-        f"{config.model.quantization}, {target.dtype}, attention {attention.backend}"
-        f" ({attention.reason}{more}), LoRA r={config.lora.r} ({plan.forecast.trainable:,}"
+        f"{config.model.quantization}, {case.target.dtype}, attention {attention.backend}"
+        f" ({attention.reason}{more}), LoRA r={config.lora.r} ({forecast.trainable:,}"
         f" trainable), {config.training.optimizer}; {plan.tokens:,} tokens per micro-batch in rows"
-        f" of {config.data.max_length:,}, {labelled:,} supervised{assumed},"
-        f" {plan.forecast.recomputed} of {plan.forecast.layers} layers recomputed{share}, on"
-        f" {target.device.type}"
+        f" of {config.data.max_length:,}, {supervised:,} supervised{assumed},"
+        f" {forecast.recomputed} of {forecast.layers} layers recomputed{share}, on"
+        f" {case.target.device.type}"
     )
 
 
 def show(plan: StepPlan, target: TargetHardware) -> None:
     forecast = plan.forecast
     table = Table(title="predicted memory of one process at its peak", title_justify="left")
-    for column, justify in (("", "left"), ("GiB", "right"), ("share", "right")):
-        table.add_column(column, justify=justify)
+    table.add_column("")
+    table.add_column("GiB", justify="right")
+    table.add_column("share", justify="right")
     for name, value in sorted(forecast.by_category.items(), key=lambda item: -item[1]):
         if value >= 2**20:
             table.add_row(name, f"{value / GIB:.2f}", f"{value / forecast.peak:.0%}")
     table.add_row("[bold]peak", f"[bold]{forecast.peak / GIB:.2f}", "")
     if target.device.type == "cuda":
-        table.add_row(
-            "reserved by the allocator", f"{target.needs(forecast, plan.short) / GIB:.2f}", ""
-        )
+        reserved = target.needs(forecast, plan.short)
+        total = (reserved + CONTEXT + KERNELS) / (1 - MARGIN)
+        table.add_row("reserved by the allocator", f"{reserved / GIB:.2f}", "")
         table.add_row("CUDA context and kernels (assumed)", f"{(CONTEXT + KERNELS) / GIB:.2f}", "")
-        table.add_row(
-            f"GPU that leaves {MARGIN:.0%} free",
-            f"{(target.needs(forecast, plan.short) + CONTEXT + KERNELS) / (1 - MARGIN) / GIB:.2f}",
-            "",
-        )
+        table.add_row(f"GPU that leaves {MARGIN:.0%} free", f"{total / GIB:.2f}", "")
         if forecast.host:
             table.add_row("pinned in the host's memory", f"{forecast.host / GIB:.2f}", "")
     console.print(table)
-    console.print(
-        "peak by phase: "
-        + ", ".join(f"{phase} {value / GIB:.2f}" for phase, value in forecast.by_phase.items())
-        + " GiB"
-    )
+    phases = ", ".join(f"{phase} {value / GIB:.2f}" for phase, value in forecast.by_phase.items())
+    console.print(f"peak by phase: {phases} GiB")
 
 
 def collect(plan: StepPlan, target: TargetHardware) -> dict:
@@ -378,20 +380,19 @@ def collect(plan: StepPlan, target: TargetHardware) -> dict:
     }
 
 
-def fit(
-    config: Config, architecture, target: TargetHardware, arguments: argparse.Namespace
-) -> dict:
-    """What a card of --fit can train: the longest row at all, and the fastest way for the recipe's
-    own rows.
+def fit(case: Case, size: str) -> dict:
+    """Search what a GPU of this size can train: the fastest plan for the recipe's rows, and the
+    longest row.
     """
-    config = change(config, "training", max_tokens_per_batch="auto", gradient_checkpointing="auto")
-    plan = plan_step(config, architecture, target, labelled_of(config, arguments))
-    console.print(
-        f"[bold]{config.model.base} on a card of {arguments.fit}[/]:"
-        f" {describe(config, architecture, target, plan, arguments)}"
+    config = change(
+        case.config, "training", max_tokens_per_batch="auto", gradient_checkpointing="auto"
     )
+    case = replace(case, config=config)
+    target = case.target
+    plan = plan_step(config, case.architecture, target, case.supervised)
+    console.print(f"[bold]{config.model.base} on a GPU of {size}[/]: {describe(case, plan)}")
     show(plan, target)
-    longest = longest_sequence(config, architecture, target, labelled_of(config, arguments))
+    longest = longest_sequence(config, case.architecture, target, case.supervised)
     mode = least_memory(target.device)
     if longest:
         console.print(
@@ -400,109 +401,124 @@ def fit(
         )
     if target.device.type == "cuda":
         console.print(
-            f"a screen on the same GPU takes {DISPLAY} of it: give --fit what nvidia-smi shows as"
-            " free before training"
+            f"a screen on the same GPU takes {DISPLAY} of it: give --fit the memory that"
+            " nvidia-smi shows as free before training"
         )
-    chosen = {
-        "data": {"max_length": config.data.max_length},
-        "training": {
-            "global_batch_tokens": config.training.global_batch_tokens,
-            "max_tokens_per_batch": plan.tokens,
-            "gradient_checkpointing": plan.checkpointing,
-        },
-    }
-    console.print(
-        "\n# for rows as long as the recipe's\n" + yaml.safe_dump(chosen, sort_keys=False), end=""
+    print_recipe(
+        "for rows as long as the recipe's",
+        config.data.max_length,
+        config.training.global_batch_tokens,
+        plan.tokens,
+        plan.checkpointing,
     )
     if longest:
         step = longest * target.strategy.ranks
-        alone = {
-            "data": {"max_length": longest},
-            "training": {
-                "global_batch_tokens": step,
-                "max_tokens_per_batch": longest,
-                "gradient_checkpointing": mode,
-            },
-        }
-        console.print("\n# for the longest rows\n" + yaml.safe_dump(alone, sort_keys=False), end="")
+        print_recipe("for the longest rows", longest, step, longest, mode)
     return collect(plan, target) | {
         "longest_row": longest,
         "usable_bytes": target.memory,
-        "card": arguments.fit,
+        "card": size,
     }
 
 
-def serve(
-    config: Config, architecture, target: TargetHardware, arguments: argparse.Namespace
-) -> dict:
-    """Weights as stored and merged, and the keys and values of sequences of --serve tokens."""
+def print_recipe(
+    purpose: str, max_length: int, global_tokens: int, micro_tokens: int, checkpointing: str
+) -> None:
+    """Print the YAML of a plan, for a recipe."""
+    tree = {
+        "data": {"max_length": max_length},
+        "training": {
+            "global_batch_tokens": global_tokens,
+            "max_tokens_per_batch": micro_tokens,
+            "gradient_checkpointing": checkpointing,
+        },
+    }
+    console.print(f"\n# {purpose}\n" + yaml.safe_dump(tree, sort_keys=False), end="")
+
+
+def serve(case: Case, tokens: int) -> dict:
+    """Forecast the weights, as stored and merged, and the keys and values of so many tokens."""
+    config = case.config
+    target = case.target
+    title = f"serving {config.model.base}, sequences of {tokens:,} tokens"
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for column in ("weights GiB", "one sequence MiB", f"{SEQUENCES} sequences GiB", "fit"):
+        table.add_column(column, justify="right")
     merged = change(config, "model", quantization="none")
-    table = Table(
-        title=f"serving {config.model.base}, sequences of {arguments.serve:,} tokens",
-        title_justify="left",
-    )
-    for column, justify in (
-        ("", "left"),
-        ("weights GiB", "right"),
-        ("one sequence MiB", "right"),
-        (f"{SEQUENCES} sequences GiB", "right"),
-        ("fit", "right"),
-    ):
-        table.add_column(column, justify=justify)
-    found = {}
+    serving = {}
     for name, served in ((config.model.quantization, config), ("merged, 16 bits", merged)):
-        facts = forecast_serving(served, architecture, target.dtype, arguments.serve)
-        total = facts["weights"] + SEQUENCES * facts["keys_and_values"]
-        fits = (
-            (target.memory - facts["weights"]) // facts["keys_and_values"]
-            if arguments.fit
-            else None
-        )
+        needs = forecast_serving(served, case.architecture, target.dtype, tokens)
+        weights = needs["weights"]
+        sequence = needs["keys_and_values"]
+        # Without --fit the memory has no bound.
+        fits = None if target.memory == sys.maxsize else (target.memory - weights) // sequence
         table.add_row(
             name,
-            f"{facts['weights'] / GIB:.2f}",
-            f"{facts['keys_and_values'] / 2**20:.0f}",
-            f"{total / GIB:.2f}",
+            f"{weights / GIB:.2f}",
+            f"{sequence / 2**20:.0f}",
+            f"{(weights + SEQUENCES * sequence) / GIB:.2f}",
             "" if fits is None else f"{max(0, fits):,}",
         )
-        found[name] = facts | {"sequences_that_fit": fits}
+        serving[name] = needs | {"sequences_that_fit": fits}
     console.print(table)
-    least = found[config.model.quantization]
+    stored = serving[config.model.quantization]
     return {
-        "serving": found,
-        "tokens": arguments.serve,
-        "predicted_peak_bytes": least["weights"] + least["keys_and_values"],
+        "serving": serving,
+        "tokens": tokens,
+        "predicted_peak_bytes": stored["weights"] + stored["keys_and_values"],
         "predicted_reserved_bytes": None,
-        "by_category": least,
+        "by_category": stored,
         "measured_peak_bytes": None,
         "relative_error": None,
     }
 
 
-def measure(found: dict, arguments: argparse.Namespace, overrides: list[str]) -> dict:
-    """The same step for real, in a process of its own; -> figures that join the prediction's."""
+# ---- measurement ---------------------------------------------------------------------------------
+
+
+def measure(figures: dict, arguments: argparse.Namespace) -> dict:
+    """Train the predicted step in a process of its own -> figures that join the prediction's."""
+    measured = run_worker(figures, arguments)
+    predicted = figures["predicted_peak_bytes"]
+    error = (predicted - measured["peak"]) / measured["peak"]
+    meaning = "resident, above what the process held before"
+    if measured["device"] == "cuda":
+        meaning = "allocated on the GPU"
+        console.print(
+            f"measured reserve {measured['reserved'] / GIB:.3f} GiB, predicted"
+            f" {figures['predicted_reserved_bytes'] / GIB:.3f} GiB"
+        )
+    console.print(
+        f"measured peak {measured['peak'] / GIB:.3f} GiB ({meaning}), predicted"
+        f" {predicted / GIB:.3f} GiB: {error:+.1%}"
+    )
+    return {
+        "measured_peak_bytes": measured["peak"],
+        "measured_reserved_bytes": measured["reserved"],
+        "relative_error": error,
+        "timeline": measured["timeline"],
+        "phases": measured["phases"],
+        "random_weights": measured["random_weights"],
+    }
+
+
+def run_worker(figures: dict, arguments: argparse.Namespace) -> dict:
+    """What measure_here returns, from another process."""
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder) / "measured.json"
-        given = [
-            "--training.max_tokens_per_batch",
-            str(found["max_tokens_per_batch"]),
-            "--training.gradient_checkpointing",
-            found["gradient_checkpointing"],
-        ]
+        output = Path(folder) / "measured.json"
         flags = [
-            "--config",
-            str(arguments.config),
-            "--steps",
-            str(arguments.steps),
-            "--worker",
-            str(work),
-            *overrides,
-            *given,
+            f"--config={arguments.config}",
+            f"--steps={arguments.steps}",
+            f"--worker={output}",
+            *OVERRIDES,
+            f"--training.max_tokens_per_batch={figures['max_tokens_per_batch']}",
+            f"--training.gradient_checkpointing={figures['gradient_checkpointing']}",
         ]
         if arguments.supervised:
-            flags += ["--supervised", str(arguments.supervised)]
-        # glibc would keep freed tensors for itself; like this each goes back to the system, and
-        # resident memory is what lives
+            flags.append(f"--supervised={arguments.supervised}")
+        # glibc would keep freed tensors for itself. With these thresholds each goes back to the
+        # system, so resident memory is the memory of living tensors.
         environ = os.environ | {
             "MALLOC_MMAP_THRESHOLD_": "65536",
             "MALLOC_TRIM_THRESHOLD_": "131072",
@@ -510,44 +526,21 @@ def measure(found: dict, arguments: argparse.Namespace, overrides: list[str]) ->
         done = subprocess.run(
             [sys.executable, __file__, *flags], env=environ, stderr=subprocess.PIPE, text=True
         )
-        if done.returncode or not work.is_file():
+        if done.returncode or not output.is_file():
             last = (done.stderr.strip().splitlines() or ["killed, out of memory?"])[-1]
             raise ForecastError(
                 f"measurement ended with code {done.returncode}: {last}; take fewer tokens, or"
                 " leave out --measure"
             )
-        measured = json.loads(work.read_text(encoding="utf-8"))
-    error = (found["predicted_peak_bytes"] - measured["peak"]) / measured["peak"]
-    what = (
-        "allocated on the GPU"
-        if measured["device"] == "cuda"
-        else "resident, above what the process held before"
-    )
-    if measured["device"] == "cuda":
-        console.print(
-            f"measured reserve {measured['reserved'] / GIB:.3f} GiB, predicted"
-            f" {found['predicted_reserved_bytes'] / GIB:.3f} GiB"
-        )
-    console.print(
-        f"measured peak {measured['peak'] / GIB:.3f} GiB ({what}), predicted"
-        f" {found['predicted_peak_bytes'] / GIB:.3f} GiB: {error:+.1%}"
-    )
-    return {
-        "measured_peak_bytes": measured["peak"],
-        "measured_reserved_bytes": measured["reserved"],
-        "relative_error": error,
-    } | {key: measured[key] for key in ("timeline", "phases", "random_weights")}
+        return json.loads(output.read_text(encoding="utf-8"))
 
 
-def measure_here(config: Config, arguments: argparse.Namespace) -> None:
-    """The worker: load, train --steps steps, and write what memory did."""
+def measure_here(config: Config, arguments: argparse.Namespace) -> dict:
+    """Load, train --steps steps, and return how memory went."""
     device = default_device()
     architecture = read_architecture(config.model.base, ARCHITECTURES, config.model.revision)
-    weights = (
-        any(Path(config.model.base).expanduser().glob("*.safetensors"))
-        if Path(config.model.base).expanduser().is_dir()
-        else False
-    )
+    folder = Path(config.model.base).expanduser()
+    has_weights = folder.is_dir() and any(folder.glob("*.safetensors"))
     small = AutoConfig.for_model(
         "llama",
         hidden_size=256,
@@ -556,43 +549,37 @@ def measure_here(config: Config, arguments: argparse.Namespace) -> None:
         num_attention_heads=4,
         vocab_size=512,
     )
-    # libraries load and make their buffers
+    # Libraries load their code and make their buffers here, before memory is counted.
     take_steps(Trial(config, small, device), config, 64, 2, 1)
-    meter = Timeline(device)
-    meter.mark("loading")
-    trial = Trial(config, None if weights else architecture, device)
-    meter.mark("training")
+    timeline = Timeline(device)
+    timeline.mark("loading")
+    trial = Trial(config, None if has_weights else architecture, device)
+    timeline.mark("training")
     tokens = config.training.max_tokens_per_batch
-    take_steps(
-        trial,
-        config,
-        tokens,
-        arguments.supervised or assume_labelled(config, tokens),
-        arguments.steps,
-    )
+    supervised = arguments.supervised or assume_labelled(config, tokens)
+    take_steps(trial, config, tokens, supervised, arguments.steps)
     del trial
-    meter.mark("after")
-    found = meter.finish() | {"device": device.type, "random_weights": not weights}
-    write_json(arguments.worker, found)
+    timeline.mark("after")
+    return timeline.finish() | {"device": device.type, "random_weights": not has_weights}
 
 
-def take_steps(trial, config: Config, tokens: int, labelled: int, steps: int) -> None:
-    """Optimizer steps on rows as long as they may be, each of as many micro-batches as the
+def take_steps(trial: Trial, config: Config, tokens: int, supervised: int, steps: int) -> None:
+    """Take optimizer steps on rows as long as they may be, each of as many micro-batches as the
     recipe's.
     """
     training = config.training
-    micro = training.global_batch_tokens // training.max_tokens_per_batch
+    micro_batches = training.global_batch_tokens // training.max_tokens_per_batch
     lengths = np.array(make_batch(config, tokens, 1, True).lengths)
     table = make_table(
-        np.tile(lengths, micro),
-        max(1, -(-labelled // len(lengths))),
+        np.tile(lengths, micro_batches),
+        max(1, math.ceil(supervised / len(lengths))),
         trial.vocabulary,
         training.seed,
     )
     plan = make_plan(
         table.lengths,
         capacity=tokens,
-        global_tokens=tokens * micro,
+        global_tokens=tokens * micro_batches,
         epochs=steps,
         seed=training.seed,
         packing=config.data.packing,
@@ -602,38 +589,39 @@ def take_steps(trial, config: Config, tokens: int, labelled: int, steps: int) ->
 
 
 class Timeline:
-    """Memory of this process over time, sampled by a thread: allocated on a GPU, else resident
-    above the beginning's.
+    """Memory of this process over time, sampled by a thread: tensors on a GPU, else resident
+    memory, both above their first value.
     """
 
     def __init__(self, device: torch.device):
-        self.device, self.process, self.began = device, psutil.Process(), time.perf_counter()
+        self.device = device
+        self.process = psutil.Process()
+        self.began = time.perf_counter()
         self.start = self.read()
         self.points: list[tuple[float, int]] = []
         self.marks: list[tuple[float, str]] = []
         self.ended = threading.Event()
-        self.thread = threading.Thread(target=self.watch, daemon=True)
+        self.thread = threading.Thread(target=self.sample, daemon=True)
         self.thread.start()
 
     def read(self) -> int:
-        return (
-            torch.cuda.memory_allocated()
-            if self.device.type == "cuda"
-            else self.process.memory_info().rss
-        )
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated()
+        return self.process.memory_info().rss
 
-    def watch(self) -> None:
+    def sample(self) -> None:
         while not self.ended.wait(0.002):
             self.points.append((time.perf_counter() - self.began, self.read() - self.start))
 
     def mark(self, phase: str) -> None:
+        """Note that a phase begins."""
         if self.device.type == "cuda" and phase == "training":
             torch.cuda.empty_cache()  # Loading leaves blocks that training does not need.
             torch.cuda.reset_peak_memory_stats()
         self.marks.append((time.perf_counter() - self.began, phase))
 
     def finish(self) -> dict:
-        # what stays is seen as well
+        # The timeline also shows for a while what stays after training.
         time.sleep(max(0.05, 0.1 * (time.perf_counter() - self.began)))
         self.ended.set()
         self.thread.join()
@@ -641,24 +629,29 @@ class Timeline:
         peak = max(value for at, value in self.points if at >= training)
         reserved = None
         if self.device.type == "cuda":
+            # torch counts its peaks between two samples too.
             peak = torch.cuda.max_memory_allocated()
-            reserved = torch.cuda.max_memory_reserved()  # between two samples too
+            reserved = torch.cuda.max_memory_reserved()
+        ends = [at for at, _ in self.marks[1:]] + [math.inf]
         phases = {}
-        for (at, phase), (until, _) in zip(
-            self.marks, [*self.marks[1:], (float("inf"), "")], strict=True
-        ):
-            phases[phase] = max(
-                (value for when, value in self.points if at <= when < until), default=0
-            )
-        size = max(1, len(self.points) // 400)
-        blocks = [self.points[i : i + size] for i in range(0, len(self.points), size)]
-        points = [(block[0][0], max(value for _, value in block)) for block in blocks]
+        for (began, phase), ended in zip(self.marks, ends, strict=True):
+            values = [value for at, value in self.points if began <= at < ended]
+            phases[phase] = max(values, default=0)
         return {
             "peak": peak,
             "reserved": reserved,
             "phases": phases,
-            "timeline": {"points": points, "marks": self.marks},
+            "timeline": {"points": self.thin_out(), "marks": self.marks},
         }
+
+    def thin_out(self) -> list[tuple[float, int]]:
+        """About 400 points: the highest value of each block of samples, at the block's start."""
+        size = max(1, len(self.points) // 400)
+        thinned = []
+        for first in range(0, len(self.points), size):
+            block = self.points[first : first + size]
+            thinned.append((block[0][0], max(value for _, value in block)))
+        return thinned
 
 
 def draw(timeline: dict, predicted: int, path: Path) -> None:
@@ -667,34 +660,21 @@ def draw(timeline: dict, predicted: int, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    seconds = [at for at, _ in timeline["points"]]
+    memory = [value / GIB for _, value in timeline["points"]]
+    height = predicted / GIB
+    top = max(height, *memory) * 1.25
     figure, axes = plt.subplots(figsize=(8, 3.5), layout="constrained")
-    axes.fill_between(
-        [at for at, _ in timeline["points"]],
-        [value / GIB for _, value in timeline["points"]],
-        alpha=0.3,
-        linewidth=0,
-    )
-    axes.plot(
-        [at for at, _ in timeline["points"]],
-        [value / GIB for _, value in timeline["points"]],
-        linewidth=1,
-    )
-    axes.axhline(predicted / GIB, color="black", linestyle="--", linewidth=1)
-    top = max(predicted / GIB, *(value / GIB for _, value in timeline["points"])) * 1.25
-    axes.annotate(
-        "predicted peak",
-        (timeline["points"][-1][0] / 2, predicted / GIB * 1.02),
-        ha="center",
-        va="bottom",
-        fontsize=9,
-    )
-    for place, (at, phase) in enumerate(timeline["marks"]):
+    axes.fill_between(seconds, memory, alpha=0.3, linewidth=0)
+    axes.plot(seconds, memory, linewidth=1)
+    axes.axhline(height, color="black", linestyle="--", linewidth=1)
+    middle = (seconds[-1] / 2, height * 1.02)
+    axes.annotate("predicted peak", middle, ha="center", va="bottom", fontsize=9)
+    for number, (at, phase) in enumerate(timeline["marks"]):
         axes.axvline(at, color="grey", linewidth=0.8)
-        # one above the other where a phase is short
-        axes.annotate(f" {phase}", (at, top * (0.94 - 0.07 * (place % 2))), fontsize=9)
-    axes.set(
-        xlabel="seconds", ylabel="memory in GiB", ylim=(0, top), xlim=(0, timeline["points"][-1][0])
-    )
+        # Names stand at two heights, because a short phase leaves no room beside its own.
+        axes.annotate(f" {phase}", (at, top * (0.94 - 0.07 * (number % 2))), fontsize=9)
+    axes.set(xlabel="seconds", ylabel="memory in GiB", ylim=(0, top), xlim=(0, seconds[-1]))
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
