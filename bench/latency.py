@@ -1,26 +1,29 @@
-"""How fast does it answer? Latency under load, of letters and of texts; and how large a model is.
+"""How fast does a model answer, and how large is it? Latency under load, for letters and for texts.
 
-    python bench/latency.py --model recipes/demo/base  # transformers, one request at a time
-    # starts a vLLM server of its own
+    # transformers answers one request at a time.
+    python bench/latency.py --model recipes/demo/base
+    # This starts a vLLM server of its own.
     python bench/latency.py --model DIR --engine vllm --concurrency 1,8,32 --rate 4,16
     python bench/latency.py --model NAME --engine openai --server http://127.0.0.1:8000/v1 \\
         --tokenizer DIR --goodput ttft=500 --goodput tpot=50
-    python bench/latency.py --model DIR --scoring  # letters: one output token, so no TPOT
-    # bytes on disk, and in memory in 16 and 4 bits
+    # Letters have one output token, so they have no TPOT.
+    python bench/latency.py --model DIR --scoring
+    # Bytes on disk, and in memory in 16 and 4 bits.
     python bench/latency.py --model DIR --sizes MERGED_DIR
 
-Prompts are questions of --format and --path (default: the demonstration's). Closed loop:
---concurrency requests are under way at any time. Open loop: requests arrive as a Poisson process of
---rate per second, whether or not the earlier ones are done. Times are the client's: TTFT to the
-first token, TPOT per output token after it, ITL between pieces, E2EL to the last
-(medqlora/latency.py).
+Prompts are questions of --format and --path (default: the demonstration's). In a closed loop,
+--concurrency requests are under way at any time. In an open loop, requests arrive as a Poisson
+process of --rate per second, whether or not the earlier ones are answered. The client measures the
+times: TTFT to the first token, TPOT per output token after it, ITL between pieces, E2EL to the last
+piece (medqlora/engines/latency.py).
 
-Every loop has questions of its own as far as the file goes, and vLLM is started without its prefix
-cache: a prompt that was seen before would be answered sooner.
+Every loop has questions of its own as long as the file has enough, and vLLM is started without its
+prefix cache, because a prompt that was seen before would be answered sooner.
 """
 
 import argparse
 import asyncio
+import math
 import os
 import socket
 import subprocess
@@ -29,7 +32,7 @@ import tempfile
 import time
 import urllib.request
 import warnings
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +46,7 @@ from medqlora.core.environment import describe_environment, name_command, prefer
 from medqlora.core.files import check_new, write_json
 from medqlora.data.formats.registry import FORMATS
 from medqlora.data.reading import read_examples
-from medqlora.engines.interface import Request
+from medqlora.engines.interface import Engine, Request
 from medqlora.engines.latency import (
     LatencyError,
     Served,
@@ -52,15 +55,31 @@ from medqlora.engines.latency import (
     parse_objectives,
     summarize,
 )
-from medqlora.model.hardware import default_device
 
 QUESTIONS = Path(__file__).parents[1] / "recipes" / "demo" / "data" / "test.jsonl"
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Read and check the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_engine_flags(parser)
+    add_question_flags(parser)
+    add_load_flags(parser)
+    parser.add_argument(
+        "--sizes",
+        nargs="*",
+        metavar="DIR",
+        help="instead of times: sizes of --model and of these folders, on disk and in memory",
+    )
+    parser.add_argument("--json", type=Path, help="write the figures to this file, after each loop")
+    arguments = parser.parse_args()
+    check_arguments(arguments)
+    return arguments
+
+
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, help="folder or hub id; --engine openai: the server's name for it"
     )
@@ -80,6 +99,9 @@ def parse_arguments() -> argparse.Namespace:
         help="openai: environment variable with the key (default %(default)s)",
     )
     parser.add_argument("--tokenizer", help="openai: folder or hub id of the model's tokenizer")
+
+
+def add_question_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         choices=sorted(FORMATS),
@@ -95,11 +117,14 @@ def parse_arguments() -> argparse.Namespace:
         "--prompt_style",
         choices=["auto", "chat", "plain", "lm_eval"],
         default="auto",
-        help="default auto",
+        help="style of the prompts (default auto)",
     )
     parser.add_argument(
         "--scoring", action="store_true", help="time letter scoring instead of texts"
     )
+
+
+def add_load_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--concurrency", default="1,4", metavar="N,N", help="closed loops (default 1,4)"
     )
@@ -117,19 +142,50 @@ def parse_arguments() -> argparse.Namespace:
         metavar="MEASURE=MS",
         help="objective: ttft=, tpot= or e2el= milliseconds",
     )
-    parser.add_argument(
-        "--sizes",
-        nargs="*",
-        metavar="DIR",
-        help="instead of times: sizes of --model and of these, on disk and in memory",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of arrivals (default 0)")
-    parser.add_argument("--json", type=Path, help="write the figures to this file, after each loop")
-    return parser.parse_args()
+    parser.add_argument("--seed", type=int, default=0, help="seed of the arrivals (default 0)")
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    check_new(arguments.json, "--json")
+    if arguments.engine == "openai" and not (arguments.server and arguments.tokenizer):
+        raise LatencyError("--engine openai needs --server ADDRESS and --tokenizer DIR")
+    if arguments.dtype == "nf4" and arguments.engine != "hf":
+        raise LatencyError(
+            f"--dtype nf4 --engine {arguments.engine}: only hf runs 4-bit bases; merge first"
+            " (recipes/merge_adapter.py)"
+        )
+    if arguments.requests < 1 or arguments.output_tokens < 1:
+        raise LatencyError(
+            f"--requests {arguments.requests}, --output_tokens {arguments.output_tokens}: expected"
+            " 1 or more"
+        )
+    if arguments.seed < 0:
+        raise LatencyError(f"--seed {arguments.seed}: expected 0 or more")
+    list_loads(arguments)
+    parse_objectives(arguments.goodput)
+
+
+def list_loads(arguments: argparse.Namespace) -> list[tuple[str, float]]:
+    """Each loop's kind, concurrency or rate, and its level."""
+    closed = parse_levels("--concurrency", arguments.concurrency, whole=True)
+    opened = parse_levels("--rate", arguments.rate, whole=False)
+    return [("concurrency", level) for level in closed] + [("rate", level) for level in opened]
+
+
+def parse_levels(flag: str, text: str, whole: bool) -> list[float]:
+    try:
+        levels = [float(part) for part in text.split(",")] if text else []
+    except ValueError:
+        levels = [math.nan]
+    for level in levels:
+        if not 0 < level < math.inf or (whole and not level.is_integer()):
+            expected = "whole numbers" if whole else "numbers"
+            raise LatencyError(f"{flag} {text}: expected {expected} above 0, e.g. 1,8")
+    return levels
 
 
 if __name__ == "__main__":
-    # A mistake is said before torch is imported, which takes seconds. torch reads the allocator's
+    # Importing torch takes seconds, so mistakes are reported before. torch reads the allocator's
     # variable when it is imported.
     ARGUMENTS = run_early(parse_arguments)
     prefer_expandable_segments(os.environ)
@@ -141,16 +197,15 @@ from medqlora.engines.hf import HfEngine, plain_generation
 from medqlora.evaluation.method import Method
 from medqlora.evaluation.questions import prepare_questions
 from medqlora.model.base import load_base, load_tokenizer
+from medqlora.model.hardware import default_device
 from medqlora.model.quantization import list_constants
 from medqlora.prompts.chat_template import make_encoder
 
-START_SECONDS = 600  # that a server may take to load
-
+START_SECONDS = 600  # A server may take so long to load.
 
 console = Console(highlight=False, soft_wrap=True)
 
-
-Ask = Callable[[list[int]], Awaitable[Served]]
+Answer = Callable[[list[int]], Awaitable[Served]]
 
 
 def main() -> None:
@@ -158,161 +213,146 @@ def main() -> None:
     warnings.simplefilter("ignore", FutureWarning)  # Libraries warn each other.
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    loops, objectives = check(arguments)
-    found = {
+    figures = {
         "command": name_command("bench/latency.py", sys.argv[1:]),
         "environment": describe_environment(),
         "engine": arguments.engine,
         "model": arguments.model,
     }
     if arguments.sizes is not None:
-        keep(arguments, found | {"sizes": measure_sizes([arguments.model, *arguments.sizes])})
+        sizes = measure_sizes([arguments.model, *arguments.sizes])
+        save(arguments, figures | {"sizes": sizes})
         return
-    requests, distinct = read_questions(arguments, 2 if arguments.scoring else len(loops))
+    loops = 2 if arguments.scoring else len(list_loads(arguments))
+    requests, distinct = read_questions(arguments, loops)
+    mean = sum(len(request.prefix) for request in requests) / len(requests)
     console.print(
-        f"{len(requests):,} prompts of {sum(len(r.prefix) for r in requests) / len(requests):.0f}"
-        f" tokens on average, engine {arguments.engine}"
+        f"{len(requests):,} prompts of {mean:.0f} tokens on average, engine {arguments.engine}"
     )
     if not distinct:
         console.print(
             "[yellow]the file has fewer questions: prompts repeat, which a server's prefix cache"
             " answers sooner"
         )
-    found["prompts_repeat"] = not distinct
-    with start_engine(arguments, requests) as ask_engine:
-        if arguments.scoring:
-            keep(arguments, found | {"scoring": time_scoring(ask_engine, requests)})
-            return
-        found |= {"loops": [], "complete": False}
-        try:
-            asyncio.run(
-                run_loops(
-                    ask_engine, [r.prefix for r in requests], loops, arguments, objectives, found
-                )
-            )
-            keep(arguments, found | {"complete": True})
-        finally:  # Results are shown after a server died, too.
-            if found["loops"]:
-                show(found["loops"])
+    figures["prompts_repeat"] = not distinct
+    if arguments.scoring:
+        scoring = time_scoring(make_scorer(arguments, requests), requests)
+        save(arguments, figures | {"scoring": scoring})
+    else:
+        run_loops(arguments, requests, figures)
 
 
-def check(arguments: argparse.Namespace) -> tuple[list[tuple[str, float]], dict[str, float]]:
-    """-> loads as (kind, level), and objectives."""
-    check_new(arguments.json, "--json")
-    if arguments.engine == "openai" and not (arguments.server and arguments.tokenizer):
-        raise LatencyError("--engine openai needs --server ADDRESS and --tokenizer DIR")
-    if arguments.dtype == "nf4" and arguments.engine != "hf":
-        raise LatencyError(
-            f"--dtype nf4 --engine {arguments.engine}: 4-bit bases are run by hf; merge first"
-            " (recipes/merge_adapter.py)"
-        )
-    if arguments.requests < 1 or arguments.output_tokens < 1:
-        raise LatencyError(
-            f"--requests {arguments.requests}, --output_tokens {arguments.output_tokens}: expected"
-            " 1 or more"
-        )
-    if arguments.seed < 0:
-        raise LatencyError(f"--seed {arguments.seed}: expected 0 or more")
-    loops = [
-        ("concurrency", level) for level in parse_levels("--concurrency", arguments.concurrency)
-    ]
-    loops += [("rate", level) for level in parse_levels("--rate", arguments.rate)]
-    return loops, parse_objectives(arguments.goodput)
-
-
-def parse_levels(flag: str, text: str) -> list[float]:
-    """Loads: of --concurrency whole numbers, of --rate any above 0."""
-    try:
-        levels = [float(part) for part in text.split(",")] if text else []
-    except ValueError:
-        levels = [-1.0]
-    whole = flag == "--concurrency"
-    if not all(0 < level < float("inf") and (level.is_integer() or not whole) for level in levels):
-        raise LatencyError(
-            f"{flag} {text}: expected {'whole ' if whole else ''}numbers above 0, e.g. 1,8"
-        )
-    return levels
-
-
-def keep(arguments: argparse.Namespace, found: dict) -> None:
+def save(arguments: argparse.Namespace, figures: dict) -> None:
     if arguments.json:
-        write_json(arguments.json, found)
+        write_json(arguments.json, figures)
 
 
 def read_questions(arguments: argparse.Namespace, loops: int) -> tuple[list[Request], bool]:
-    """Prompts with the letters they can be answered by, --requests for each loop; the file's over
-    again where it has fewer (then False)."""
+    """--requests prompts for each loop, with the letters they can be answered by, and whether they
+    are distinct: a file with fewer questions is repeated.
+    """
+    count = arguments.requests * loops
     tokenizer = load_tokenizer(arguments.tokenizer or arguments.model)
-    wanted = arguments.requests * loops
     encoder = make_encoder(tokenizer, arguments.prompt_style)
-    examples, _ = read_examples(
-        DataEntry(format=arguments.format, path=arguments.path, limit=wanted), "test"
-    )
+    entry = DataEntry(format=arguments.format, path=arguments.path, limit=count)
+    examples, _ = read_examples(entry, "test")
     questions, _ = prepare_questions(encoder, examples, Method())
-    requests = [entry.requests[0] for entry in questions]
+    requests = [question.requests[0] for question in questions]
     if not requests:
         raise LatencyError(f"--path {arguments.path}: no question in it")
-    return [requests[i % len(requests)] for i in range(wanted)], len(requests) >= wanted
+    return [requests[i % len(requests)] for i in range(count)], len(requests) >= count
 
 
-@contextmanager
-def start_engine(arguments: argparse.Namespace, requests: list[Request]):
-    """What answers: for texts a coroutine function, for letters an engine of medqlora.engines."""
+def load_hf(arguments: argparse.Namespace) -> tuple[torch.nn.Module, str]:
+    """The model in transformers, and its attention backend."""
+    quantization = "none"
+    dtype = arguments.dtype
+    if dtype == "nf4":
+        quantization = "nf4"
+        dtype = "auto"
+    model = Model(base=arguments.model, quantization=quantization, dtype=dtype)
+    return load_base(model, default_device())
+
+
+# ---- letters -------------------------------------------------------------------------------------
+
+
+def make_scorer(arguments: argparse.Namespace, requests: list[Request]) -> Engine:
     if arguments.engine == "hf":
-        yield from run_hf(arguments)
-    elif arguments.engine == "vllm" and arguments.scoring:
+        return HfEngine(*load_hf(arguments))
+    if arguments.engine == "vllm":
         from medqlora.engines.vllm import VllmEngine
 
-        yield VllmEngine(
+        return VllmEngine(
             arguments.model,
             None,
             dtype=arguments.dtype,
-            max_length=max(len(r.prefix) for r in requests) + 1,
+            max_length=max(len(request.prefix) for request in requests) + 1,
             prefix_caching=False,
         )
-    elif arguments.engine == "vllm":
-        with serve_vllm(arguments, max(len(r.prefix) for r in requests)) as server:
-            yield ask_server(
-                server,
-                arguments.model,
-                None,
-                arguments.output_tokens,
-                load_tokenizer(arguments.model),
-            )
-    else:
-        key = os.environ.get(arguments.api_key_variable)
-        if arguments.scoring:
-            from medqlora.engines.openai import CompletionsEngine, Connection
+    from medqlora.engines.openai import CompletionsEngine, Connection
 
-            connection = Connection(arguments.server, arguments.model, key)
-            yield CompletionsEngine(connection, load_tokenizer(arguments.tokenizer).decode)
-        else:
-            yield ask_server(
-                arguments.server,
-                arguments.model,
-                key,
-                arguments.output_tokens,
-                load_tokenizer(arguments.tokenizer),
-            )
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    key = os.environ.get(arguments.api_key_variable)
+    connection = Connection(arguments.server, arguments.model, key)
+    return CompletionsEngine(connection, tokenizer.decode)
 
 
-def run_hf(arguments: argparse.Namespace):
-    """transformers answers one request after the other: what waits, waits in its queue, and that
-    counts.
-    """
-    device = default_device()
-    quantized = arguments.dtype == "nf4"
-    base, backend = load_base(
-        Model(
-            base=arguments.model,
-            quantization="nf4" if quantized else "none",
-            dtype="auto" if quantized else arguments.dtype,
-        ),
-        device,
+def time_scoring(engine: Engine, requests: list[Request]) -> dict:
+    """Score one half of the questions each alone, and the other half in one batch."""
+    alone = requests[: len(requests) // 2]
+    batch = requests[len(requests) // 2 :]
+    engine.score(alone[:2])  # The first calls load kernels and do not count.
+    seconds = []
+    for request in alone:
+        began = time.perf_counter()
+        engine.score([request])
+        seconds.append(time.perf_counter() - began)
+    began = time.perf_counter()
+    engine.score(batch)
+    batch_seconds = time.perf_counter() - began
+    tokens = sum(len(request.prefix) for request in batch)
+    figures = {
+        "questions": len(batch),
+        "e2el_ms": describe(seconds),
+        "questions_per_second_alone": len(alone) / sum(seconds),
+        "questions_per_second": len(batch) / batch_seconds,
+        "prefill_tokens_per_second": tokens / batch_seconds,
+    }
+    console.print(
+        f"letters, {len(batch)} questions: alone p50 {figures['e2el_ms']['p50']:.1f} ms, p99"
+        f" {figures['e2el_ms']['p99']:.1f} ms; in one batch"
+        f" {figures['questions_per_second']:,.1f} questions/s,"
+        f" {figures['prefill_tokens_per_second']:,.0f} prompt tokens/s"
     )
-    if arguments.scoring:
-        yield HfEngine(base, backend)
-        return
+    return figures
+
+
+# ---- texts ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def start_answering(arguments: argparse.Namespace, requests: list[Request]) -> Iterator[Answer]:
+    """A coroutine function that answers one prompt."""
+    if arguments.engine == "hf":
+        with answer_with_hf(arguments) as answer:
+            yield answer
+    elif arguments.engine == "vllm":
+        longest = max(len(request.prefix) for request in requests)
+        with serve_vllm(arguments, longest) as address:
+            yield Client(arguments, address, "none").answer
+    else:
+        key = os.environ.get(arguments.api_key_variable) or "none"
+        yield Client(arguments, arguments.server, key).answer
+
+
+@contextmanager
+def answer_with_hf(arguments: argparse.Namespace) -> Iterator[Answer]:
+    """Let transformers answer one request after the other. The time that a request waits in the
+    queue counts.
+    """
+    base, _ = load_hf(arguments)
+    device = default_device()
 
     @torch.inference_mode()
     def generate(prompt: list[int], sent: float) -> Served:
@@ -323,43 +363,41 @@ def run_hf(arguments: argparse.Namespace):
             out = base(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = out.past_key_values
             tokens = out.logits[:, -1:].argmax(-1)
-            tokens.tolist()  # waits for the device: a token has arrived when the client can read it
+            # A token has arrived when the client can read it, so this waits for the device.
+            tokens.tolist()
             arrivals.append(time.perf_counter())
         return Served(sent, tuple(arrivals), len(arrivals))
 
     with ThreadPoolExecutor(1) as queue, plain_generation(base):
 
         async def answer(prompt: list[int]) -> Served:
-            return await asyncio.get_running_loop().run_in_executor(
-                queue, generate, prompt, time.perf_counter()
-            )
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(queue, generate, prompt, time.perf_counter())
 
         yield answer
 
 
 @contextmanager
-def serve_vllm(arguments: argparse.Namespace, longest: int):
-    """A vLLM server of this Python on a free local port; -> its address."""
+def serve_vllm(arguments: argparse.Namespace, longest: int) -> Iterator[str]:
+    """Start a vLLM server with this Python on a free local port -> its address.
+
+    Args:
+        longest: tokens of the longest prompt.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     flags = [
-        "--model",
-        arguments.model,
-        "--served-model-name",
-        arguments.model,
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--dtype",
-        arguments.dtype,
-        "--max-model-len",
-        str(longest + arguments.output_tokens + 1),
+        f"--model={arguments.model}",
+        f"--served-model-name={arguments.model}",
+        "--host=127.0.0.1",
+        f"--port={port}",
+        f"--dtype={arguments.dtype}",
+        f"--max-model-len={longest + arguments.output_tokens + 1}",
         "--no-enable-prefix-caching",
     ]
     if not torch.cuda.is_available():
-        flags += ["--enforce-eager"]
+        flags.append("--enforce-eager")
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
         with log.open("w") as file:
@@ -384,52 +422,58 @@ def wait_until_healthy(server: subprocess.Popen, port: int, log: Path) -> None:
             return
         except OSError:
             time.sleep(0.5)
-    lines = [line for line in log.read_text(errors="replace").splitlines() if "Error" in line] or [
-        "no reason in its log"
-    ]
+    lines = [line for line in log.read_text(errors="replace").splitlines() if "Error" in line]
+    reason = lines[-1].strip()[:300] if lines else "no reason in its log"
     raise LatencyError(
-        f"the vLLM server did not start: {lines[-1].strip()[:300]}; is vllm installed for"
-        f" {sys.executable}?"
+        f"the vLLM server did not start: {reason}; is vllm installed for {sys.executable}?"
     )
 
 
-def ask_server(address: str, model: str, key: str | None, output_tokens: int, tokenizer) -> Ask:
-    """Streams completions of an OpenAI-compatible server. vLLM is told to go on after an end token,
-    so that answers are equally long, and to say how many tokens it gave; a server that refuses
-    either is asked without."""
-    try:
-        import openai
-    except ImportError:
-        raise LatencyError(
-            "the openai package is not installed here; pip install 'medqlora[openai]'"
-        ) from None
-    optional = [{"extra_body": {"ignore_eos": True}}, {"stream_options": {"include_usage": True}}]
-    clients = []
+class Client:
+    """Streams completions of an OpenAI-compatible server at an address that ends in /v1."""
 
-    async def open_stream(prompt: list[int]):
-        body = {
-            "model": model,
-            "prompt": prompt,
-            "max_tokens": output_tokens,
-            "temperature": 0,
-            "stream": True,
+    def __init__(self, arguments: argparse.Namespace, address: str, key: str):
+        try:
+            import openai
+        except ImportError:
+            raise LatencyError(
+                "the openai package is not installed here; pip install 'medqlora[openai]'"
+            ) from None
+        self.openai = openai
+        self.address = address
+        self.key = key
+        self.model = arguments.model
+        self.output_tokens = arguments.output_tokens
+        self.tokenizer = load_tokenizer(arguments.tokenizer or arguments.model)
+        # vLLM is told to go on after an end token, so that all answers are equally long, and to
+        # count its tokens. A server that refuses either is asked without.
+        self.optional = {
+            "extra_body": {"ignore_eos": True},
+            "stream_options": {"include_usage": True},
         }
+        self.connection = None
+
+    async def open_stream(self, prompt: list[int]):
         while True:
             try:
-                return await clients[0].completions.create(
-                    **body, **{key: value for part in optional for key, value in part.items()}
+                return await self.connection.completions.create(
+                    model=self.model,
+                    prompt=prompt,
+                    max_tokens=self.output_tokens,
+                    temperature=0,
+                    stream=True,
+                    **self.optional,
                 )
-            except openai.BadRequestError:
-                if not optional:
+            except self.openai.BadRequestError:
+                if not self.optional:
                     raise
-                del optional[0]
+                del self.optional[next(iter(self.optional))]
 
-    async def answer(prompt: list[int]) -> Served:
-        if not clients:  # made once, in the loop that uses it: it takes a while
-            clients.append(
-                openai.AsyncOpenAI(
-                    base_url=address, api_key=key or "none", max_retries=0, timeout=600
-                )
+    async def answer(self, prompt: list[int]) -> Served:
+        # Making a connection takes a while, and it belongs to the event loop that uses it.
+        if self.connection is None:
+            self.connection = self.openai.AsyncOpenAI(
+                base_url=self.address, api_key=self.key, max_retries=0, timeout=600
             )
         sent = time.perf_counter()
         arrivals = []
@@ -437,78 +481,80 @@ def ask_server(address: str, model: str, key: str | None, output_tokens: int, to
         text = ""
         ended = False
         try:
-            async for piece in await open_stream(prompt):
+            async for piece in await self.open_stream(prompt):
                 if piece.choices:
                     arrivals.append(time.perf_counter())
                     text += piece.choices[0].text or ""
                     ended = ended or piece.choices[0].finish_reason is not None
                 tokens = piece.usage.completion_tokens if piece.usage else tokens
-        except openai.OpenAIError as error:
+        except self.openai.OpenAIError as error:
             raise LatencyError(
-                f"server {address}: {' '.join(str(error).split())[:200]}; is it running, and does"
-                f" it serve {model}?"
+                f"server {self.address}: {' '.join(str(error).split())[:200]}; is it running, and"
+                f" does it serve {self.model}?"
             ) from None
-        # a connection that breaks while it streams: of whatever HTTP library the openai package
-        # uses
+        # The openai package lets errors of its HTTP library through where a connection breaks in
+        # the middle of a stream, and which library that is depends on its version.
         except Exception as error:  # noqa: BLE001
             raise LatencyError(
-                f"server {address} broke off an answer: {type(error).__name__} {error}; look at"
-                " its log"
+                f"server {self.address} broke off an answer: {type(error).__name__} {error}; look"
+                " at its log"
             ) from None
         if not ended:
             raise LatencyError(
-                f"server {address} broke off an answer after {len(arrivals)} pieces, without a"
+                f"server {self.address} broke off an answer after {len(arrivals)} pieces, without a"
                 " reason for its end; look at its log"
             )
-        return Served(
-            sent,
-            tuple(arrivals),
-            tokens or max(1, len(tokenizer.encode(text, add_special_tokens=False))),
-        )
-
-    return answer
+        counted = max(1, len(self.tokenizer.encode(text, add_special_tokens=False)))
+        return Served(sent, tuple(arrivals), tokens or counted)
 
 
-async def run_loops(
-    answer: Ask,
-    prompts: list[list[int]],
-    loops: list[tuple[str, float]],
-    arguments,
-    objectives: dict[str, float],
-    found: dict,
+def run_loops(arguments: argparse.Namespace, requests: list[Request], figures: dict) -> None:
+    """Run every loop and show the table, also where a server dies under a later loop."""
+    figures |= {"loops": [], "complete": False}
+    prompts = [request.prefix for request in requests]
+    with start_answering(arguments, requests) as answer:
+        try:
+            asyncio.run(time_loops(answer, prompts, arguments, figures))
+            save(arguments, figures | {"complete": True})
+        finally:
+            if figures["loops"]:
+                show(figures["loops"])
+
+
+async def time_loops(
+    answer: Answer, prompts: list[list[int]], arguments: argparse.Namespace, figures: dict
 ) -> None:
-    """Every load in turn on its own prompts, after two answers that do not count; each is kept as
-    soon as it is there.
+    """Run each load on its own prompts, after two answers that do not count. Its figures are saved
+    as soon as they are there.
     """
     for _ in range(2):
         await answer(prompts[-1])
     count = arguments.requests
-    for number, (kind, level) in enumerate(loops):
-        served, seconds = await run_loop(
-            answer, prompts[number * count : (number + 1) * count], kind, level, arguments
-        )
-        short = sum(s.tokens < arguments.output_tokens for s in served)
-        found["loops"].append(
-            {kind: level} | summarize(served, seconds, objectives) | {"short_answers": short}
-        )
-        keep(arguments, found)
+    objectives = parse_objectives(arguments.goodput)
+    for number, (kind, level) in enumerate(list_loads(arguments)):
+        chosen = prompts[number * count : (number + 1) * count]
+        served, seconds = await time_loop(answer, chosen, kind, level, arguments.seed)
+        short = sum(one.tokens < arguments.output_tokens for one in served)
+        summary = summarize(served, seconds, objectives)
+        figures["loops"].append({kind: level} | summary | {"short_answers": short})
+        save(arguments, figures)
 
 
-async def run_loop(
-    answer: Ask, prompts: list[list[int]], kind: str, level: float, arguments: argparse.Namespace
+async def time_loop(
+    answer: Answer, prompts: list[list[int]], kind: str, level: float, seed: int
 ) -> tuple[list[Served], float]:
-    """All prompts under one load; -> what was served, and the seconds from the first request to the
-    last answer.
+    """Send all prompts under one load -> what was served, and the seconds from the first request to
+    the last answer.
     """
     began = time.perf_counter()
     if kind == "rate":
-        places = draw_arrivals(len(prompts), level, arguments.seed)
 
         async def arrive(prompt: list[int], at: float) -> Served:
             await asyncio.sleep(max(0.0, began + at - time.perf_counter()))
             return await answer(prompt)
 
-        tasks = [arrive(prompt, at) for prompt, at in zip(prompts, places, strict=True)]
+        arrivals = draw_arrivals(len(prompts), level, seed)
+        tasks = [arrive(prompt, at) for prompt, at in zip(prompts, arrivals, strict=True)]
     else:
         gate = asyncio.Semaphore(int(level))
 
@@ -518,122 +564,73 @@ async def run_loop(
 
         tasks = [wait_for_turn(prompt) for prompt in prompts]
     served = await asyncio.gather(*tasks)
-    return served, max(s.arrivals[-1] for s in served) - began
+    return served, max(one.arrivals[-1] for one in served) - began
 
 
-def time_scoring(engine, requests: list[Request]) -> dict:
-    """Letters: one half of the questions each alone, the other half together."""
-    alone = requests[: len(requests) // 2]
-    others = requests[len(requests) // 2 :]
-    engine.score(alone[:2])
-    seconds = []
-    for request in alone:
-        began = time.perf_counter()
-        engine.score([request])
-        seconds.append(time.perf_counter() - began)
-    began = time.perf_counter()
-    engine.score(others)
-    together = time.perf_counter() - began
-    tokens = sum(len(request.prefix) for request in others)
-    found = {
-        "questions": len(others),
-        "e2el_ms": describe(seconds),
-        "questions_per_second_alone": len(alone) / sum(seconds),
-        "questions_per_second": len(others) / together,
-        "prefill_tokens_per_second": tokens / together,
-    }
-    console.print(
-        f"letters, {len(others)} questions: alone p50 {found['e2el_ms']['p50']:.1f} ms, p99"
-        f" {found['e2el_ms']['p99']:.1f} ms; together {found['questions_per_second']:,.1f}"
-        f" questions/s, {found['prefill_tokens_per_second']:,.0f} prompt tokens/s"
-    )
-    return found
+def show(loops: list[dict]) -> None:
+    table = Table(title="latency in milliseconds", title_justify="left")
+    table.add_column("load")
+    columns = ["requests/s", "tokens/s"]
+    for measure in ("TTFT", "TPOT", "ITL", "E2EL"):
+        columns += [f"{measure} p50", "p99"]
+    for column in [*columns, "goodput/s"]:
+        table.add_column(column, justify="right")
+    for loop in loops:
+        if "concurrency" in loop:
+            row = [f"{loop['concurrency']:g} at a time"]
+        else:
+            row = [f"{loop['rate']:g} per second"]
+        row.append(f"{loop['requests_per_second']:,.2f}")
+        row.append(f"{loop['output_tokens_per_second']:,.0f}")
+        for measure in ("ttft", "tpot", "itl", "e2el"):
+            for quantile in ("p50", "p99"):
+                times = loop[f"{measure}_ms"]
+                row.append(f"{times[quantile]:,.1f}" if times else "–")
+        goodput = loop["goodput_requests_per_second"]
+        row.append("" if goodput is None else f"{goodput:,.2f}")
+        table.add_row(*row)
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+
+
+# ---- sizes ---------------------------------------------------------------------------------------
 
 
 def measure_sizes(models: list[str]) -> list[dict]:
     """Bytes of each model's weight files, and of its loaded tensors in 16 bits and in NF4."""
     device = default_device()
     table = Table(title="sizes in MiB", title_justify="left")
-    for column in ("model", "weights on disk", "loaded, 16 bits", "loaded, nf4"):
-        table.add_column(column, justify="left" if column == "model" else "right")
-    found = []
+    table.add_column("model")
+    for column in ("weights on disk", "loaded, 16 bits", "loaded, nf4"):
+        table.add_column(column, justify="right")
+    results = []
     for model in models:
         folder = Path(model).expanduser()
         if not folder.is_dir():
             raise LatencyError(f"--sizes {model}: no such folder; sizes are of folders")
         sizes = {
-            "model": model,
             "disk_bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         }
-        for name in ("none", "nf4"):
-            base, _ = load_base(Model(base=model, quantization=name, dtype="bfloat16"), device)
-            sizes["loaded_16_bit_bytes" if name == "none" else "loaded_nf4_bytes"] = count_bytes(
-                base
-            )
-            del base
-        table.add_row(
-            folder.name,
-            *(
-                f"{sizes[key] / 2**20:,.1f}"
-                for key in ("disk_bytes", "loaded_16_bit_bytes", "loaded_nf4_bytes")
-            ),
-        )
-        found.append(sizes)
+        for key, quantization in (("loaded_16_bit_bytes", "none"), ("loaded_nf4_bytes", "nf4")):
+            chosen = Model(base=model, quantization=quantization, dtype="bfloat16")
+            base, _ = load_base(chosen, device)
+            sizes[key] = count_bytes(base)
+            del base  # Two models need not fit the memory at once.
+        table.add_row(folder.name, *(f"{size / 2**20:,.1f}" for size in sizes.values()))
+        results.append({"model": model} | sizes)
     console.print(table)
-    return found
+    return results
 
 
 def count_bytes(base: torch.nn.Module) -> int:
-    """Of all weights, buffers and quantization constants."""
-    tensors = [
-        *base.parameters(),
-        *base.buffers(),
-        *(tensor for parameter in base.parameters() for tensor in list_constants(parameter)),
-    ]
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors
-    }
-    return sum(storages.values())
-
-
-def show(loops: list[dict]) -> None:
-    table = Table(title="latency in milliseconds", title_justify="left")
-    columns = (
-        "load",
-        "requests/s",
-        "tokens/s",
-        "TTFT p50",
-        "p99",
-        "TPOT p50",
-        "p99",
-        "ITL p50",
-        "p99",
-        "E2EL p50",
-        "p99",
-        "goodput/s",
-    )
-    for column in columns:
-        table.add_column(column, justify="left" if column == "load" else "right")
-    for loop in loops:
-        load = (
-            f"{loop['concurrency']:g} at a time"
-            if "concurrency" in loop
-            else f"{loop['rate']:g} per second"
-        )
-        cells = [
-            f"{loop[f'{name}_ms'][q]:,.1f}" if loop[f"{name}_ms"] else "–"
-            for name in ("ttft", "tpot", "itl", "e2el")
-            for q in ("p50", "p99")
-        ]
-        goodput = loop["goodput_requests_per_second"]
-        table.add_row(
-            load,
-            f"{loop['requests_per_second']:,.2f}",
-            f"{loop['output_tokens_per_second']:,.0f}",
-            *cells,
-            "" if goodput is None else f"{goodput:,.2f}",
-        )
-    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+    """Bytes of all weights, buffers and quantization constants. Tied weights share a storage, which
+    counts once.
+    """
+    tensors = [*base.parameters(), *base.buffers()]
+    for parameter in base.parameters():
+        tensors += list_constants(parameter)
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return sum(sizes.values())
 
 
 if __name__ == "__main__":

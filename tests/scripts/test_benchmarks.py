@@ -214,6 +214,9 @@ class Server(ThreadingHTTPServer):
     silent = False
     plain = False
 
+    def handle_error(self, *_):
+        """Keep the traceback of a client that has gone away out of the script's stderr."""
+
 
 class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
