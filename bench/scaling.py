@@ -1,28 +1,69 @@
-"""What each strategy moves, needs and takes, from 1 to 1,024 GPUs: arithmetic from stated
-bandwidths, nothing measured.
+"""What each strategy sends, needs and takes, from 1 to 1,024 GPUs. This is arithmetic from stated
+bandwidths; nothing is measured.
 
-    python bench/scaling.py                          # the tables
-    python bench/scaling.py --write docs/scaling.md  # put them into the page, between its markers
-    python bench/scaling.py --check docs/scaling.md  # exit code 2 if the page holds other tables
+    # Print the tables.
+    python bench/scaling.py
+    # Put them into the page, between its markers.
+    python bench/scaling.py --write docs/scaling.md
+    # End with exit code 2 if the page holds other tables.
+    python bench/scaling.py --check docs/scaling.md
 
 One step is one micro-batch of --tokens per GPU, QLoRA with every layer recomputed. Sizes and memory
-are medqlora.memory's forecast of the step; the formulas of traffic and time are in the functions
-below, each with its reason; docs/scaling.md says what follows from them.
+are the forecast of the step (medqlora/training/memory). The functions below hold the formulas of
+traffic and time, each with its reason; docs/scaling.md says what follows from them.
 """
 
 import argparse
+import math
 import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from medqlora.core.command import run_command
+from medqlora.core.command import run_command, run_early
 from medqlora.core.config_loading import load_config
 from medqlora.core.errors import ConfigError
 from medqlora.core.files import write_atomic
+
+MARKERS = (
+    "<!-- tables: python bench/scaling.py --write docs/scaling.md -->",
+    "<!-- end of tables -->",
+)
+TABLES = re.compile(f"{re.escape(MARKERS[0])}.*{re.escape(MARKERS[1])}", re.DOTALL)
+
+
+def parse_arguments() -> tuple[argparse.Namespace, str]:
+    """Read and check the command line; the text is that of the page, if one is given."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=8192, help="tokens of a micro-batch (default %(default)s)"
+    )
+    parser.add_argument("--write", type=Path, help="page whose tables are replaced")
+    parser.add_argument("--check", type=Path, help="page whose tables must be these")
+    arguments = parser.parse_args()
+    if arguments.tokens < 1:
+        raise ConfigError(f"--tokens {arguments.tokens}: expected 1 or more")
+    page = arguments.write or arguments.check
+    if page is None:
+        return arguments, ""
+    try:
+        text = page.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{page}: {error.strerror}; give the scaling page") from None
+    if not TABLES.search(text):
+        raise ConfigError(f"{page}: no lines {MARKERS[0]} and {MARKERS[1]}; give the scaling page")
+    return arguments, text
+
+
+if __name__ == "__main__":
+    # Importing torch takes seconds, so mistakes are reported before.
+    ARGUMENTS, TEXT = run_early(parse_arguments)
+
+import torch
+
 from medqlora.training.memory.architectures import read_architecture
 from medqlora.training.memory.estimate import assume_labelled, make_batch
 from medqlora.training.memory.forecast import forecast_step
@@ -35,19 +76,41 @@ ROOT = Path(__file__).parents[1]
 CUDA = torch.device("cuda")
 GPUS = (1, 2, 4, 8, 16, 64, 256, 1024)
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2", "hsdp")
-# MedMCQA's training rows; 97: mean of 3,006 of them, chat prompt and letter, Llama-3's tokenizer
+# MedMCQA has 182,822 training rows. Its first 3,006 have 97 tokens on average, with a chat prompt,
+# the letter and Llama-3's tokenizer.
 EPOCH_TOKENS = 182_822 * 97
-MARKERS = (
-    "<!-- tables: python bench/scaling.py --write docs/scaling.md -->",
-    "<!-- end of tables -->",
-)
+BUCKET = 25 * 2**20  # bytes of the buckets in which torch's DDP averages gradients
+
+
+def main() -> None:
+    warnings.simplefilter("ignore", FutureWarning)  # Libraries warn each other.
+    tables = "\n".join([*render(ARGUMENTS.tokens), *render_epoch(ARGUMENTS.tokens)])
+    page = ARGUMENTS.write or ARGUMENTS.check
+    if page is None:
+        print(tables)
+        return
+    # A function as replacement keeps re from reading backslashes in the tables.
+    new = TABLES.sub(lambda _: f"{MARKERS[0]}\n{tables}\n{MARKERS[1]}", TEXT)
+    if ARGUMENTS.check and new != TEXT:
+        raise ConfigError(
+            f"{page}: its tables are not those of this script; run it with --write {page}"
+        )
+    if ARGUMENTS.write:
+        write_atomic(page, new)
+
+
+# ---- the model and the machines ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder with an adapter of rank 16 on all linear layers. base_bytes: what a sharded base
-    gathers of it, without constants of the quantization that stay whole; linear_weights: quantized
-    ones; forecast: of the step on one GPU.
+    """A decoder with an adapter of rank 16 on all linear layers.
+
+    Args:
+        linear_weights: number of quantized weights.
+        base_bytes: bytes that a GPU gathers of a sharded base; the constants of the quantization
+            are not among them, because every GPU keeps them whole.
+        forecast: forecast of the step on one GPU.
     """
 
     name: str
@@ -57,37 +120,35 @@ class Shape:
 
 
 def read_shape(name: str, tokens: int) -> Shape:
-    """name: of a shape in bench/architectures; tokens: of a micro-batch."""
+    """Forecast a shape of bench/architectures with micro-batches of so many tokens."""
     config = load_config(
         ROOT / "recipes" / "configs" / "llama3-8b_medmcqa.yaml",
         [
-            "--model.base",
-            name,
-            "--training.gradient_checkpointing",
-            "full",
-            "--lora.r",
-            "16",
-            "--training.optimizer",
-            "adamw",
+            f"--model.base={name}",
+            "--training.gradient_checkpointing=full",
+            "--lora.r=16",
+            "--training.optimizer=adamw",
         ],
     )
     architecture = read_architecture(name, ROOT / "bench" / "architectures")
     batch = make_batch(config, tokens, assume_labelled(config, tokens), accumulated=False)
     forecast = forecast_step(config, architecture, CUDA, torch.bfloat16, torch.uint8, batch)
-    loaded = forecast.at_loading
-    return Shape(
-        name,
-        2 * loaded["quantized weights"],
-        loaded["quantized weights"] + loaded["embeddings and head"],
-        forecast,
-    )
+    quantized = forecast.at_loading["quantized weights"]
+    base_bytes = quantized + forecast.at_loading["embeddings and head"]
+    return Shape(name, 2 * quantized, base_bytes, forecast)  # A byte holds two 4-bit weights.
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """flops: dense bfloat16 per second and GPU that training reaches; inside, between: bytes per
-    second and GPU that a collective reaches within a machine and over the network; latency: seconds
-    of one collective's start.
+    """Machines with GPUs of one kind. All rates are per GPU and second, as far as training reaches
+    them.
+
+    Args:
+        memory: bytes of a GPU.
+        flops: dense bfloat16 operations.
+        inside: bytes of a collective within a machine.
+        between: bytes of a collective over the network.
+        latency: seconds that a collective takes to start.
     """
 
     name: str
@@ -99,74 +160,81 @@ class Cluster:
     per_machine: int = 8
 
 
-# Peak rates are the makers'; the shares of them that are reached are assumptions, stated here: 45 %
-# of the dense bfloat16 rate, 80 % of a link.
+# Peak rates are the makers'. We assume that training reaches 45 % of the dense bfloat16 rate and
+# 80 % of a link.
 H100 = Cluster(
-    "H100 80 GB, NVLink, 400 Gbit/s per GPU between machines",
-    80e9,
-    0.45 * 989e12,
-    0.8 * 450e9,
-    0.8 * 50e9,
-    20e-6,
+    name="H100 80 GB, NVLink, 400 Gbit/s per GPU between machines",
+    memory=80e9,
+    flops=0.45 * 989e12,
+    inside=0.8 * 450e9,
+    between=0.8 * 50e9,
+    latency=20e-6,
 )
 RTX4090 = Cluster(
-    "RTX 4090 24 GB, PCIe 4.0, 25 Gbit/s per machine between machines",
-    24e9,
-    0.45 * 165e12,
-    0.8 * 25e9,
-    0.8 * 3.1e9 / 8,
-    30e-6,
+    name="RTX 4090 24 GB, PCIe 4.0, 25 Gbit/s per machine between machines",
+    memory=24e9,
+    flops=0.45 * 165e12,
+    inside=0.8 * 25e9,
+    between=0.8 * 3.1e9 / 8,
+    latency=30e-6,
 )
+
+
+# ---- predictions ---------------------------------------------------------------------------------
 
 
 def count_traffic(
     shape: Shape, strategy: str, gpus: int, per_machine: int
 ) -> tuple[float, float, int]:
-    """(bytes sent per GPU within the machine, over the network, collectives) of one step of one
-    micro-batch.
+    """What one step of one micro-batch sends: bytes per GPU within the machine, bytes per GPU over
+    the network, and the number of collectives.
 
-    A ring moves (n - 1) / n of a buffer per GPU for a gather or a reduce-scatter, twice that for an
-    all-reduce (Patarasuk and Yuan, 2009). Gradients and updated adapters are float32. A sharded
-    base is gathered twice: for the forward pass, and for the backward pass with its recomputation.
-    hsdp shards within a machine and averages gradients between machines. A ring over several
-    machines crosses each machine's network once, at the whole machine's rate; hsdp has a ring per
-    GPU, each with its share.
+    A ring moves (n - 1) / n of a buffer per GPU for a gather or a reduce-scatter, and twice that
+    for an all-reduce (Patarasuk and Yuan, 2009). Gradients and updated adapters are float32. A
+    sharded base is gathered twice: for the forward pass, and for the backward pass with its
+    recomputation. hsdp shards within a machine and averages gradients between machines. A ring over
+    several machines crosses each machine's network once, at the whole machine's rate; hsdp has a
+    ring per GPU, each with its share.
     """
     if gpus == 1:
         return 0.0, 0.0, 0
     share = (gpus - 1) / gpus
     gradient = 4.0 * shape.forecast.trainable
     layers = shape.forecast.layers
-    local = min(gpus, per_machine)
+    if strategy == "hsdp":
+        local = min(gpus, per_machine)
+        machines = gpus // local
+        inside = (local - 1) / local * (2 * shape.base_bytes + 3 * gradient)
+        between = 2 * (machines - 1) / machines * gradient / local
+        return inside, between, 3 * layers + 4 + (layers if machines > 1 else 0)
     if strategy == "ddp":
         sent = 2 * share * gradient
-        calls = -(-int(gradient) // (25 * 2**20))  # torch's buckets of 25 MiB
+        calls = math.ceil(gradient / BUCKET)
     elif strategy in ("zero1", "zero2"):
         sent = 2 * share * gradient
         calls = 2  # reduce to the owner, gather the updated adapter
-    elif strategy in ("zero3", "fsdp2"):
+    else:
         sent = share * (2 * shape.base_bytes + 3 * gradient)
         calls = 3 * layers + 4
-    else:
-        inside = (local - 1) / local * (2 * shape.base_bytes + 3 * gradient)
-        machines = gpus // local
-        between = 2 * (machines - 1) / machines * gradient / local
-        return inside, between, 3 * layers + 4 + (layers if machines > 1 else 0)
-    return (sent, 0.0, calls) if gpus <= per_machine else (0.0, sent, calls)
+    if gpus <= per_machine:
+        return sent, 0.0, calls
+    return 0.0, sent, calls
 
 
 def predict_seconds(shape: Shape, cluster: Cluster, strategy: str, gpus: int, tokens: int) -> float:
-    """Step time: gathers run beside the computation, what they take longer is waited for; gradients
-    of an unsharded base overlap with the backward pass (two thirds of the computation) but for the
-    last bucket, ZeRO-1/2's gather with nothing.
+    """Seconds of a step.
+
+    Gathers of a sharded base run beside the computation, so the longer of the two counts. Gradients
+    of an unsharded base overlap with the backward pass, which is two thirds of the computation,
+    except for the last bucket. The gather of ZeRO-1 and ZeRO-2 overlaps with nothing.
     """
     compute = 6 * shape.linear_weights * tokens / cluster.flops
     inside, between, calls = count_traffic(shape, strategy, gpus, cluster.per_machine)
-    # a ring crosses once, hsdp's eight side by side
+    # One ring has the whole machine's network; the rings of hsdp share it.
     network = cluster.between * (1 if strategy == "hsdp" else cluster.per_machine)
     moving = inside / cluster.inside + between / network + calls * cluster.latency
     if strategy == "ddp":
-        last = min(1.0, 25 * 2**20 / max(1.0, inside + between)) * moving
+        last = min(1.0, BUCKET / max(1.0, inside + between)) * moving
         return compute + max(last, moving - compute * 2 / 3)
     if strategy in ("zero1", "zero2"):
         return compute + moving / 2 + max(0.0, moving / 2 - compute * 2 / 3)
@@ -174,11 +242,15 @@ def predict_seconds(shape: Shape, cluster: Cluster, strategy: str, gpus: int, to
 
 
 def predict_memory(shape: Shape, strategy: str, gpus: int, per_machine: int) -> int:
-    """Highest bytes per GPU, in training or while the base is loaded, which every GPU does whole;
-    hsdp divides within a machine.
-    """
-    name, ranks = ("fsdp2", min(gpus, per_machine)) if strategy == "hsdp" else (strategy, gpus)
-    return divide(shape.forecast, Strategy(name, ranks)).peak + CONTEXT
+    """Highest bytes per GPU, in training or while it loads the base. Every GPU loads all of it."""
+    if strategy == "hsdp":  # It divides within a machine only.
+        division = Strategy("fsdp2", min(gpus, per_machine))
+    else:
+        division = Strategy(strategy, gpus)
+    return divide(shape.forecast, division).peak + CONTEXT
+
+
+# ---- the page ------------------------------------------------------------------------------------
 
 
 def render(tokens: int) -> Iterator[str]:
@@ -196,11 +268,10 @@ def render(tokens: int) -> Iterator[str]:
         )
         yield f"the quantized base {shape.base_bytes / 1e9:.1f} GB."
         yield ""
-        yield "| GPUs | " + " | ".join(STRATEGIES) + " |"
-        yield "|---|" + "---|" * len(STRATEGIES)
+        yield from begin_table()
         for gpus in GPUS[1:]:
-            cells = [sum(count_traffic(shape, strategy, gpus, 8)[:2]) for strategy in STRATEGIES]
-            yield f"| {gpus:,} | " + " | ".join(f"{sent / 1e9:.2f} GB" for sent in cells) + " |"
+            sent = [sum(count_traffic(shape, strategy, gpus, 8)[:2]) for strategy in STRATEGIES]
+            yield row(gpus, [f"{total / 1e9:.2f} GB" for total in sent])
         yield ""
         for cluster in (H100, RTX4090):
             yield (
@@ -208,26 +279,21 @@ def render(tokens: int) -> Iterator[str]:
                 " *Predicted.*"
             )
             yield ""
-            yield "| GPUs | " + " | ".join(STRATEGIES) + " |"
-            yield "|---|" + "---|" * len(STRATEGIES)
+            yield from begin_table()
             for gpus in GPUS:
-                cells = [
-                    describe(shape, cluster, strategy, gpus, tokens) for strategy in STRATEGIES
-                ]
-                yield f"| {gpus:,} | " + " | ".join(cells) + " |"
+                yield row(
+                    gpus, [describe(shape, cluster, name, gpus, tokens) for name in STRATEGIES]
+                )
             yield ""
 
 
-def render_epoch(tokens: int) -> Iterator[str]:
-    """How far one epoch of MedMCQA goes."""
-    yield (
-        f"### One epoch of MedMCQA, {EPOCH_TOKENS / 1e6:.0f} M tokens, {tokens:,} per GPU and step"
-    )
-    yield ""
-    yield "| GPUs | tokens per step | steps in an epoch |"
-    yield "|---|---|---|"
-    for gpus in GPUS:
-        yield f"| {gpus:,} | {gpus * tokens:,} | {EPOCH_TOKENS / (gpus * tokens):,.1f} |"
+def begin_table() -> Iterator[str]:
+    yield "| GPUs | " + " | ".join(STRATEGIES) + " |"
+    yield "|---|" + "---|" * len(STRATEGIES)
+
+
+def row(gpus: int, entries: list[str]) -> str:
+    return f"| {gpus:,} | " + " | ".join(entries) + " |"
 
 
 def describe(shape: Shape, cluster: Cluster, strategy: str, gpus: int, tokens: int) -> str:
@@ -237,46 +303,16 @@ def describe(shape: Shape, cluster: Cluster, strategy: str, gpus: int, tokens: i
     return f"{predict_seconds(shape, cluster, strategy, gpus, tokens):.2f} s, {memory / 1e9:.0f} GB"
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def render_epoch(tokens: int) -> Iterator[str]:
+    """A table of the steps in one epoch of MedMCQA."""
+    yield (
+        f"### One epoch of MedMCQA, {EPOCH_TOKENS / 1e6:.0f} M tokens, {tokens:,} per GPU and step"
     )
-    parser.add_argument(
-        "--tokens", type=int, default=8192, help="of a micro-batch; default %(default)s"
-    )
-    parser.add_argument("--write", type=Path, help="page whose tables are replaced")
-    parser.add_argument("--check", type=Path, help="page whose tables must be these")
-    return parser.parse_args()
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    if arguments.tokens < 1:
-        raise ConfigError(f"--tokens {arguments.tokens}: expected 1 or more")
-    warnings.simplefilter("ignore", FutureWarning)  # Libraries warn each other.
-    page = arguments.write or arguments.check
-    if page is None:
-        print(tabulate(arguments.tokens))
-        return
-    try:
-        text = page.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{page}: {error.strerror}; give the scaling page") from None
-    pattern = re.compile(f"{re.escape(MARKERS[0])}.*{re.escape(MARKERS[1])}", re.DOTALL)
-    if not pattern.search(text):
-        raise ConfigError(f"{page}: no lines {MARKERS[0]} and {MARKERS[1]}; give the scaling page")
-    tables = tabulate(arguments.tokens)
-    new = pattern.sub(lambda found: f"{MARKERS[0]}\n{tables}\n{MARKERS[1]}", text)
-    if arguments.check and new != text:
-        raise ConfigError(
-            f"{page}: its tables are not those of this script; run it with --write {page}"
-        )
-    if arguments.write:
-        write_atomic(page, new)
-
-
-def tabulate(tokens: int) -> str:
-    return "\n".join([*render(tokens), *render_epoch(tokens)])
+    yield ""
+    yield "| GPUs | tokens per step | steps in an epoch |"
+    yield "|---|---|---|"
+    for gpus in GPUS:
+        yield row(gpus, [f"{gpus * tokens:,}", f"{EPOCH_TOKENS / (gpus * tokens):,.1f}"])
 
 
 if __name__ == "__main__":

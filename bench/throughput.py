@@ -21,7 +21,7 @@ positions and dequantization are left out.
 
     utilisation = model FLOPs per second / peak FLOPs of the device
 
-The peak of a known GPU is the maker's dense rate for this dtype; give --peak_tflops for another one.
+The peak of a known GPU is the maker's dense rate for this dtype; --peak_tflops is for other GPUs.
 On a CPU it is the rate of a large matrix product, measured in the same process.
 """
 
