@@ -7,7 +7,7 @@ import sys
 
 from medqlora.core.environment import prefer_expandable_segments
 
-prefer_expandable_segments(os.environ)  # torch reads it when it is imported.
+prefer_expandable_segments(os.environ)  # torch reads this variable when it is imported.
 
 import torch
 
@@ -25,29 +25,32 @@ def main() -> int:
     stage.figure("flash_attn", try_flash_package() or "can be imported")
     if stage.device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
-        # A fresh process takes this before any tensor; memory.CONTEXT is an assumption of it.
+        # A process takes so much before its first tensor. The forecast assumes
+        # medqlora.training.memory.target.CONTEXT for it.
         stage.figure("context_bytes", total - free - torch.cuda.memory_reserved())
     size = 64 * 2**20 if stage.small else 2 * 2**30
     source = torch.randint(256, (size,), dtype=torch.uint8, device=stage.device)
     target = torch.empty_like(source)
     seconds = stage.time(lambda: target.copy_(source))
-    stage.figure("copy_bytes_per_second", 2 * size / seconds)  # Each byte is read and written.
+    # Each byte is read and written.
+    stage.figure("copy_bytes_per_second", 2 * size / seconds)
     host = torch.empty(size // 4, dtype=torch.uint8, pin_memory=stage.device.type == "cuda")
     seconds = stage.time(lambda: host.copy_(source[: len(host)], non_blocking=True))
     stage.figure("copy_to_host_bytes_per_second", len(host) / seconds)
     width = 1024 if stage.small else 8192
-    a, b = (torch.randn(width, width, device=stage.device).to(torch.bfloat16) for _ in range(2))
+    a = torch.randn(width, width, device=stage.device).to(torch.bfloat16)
+    b = torch.randn(width, width, device=stage.device).to(torch.bfloat16)
     seconds = stage.time(lambda: a @ b)
     stage.figure("bfloat16_product", {"width": width, "flops_per_second": 2 * width**3 / seconds})
     return stage.finish()
 
 
 def read_driver() -> str | None:
-    """Name, driver and limits as nvidia-smi says them."""
-    wanted = "name,driver_version,power.limit,clocks.max.sm,memory.total"
+    """Name, driver and limits of the GPU from nvidia-smi; None where that does not run."""
+    fields = "name,driver_version,power.limit,clocks.max.sm,memory.total"
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         return subprocess.run(
-            ["nvidia-smi", f"--query-gpu={wanted}", "--format=csv,noheader"],
+            ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"],
             capture_output=True,
             text=True,
             check=True,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from medqlora.core.environment import prefer_expandable_segments
 
-prefer_expandable_segments(os.environ)  # torch reads it when it is imported.
+prefer_expandable_segments(os.environ)  # torch reads this variable when it is imported.
 
 import numpy as np
 import torch

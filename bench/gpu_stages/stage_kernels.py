@@ -1,14 +1,15 @@
-"""Every kernel that training and scoring call, against the same formula in float64: outputs and
-gradients.
+"""Every kernel that training and scoring call, compared with the same formula in float64: outputs
+and gradients.
 """
 
 import itertools
 import os
 import sys
+from collections.abc import Sequence
 
 from medqlora.core.environment import prefer_expandable_segments
 
-prefer_expandable_segments(os.environ)  # torch reads it when it is imported.
+prefer_expandable_segments(os.environ)  # torch reads this variable when it is imported.
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +19,12 @@ from medqlora.model.attention.backends import choose_backend
 from medqlora.model.attention.documents import locate_documents
 from medqlora.model.attention.kernels import attend_documents
 from medqlora.model.attention.tree import locate_prefix_tree
-from medqlora.model.compiling import compile_kernels
+from medqlora.model.compiling import Kernels, compile_kernels
 from medqlora.model.dropout import DroppedLinear, draw_kept, draw_seed
 from medqlora.model.fused_head import HeadLoss
 from medqlora.training.gpu_stage import Stage, relative_error
 
-# Rounding explains these relative errors of outputs; gradients may have twice as much.
+# Rounding explains these relative errors of outputs. Gradients may have twice as much.
 LIMITS = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 HEADS = 32
 KV_HEADS = 8
@@ -37,11 +38,12 @@ def main() -> int:
     dtypes = [torch.float32, torch.bfloat16] if stage.small else [torch.float16, torch.float32]
     if stage.dtype is torch.bfloat16:
         dtypes.insert(0, torch.bfloat16)
-    for dtype, width in itertools.product(dtypes, [64] if stage.small else [64, 128, 256]):
+    widths = [64] if stage.small else [64, 128, 256]
+    for dtype, width in itertools.product(dtypes, widths):
         for backend in list_backends(stage, dtype, width):
             for window in (None, 100):
                 check_attention(stage, backend, dtype, width, window, None)
-            check_branches(stage, backend, dtype, width)
+            check_shared_beginning(stage, backend, dtype, width)
         check_attention(stage, "grouped", dtype, width, None, 30.0)
     for dtype in dtypes:
         check_compiled(stage, dtype)
@@ -51,7 +53,7 @@ def main() -> int:
 
 
 def list_backends(stage: Stage, dtype: torch.dtype, width: int) -> list[str]:
-    """grouped, which runs everywhere, and what is chosen here."""
+    """grouped, which runs everywhere, and varlen where it is chosen here."""
     chosen = choose_backend("auto", stage.device, dtype, LlamaConfig(head_dim=width)).backend
     return sorted({"grouped", chosen} & {"grouped", "varlen"})
 
@@ -60,17 +62,56 @@ def name(*parts) -> str:
     return ", ".join(str(part).removeprefix("torch.") for part in parts if part is not None)
 
 
-def attend_reference(query, key, value, allowed, softcap) -> torch.Tensor:
-    """query [heads, queries, width], key and value [kv heads, keys, width], allowed bool [queries,
-    keys] -> [queries, heads, width]
+def draw(stage: Stage, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, device=stage.device).to(dtype)
+
+
+def widen(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Copies in float64 that take gradients."""
+    return [tensor.detach().double().requires_grad_() for tensor in tensors]
+
+
+def check_output(
+    stage: Stage, what: str, case: str, output: torch.Tensor, expected: torch.Tensor, limit: float
+) -> None:
+    stage.check(f"{what}, {case}", relative_error(output, expected), limit)
+
+
+def check_gradients(
+    stage: Stage,
+    what: str,
+    case: str,
+    names: Sequence[str],
+    gradients: Sequence[torch.Tensor],
+    expected: Sequence[torch.Tensor],
+    limit: float,
+) -> None:
+    for which, gradient, wanted in zip(names, gradients, expected, strict=True):
+        stage.check(f"{what} {which}, {case}", relative_error(gradient, wanted), 2 * limit)
+
+
+def attend_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    allowed: torch.Tensor,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Attention by its formula -> [queries, heads, width].
+
+    Args:
+        query: [heads, queries, width].
+        key, value: [kv heads, keys, width].
+        allowed: bool [queries, keys].
     """
-    key, value = (
-        tensor.repeat_interleave(query.shape[0] // key.shape[0], dim=0) for tensor in (key, value)
-    )
+    groups = query.shape[0] // key.shape[0]
+    key = key.repeat_interleave(groups, dim=0)
+    value = value.repeat_interleave(groups, dim=0)
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    return (scores.masked_fill(~allowed, float("-inf")).softmax(-1) @ value).transpose(0, 1)
+    weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1)
+    return (weights @ value).transpose(0, 1)
 
 
 def check_attention(
@@ -85,27 +126,26 @@ def check_attention(
     lengths = [120, 7, 64, 1, 129] if stage.small else [700, 7, 64, 1, 129, 512]
     tokens = sum(lengths)
     ends = [0, *itertools.accumulate(lengths)]
-    query, key, value = (
-        torch.randn(1, count, tokens, width, device=stage.device).to(dtype).requires_grad_()
-        for count in (HEADS, KV_HEADS, KV_HEADS)
-    )
+    inputs = [
+        draw(stage, dtype, 1, heads, tokens, width).requires_grad_()
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
+    ]
     documents = locate_documents(
         torch.tensor(ends, dtype=torch.int32), max(lengths), stage.device, backend
     )
-    out, _ = attend_documents(
-        LAYER, query, key, value, None, sliding_window=window, softcap=softcap, documents=documents
+    output, _ = attend_documents(
+        LAYER, *inputs, None, sliding_window=window, softcap=softcap, documents=documents
     )
-    weights = torch.randn_like(out)
-    found = torch.autograd.grad((out * weights).sum(), (query, key, value))
-    wide = [tensor.detach().double().requires_grad_() for tensor in (query, key, value)]
+    weights = torch.randn_like(output)
+    gradients = torch.autograd.grad((output * weights).sum(), inputs)
+    wide = widen(*inputs)
     parts = []
     for first, last in itertools.pairwise(ends):
-        at = torch.arange(last - first, device=stage.device)
-        distance = at[:, None] - at[None]
-        allowed = (distance >= 0) & (distance < (window or len(at)))
-        parts.append(
-            attend_reference(*(tensor[0, :, first:last] for tensor in wide), allowed, softcap)
-        )
+        place = torch.arange(last - first, device=stage.device)
+        distance = place[:, None] - place[None]
+        allowed = (distance >= 0) & (distance < (window or len(place)))
+        document = [tensor[0, :, first:last] for tensor in wide]
+        parts.append(attend_reference(*document, allowed, softcap))
     expected = torch.cat(parts)[None]
     wanted = torch.autograd.grad((expected * weights.double()).sum(), wide)
     case = name(
@@ -115,155 +155,160 @@ def check_attention(
         window and f"window {window}",
         softcap and f"softcap {softcap}",
     )
-    stage.check(f"attention, {case}", relative_error(out, expected), LIMITS[dtype])
-    for which, got, right in zip(("query", "key", "value"), found, wanted, strict=True):
-        stage.check(
-            f"attention's gradient of the {which}, {case}",
-            relative_error(got, right),
-            2 * LIMITS[dtype],
-        )
+    limit = LIMITS[dtype]
+    check_output(stage, "attention", case, output, expected, limit)
+    names = ("query", "key", "value")
+    check_gradients(stage, "attention's gradient of the", case, names, gradients, wanted, limit)
 
 
 @torch.no_grad()
-def check_branches(stage: Stage, backend: str, dtype: torch.dtype, width: int) -> None:
+def check_shared_beginning(stage: Stage, backend: str, dtype: torch.dtype, width: int) -> None:
     """Questions after a shared beginning, with options that continue them."""
     lengths = [70, 3, 2, 45, 4, 1]
     parents = [None, 0, 0, None, 3, 3]
     shared = 33
     tokens = sum(lengths)
-    query, key, value = (
-        torch.randn(1, count, tokens, width, device=stage.device).to(dtype)
-        for count in (HEADS, KV_HEADS, KV_HEADS)
-    )
-    before = tuple(
-        torch.randn(1, KV_HEADS, shared, width, device=stage.device).to(dtype) for _ in range(2)
-    )
-    branches = locate_prefix_tree(lengths, parents, stage.device, {0: before}, shared, backend)
-    out, _ = attend_documents(LAYER, query, key, value, None, documents=branches)
-    keys, values = (
-        torch.cat(pair, dim=2)[0].double() for pair in zip(before, (key, value), strict=True)
-    )
+    query = draw(stage, dtype, 1, HEADS, tokens, width)
+    key = draw(stage, dtype, 1, KV_HEADS, tokens, width)
+    value = draw(stage, dtype, 1, KV_HEADS, tokens, width)
+    shared_key = draw(stage, dtype, 1, KV_HEADS, shared, width)
+    shared_value = draw(stage, dtype, 1, KV_HEADS, shared, width)
+    cache = {0: (shared_key, shared_value)}
+    tree = locate_prefix_tree(lengths, parents, stage.device, cache, shared, backend)
+    output, _ = attend_documents(LAYER, query, key, value, None, documents=tree)
+    keys = torch.cat([shared_key, key], dim=2)[0].double()
+    values = torch.cat([shared_value, value], dim=2)[0].double()
     parts = []
     start = 0
-    for number, (first, last) in enumerate(itertools.pairwise(branches.cu_keys.tolist())):
-        seen = branches.sources[first:last]
-        at = torch.arange(len(seen), device=stage.device)
-        allowed = at[len(seen) - lengths[number] :, None] >= at[None]
-        parts.append(
-            attend_reference(
-                query[0, :, start : start + lengths[number]].double(),
-                keys[:, seen],
-                values[:, seen],
-                allowed,
-                None,
-            )
-        )
-        start += lengths[number]
-    stage.check(
-        f"branches, {name(backend, dtype, f'width {width}')}",
-        relative_error(out, torch.cat(parts)[None]),
-        LIMITS[dtype],
-    )
+    for length, (first, last) in zip(
+        lengths, itertools.pairwise(tree.cu_keys.tolist()), strict=True
+    ):
+        seen = tree.sources[first:last]
+        place = torch.arange(len(seen), device=stage.device)
+        allowed = place[len(seen) - length :, None] >= place[None]
+        queries = query[0, :, start : start + length].double()
+        parts.append(attend_reference(queries, keys[:, seen], values[:, seen], allowed, None))
+        start += length
+    case = name(backend, dtype, f"width {width}")
+    check_output(stage, "branches", case, output, torch.cat(parts)[None], LIMITS[dtype])
 
 
 def check_compiled(stage: Stage, dtype: torch.dtype) -> None:
     """Norms and gated activations as the compiler makes them, with lengths that change."""
     width = 512
-    eps = 1e-6
     try:
         kernels = compile_kernels(stage.device)
-    # training goes on without a compiler, and so does this
+    # The compiler, a missing one or its driver may raise anything. Training goes on without it, so
+    # this stage does too, and says so.
     except Exception as error:  # noqa: BLE001
         stage.figure("no compiler", " ".join(str(error).split())[:300])
         return
     weight = torch.rand(width, device=stage.device).to(dtype) + 0.5
     for tokens in (17, 1, 256, 1000):
-        x, up, g = (torch.randn(tokens, width, device=stage.device).to(dtype) for _ in range(3))
-        wide, wide_up = (tensor.double().requires_grad_() for tensor in (x, up))
+        x = draw(stage, dtype, tokens, width)
+        up = draw(stage, dtype, tokens, width)
+        g = draw(stage, dtype, tokens, width)
         for offset in (False, True):
-            y, scale = kernels.normalise(x, weight, eps, offset)
-            expected = (
-                wide
-                * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-                * (weight.double() + offset)
-            )
-            (wanted,) = torch.autograd.grad((expected * g.double()).sum(), wide)
-            case = name(dtype, f"{tokens} tokens", "with offset" if offset else None)
-            stage.check(f"compiled norm, {case}", relative_error(y, expected), LIMITS[dtype])
-            stage.check(
-                f"compiled norm's gradient, {case}",
-                relative_error(kernels.normalise_backward(g, x, scale, weight, offset), wanted),
-                2 * LIMITS[dtype],
-            )
-        for activation, function in (
-            ("silu", F.silu),
-            ("gelu_pytorch_tanh", lambda t: F.gelu(t, approximate="tanh")),
-        ):
-            expected = function(wide) * wide_up
-            wanted = torch.autograd.grad((expected * g.double()).sum(), (wide, wide_up))
-            found = kernels.gate_backward(g, x, up, activation)
-            case = name(activation, dtype, f"{tokens} tokens")
-            stage.check(
-                f"compiled gate, {case}",
-                relative_error(kernels.gate(x, up, activation), expected),
-                LIMITS[dtype],
-            )
-            for which, got, right in zip(("gate", "up"), found, wanted, strict=True):
-                stage.check(
-                    f"compiled gradient of {which}, {case}",
-                    relative_error(got, right),
-                    2 * LIMITS[dtype],
-                )
+            check_norm(stage, kernels, x, g, weight, offset)
+        for activation in ("silu", "gelu_pytorch_tanh"):
+            check_gate(stage, kernels, x, up, g, activation)
+
+
+def check_norm(
+    stage: Stage,
+    kernels: Kernels,
+    x: torch.Tensor,
+    g: torch.Tensor,
+    weight: torch.Tensor,
+    offset: bool,
+) -> None:
+    """Compare the norm of x and its gradient.
+
+    Args:
+        g: the gradient of the norm's output.
+        offset: whether 1 is added to the weight, as Gemma does.
+    """
+    eps = 1e-6
+    output, scale = kernels.normalise(x, weight, eps, offset)
+    gradient = kernels.normalise_backward(g, x, scale, weight, offset)
+    (wide,) = widen(x)
+    normalised = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    expected = normalised * (weight.double() + offset)
+    (wanted,) = torch.autograd.grad((expected * g.double()).sum(), wide)
+    case = name(x.dtype, f"{len(x)} tokens", "with offset" if offset else None)
+    limit = LIMITS[x.dtype]
+    check_output(stage, "compiled norm", case, output, expected, limit)
+    check_output(stage, "compiled norm's gradient", case, gradient, wanted, 2 * limit)
+
+
+def check_gate(
+    stage: Stage,
+    kernels: Kernels,
+    x: torch.Tensor,
+    up: torch.Tensor,
+    g: torch.Tensor,
+    activation: str,
+) -> None:
+    """Compare the activation of x times up, and both gradients; g: the gradient of the output."""
+    wide, wide_up = widen(x, up)
+    if activation == "silu":
+        expected = F.silu(wide) * wide_up
+    else:
+        expected = F.gelu(wide, approximate="tanh") * wide_up
+    wanted = torch.autograd.grad((expected * g.double()).sum(), (wide, wide_up))
+    case = name(activation, x.dtype, f"{len(x)} tokens")
+    limit = LIMITS[x.dtype]
+    output = kernels.gate(x, up, activation)
+    gradients = kernels.gate_backward(g, x, up, activation)
+    check_output(stage, "compiled gate", case, output, expected, limit)
+    names = ("gate", "up")
+    check_gradients(stage, "compiled gradient of", case, names, gradients, wanted, limit)
 
 
 def check_head(stage: Stage, dtype: torch.dtype) -> None:
-    """Head and cross entropy in one, with and without softcap."""
-    head = torch.nn.Linear(256, 4_000, bias=False, device=stage.device, dtype=dtype).requires_grad_(
-        False
-    )
+    """The fused head and cross entropy, with and without softcap."""
+    head = torch.nn.Linear(256, 4_000, bias=False, device=stage.device, dtype=dtype)
+    head.requires_grad_(False)
     torch.nn.init.normal_(head.weight, std=0.05)
     targets = torch.randint(4_000, (50,), device=stage.device)
-    hidden = torch.randn(50, 256, device=stage.device).to(dtype).requires_grad_()
+    hidden = draw(stage, dtype, 50, 256).requires_grad_()
     for cap in (None, 5.0):
         loss = HeadLoss.apply(hidden, head, targets, 1.0, cap)
-        (found,) = torch.autograd.grad(loss, hidden)
-        wide = hidden.detach().double().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss, hidden)
+        (wide,) = widen(hidden)
         logits = wide @ head.weight.double().t()
-        expected = F.cross_entropy(
-            logits if cap is None else cap * torch.tanh(logits / cap), targets, reduction="sum"
-        )
+        if cap:
+            logits = cap * torch.tanh(logits / cap)
+        expected = F.cross_entropy(logits, targets, reduction="sum")
+        (wanted,) = torch.autograd.grad(expected, wide)
         case = name(dtype, cap and f"softcap {cap}")
-        stage.check(f"head's loss, {case}", relative_error(loss, expected), LIMITS[dtype])
-        stage.check(
-            f"head's gradient, {case}",
-            relative_error(found, torch.autograd.grad(expected, wide)[0]),
-            2 * LIMITS[dtype],
-        )
+        check_output(stage, "head's loss", case, loss, expected, LIMITS[dtype])
+        check_output(stage, "head's gradient", case, gradient, wanted, 2 * LIMITS[dtype])
 
 
 def check_dropout(stage: Stage, dtype: torch.dtype) -> None:
-    """Dropout that keeps a seed: the same mask in both passes, and the share that is asked for."""
-    x = torch.randn(500, 256, device=stage.device).to(dtype).requires_grad_()
-    weight = torch.randn(16, 256, device=stage.device).to(dtype).requires_grad_()
+    """Dropout that keeps a seed instead of a mask: both passes have the same mask, and it drops the
+    share that is asked for.
+    """
+    x = draw(stage, dtype, 500, 256).requires_grad_()
+    weight = draw(stage, dtype, 16, 256).requires_grad_()
     torch.manual_seed(5)
-    out = DroppedLinear.apply(x, weight, 0.1)
-    g = torch.randn_like(out)
-    found = torch.autograd.grad((out * g).sum(), (x, weight))
+    output = DroppedLinear.apply(x, weight, 0.1)
+    g = torch.randn_like(output)
+    gradients = torch.autograd.grad((output * g).sum(), (x, weight))
     torch.manual_seed(5)
     kept = draw_kept(x, 0.1, draw_seed())
-    wide = [tensor.detach().double().requires_grad_() for tensor in (x, weight)]
-    expected = F.linear(wide[0] * kept / 0.9, wide[1])
-    wanted = torch.autograd.grad((expected * g.double()).sum(), wide)
-    stage.check(f"dropout, {name(dtype)}", relative_error(out, expected), LIMITS[dtype])
-    for which, got, right in zip(("input", "weight"), found, wanted, strict=True):
-        stage.check(
-            f"dropout's gradient of the {which}, {name(dtype)}",
-            relative_error(got, right),
-            2 * LIMITS[dtype],
-        )
-    stage.check(
-        f"dropout's share less 0.1, {name(dtype)}", abs((~kept).float().mean().item() - 0.1), 0.01
+    wide, wide_weight = widen(x, weight)
+    expected = F.linear(wide * kept / 0.9, wide_weight)
+    wanted = torch.autograd.grad((expected * g.double()).sum(), (wide, wide_weight))
+    case = name(dtype)
+    check_output(stage, "dropout", case, output, expected, LIMITS[dtype])
+    names = ("input", "weight")
+    check_gradients(
+        stage, "dropout's gradient of the", case, names, gradients, wanted, LIMITS[dtype]
     )
+    dropped = (~kept).float().mean().item()
+    stage.check(f"dropout's share less 0.1, {case}", abs(dropped - 0.1), 0.01)
 
 
 if __name__ == "__main__":
