@@ -1,5 +1,5 @@
-"""The adapter's gradients on every kind of base, dtype and recomputation, against the same weights
-dense in float32.
+"""The adapter's gradients on every kind of base, dtype and recomputation, compared with those on
+the same weights, dense in float32.
 """
 
 import os
@@ -14,14 +14,12 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from medqlora.batches.collate import collate
-from medqlora.core.config import Lora, Model
-from medqlora.model.adapter import attach_adapter
-from medqlora.model.attention.backends import IMPLEMENTATIONS, choose_backend
+from medqlora.core.config import Config, Data, Lora, Model, Training
+from medqlora.core.config_loading import change
+from medqlora.model.attention.backends import IMPLEMENTATIONS
 from medqlora.model.attention.packed_batch import move_batch
-from medqlora.model.head_loss import AnswerLoss
-from medqlora.model.random_base import make_base
-from medqlora.model.recomputation import set_checkpointing
 from medqlora.training.gpu_stage import Stage, relative_error
+from medqlora.training.session import Loaded, build, load
 from medqlora.training.trial import make_table
 
 SHAPE = LlamaConfig(
@@ -36,9 +34,9 @@ SHAPE = LlamaConfig(
     eos_token_id=2,
 )
 LENGTHS = np.array([70, 33, 120, 9, 64, 64])
-# All gradients together may have these relative errors; int8 rounds what comes in to 8 bits as
-# well.
-LIMITS = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+# The vector of all gradients may have these relative errors. int8 also rounds the layers' inputs to
+# 8 bits.
+LIMITS = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 8e-2}
 INT8_LIMIT = 0.1
 # Recomputed gradients may differ from kept ones, because attention sums in any order on a GPU.
 SAME_LIMIT = 1e-2
@@ -46,13 +44,12 @@ SAME_LIMIT = 1e-2
 
 def main() -> int:
     stage = Stage.from_arguments(sys.argv[1:], __doc__)
-    dtypes = (
-        ["float32", "bfloat16"]
-        if stage.small
-        else ["bfloat16", "float16"]
-        if stage.dtype is torch.bfloat16
-        else ["float16"]
-    )
+    if stage.small:
+        dtypes = ["float32", "bfloat16"]
+    elif stage.dtype is torch.bfloat16:
+        dtypes = ["bfloat16", "float16"]
+    else:
+        dtypes = ["float16"]
     for quantization in ("nf4", "fp4", "int8", "none"):
         for dtype in dtypes:
             check_base(stage, quantization, dtype, "lora")
@@ -61,27 +58,24 @@ def main() -> int:
 
 
 def check_base(stage: Stage, quantization: str, dtype: str, variant: str) -> None:
-    model = Model(base="random", quantization=quantization, dtype=dtype)
-    compute = getattr(torch, dtype)
-    torch.manual_seed(0)
-    base = make_base(SHAPE, model, stage.device, compute)
-    dense = copy_dense(base, stage.device)
-    backend = choose_backend("auto", stage.device, compute, SHAPE).backend
-    base.set_attn_implementation(IMPLEMENTATIONS[backend])
-    expected = read_gradients(stage, dense, "none", variant, "grouped")
-    case = f"{quantization}, {dtype}, {variant}, attention {backend}"
-    kept = read_gradients(stage, base, "none", variant, backend)
-    stage.check(
-        f"gradients, {case}",
-        relative_error(kept, expected),
-        INT8_LIMIT if quantization == "int8" else LIMITS[compute],
+    config = Config(
+        model=Model(base="random", quantization=quantization, dtype=dtype),
+        lora=Lora(r=8, variant=variant),
+        data=Data(),
+        training=Training(compile=False),  # The kernels stage tries compiled functions.
     )
+    torch.manual_seed(0)
+    loaded = load(config, stage.device, architecture=SHAPE)
+    dense = Loaded(copy_dense(loaded.base, stage.device), "grouped", False)
+    expected = read_gradients(stage, dense, config, "none")
+    kept = read_gradients(stage, loaded, config, "none")
+    case = f"{quantization}, {dtype}, {variant}, attention {loaded.backend}"
+    limit = INT8_LIMIT if quantization == "int8" else LIMITS[dtype]
+    stage.check(f"gradients, {case}", relative_error(kept, expected), limit)
     for mode in ("full", "offload"):
-        stage.check(
-            f"gradients with {mode} against none, {case}",
-            relative_error(read_gradients(stage, base, mode, variant, backend), kept),
-            SAME_LIMIT,
-        )
+        recomputed = read_gradients(stage, loaded, config, mode)
+        error = relative_error(recomputed, kept)
+        stage.check(f"gradients with {mode} against none, {case}", error, SAME_LIMIT)
 
 
 def copy_dense(base: torch.nn.Module, device: torch.device) -> torch.nn.Module:
@@ -90,13 +84,13 @@ def copy_dense(base: torch.nn.Module, device: torch.device) -> torch.nn.Module:
         dense = AutoModelForCausalLM.from_config(
             SHAPE, dtype=torch.float32, attn_implementation=IMPLEMENTATIONS["grouped"]
         )
-    ours = dict(base.named_modules())
+    originals = dict(base.named_modules())
     with torch.no_grad():
         for name, module in dense.named_modules():
             if isinstance(module, torch.nn.Linear):
-                module.weight.copy_(dequantize(ours[name]))
+                module.weight.copy_(dequantize(originals[name]))
             elif getattr(module, "weight", None) is not None:
-                module.weight.copy_(ours[name].weight)
+                module.weight.copy_(originals[name].weight)
     return dense.requires_grad_(False)
 
 
@@ -107,33 +101,30 @@ def dequantize(linear: torch.nn.Module) -> torch.Tensor:
 
         return dequantize_4bit(weight.data, weight.quant_state).float()
     if weight.dtype is torch.int8:
+        # bitsandbytes moves the scales into the layer's state when the layer is first called.
         scale = weight.SCB if weight.SCB is not None else linear.state.SCB
         return weight.data.float() * scale[:, None] / 127
     return weight.float()
 
 
-def read_gradients(
-    stage: Stage, base: torch.nn.Module, mode: str, variant: str, backend: str
-) -> torch.Tensor:
-    """Of a seeded adapter, all in one vector; the adapter is taken off again."""
-    model = attach_adapter(base, Lora(r=8, variant=variant), 0)
+def read_gradients(stage: Stage, loaded: Loaded, config: Config, mode: str) -> torch.Tensor:
+    """All gradients of a seeded adapter in one vector; the adapter is taken off again."""
+    for layer in loaded.base.model.layers:  # An earlier mode may have set this.
+        layer.gradient_checkpointing = False
+    built = build(loaded, change(config, "training", gradient_checkpointing=mode))
+    # A fresh adapter's B is zero, and so would be the gradients of A.
     generator = torch.Generator().manual_seed(1)
-    for name, weight in model.named_parameters():
+    for name, weight in built.model.named_parameters():
         if "lora_B" in name:
             weight.data.copy_(0.05 * torch.randn(weight.shape, generator=generator))
-    for layer in base.model.layers:
-        layer.gradient_checkpointing = False
-    set_checkpointing(base, mode)
     table = make_table(LENGTHS, 5, SHAPE.vocab_size, 0)
-    loss = AnswerLoss(model.train(), 1024)(
-        **move_batch(collate(table, np.arange(len(LENGTHS))), backend, stage.device)
-    )
-    loss.backward()
-    found = torch.cat(
-        [weight.grad.flatten() for weight in model.parameters() if weight.requires_grad]
-    )
-    model.unload()
-    return found
+    batch = move_batch(collate(table, np.arange(len(LENGTHS))), loaded.backend, stage.device)
+    built.loss_model.train()
+    built.loss_model(**batch).backward()
+    trained = [weight for weight in built.model.parameters() if weight.requires_grad]
+    gradients = torch.cat([weight.grad.flatten() for weight in trained])
+    built.model.unload()
+    return gradients
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""The demonstration as a user runs it: through accelerate launch, killed in the middle and resumed,
-scored, merged, scored again.
+"""The demonstration as a user runs it through accelerate launch: killed in the middle and resumed,
+scored, merged, and scored again.
 """
 
 import json
@@ -15,6 +15,7 @@ import psutil
 from medqlora.training.gpu_stage import Stage
 
 ROOT = Path(__file__).parents[2]
+DATA = ROOT / "recipes" / "demo" / "data" / "test.jsonl"
 WAIT = 200  # A run may take so many seconds.
 
 
@@ -26,41 +27,20 @@ def main() -> int:
         environ["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        test = json.dumps(
-            [
-                {
-                    "format": "medmcqa",
-                    "path": str(ROOT / "recipes" / "demo" / "data" / "test.jsonl"),
-                    "limit": questions,
-                }
-            ]
-        )
+        entry = {"format": "medmcqa", "path": str(DATA), "limit": questions}
         flags = [
-            "--data.cache_dir",
-            work / "cache",
-            "--training.max_steps",
-            steps,
-            "--training.save_steps",
-            steps // 4,
-            "--data.test",
-            test,
-            "--training.eval_steps",
-            steps // 2,
-            "--lora.dropout",
-            "0.05",
-            "--training.deterministic",
-            "true",
+            f"--data.cache_dir={work / 'cache'}",
+            f"--training.max_steps={steps}",
+            f"--training.save_steps={steps // 4}",
+            f"--data.test={json.dumps([entry])}",
+            f"--training.eval_steps={steps // 2}",
+            "--lora.dropout=0.05",
+            "--training.deterministic=true",
         ]
         whole = train(stage, "whole", work / "whole", flags, environ)
         kill_in_the_middle(stage, work / "killed", flags, steps // 2, environ)
         resumed = train(stage, "resumed", work / "killed", [*flags, "--resume"], environ)
-        pairs = [(row["loss"], resumed[step]["loss"]) for step, row in whole.items()]
-        stage.figure("resumed run equal to the bit", all(a == b for a, b in pairs))
-        stage.check(
-            "largest relative difference of a loss after resuming",
-            max(abs(a - b) / a for a, b in pairs),
-            1e-2,
-        )
+        compare_losses(stage, whole, resumed)
         metrics = json.loads((work / "killed" / "metrics.json").read_text())
         stage.figure(
             "accuracy",
@@ -71,34 +51,42 @@ def main() -> int:
     return stage.finish()
 
 
-def launch(output: Path, flags: list) -> list[str]:
-    command = [
+def compare_losses(stage: Stage, whole: dict[int, dict], resumed: dict[int, dict]) -> None:
+    pairs = [(row["loss"], resumed[step]["loss"]) for step, row in whole.items()]
+    stage.figure("resumed run equal to the bit", all(a == b for a, b in pairs))
+    largest = max(abs(a - b) / a for a, b in pairs)
+    stage.check("largest relative difference of a loss after resuming", largest, 1e-2)
+
+
+def launch(output: Path, flags: list[str]) -> list[str]:
+    """The command of a training on one process."""
+    return [
         sys.executable,
         "-m",
         "accelerate.commands.launch",
-        "--num_processes",
-        1,
-        "--num_machines",
-        1,
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
+        "--num_processes=1",
+        "--num_machines=1",
+        "--mixed_precision=no",
+        "--dynamo_backend=no",
+        str(ROOT / "recipes" / "sft_qlora.py"),
+        f"--output_dir={output}",
+        *flags,
     ]
-    return list(
-        map(str, [*command, ROOT / "recipes" / "sft_qlora.py", "--output_dir", output, *flags])
-    )
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def read_steps(output: Path) -> dict[int, dict]:
     path = output / "train_log.jsonl"
-    rows = map(json.loads, path.read_text().splitlines()) if path.is_file() else []
+    rows = read_rows(path) if path.is_file() else []
     return {row["step"]: row for row in rows if "loss" in row}
 
 
 def run(stage: Stage, name: str, command: list[str], environ: dict[str, str]) -> str:
-    """A command that must succeed; its last lines are kept where it does not; -> what it
-    printed.
+    """Run a command -> what it printed. Where it fails, its last lines are recorded and the stage
+    ends.
     """
     began = time.perf_counter()
     done = subprocess.run(
@@ -114,7 +102,7 @@ def run(stage: Stage, name: str, command: list[str], environ: dict[str, str]) ->
 
 
 def train(
-    stage: Stage, name: str, output: Path, flags: list, environ: dict[str, str]
+    stage: Stage, name: str, output: Path, flags: list[str], environ: dict[str, str]
 ) -> dict[int, dict]:
     printed = run(stage, name, launch(output, flags), environ)
     if "--resume" in flags:
@@ -126,9 +114,9 @@ def train(
 
 
 def kill_in_the_middle(
-    stage: Stage, output: Path, flags: list, step: int, environ: dict[str, str]
+    stage: Stage, output: Path, flags: list[str], step: int, environ: dict[str, str]
 ) -> None:
-    """kill -9 for the launcher and all that it started, once this step is logged."""
+    """Kill the launcher and all that it started (SIGKILL), once this step is logged."""
     process = subprocess.Popen(
         launch(output, flags),
         env=environ,
@@ -136,12 +124,10 @@ def kill_in_the_middle(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    began = time.perf_counter()
-    while (
-        process.poll() is None
-        and time.perf_counter() - began < WAIT
-        and max(read_steps(output), default=0) < step
-    ):
+    deadline = time.perf_counter() + WAIT
+    while process.poll() is None and time.perf_counter() < deadline:
+        if max(read_steps(output), default=0) >= step:
+            break
         time.sleep(0.05)
     ended = process.poll()
     if ended is None:
@@ -153,53 +139,34 @@ def kill_in_the_middle(
 
 def merge_and_score(stage: Stage, work: Path, questions: int, environ: dict[str, str]) -> None:
     """The merged model answers as the adapter did."""
-    adapter = work / "killed" / "adapter"
     merged = work / "merged"
     output = work / "merged.jsonl"
-    run(
-        stage,
-        "merge",
-        [
-            sys.executable,
-            "recipes/merge_adapter.py",
-            "--adapter",
-            str(adapter),
-            "--output",
-            str(merged),
-        ],
-        environ,
-    )
-    test = str(ROOT / "recipes" / "demo" / "data" / "test.jsonl")
+    merge = [
+        sys.executable,
+        "recipes/merge_adapter.py",
+        f"--adapter={work / 'killed' / 'adapter'}",
+        f"--output={merged}",
+    ]
+    run(stage, "merge", merge, environ)
     predict = [
         sys.executable,
         "eval/predict.py",
-        "--model",
-        str(merged),
-        "--format",
-        "medmcqa",
-        "--path",
-        test,
-        "--limit",
-        str(questions),
-        "--output",
-        str(output),
+        f"--model={merged}",
+        "--format=medmcqa",
+        f"--path={DATA}",
+        f"--limit={questions}",
+        f"--output={output}",
     ]
     run(stage, "predict", predict, environ)
-    ours = {
-        row["id"]: row["prediction"]
-        for row in map(
-            json.loads, (work / "killed" / "predictions" / "tuned.jsonl").read_text().splitlines()
-        )
-    }
-    theirs = {
-        row["id"]: row["prediction"] for row in map(json.loads, output.read_text().splitlines())
-    }
+    answers = read_answers(work / "killed" / "predictions" / "tuned.jsonl")
+    merged_answers = read_answers(output)
+    changed = sum(answers[key] != merged_answers[key] for key in answers) / len(answers)
     limit = 0.2 if stage.small else 0.05  # After few steps many answers are near ties.
-    stage.check(
-        "share of answers that the merged model changes",
-        sum(ours[key] != theirs[key] for key in ours) / len(ours),
-        limit,
-    )
+    stage.check("share of answers that the merged model changes", changed, limit)
+
+
+def read_answers(path: Path) -> dict[str, str]:
+    return {row["id"]: row["prediction"] for row in read_rows(path)}
 
 
 if __name__ == "__main__":

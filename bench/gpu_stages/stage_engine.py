@@ -1,5 +1,5 @@
-"""The transformers engine: options scored with a shared beginning and without, the same numbers and
-the rates; text generated.
+"""The transformers engine scores options with a shared beginning and without, which must give the
+same numbers, and generates text; the rates of both are recorded.
 """
 
 import os
@@ -14,12 +14,11 @@ prefer_expandable_segments(os.environ)  # torch reads this variable when it is i
 import numpy as np
 import torch
 
-from medqlora.core.config import Model
+from medqlora.core.config_loading import change
 from medqlora.engines.hf import TOLERANCE, HfEngine
 from medqlora.engines.interface import Request, Sampling
-from medqlora.model.attention.backends import IMPLEMENTATIONS, choose_backend
-from medqlora.model.random_base import make_base
 from medqlora.training.gpu_stage import Stage
+from medqlora.training.session import load
 
 ARCHITECTURES = Path(__file__).parent.parent / "architectures"
 LAYERS = 8
@@ -27,61 +26,63 @@ LAYERS = 8
 
 def main() -> int:
     stage = Stage.from_arguments(sys.argv[1:], __doc__)
-    dtype = stage.dtype
     architecture = stage.choose_shape(ARCHITECTURES, LAYERS)
+    # Evaluation does not compile.
+    config = change(stage.make_config(stage.choose_lengths(512)), "training", compile=False)
     torch.manual_seed(0)
-    base = make_base(architecture, Model(base="random"), stage.device, dtype)
-    backend = choose_backend("auto", stage.device, dtype, architecture).backend
-    base.set_attn_implementation(IMPLEMENTATIONS[backend])
-    engine = HfEngine(base, backend)
+    loaded = load(config, stage.device, architecture=architecture)
+    engine = HfEngine(loaded.base, loaded.backend)
     stage.figure(
-        "attention", {"backend": backend, "nested": engine.nested, "sharing": engine.sharing}
+        "attention",
+        {"backend": loaded.backend, "nested": engine.nested, "sharing": engine.sharing},
     )
     stage.check(
         "segments cannot be nested or shared", float(not (engine.nested and engine.sharing)), 0
     )
-    score(stage, engine, dtype)
+    score(stage, engine)
     generate(stage, engine)
     return stage.finish()
 
 
-def score(stage: Stage, engine: HfEngine, dtype: torch.dtype) -> None:
-    """Questions of 60 to 180 tokens after 600 shared ones, four options of one and of two
-    tokens.
-    """
+def score(stage: Stage, engine: HfEngine) -> None:
+    """Questions of 60 to 180 tokens after 600 shared ones; four options of one or two tokens."""
     count, shared = (12, 64) if stage.small else (384, 600)
-    draw = np.random.default_rng(0)
-    beginning = draw.integers(3, 400, shared).tolist()
+    rng = np.random.default_rng(0)
+    beginning = rng.integers(3, 400, shared).tolist()
     requests = []
     for _ in range(count):
-        question = draw.integers(3, 400, int(draw.integers(60, 180))).tolist()
+        question = rng.integers(3, 400, int(rng.integers(60, 180))).tolist()
         requests.append(Request(beginning + question, [[10], [11], [12, 13], [14, 15]]))
-    found = {}
+    scores = {}
     for name, length in (("warm-up", shared), ("shared", shared), ("plain", 0)):
         stage.synchronize()
         began = time.perf_counter()
-        found[name] = np.array(engine.score(requests, length))
+        scores[name] = np.array(engine.score(requests, length))
         stage.synchronize()
         stage.figure(f"{name}: questions per second", count / (time.perf_counter() - began))
     stage.check(
         "shared beginning against plain, log-probabilities",
-        float(abs(found["shared"] - found["plain"]).max()),
-        20 * TOLERANCE[dtype],
+        float(abs(scores["shared"] - scores["plain"]).max()),
+        20 * TOLERANCE[stage.dtype],
     )
 
 
 def generate(stage: Stage, engine: HfEngine) -> None:
     rows, tokens = (3, 8) if stage.small else (32, 64)
-    draw = np.random.default_rng(1)
-    prompts = [draw.integers(3, 400, int(draw.integers(20, 100))).tolist() for _ in range(rows)]
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(3, 400, int(rng.integers(20, 100))).tolist() for _ in range(rows)]
     lengths = []
-    sampling = Sampling(
-        max_new_tokens=tokens, stop_ids=(2,), decode=lambda ids: lengths.append(len(ids)) or ""
-    )
+
+    def decode(ids: list[int]) -> str:
+        lengths.append(len(ids))
+        return ""
+
+    sampling = Sampling(max_new_tokens=tokens, stop_ids=(2,), decode=decode)
     began = time.perf_counter()
     answers = engine.generate(prompts, sampling)
     stage.figure("generated tokens per second", sum(lengths) / (time.perf_counter() - began))
-    stage.check("answers missing", float(rows - sum(len(some) for some in answers)), 0)
+    missing = rows - sum(len(samples) for samples in answers)
+    stage.check("answers missing", float(missing), 0)
     stage.check("nothing was generated", float(not sum(lengths)), 0)
 
 

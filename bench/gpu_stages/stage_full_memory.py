@@ -1,8 +1,8 @@
-"""A true out-of-memory in training: the micro-batch halves once, the global batch and the losses
-stay.
+"""A real out-of-memory error in training: the micro-batch is halved once, and the global batch and
+the losses stay the same.
 
-The process may take three quarters of what the same run took before. On a CPU, which has no such
-bound, the error is raised by hand.
+The process may take three quarters of the memory that the same run took before. A CPU has no such
+bound, so there the error is raised by hand.
 """
 
 import json
@@ -25,8 +25,8 @@ from medqlora.training.gpu_stage import Stage
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "recipes" / "demo"
 SHARE = 0.75
-# One of these runs before the recipe: it bounds the process's memory, or raises the error where a
-# micro-batch has too many tokens.
+# One of these two runs before the recipe. The first bounds the process's memory; the second raises
+# the error where a micro-batch has too many tokens.
 BOUND = "torch.cuda.set_per_process_memory_fraction({share})"
 RAISE = """
 from medqlora.model import head_loss
@@ -54,31 +54,28 @@ def main() -> int:
             before = RAISE.format(tokens=tokens // 2)
         else:
             most = max(row["peak_reserved_bytes"] for row in whole)
-            before = BOUND.format(
-                share=SHARE * most / torch.cuda.get_device_properties(0).total_memory
-            )
+            total = torch.cuda.get_device_properties(0).total_memory
+            before = BOUND.format(share=SHARE * most / total)
         halved = train(stage, "halved", work, tokens, before)
-        pairs = list(zip(whole, halved, strict=True))
-        stage.check(
-            "largest relative difference of a loss",
-            max(abs(a["loss"] - b["loss"]) / a["loss"] for a, b in pairs),
-            2e-2,
-        )
-        # A gradient that the failed step left behind would show here.
-        stage.check(
-            "largest relative difference of a gradient norm",
-            max(abs(a["grad_norm"] - b["grad_norm"]) / a["grad_norm"] for a, b in pairs),
-            5e-2,
-        )
-        stage.figure(
-            "peak_memory_bytes",
-            {"whole": whole[-1]["peak_memory_bytes"], "halved": halved[-1]["peak_memory_bytes"]},
-        )
+    loss = largest_difference(whole, halved, "loss")
+    stage.check("largest relative difference of a loss", loss, 2e-2)
+    # A gradient that the failed step left behind would show here.
+    norm = largest_difference(whole, halved, "grad_norm")
+    stage.check("largest relative difference of a gradient norm", norm, 5e-2)
+    stage.figure(
+        "peak_memory_bytes",
+        {"whole": whole[-1]["peak_memory_bytes"], "halved": halved[-1]["peak_memory_bytes"]},
+    )
     return stage.finish()
 
 
+def largest_difference(rows: list[dict], others: list[dict], key: str) -> float:
+    pairs = zip(rows, others, strict=True)
+    return max(abs(row[key] - other[key]) / row[key] for row, other in pairs)
+
+
 def make_model(folder: Path, small: bool) -> None:
-    """A random model with the demonstration's tokenizer, whose activations are most of its
+    """Write a random model with the demonstration's tokenizer. Activations are most of its
     memory.
     """
     config = AutoConfig.from_pretrained(DEMO / "base")
@@ -101,45 +98,32 @@ def make_model(folder: Path, small: bool) -> None:
 
 
 def train(stage: Stage, name: str, work: Path, tokens: int, before: str) -> list[dict]:
-    data = json.dumps(
-        [{"format": "medmcqa", "path": str(DEMO / "data" / "train.jsonl"), "limit": 3000}]
-    )
+    """Run the recipe -> the rows of its log.
+
+    Args:
+        tokens: of the micro-batch, which is the whole global batch.
+        before: code that runs first.
+    """
+    entry = {"format": "medmcqa", "path": str(DEMO / "data" / "train.jsonl"), "limit": 3000}
     flags = [
-        "--model.base",
-        work / "base",
-        "--data.train",
-        data,
-        "--data.eval",
-        "[]",
-        "--data.test",
-        "[]",
-        "--data.cache_dir",
-        work / "cache",
-        "--output_dir",
-        work / name,
-        "--training.max_steps",
-        3,
-        "--training.global_batch_tokens",
-        tokens,
-        "--training.max_tokens_per_batch",
-        tokens,
-        "--training.gradient_checkpointing",
-        "none",
-        "--training.warmup_steps",
-        0,
-        "--training.lr",
-        "1e-4",
+        f"--model.base={work / 'base'}",
+        f"--data.train={json.dumps([entry])}",
+        "--data.eval=[]",
+        "--data.test=[]",
+        f"--data.cache_dir={work / 'cache'}",
+        f"--output_dir={work / name}",
+        "--training.max_steps=3",
+        f"--training.global_batch_tokens={tokens}",
+        f"--training.max_tokens_per_batch={tokens}",
+        "--training.gradient_checkpointing=none",
+        "--training.warmup_steps=0",
+        "--training.lr=1e-4",
     ]
     environ = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     if stage.small:
         environ["CUDA_VISIBLE_DEVICES"] = ""
-    command = [
-        sys.executable,
-        "-c",
-        RUN.format(before=before),
-        str(ROOT / "recipes" / "sft_qlora.py"),
-        *map(str, flags),
-    ]
+    recipe = str(ROOT / "recipes" / "sft_qlora.py")
+    command = [sys.executable, "-c", RUN.format(before=before), recipe, *flags]
     done = subprocess.run(
         command, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
     )
@@ -147,11 +131,8 @@ def train(stage: Stage, name: str, work: Path, tokens: int, before: str) -> list
     if done.returncode:
         stage.figure(f"{name}: output", (done.stdout[-1500:] + done.stderr[-2500:]).splitlines())
         sys.exit(stage.finish())
-    stage.check(
-        f"{name}: halvings over or under what is expected",
-        abs(done.stdout.count("out of memory: micro-batches of") - bool(before)),
-        0,
-    )
+    halvings = done.stdout.count("out of memory: micro-batches of")
+    stage.check(f"{name}: halvings over or under what is expected", abs(halvings - bool(before)), 0)
     return [json.loads(line) for line in (work / name / "train_log.jsonl").read_text().splitlines()]
 
 

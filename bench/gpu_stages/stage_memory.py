@@ -1,5 +1,5 @@
-"""Memory of training steps, measured beside the forecast: what tensors take at their peak, and what
-the allocator reserves for it.
+"""Memory of training steps, measured beside the forecast: the peak of the tensors, and the peak of
+what the allocator reserves for them.
 """
 
 import gc
@@ -24,12 +24,14 @@ from medqlora.training.memory.tracker import Batch
 from medqlora.training.trial import Trial, make_table
 
 ARCHITECTURES = Path(__file__).parent.parent / "architectures"
-# A GPU of more bytes holds all cases; a smaller one gets fewer layers and tokens.
+# A GPU with more bytes than this holds all cases; a smaller one gets fewer layers and tokens.
 LARGE = 30 * 2**30
 LAYERS = 8  # Llama-3-8B has 32, all alike.
+# A forecast may have these relative errors.
 PEAK_LIMIT = 0.03
-RESERVED_LIMIT = 0.08  # The relative errors of a forecast may be as large.
-LABELLED = 2  # So many tokens of each row are supervised.
+RESERVED_LIMIT = 0.08
+SUPERVISED = 2  # supervised tokens of each row
+# Recomputation, dropout and quantization of each case.
 CASES = {
     "none": ("none", 0.0, "nf4"),
     "full": ("full", 0.0, "nf4"),
@@ -46,13 +48,8 @@ def main() -> int:
     architecture = stage.choose_shape(ARCHITECTURES, LAYERS if large else 2)
     lengths = stage.choose_lengths(8_192 if large else 2_048)
     for case, (mode, dropout, quantization) in CASES.items():
-        compare(
-            stage,
-            case,
-            stage.make_config(lengths, 2, mode, dropout, quantization),
-            architecture,
-            lengths,
-        )
+        config = stage.make_config(lengths, 2, mode, dropout, quantization)
+        compare(stage, case, config, architecture, lengths)
     return stage.finish()
 
 
@@ -63,17 +60,17 @@ def compare(
     architecture: PretrainedConfig,
     lengths: tuple[int, ...],
 ) -> None:
-    batch = Batch(lengths, LABELLED * len(lengths))
-    forecast = forecast_step(config, architecture, stage.device, stage.dtype, torch.uint8, batch)
+    batch = Batch(lengths, SUPERVISED * len(lengths))
+    step = (config, architecture, stage.device, stage.dtype, torch.uint8, batch)
+    forecast = forecast_step(*step)
     if stage.small:  # A CPU has no allocator to ask, so the same step is followed on real tensors.
-        real = forecast_step(
-            config, architecture, stage.device, stage.dtype, torch.uint8, batch, place=stage.device
-        )
+        real = forecast_step(*step, place=stage.device)
         peak = real.peak
         reserved = real.reserved.plenty
     else:
         peak, reserved = measure(stage, config, architecture, lengths)
-    predicted = (forecast.reserved if segments_expand() else forecast.reserved_fixed).plenty
+    reserve = forecast.reserved if segments_expand() else forecast.reserved_fixed
+    predicted = reserve.plenty
     stage.figure(
         case,
         {
@@ -94,20 +91,21 @@ def compare(
 def measure(
     stage: Stage, config: Config, architecture: PretrainedConfig, lengths: tuple[int, ...]
 ) -> tuple[int, int]:
-    """Highest allocated and reserved bytes of two optimizer steps of two micro-batches, above what
-    was there before.
+    """Highest allocated and reserved bytes of two optimizer steps of two micro-batches, above those
+    before.
     """
+    # The case before leaves objects, cuBLAS's workspaces and free blocks, which would be counted.
     gc.collect()
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    kept = torch.cuda.memory_reserved()
+    reserved_before = torch.cuda.memory_reserved()
     trial = Trial(config, architecture, stage.device)
-    # What int8's outliers keep depends on the data and is not forecast.
+    # The memory of int8's outliers depends on the data and is not forecast, so there are none.
     for module in trial.model.modules():
         if hasattr(getattr(module, "state", None), "threshold"):
             module.state.threshold = 0.0
-    table = make_table(np.tile(lengths, 4), LABELLED, trial.vocabulary, 0)
+    table = make_table(np.tile(lengths, 4), SUPERVISED, trial.vocabulary, 0)
     plan = make_plan(
         table.lengths, capacity=sum(lengths), global_tokens=2 * sum(lengths), epochs=1, seed=0
     )
@@ -115,7 +113,8 @@ def measure(
     torch.cuda.reset_peak_memory_stats()
     for step in range(2):
         trial.step(table, plan, step)
-    return torch.cuda.max_memory_allocated() - before, torch.cuda.max_memory_reserved() - kept
+    allocated = torch.cuda.max_memory_allocated() - before
+    return allocated, torch.cuda.max_memory_reserved() - reserved_before
 
 
 if __name__ == "__main__":

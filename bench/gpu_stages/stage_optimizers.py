@@ -1,5 +1,5 @@
-"""Every optimizer, saved as a checkpoint saves it and loaded again: the next step is the same to
-the bit, paged states are paged again.
+"""Every optimizer is saved as a checkpoint saves it and loaded again: its next step is the same to
+the bit, and paged states are paged again.
 """
 
 import io
@@ -13,16 +13,12 @@ prefer_expandable_segments(os.environ)  # torch reads this variable when it is i
 import torch
 from transformers import LlamaConfig
 
-from medqlora.core.config import Lora, Model, Training
-from medqlora.model.adapter import attach_adapter
-from medqlora.model.head_loss import AnswerLoss
-from medqlora.model.random_base import make_base
+from medqlora.core.config import Config, Data, Lora, Model, Training
 from medqlora.training.gpu_stage import Stage
-from medqlora.training.optimizers import make_optimizer
-from medqlora.training.strategies.launch import Strategy
 from medqlora.training.strategies.replicated import Replicated
-from medqlora.training.strategies.wrapping import wrap
+from medqlora.training.trial import Trial
 
+# With an adapter of rank 128 this shape has tensors that are large enough to be paged.
 SHAPE = LlamaConfig(
     hidden_size=1024,
     intermediate_size=2048,
@@ -44,53 +40,56 @@ def check_optimizer(stage: Stage, optimizer: str) -> None:
     resumed = make_trainer(stage, optimizer)
     for step in range(3):
         take_step(whole, step)
-    file = io.BytesIO()
-    states = {
-        name: {key: v.cpu() if torch.is_tensor(v) else v for key, v in some.items()}
-        for name, some in whole.read_states().items()
-    }
-    torch.save(states, file)
-    file.seek(0)
-    resumed.write_states(torch.load(file, weights_only=True, map_location="cpu"))
+    resumed.write_states(save_and_load(whole.read_states()))
     resumed.write_weights(whole.read_weights())
     take_step(whole, 3)
     take_step(resumed, 3)
-    pairs = zip(whole.weights.values(), resumed.weights.values(), strict=True)
-    stage.check(
-        f"{optimizer}: largest difference after loading and a step",
-        max(float((a - b).detach().abs().max()) for a, b in pairs),
-        0.0,
-    )
+    differences = [
+        float((a - b).detach().abs().max())
+        for a, b in zip(whole.weights.values(), resumed.weights.values(), strict=True)
+    ]
+    stage.check(f"{optimizer}: largest difference after loading and a step", max(differences), 0.0)
     if optimizer.startswith("paged"):
-        paged = [count_paged(trainer) for trainer in (whole, resumed)]
-        stage.figure("paged states", {"before saving": paged[0], "after loading": paged[1]})
-        stage.check("paged states lost by loading", paged[0] - paged[1], 0)
+        before = count_paged(whole)
+        after = count_paged(resumed)
+        stage.figure("paged states", {"before saving": before, "after loading": after})
+        stage.check("paged states lost by loading", before - after, 0)
         stage.check(
             "paged optimizer without paged states on a GPU",
-            float(stage.device.type == "cuda" and not paged[0]),
+            float(stage.device.type == "cuda" and not before),
             0,
         )
     stage.figure(f"{optimizer}: seconds per step", stage.time(lambda: take_step(whole, 4)))
 
 
+def save_and_load(states: dict[str, dict]) -> dict[str, dict]:
+    """An optimizer's states by weight, through a file as a checkpoint has it."""
+    on_host = {}
+    for name, state in states.items():
+        on_host[name] = {
+            key: value.cpu() if torch.is_tensor(value) else value for key, value in state.items()
+        }
+    file = io.BytesIO()
+    torch.save(on_host, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True, map_location="cpu")
+
+
 def make_trainer(stage: Stage, optimizer: str) -> Replicated:
-    # float16's loss scale is tried elsewhere.
-    dtype = torch.float32 if stage.dtype is torch.float16 else stage.dtype
+    # float16 would have a loss scale, which this stage does not try.
+    dtype = "bfloat16" if stage.dtype is torch.bfloat16 else "float32"
+    config = Config(
+        model=Model(base="random", dtype=dtype),
+        lora=Lora(r=128),
+        data=Data(),
+        training=Training(optimizer=optimizer, gradient_checkpointing="none", compile=False),
+    )
     torch.manual_seed(0)
-    # Its tensors are large enough to be paged.
-    model = attach_adapter(
-        make_base(SHAPE, Model(base="random"), stage.device, dtype), Lora(r=128), 0
-    )
-    return wrap(
-        Strategy("one"),
-        AnswerLoss(model, 16),
-        lambda weights: make_optimizer(Training(optimizer=optimizer), weights),
-        1.0,
-        dtype,
-    )
+    return Trial(config, SHAPE, stage.device).session.trainer
 
 
 def take_step(trainer: Replicated, number: int) -> None:
+    """A step with random gradients that depend on its number only."""
     generator = torch.Generator().manual_seed(number)
     for weight in trainer.weights.values():
         weight.grad = torch.randn(weight.shape, generator=generator).to(weight.device)
@@ -98,8 +97,9 @@ def take_step(trainer: Replicated, number: int) -> None:
 
 
 def count_paged(trainer: Replicated) -> int:
-    states = (value for some in trainer.optimizer.state.values() for value in some.values())
-    return sum(bool(getattr(value, "is_paged", False)) for value in states)
+    states = trainer.optimizer.state.values()
+    values = [value for state in states for value in state.values()]
+    return sum(bool(getattr(value, "is_paged", False)) for value in values)
 
 
 if __name__ == "__main__":

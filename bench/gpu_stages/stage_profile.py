@@ -1,5 +1,5 @@
-"""Where the time of a training step goes: kernels by kind, the 25 longest, and how much of the step
-the GPU waits.
+"""Where the time of a training step goes: the kernels by kind, the 25 longest kernels, and the
+share of the step in which the GPU waits.
 """
 
 import os
@@ -19,10 +19,11 @@ from medqlora.training.gpu_stage import Stage
 from medqlora.training.trial import Trial, make_table
 
 ARCHITECTURES = Path(__file__).parent.parent / "architectures"
-LARGE = 30 * 2**30  # A GPU of more bytes holds eight layers with nothing recomputed.
+# A GPU with more bytes than this holds eight layers with nothing recomputed.
+LARGE = 30 * 2**30
 LAYERS = 8
 LONGEST = 25
-# The first kind with a word that a kernel's or operation's name holds is its kind.
+# A kernel has the first kind with a word that the name of the kernel or of its operation holds.
 KINDS = (
     ("dequantization", ("dequant", "gemm_4bit", "quantiz")),
     ("attention", ("flash", "fmha", "attention", "varlen")),
@@ -59,14 +60,13 @@ def main() -> int:
     for number in range(3):
         trial.step(table, plan, number)
     unprofiled = trial.step(table, plan, 3).seconds
-    activities = [ProfilerActivity.CPU] + (
-        [ProfilerActivity.CUDA] if stage.device.type == "cuda" else []
-    )
+    on_gpu = stage.device.type == "cuda"
+    activities = [ProfilerActivity.CPU]
+    if on_gpu:
+        activities.append(ProfilerActivity.CUDA)
     with profile(activities=activities, record_shapes=True) as recorded:
         trial.step(table, plan, 4)
-    by_kind, by_name, launches = collect(
-        recorded.events(), config.lora.r, on_gpu=stage.device.type == "cuda"
-    )
+    by_kind, by_name, launches = collect(recorded.events(), config.lora.r, on_gpu)
     busy = sum(by_kind.values())
     stage.figure(
         "seconds", {"step": unprofiled, "busy": busy, "by_kind": dict(by_kind.most_common())}
@@ -85,19 +85,18 @@ def main() -> int:
 
 
 def collect(events, rank: int, on_gpu: bool) -> tuple[Counter, Counter, int]:
-    """Seconds by kind, by (name, kind), and the number of kernels; on a CPU of operations, without
-    those they call.
+    """Seconds by kind, seconds by (name, kind), and the number of kernels. On a CPU these are
+    operations, without the ones that they call.
     """
     by_kind = Counter()
     by_name = Counter()
     launches = 0
     for event in events:
-        found = (
-            [(kernel.name, kernel.duration / 1e6) for kernel in event.kernels]
-            if on_gpu
-            else [(event.name, event.self_cpu_time_total / 1e6)]
-        )
-        for name, seconds in found:
+        if on_gpu:
+            timed = [(kernel.name, kernel.duration / 1e6) for kernel in event.kernels]
+        else:
+            timed = [(event.name, event.self_cpu_time_total / 1e6)]
+        for name, seconds in timed:
             kind = classify(f"{name} {event.name}".lower(), event.input_shapes, rank)
             by_kind[kind] += seconds
             by_name[name, kind] += seconds
@@ -106,14 +105,13 @@ def collect(events, rank: int, on_gpu: bool) -> tuple[Counter, Counter, int]:
 
 
 def classify(name: str, shapes: list, rank: int) -> str:
-    kind = next(
-        (kind for kind, words in KINDS if any(word in name for word in words)),
-        "pointwise and other",
-    )
-    adapter = any(
-        rank in shape for shape in shapes if isinstance(shape, (list, tuple)) and len(shape) == 2
-    )
-    return "adapter's products" if kind == "matrix products" and adapter else kind
+    kinds = [kind for kind, words in KINDS if any(word in name for word in words)]
+    if not kinds:
+        return "pointwise and other"
+    matrices = [shape for shape in shapes if isinstance(shape, (list, tuple)) and len(shape) == 2]
+    if kinds[0] == "matrix products" and any(rank in shape for shape in matrices):
+        return "adapter's products"
+    return kinds[0]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Tokens per second of whole training steps: nothing recomputed, everything recomputed, without
-compiled pieces, offloaded.
+"""Tokens per second of whole training steps: with nothing recomputed, with everything recomputed,
+with layer inputs offloaded, and without compiled functions.
 """
 
 import os
@@ -13,16 +13,18 @@ prefer_expandable_segments(os.environ)  # torch reads this variable when it is i
 import numpy as np
 import torch
 
-from medqlora.batches.plan import make_plan
+from medqlora.batches.plan import Plan, make_plan
 from medqlora.model.base import find_layers, unwrap
 from medqlora.model.compiling import Kernels
 from medqlora.model.recomputation import set_checkpointing
+from medqlora.prompts.encoding import TokenTable
 from medqlora.training.gpu_stage import Stage
 from medqlora.training.trial import Trial, count_flops, find_peak, make_table
 
 ARCHITECTURES = Path(__file__).parent.parent / "architectures"
+# A GPU with more bytes than this holds all 32 layers with nothing recomputed. A smaller one gets
+# few layers.
 WHOLE = 60 * 2**30
-# A GPU of more bytes holds all 32 layers with nothing recomputed; a smaller one gets few.
 FEW_LAYERS = 4
 WARM_UP = 2
 STEPS = 5
@@ -67,16 +69,19 @@ def main() -> int:
     return stage.finish()
 
 
-def measure(stage: Stage, trial: Trial, table, plan, recomputed: int) -> dict:
+def measure(stage: Stage, trial: Trial, table: TokenTable, plan: Plan, recomputed: int) -> dict:
+    """Rates and peak memory of the trial's steps with so many layers recomputed."""
     if stage.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    steps = [trial.step(table, plan, number) for number in range(WARM_UP + STEPS)][WARM_UP:]
+    steps = [trial.step(table, plan, number) for number in range(WARM_UP + STEPS)]
+    steps = steps[WARM_UP:]
     seconds = sorted(step.seconds for step in steps)[len(steps) // 2]
-    flops = count_flops(trial, recomputed) * steps[0].tokens / seconds
+    rate = steps[0].tokens / seconds
+    flops = count_flops(trial, recomputed) * rate
     peak, source = find_peak(stage.device, trial.dtype, None)
     return {
-        "tokens_per_second": steps[0].tokens / seconds,
+        "tokens_per_second": rate,
         "step_seconds": [step.seconds for step in steps],
         "recomputed_layers": recomputed,
         "model_flops_per_second": flops,
