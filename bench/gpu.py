@@ -1,18 +1,21 @@
-"""Does everything work on this GPU, and how fast? One command for a machine that nothing of this
-project is installed on.
+"""Does everything work on this GPU, and how fast? This is one command for a machine on which
+nothing of this project is installed.
 
-    PYTHONPATH=. python bench/gpu.py --output found                      # all stages, in nine
-    minutes on an H100 PYTHONPATH=. python bench/gpu.py --output found --stages card,kernels,memory
-    PYTHONPATH=. python bench/gpu.py --output found --device cpu         # the same scripts on small
-    shapes: a rehearsal PYTHONPATH=. python bench/gpu.py --output found --peers              # and
-    TRL beside ours; needs pip install trl==1.16.0 PYTHONPATH=. python bench/gpu.py --output found
-    --multi              # and ddp, zero2, zero3 and fsdp2 on all GPUs against one
+    # All stages, in nine minutes on an H100.
+    PYTHONPATH=. python bench/gpu.py --output found
+    PYTHONPATH=. python bench/gpu.py --output found --stages card,kernels,memory
+    # The same scripts on small shapes, as a rehearsal.
+    PYTHONPATH=. python bench/gpu.py --output found --device cpu
+    # TRL beside ours as well; this needs pip install trl==1.16.0.
+    PYTHONPATH=. python bench/gpu.py --output found --peers
+    # ddp, zero2, zero3 and fsdp2 on all GPUs against one process as well.
+    PYTHONPATH=. python bench/gpu.py --output found --multi
 
-Each stage is a process (bench/gpu_stages/) with a time limit of its own, which writes what it finds
-at once; it is in OUTPUT/gpu.json as soon as the stage ends, also if it fails, and a failing stage
-stops no other. A stage that does not fit into the minutes that are left is skipped and named. The
-exit code is 0 only if everything that ran has passed. What a bare machine lacks: python
-bench/gpu_wheels.py makes a folder of it.
+Each stage is a process (bench/gpu_stages/) with a time limit of its own, which writes every finding
+at once. OUTPUT/gpu.json has them as soon as the stage ends, also where it fails. A failing stage
+stops no other. A stage that does not fit into the remaining minutes is skipped and named. The exit
+code is 0 only if everything that ran has passed. bench/gpu_wheels.py makes a folder of the packages
+that a bare machine lacks.
 """
 
 import argparse
@@ -33,16 +36,19 @@ from medqlora.core.files import write_json
 
 ROOT = Path(__file__).parent.parent
 FOLDER = Path(__file__).parent / "gpu_stages"
-LOG_BYTES = 4 * 2**20  # The log keeps this much of what stages printed last.
-LOSS_LIMIT = 1e-4
+LOG_BYTES = 4 * 2**20  # The log keeps this much of the stages' last output.
+LOSS_LIMIT = 1e-4  # largest relative difference of a loss to one process, in float32
 RESULTS = "gpu.json"
 LOG = "gpu.log"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A stage. seconds: what it takes on an H100, an estimate; limit: seconds after which it is
-    ended.
+    """A stage.
+
+    Args:
+        seconds: estimated duration on an H100.
+        limit: seconds after which the stage is ended.
     """
 
     name: str
@@ -50,8 +56,8 @@ class Plan:
     limit: int
 
 
-# Stages run in this order: what the others rest on comes first. Their seconds sum to less than nine
-# minutes.
+# Stages run in this order, because later ones rest on what earlier ones try. Their seconds sum to
+# less than nine minutes.
 STAGES = (
     Plan("card", 15, 60),
     Plan("kernels", 60, 150),
@@ -81,9 +87,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--minutes",
         type=float,
-        help=(
-            "time for all stages together (default 9, and as long as --peers and --multi may take)"
-        ),
+        help="time for all stages (default 9, and as long as --peers and --multi may take)",
     )
     parser.add_argument(
         "--stages", help=f"comma-separated (default: {','.join(stage.name for stage in STAGES)})"
@@ -107,58 +111,64 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
-    arguments.output = arguments.output.resolve()  # stages run in another folder
+    arguments.output = arguments.output.resolve()  # Stages run in another folder.
     stages = choose_stages(arguments)
     check_device(arguments.device)
     check_output(arguments.output)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        found = run_stages(stages, arguments, Path(folder))
-    show(found)
-    ran = [facts for facts in found.values() if facts["status"] != "skipped"]
-    return 0 if ran and all(facts["status"] == "passed" for facts in ran) else 1
+        results = run_stages(stages, arguments, Path(folder))
+    show(results)
+    ran = [result for result in results.values() if result["status"] != "skipped"]
+    return 0 if ran and all(result["status"] == "passed" for result in ran) else 1
 
 
 def run_stages(stages: list[Plan], arguments: argparse.Namespace, folder: Path) -> dict[str, dict]:
-    """All that fit into the time, one after the other; folder: for temporary files and for what
-    compilers make, which stages share.
+    """Run the stages that fit into the time, one after the other -> their results by name.
+
+    Args:
+        folder: for temporary files and for the files of compilers, which stages share.
     """
-    minutes = (
-        arguments.minutes
-        or 9 + sum(stage.limit for stage in stages if stage in (PEERS, MULTI)) / 60
-    )
+    minutes = arguments.minutes
+    if not minutes:
+        minutes = 9 + sum(stage.limit for stage in stages if stage in (PEERS, MULTI)) / 60
+    environ = make_environ(arguments.device, folder)
     began = time.monotonic()
-    found = {}
+    results = {}
+    for stage in stages:
+        left = 60 * minutes - (time.monotonic() - began)
+        if stage.seconds > left:
+            reason = f"needs about {stage.seconds} s, {left:.0f} s are left"
+            results[stage.name] = {"status": "skipped", "reason": reason}
+        else:
+            limit = min(stage.limit, max(left, stage.seconds))
+            results[stage.name] = run_stage(stage, arguments, environ, limit)
+        report = {"device": arguments.device, "minutes": minutes, "stages": results}
+        write_json(arguments.output / RESULTS, report)
+        print(describe(stage.name, results[stage.name]), flush=True)
+    return results
+
+
+def make_environ(device: str, folder: Path) -> dict[str, str]:
+    paths = [str(ROOT)]
+    if os.environ.get("PYTHONPATH"):
+        paths.append(os.environ["PYTHONPATH"])
     environ = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    }
-    environ |= {
+        "PYTHONPATH": os.pathsep.join(paths),
         "TMPDIR": str(folder),
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
         "TRITON_CACHE_DIR": str(folder / "triton"),
     }
-    if arguments.device == "cpu":
+    if device == "cpu":
         environ["CUDA_VISIBLE_DEVICES"] = ""
-    for stage in stages:
-        left = 60 * minutes - (time.monotonic() - began)
-        if stage.seconds > left:
-            found[stage.name] = {
-                "status": "skipped",
-                "reason": f"needs about {stage.seconds} s, {left:.0f} s are left",
-            }
-        else:
-            found[stage.name] = run_stage(
-                stage, arguments, environ, min(stage.limit, max(left, stage.seconds))
-            )
-        write_json(
-            arguments.output / RESULTS,
-            {"device": arguments.device, "minutes": minutes, "stages": found},
-        )
-        print(describe(stage.name, found[stage.name]), flush=True)
-    return found
+    return environ
 
 
 def choose_stages(arguments: argparse.Namespace) -> list[Plan]:
-    """Raises ConfigError: an unknown stage, or no time."""
+    """The stages that the flags name.
+
+    Raises:
+        ConfigError: an unknown stage, or no time.
+    """
     known = {stage.name: stage for stage in STAGES}
     names = arguments.stages.split(",") if arguments.stages else list(known)
     for name in names:
@@ -166,11 +176,20 @@ def choose_stages(arguments: argparse.Namespace) -> list[Plan]:
             raise ConfigError(f"--stages {name}: no such stage; there are {', '.join(known)}")
     if arguments.minutes is not None and not arguments.minutes > 0:
         raise ConfigError(f"--minutes {arguments.minutes}: expected more than 0")
-    return [known[name] for name in names] + [PEERS] * arguments.peers + [MULTI] * arguments.multi
+    stages = [known[name] for name in names]
+    if arguments.peers:
+        stages.append(PEERS)
+    if arguments.multi:
+        stages.append(MULTI)
+    return stages
 
 
 def check_device(device: str) -> None:
-    """Raises ConfigError: no GPU, which every stage would find out by itself."""
+    """Refuse a machine without GPU once, before every stage does.
+
+    Raises:
+        ConfigError: torch sees no GPU.
+    """
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
@@ -180,7 +199,11 @@ def check_device(device: str) -> None:
 
 
 def check_output(folder: Path) -> None:
-    """Raises ConfigError: results stand there, or it cannot be made."""
+    """Make the folder.
+
+    Raises:
+        ConfigError: it holds results, or it cannot be made.
+    """
     if (folder / RESULTS).exists():
         raise ConfigError(f"--output {folder} holds {RESULTS}; give another folder")
     try:
@@ -191,77 +214,49 @@ def check_output(folder: Path) -> None:
         ) from None
 
 
-def command_of(stage: Plan, arguments: argparse.Namespace, file: Path) -> list[str]:
+def make_command(stage: Plan, arguments: argparse.Namespace, output: Path) -> list[str]:
     if stage is PEERS:
         demo = ROOT / "recipes" / "demo"
-        more = (
-            ["--rows", "300", "--shape", "74m"]
-            if arguments.device == "cpu"
-            else ["--rows", "4000", "--shape", "1b"]
-        )
-        return [
-            sys.executable,
-            str(ROOT / "bench" / "peers" / "sft.py"),
-            "--tokenizer",
-            str(demo / "base"),
-            "--data",
-            str(demo / "data" / "train.jsonl"),
-            "--dtype",
-            "bfloat16",
-            "--repetitions",
-            "3",
-            "--json",
-            str(file),
-            *more,
+        rows, shape = (300, "74m") if arguments.device == "cpu" else (4000, "1b")
+        script = ROOT / "bench" / "peers" / "sft.py"
+        flags = [
+            f"--tokenizer={demo / 'base'}",
+            f"--data={demo / 'data' / 'train.jsonl'}",
+            "--dtype=bfloat16",
+            "--repetitions=3",
+            f"--json={output}",
+            f"--rows={rows}",
+            f"--shape={shape}",
         ]
-    if stage is MULTI:
-        more = ["--steps", "4"] if arguments.device == "cpu" else []
-        return [
-            sys.executable,
-            str(ROOT / "bench" / "strategies.py"),
-            "--strategies",
-            "ddp",
-            "zero2",
-            "zero3",
-            "fsdp2",
-            "--processes",
-            str(count_processes()),
-            "--json",
-            str(file),
-            *more,
-        ]
-    return [
-        sys.executable,
-        str(FOLDER / f"stage_{stage.name}.py"),
-        "--device",
-        arguments.device,
-        "--output",
-        str(file),
-    ]
+    elif stage is MULTI:
+        script = ROOT / "bench" / "strategies.py"
+        flags = [f"--processes={count_processes()}", f"--json={output}"]
+        if arguments.device == "cpu":
+            flags.append("--steps=4")
+        flags += ["--strategies", "ddp", "zero2", "zero3", "fsdp2"]
+    else:
+        script = FOLDER / f"stage_{stage.name}.py"
+        flags = [f"--device={arguments.device}", f"--output={output}"]
+    return [sys.executable, str(script), *flags]
 
 
 def count_processes() -> int:
-    """All GPUs; without any, two processes."""
+    """One for each GPU, but at least two."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return max(
-            2,
-            len(
-                subprocess.run(
-                    ["nvidia-smi", "-L"], capture_output=True, text=True, check=True
-                ).stdout.splitlines()
-            ),
-        )
+        command = ["nvidia-smi", "-L"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return max(2, len(done.stdout.splitlines()))
     return 2
 
 
 def run_stage(
     stage: Plan, arguments: argparse.Namespace, environ: dict[str, str], limit: float
 ) -> dict[str, Any]:
-    """Run one stage to its end or its limit; -> what it found, also if it did not get far."""
-    file = arguments.output / f"{stage.name}.json"
+    """Run one stage to its end or its limit -> its result, also where it did not get far."""
+    output = arguments.output / f"{stage.name}.json"
     began = time.monotonic()
     process = subprocess.Popen(
-        command_of(stage, arguments, file),
+        make_command(stage, arguments, output),
         env=environ,
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -272,29 +267,29 @@ def run_stage(
         printed, _ = process.communicate(timeout=limit)
         status = "passed" if process.returncode == 0 else "failed"
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)  # The group holds what the stage has started, too.
+        os.killpg(process.pid, 9)  # The group also holds the processes that the stage started.
         printed, _ = process.communicate()
         status = "out of time"
     except KeyboardInterrupt:
         os.killpg(process.pid, 9)
         raise
     write_log(arguments.output / LOG, stage.name, printed)
-    found = read_found(file)
-    if status == "passed" and not all(check["ok"] for check in found.get("checks", [])):
+    findings = read_findings(output)
+    if status == "passed" and not all(check["ok"] for check in findings.get("checks", [])):
         status = "failed"
-    facts = {
+    result = {
         "status": status,
         "seconds": round(time.monotonic() - began, 1),
         "exit_code": process.returncode,
-        **found,
+        **findings,
     }
     if status != "passed":
-        facts["last_lines"] = printed.decode(errors="replace").strip().splitlines()[-12:]
-    return facts
+        result["last_lines"] = printed.decode(errors="replace").strip().splitlines()[-12:]
+    return result
 
 
-def read_found(file: Path) -> dict[str, Any]:
-    """What a stage wrote; its file is then part of gpu.json."""
+def read_findings(file: Path) -> dict[str, Any]:
+    """The checks and figures that a stage wrote. Its file is removed, because gpu.json has them."""
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -304,19 +299,15 @@ def read_found(file: Path) -> dict[str, Any]:
 
 
 def check_strategies(tree: dict[str, Any]) -> list[dict[str, Any]]:
-    """Losses of every strategy in float32 against one process."""
-    rows = {
-        name: row["loss_difference"] for name, row in tree.get("rows", {}).items() if name != "one"
-    }
-    return [
-        {
-            "name": f"{name}: largest relative difference of a loss",
-            "value": value,
-            "limit": LOSS_LIMIT,
-            "ok": value <= LOSS_LIMIT,
-        }
-        for name, value in rows.items()
-    ]
+    """Compare the losses of every strategy of bench/strategies.py with one process."""
+    checks = []
+    for name, row in tree.get("rows", {}).items():
+        if name == "one":
+            continue
+        value = row["loss_difference"]
+        check = {"name": f"{name}: largest relative difference of a loss", "value": value}
+        checks.append(check | {"limit": LOSS_LIMIT, "ok": value <= LOSS_LIMIT})
+    return checks
 
 
 def write_log(path: Path, name: str, printed: bytes) -> None:
@@ -327,27 +318,26 @@ def write_log(path: Path, name: str, printed: bytes) -> None:
 # ---- what the user sees --------------------------------------------------------------------------
 
 
-def describe(name: str, facts: dict[str, Any]) -> str:
-    if facts["status"] == "skipped":
-        return f"{name}: skipped, {facts['reason']}"
-    checks = facts.get("checks", [])
-    wrong = [check for check in checks if not check["ok"]]
-    text = (
-        f"{name}: {facts['status']} in {facts['seconds']:.0f} s, {len(checks) - len(wrong)} of"
+def describe(name: str, result: dict[str, Any]) -> str:
+    if result["status"] == "skipped":
+        return f"{name}: skipped, {result['reason']}"
+    checks = result.get("checks", [])
+    failed = [check for check in checks if not check["ok"]]
+    lines = [
+        f"{name}: {result['status']} in {result['seconds']:.0f} s, {len(checks) - len(failed)} of"
         f" {len(checks)} checks"
-    )
-    return text + "".join(
-        f"\n    {check['name']}: {check['value']:.3g}, allowed {check['limit']:g}"
-        for check in wrong[:8]
-    )
+    ]
+    for check in failed[:8]:
+        lines.append(f"    {check['name']}: {check['value']:.3g}, allowed {check['limit']:g}")
+    return "\n".join(lines)
 
 
-def show(found: dict[str, dict]) -> None:
+def show(results: dict[str, dict]) -> None:
     print("\nstage           status        seconds   checks")
-    for name, facts in found.items():
-        checks = facts.get("checks", [])
+    for name, result in results.items():
+        checks = result.get("checks", [])
         passed = f"{sum(check['ok'] for check in checks)} of {len(checks)}" if checks else ""
-        print(f"{name:15} {facts['status']:13} {facts.get('seconds', 0):7.0f}   {passed}")
+        print(f"{name:15} {result['status']:13} {result.get('seconds', 0):7.0f}   {passed}")
 
 
 if __name__ == "__main__":

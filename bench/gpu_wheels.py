@@ -1,12 +1,15 @@
-"""A folder with what a bare GPU machine lacks, small enough to carry: wheels for Python 3.12 beside
-torch, transformers and PEFT.
+"""Make a folder with the packages that a bare GPU machine lacks beside torch, transformers and
+PEFT: wheels for Python 3.12, small enough to carry.
 
-    # bitsandbytes, cut down to its library for CUDA 13.0, and pydantic
+    # bitsandbytes, with no library but that for CUDA 13.0, and pydantic.
     python bench/gpu_wheels.py wheels
-    python bench/gpu_wheels.py wheels --peers  # and TRL with datasets, for bench/gpu.py --peers
+    # TRL with datasets as well, for bench/gpu.py --peers.
+    python bench/gpu_wheels.py wheels --peers
 
-There, with no network:  pip install --no-index --no-deps --target site wheels/*.whl &&
-PYTHONPATH=.:site python bench/gpu.py --output found
+On that machine, which needs no network:
+
+    pip install --no-index --no-deps --target site wheels/*.whl
+    PYTHONPATH=.:site python bench/gpu.py --output found
 """
 
 import argparse
@@ -18,7 +21,7 @@ from pathlib import Path
 from medqlora.core.command import run_command
 from medqlora.core.errors import ConfigError
 
-MOST = 64 * 2**20  # bytes
+MOST_BYTES = 64 * 2**20
 PYTHON = "3.12"
 PLATFORMS = (
     "manylinux_2_28_x86_64",
@@ -36,8 +39,8 @@ NEEDED = (
     "typing-inspection==0.4.5",
 )
 PEERS = ("trl==1.16.0", "datasets==5.2.0", "dill==0.4.1", "multiprocess==0.70.19", "liger-kernel")
-# bitsandbytes' wheel holds many libraries; this one and the CPU's are kept.
-CUDA = "libbitsandbytes_cuda130.so"
+# bitsandbytes' wheel holds many libraries; only these two stay in it.
+LIBRARIES = ("libbitsandbytes_cuda130.so", "libbitsandbytes_cpu.so")
 
 
 def main() -> None:
@@ -56,9 +59,10 @@ def main() -> None:
     sizes = {path.name: path.stat().st_size for path in sorted(arguments.folder.glob("*.whl"))}
     for name, size in sizes.items():
         print(f"{size / 2**20:7.2f} MiB  {name}")
-    print(f"{sum(sizes.values()) / 2**20:7.2f} MiB  together")
-    if sum(sizes.values()) > MOST:
-        raise ConfigError(f"{arguments.folder} is over {MOST / 2**20:.0f} MiB; carry less")
+    total = sum(sizes.values())
+    print(f"{total / 2**20:7.2f} MiB  in all")
+    if total > MOST_BYTES:
+        raise ConfigError(f"{arguments.folder} is over {MOST_BYTES / 2**20:.0f} MiB; carry less")
 
 
 def download(folder: Path, packages: list[str]) -> None:
@@ -67,45 +71,31 @@ def download(folder: Path, packages: list[str]) -> None:
         "-m",
         "pip",
         "download",
-        "-q",
+        "--quiet",
         "--no-deps",
         "--only-binary=:all:",
-        "--python-version",
-        PYTHON,
-        "--implementation",
-        "cp",
+        f"--python-version={PYTHON}",
+        "--implementation=cp",
+        *(f"--platform={name}" for name in PLATFORMS),
+        f"--dest={folder}",
+        *packages,
     ]
-    done = subprocess.run(
-        [
-            *command,
-            *(part for name in PLATFORMS for part in ("--platform", name)),
-            "-d",
-            str(folder),
-            *packages,
-        ],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        raise ConfigError(
-            "pip could not download:"
-            f" {(done.stderr.strip().splitlines() or ['no reason given'])[-1][:300]}"
-        )
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1][:300]
+        raise ConfigError(f"pip could not download: {reason}")
 
 
 def cut_down(wheel: Path) -> None:
-    """Leave out all compiled libraries but one for CUDA and the CPU's."""
+    """Remove the compiled libraries that are not in LIBRARIES."""
     aside = wheel.with_suffix(".tmp")
     with (
         zipfile.ZipFile(wheel) as source,
         zipfile.ZipFile(aside, "w", zipfile.ZIP_DEFLATED) as target,
     ):
         for entry in source.infolist():
-            library = Path(entry.filename).name
-            if library.startswith("libbitsandbytes_") and library not in (
-                CUDA,
-                "libbitsandbytes_cpu.so",
-            ):
+            name = Path(entry.filename).name
+            if name.startswith("libbitsandbytes_") and name not in LIBRARIES:
                 continue
             target.writestr(entry, source.read(entry))
     aside.replace(wheel)

@@ -1,13 +1,13 @@
 """The same experiment under every strategy: losses, gradient norms, memory and speed side by side,
-against one process.
+compared with one process.
 
     python bench/strategies.py --json bench/results/cpu-2-cores/strategies_demo.json
     python bench/strategies.py --config recipes/configs/NAME.yaml --processes 8 --steps 30 \\
         [--section.key VALUE ...]
 
 Runs recipes/sft_qlora.py under the files of accelerate_configs/, one after the other, on the GPUs
-of this machine or, without any, on its CPU. Speeds are ratios to one process of the same run; on a
-CPU, processes share its cores.
+of this machine, or on its CPU where there is none. Speeds are ratios to one process of the same
+run; on a CPU, processes share its cores.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from medqlora.core.command import run_command
+from medqlora.core.config_loading import load_config
 from medqlora.core.environment import describe_environment
 from medqlora.core.errors import UserError
 from medqlora.core.files import check_new, write_json
@@ -31,7 +32,7 @@ STRATEGIES = ("one", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2")
 
 
 class StrategyRunError(UserError):
-    """A strategy that did not get through."""
+    """A strategy whose training failed."""
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -45,130 +46,121 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         help="recipe YAML; default %(default)s",
     )
     parser.add_argument(
-        "--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES), help="default: all"
+        "--strategies",
+        nargs="+",
+        choices=STRATEGIES,
+        default=list(STRATEGIES),
+        help="strategies to run; default: all",
     )
     parser.add_argument(
-        "--processes", type=int, default=2, help="of every strategy but one; default %(default)s"
+        "--processes",
+        type=int,
+        default=2,
+        help="processes of every strategy but one; default %(default)s",
     )
-    parser.add_argument("--steps", type=int, default=30, help="default %(default)s")
+    parser.add_argument(
+        "--steps", type=int, default=30, help="optimizer steps; default %(default)s"
+    )
     parser.add_argument("--json", type=Path, help="file for the figures")
-    return parser.parse_known_args()
+    arguments, overrides = parser.parse_known_args()
+    check_new(arguments.json, "--json")
+    load_config(arguments.config, overrides)
+    return arguments, overrides
 
 
 def main() -> None:
     arguments, overrides = parse_arguments()
-    check_new(arguments.json, "--json")
     if arguments.config.stem == "demo":
+        # Several micro-batches in each step, without rounding to 16 bits.
         overrides = [
-            "--training.global_batch_tokens",
-            "2048",
-            "--training.max_tokens_per_batch",
-            "512",
-            "--model.dtype",
-            "float32",
+            "--training.global_batch_tokens=2048",
+            "--training.max_tokens_per_batch=512",
+            "--model.dtype=float32",
             *overrides,
         ]
-    found = {}
+    runs = {}
     with tempfile.TemporaryDirectory() as folder:
         for strategy in dict.fromkeys(["one", *arguments.strategies]):
             print(f"{strategy} …", file=sys.stderr)
-            found[strategy] = run(strategy, arguments, overrides, Path(folder))
-    rows = {strategy: compare(facts, found["one"]) for strategy, facts in found.items()}
+            runs[strategy] = run(strategy, arguments, overrides, Path(folder))
+    rows = {strategy: compare(result, runs["one"]) for strategy, result in runs.items()}
     show(rows, arguments)
     if arguments.json:
         command = " ".join(["python", "bench/strategies.py", *sys.argv[1:]])
-        write_json(
-            arguments.json,
-            {"command": command, "processes": arguments.processes, "rows": rows}
-            | describe_environment(),
-        )
+        report = {"command": command, "processes": arguments.processes, "rows": rows}
+        write_json(arguments.json, report | describe_environment())
 
 
 def run(
     strategy: str, arguments: argparse.Namespace, overrides: list[str], folder: Path
 ) -> dict[str, Any]:
-    """Train once; -> log rows and what the run folder says of the strategy."""
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        ROOT / "accelerate_configs" / f"{strategy}.yaml",
-        "--num_processes",
-        arguments.processes,
-        "--main_process_port",
-        "0",
-    ]
-    recipe = [
-        ROOT / "recipes" / "sft_qlora.py",
-        "--config",
-        arguments.config,
-        "--output_dir",
-        folder / strategy,
-        "--data.test",
-        "[]",
-        "--data.cache_dir",
-        folder / "cache",
-        "--training.max_steps",
-        arguments.steps,
-        "--training.epochs",
-        "1000",
+    """Train once -> the rows of the steps, environment.json and metrics.json."""
+    output = folder / strategy
+    command = [sys.executable]
+    if strategy != "one":
+        command += [
+            "-m",
+            "accelerate.commands.launch",
+            f"--config_file={ROOT / 'accelerate_configs' / f'{strategy}.yaml'}",
+            f"--num_processes={arguments.processes}",
+            "--main_process_port=0",
+        ]
+    command += [
+        str(ROOT / "recipes" / "sft_qlora.py"),
+        f"--config={arguments.config}",
+        f"--output_dir={output}",
+        "--data.test=[]",
+        f"--data.cache_dir={folder / 'cache'}",
+        f"--training.max_steps={arguments.steps}",
+        "--training.epochs=1000",
         *overrides,
     ]
-    command = [sys.executable, *recipe] if strategy == "one" else [*launch, *recipe]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise StrategyRunError(f"{strategy} failed:\n{done.stderr[-1500:]}")
-    rows = [
-        json.loads(line)
-        for line in (folder / strategy / "train_log.jsonl").read_text().splitlines()
-    ]
-    facts = json.loads((folder / strategy / "environment.json").read_text())
-    metrics = json.loads((folder / strategy / "metrics.json").read_text())
-    return {"steps": [row for row in rows if "loss" in row], "facts": facts, "metrics": metrics}
+    rows = [json.loads(line) for line in (output / "train_log.jsonl").read_text().splitlines()]
+    return {
+        "steps": [row for row in rows if "loss" in row],
+        "environment": json.loads((output / "environment.json").read_text()),
+        "metrics": json.loads((output / "metrics.json").read_text()),
+    }
 
 
 def compare(run: dict[str, Any], one: dict[str, Any]) -> dict[str, Any]:
-    """Largest relative differences to one process, the start-up check, highest memory of a rank,
-    speed (median step) against one process.
+    """A strategy's largest relative differences to one process, its start-up check, memory and
+    speed.
     """
-    pairs = list(zip(run["steps"], one["steps"], strict=True))
-    speeds = [
-        sorted(row["tokens_per_second"] for row in steps)[len(steps) // 2]
-        for steps in (run["steps"], one["steps"])
-    ]
+    metrics = run["metrics"]
     return {
-        "loss_difference": max(
-            abs(row["loss"] - other["loss"]) / other["loss"] for row, other in pairs
-        ),
-        "grad_norm_difference": max(
-            abs(row["grad_norm"] - other["grad_norm"]) / other["grad_norm"] for row, other in pairs
-        ),
-        "gradient_check": run["facts"].get("gradient_check"),
-        "memory_bytes": run["metrics"]["memory_bytes"],
-        "peak_memory_bytes_per_rank": run["metrics"]["peak_memory_bytes_per_rank"],
-        "speed": speeds[0] / speeds[1],
+        "loss_difference": largest_difference(run["steps"], one["steps"], "loss"),
+        "grad_norm_difference": largest_difference(run["steps"], one["steps"], "grad_norm"),
+        "gradient_check": run["environment"].get("gradient_check"),
+        "memory_bytes": metrics["memory_bytes"],
+        "peak_memory_bytes_per_rank": metrics["peak_memory_bytes_per_rank"],
+        "speed": median_speed(run["steps"]) / median_speed(one["steps"]),
         "losses": [row["loss"] for row in run["steps"]],
     }
 
 
+def largest_difference(rows: list[dict], others: list[dict], key: str) -> float:
+    pairs = zip(rows, others, strict=True)
+    return max(abs(row[key] - other[key]) / other[key] for row, other in pairs)
+
+
+def median_speed(rows: list[dict]) -> float:
+    return sorted(row["tokens_per_second"] for row in rows)[len(rows) // 2]
+
+
 def show(rows: dict[str, dict], arguments: argparse.Namespace) -> None:
-    table = Table(
-        title=(
-            f"{arguments.config.stem}, {arguments.steps} steps, {arguments.processes} processes"
-            " against one"
-        ),
-        title_justify="left",
+    title = (
+        f"{arguments.config.stem}, {arguments.steps} steps, {arguments.processes} processes"
+        " against one"
     )
-    for column in (
-        "strategy",
-        "loss differs by",
-        "grad norm by",
-        "check, s",
-        "peak memory of a rank",
-        "tokens/s",
-    ):
-        table.add_column(column, justify="left" if column == "strategy" else "right")
+    table = Table(title=title, title_justify="left")
+    table.add_column("strategy")
+    columns = ("loss differs by", "grad norm by", "check, s", "peak memory of a rank", "tokens/s")
+    for column in columns:
+        table.add_column(column, justify="right")
     for strategy, row in rows.items():
         check = row["gradient_check"]
         peak = max(row["peak_memory_bytes_per_rank"]) / 2**20
