@@ -49,7 +49,7 @@ SUBJECTS = (
 SYLLABLES = (
     "car di o neu ro hep a to my pa thy gas tro en te ri tis os te o phy ma la ria in su lin glu"
     " co se pro te in ren al"
-).split()
+)
 STAGES = ("read", "clean", "render", "tokenize", "plan", "write")
 console = Console(highlight=False, soft_wrap=True)
 
@@ -134,7 +134,8 @@ def make_rows(path: Path, count: int) -> None:
     explanations of 60 for two in three.
     """
     rng = np.random.default_rng(0)
-    words = np.array(["".join(rng.choice(SYLLABLES, n)) for n in rng.integers(1, 5, 20_000)])
+    syllables = SYLLABLES.split()
+    words = np.array(["".join(rng.choice(syllables, n)) for n in rng.integers(1, 5, 20_000)])
     popularity = 1 / np.arange(1, len(words) + 1)
     popularity /= popularity.sum()
 

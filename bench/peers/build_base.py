@@ -25,8 +25,8 @@ SHAPES = {
         "num_key_value_heads": 8,
     },
 }
-# A head of a tiny vocabulary would cost nothing, so it is made larger than the tokenizer's.
-LEAST_WORDS = {"74m": 0, "1b": 32_000}
+# The head of a tiny vocabulary would cost nothing, so the model has at least so many tokens.
+LEAST_VOCABULARY = {"74m": 0, "1b": 32_000}
 
 
 def main() -> None:
@@ -42,22 +42,22 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--shape", choices=list(SHAPES), default="74m", help="default %(default)s")
     arguments = parser.parse_args()
+
+    # Importing these takes seconds, so mistakes are reported before.
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=max(len(tokenizer), LEAST_WORDS[arguments.shape]),
-            **SHAPES[arguments.shape],
-            max_position_embeddings=8192,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+    config = LlamaConfig(
+        vocab_size=max(len(tokenizer), LEAST_VOCABULARY[arguments.shape]),
+        **SHAPES[arguments.shape],
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
-    model.to(torch.bfloat16).save_pretrained(arguments.output)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(arguments.output)
     tokenizer.save_pretrained(arguments.output)
 
 

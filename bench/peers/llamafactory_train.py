@@ -1,7 +1,7 @@
-"""LLaMA-Factory's own training of the settings in a file, timed. sft.py runs this with the
-interpreter of its environment.
+"""LLaMA-Factory's own training of the settings in a file, timed. sft.py runs this script with the
+interpreter of LLaMA-Factory's environment, which need not have this project's packages.
 
-PYTHON bench/peers/llamafactory_train.py SETTINGS.json FIGURES.json
+    PYTHON bench/peers/llamafactory_train.py SETTINGS.json FIGURES.json
 """
 
 import json
@@ -11,45 +11,57 @@ from pathlib import Path
 
 
 def main() -> None:
+    if len(sys.argv) != 3 or not Path(sys.argv[1]).is_file():
+        sys.exit("usage: llamafactory_train.py SETTINGS.json FIGURES.json")
+    settings, output = map(Path, sys.argv[1:])
+
+    # Importing these takes seconds, so a mistake is reported before.
     import torch
     from llamafactory.train.tuner import run_exp
     from transformers import TrainerCallback
 
-    found = {"times": [], "losses": []}
+    figures = {"times": [], "losses": []}
 
     class Clock(TrainerCallback):
-        """When each step ended, its loss, and what the packs hold."""
+        """Notes when each step ended, its loss, and the tokens of the packs."""
 
         def on_train_begin(self, args, state, control, train_dataloader=None, **_):
-            # peaks are those of training, as the recipe's are: loading is not counted
+            # The recipe's peaks are those of training, so loading does not count here either.
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             else:
                 Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-            packs = train_dataloader.dataset
-            found["tokens"] = sum(
-                sum(place != 0 for place in pack["attention_mask"]) for pack in packs
-            )
-            found["supervised"] = sum(
-                sum(label != -100 for label in pack["labels"]) for pack in packs
-            )
+            tokens = 0
+            supervised = 0
+            for pack in train_dataloader.dataset:
+                tokens += sum(place != 0 for place in pack["attention_mask"])
+                supervised += sum(label != -100 for label in pack["labels"])
+            figures["tokens"] = tokens
+            figures["supervised"] = supervised
 
         def on_step_end(self, *_, **__):
-            found["times"].append(time.perf_counter())
+            figures["times"].append(time.perf_counter())
 
         def on_log(self, args, state, control, logs=None, **_):
             if "loss" in logs:
-                found["losses"].append(float(logs["loss"]))
+                figures["losses"].append(float(logs["loss"]))
 
-    run_exp(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), [Clock()])
+    run_exp(json.loads(settings.read_text(encoding="utf-8")), [Clock()])
     if torch.cuda.is_available():
-        found["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-    else:  # as medqlora.core.environment.read_peak_resident, which this interpreter may not have
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        found["peak_memory_bytes"] = next(
-            int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")
-        )
-    Path(sys.argv[2]).write_text(json.dumps(found), encoding="utf-8")
+        figures["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+    else:
+        figures["peak_memory_bytes"] = read_peak_resident()
+    output.write_text(json.dumps(figures), encoding="utf-8")
+
+
+def read_peak_resident() -> int:
+    """The same as medqlora.core.environment.read_peak_resident, which this interpreter may not
+    have.
+    """
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status has no line VmHWM")
 
 
 if __name__ == "__main__":

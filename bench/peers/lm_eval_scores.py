@@ -1,15 +1,15 @@
-"""Our scores beside lm-evaluation-harness's own: predictions, log-likelihoods, questions per
+"""Our scores beside those of lm-evaluation-harness: predictions, log-likelihoods, questions per
 second, peak memory.
 
     python bench/peers/lm_eval_scores.py --model DIR --medmcqa FILE --medqa FILE \\
         --pubmedqa FILE [--num_fewshot 5 --shots FILE]
         [--engine hf|vllm] [--batch_size 16] [--limit N] [--json FILE]
 
-One process per side and task. The harness runs its own tasks medmcqa, medqa_4options and pubmedqa
-(their prompt functions and settings) on the given files; with --num_fewshot both sides get the same
-examples in the same order. Seconds are those from questions to results: starting Python and loading
-the model are left out on both sides. Only ratios of one run on one machine mean something. Needs
-`pip install lm_eval==0.4.13`.
+Each side runs each task in a process of its own. The harness runs its own tasks medmcqa,
+medqa_4options and pubmedqa (their prompt functions and settings) on the given files. With
+--num_fewshot both sides get the same examples in the same order. Seconds are those from questions
+to results: starting Python and loading the model are left out on both sides. Only the ratios of one
+run on one machine mean something. Needs `pip install lm_eval==0.4.13`.
 """
 
 import argparse
@@ -24,34 +24,40 @@ from pathlib import Path
 
 import numpy as np
 
-from medqlora.core.config import DataEntry
+from medqlora.core.command import run_command
+from medqlora.core.config import DataEntry, Model
 from medqlora.core.environment import describe_environment, name_command, read_peak_resident
+from medqlora.core.files import check_new, write_json
 from medqlora.data.examples import MultipleChoice
 from medqlora.data.reading import read_examples
+from medqlora.engines.interface import Engine
 
 TASKS = ("medmcqa", "medqa", "pubmedqa")
 SIDES = ("harness", "ours")
 
 
-def read_task(arguments: argparse.Namespace, task: str, path: Path) -> list[MultipleChoice]:
-    examples, _ = read_examples(
-        DataEntry(format=task, path=str(path), limit=arguments.limit), "all"
-    )
+def read_task(arguments: argparse.Namespace, task: str) -> list[MultipleChoice]:
+    path = getattr(arguments, task)
+    entry = DataEntry(format=task, path=str(path), limit=arguments.limit)
+    examples, _ = read_examples(entry, "all")
     return examples
 
 
 def read_shots(arguments: argparse.Namespace, task: str) -> list[MultipleChoice]:
     """Labelled questions that are not asked, in the order in which our side shows them
-    (scoring.choose_shots).
+    (medqlora/evaluation/shots.py).
     """
     if not arguments.num_fewshot:
         return []
-    asked = {example.question for example in read_task(arguments, task, getattr(arguments, task))}
-    pool, _ = read_examples(
-        DataEntry(format=task, path=str(arguments.shots)), "all", drop_invalid=True
-    )
+    asked = {example.question for example in read_task(arguments, task)}
+    entry = DataEntry(format=task, path=str(arguments.shots))
+    pool, _ = read_examples(entry, "all", drop_invalid=True)
     shots = [example for example in pool if example.question not in asked][: arguments.num_fewshot]
-    return [shots[i] for i in random.Random(0).sample(range(len(shots)), len(shots))]
+    return [shots[i] for i in draw_order(len(shots))]
+
+
+def draw_order(count: int) -> list[int]:
+    return random.Random(0).sample(range(count), count)
 
 
 def to_harness(example: MultipleChoice) -> dict:
@@ -75,18 +81,17 @@ def to_harness(example: MultipleChoice) -> dict:
     }
 
 
-def harness_task(task: str, file: Path, shots: list[MultipleChoice]) -> dict:
-    """The harness's own task file with another place of the data."""
+def read_harness_task(task: str, file: Path, shots: list[MultipleChoice]) -> dict:
+    """The harness's own task, on our data and with our examples."""
     import lm_eval
     import yaml
 
     folder = Path(lm_eval.__file__).parent / "tasks" / task
-    name = "medqa.yaml" if task == "medqa" else f"{task}.yaml"
 
     def load_function(loader: yaml.SafeLoader, node: yaml.Node) -> object:
+        # The harness, too, loads a task's functions from the file beside it.
         module, _, function = loader.construct_scalar(node).partition(".")
         namespace: dict = {}
-        # the harness loads its task functions by path too
         exec((folder / f"{module}.py").read_text(encoding="utf-8"), namespace)
         return namespace[function]
 
@@ -94,31 +99,18 @@ def harness_task(task: str, file: Path, shots: list[MultipleChoice]) -> dict:
         pass
 
     Loader.add_constructor("!function", load_function)
-    config = yaml.load((folder / name).read_text(encoding="utf-8"), Loader)
-    for key in (
-        "dataset_name",
-        "training_split",
-        "validation_split",
-        "should_decontaminate",
-        "doc_to_decontamination_query",
-    ):
+    config = yaml.load((folder / f"{task}.yaml").read_text(encoding="utf-8"), Loader)
+    unused = ("dataset_name", "training_split", "validation_split", "should_decontaminate")
+    for key in (*unused, "doc_to_decontamination_query"):
         config.pop(key, None)
-    data = {
+    return config | {
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(file)}},
         "test_split": "test",
         "task": f"{task}_local",
+        "fewshot_config": {"sampler": "first_n", "samples": [to_harness(shot) for shot in shots]},
+        "num_fewshot": len(shots),
     }
-    return (
-        config
-        | data
-        | {
-            "fewshot_config": {
-                "sampler": "first_n",
-                "samples": [to_harness(shot) for shot in shots],
-            }
-        }
-    )
 
 
 def run_harness(
@@ -129,11 +121,9 @@ def run_harness(
     from lm_eval.tasks import TaskManager
 
     file = work / f"{task}.jsonl"
-    file.write_text(
-        "".join(json.dumps(to_harness(example)) + "\n" for example in examples), encoding="utf-8"
-    )
+    lines = [json.dumps(to_harness(example)) + "\n" for example in examples]
+    file.write_text("".join(lines), encoding="utf-8")
     shots = read_shots(arguments, task)
-    config = harness_task(task, file, shots) | {"num_fewshot": len(shots)}
     if arguments.engine == "vllm":
         from lm_eval.models.vllm_causallms import VLLM
 
@@ -153,11 +143,11 @@ def run_harness(
             device="cpu" if arguments.cpu or not torch.cuda.is_available() else "cuda",
             batch_size=arguments.batch_size,
         )
-    manager = TaskManager()  # reads fourteen thousand task files: not counted
+    manager = TaskManager()  # It reads fourteen thousand task files, which does not count.
     began = time.perf_counter()
     result = lm_eval.simple_evaluate(
         model,
-        tasks=[config],
+        tasks=[read_harness_task(task, file, shots)],
         task_manager=manager,
         log_samples=True,
         bootstrap_iters=0,
@@ -175,35 +165,23 @@ def run_harness(
 def run_ours(
     arguments: argparse.Namespace, task: str, examples: list[MultipleChoice], work: Path
 ) -> dict:
-    import torch
-
-    from medqlora.core.config import Model
     from medqlora.evaluation.answering import predict
     from medqlora.evaluation.journal import Journal
     from medqlora.evaluation.method import Method
     from medqlora.evaluation.questions import prepare_questions
-    from medqlora.model.base import load_base, load_tokenizer, read_model_config
+    from medqlora.model.base import load_tokenizer, read_model_config
     from medqlora.prompts.chat_template import make_encoder
 
     model = str(arguments.model)
-    if arguments.engine == "vllm":
-        from medqlora.engines.vllm import VllmEngine
-
-        engine = VllmEngine(model, None, dtype=arguments.dtype, max_length=arguments.max_length)
-    else:
-        from medqlora.engines.hf import HfEngine
-
-        device = torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
-        engine = HfEngine(
-            *load_base(Model(base=model, quantization="none", dtype=arguments.dtype), device)
-        )
-    longest = (
-        arguments.max_length or read_model_config(model).get_text_config().max_position_embeddings
-    )
+    engine = make_engine(arguments)
+    longest = arguments.max_length
+    if not longest:
+        longest = read_model_config(model).get_text_config().max_position_embeddings
     encoder = make_encoder(load_tokenizer(model), "lm_eval")
+    # prepare_questions draws an order of its own. It gets the shots such that its draw gives back this order.
     shots = read_shots(arguments, task)
-    # our own draw restores the order
-    shots = [shots[i] for i in invert(random.Random(0).sample(range(len(shots)), len(shots)))]
+    order = draw_order(len(shots))
+    shots = [shots[order.index(i)] for i in range(len(shots))]
     method = Method(num_fewshot=len(shots))
     began = time.perf_counter()
     questions, shared = prepare_questions(encoder, examples, method, shots, longest)
@@ -213,44 +191,54 @@ def run_ours(
         rows = {row["id"]: row for row in journal.read().values()}
     seconds = time.perf_counter() - began
     rows = [rows[example.id] for example in examples]
-    right = [row["prediction"] == row["gold"] for row in rows]
     return {
         "seconds": seconds,
         "logprobs": [list(row["option_logprobs"].values()) for row in rows],
-        "accuracy": sum(right) / len(right),
+        "accuracy": sum(row["prediction"] == row["gold"] for row in rows) / len(rows),
     }
 
 
-def invert(order: list[int]) -> list[int]:
-    return sorted(range(len(order)), key=lambda i: order[i])
+def make_engine(arguments: argparse.Namespace) -> Engine:
+    import torch
+
+    from medqlora.model.base import load_base
+
+    model = str(arguments.model)
+    if arguments.engine == "vllm":
+        from medqlora.engines.vllm import VllmEngine
+
+        return VllmEngine(model, None, dtype=arguments.dtype, max_length=arguments.max_length)
+    from medqlora.engines.hf import HfEngine
+
+    device = torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
+    config = Model(base=model, quantization="none", dtype=arguments.dtype)
+    return HfEngine(*load_base(config, device))
 
 
-def compare(task: str, engine: str, examples: list[MultipleChoice], found: dict[str, dict]) -> dict:
-    """Ratios, and how far the two sides' answers lie apart."""
-    harness = found["harness"]
-    ours = found["ours"]
-    pairs = list(zip(harness["logprobs"], ours["logprobs"], strict=True))
-    best = [[max(range(len(values)), key=lambda i: values[i]) for values in pair] for pair in pairs]
-    margins = [sorted(values)[-1] - sorted(values)[-2] for values, _ in pairs]
+def compare(task: str, engine: str, results: dict[str, dict]) -> dict:
+    """Ratios of the two sides, and how far their answers lie apart."""
+    harness = results["harness"]
+    ours = results["ours"]
+    theirs = np.array(harness["logprobs"])  # [questions, options]
+    logprobs = np.array(ours["logprobs"])
+    ranked = np.sort(theirs, axis=1)
+    memory = None  # vLLM's memory is that of another process.
+    if engine == "hf":
+        memory = ours["peak_memory_bytes"] / harness["peak_memory_bytes"]
     return {
         "task": task,
-        "questions": len(examples),
+        "questions": len(theirs),
         "accuracy": harness["accuracy"],
         "accuracy_ours": ours["accuracy"],
-        "different_predictions": sum(a != b for a, b in best),
-        "smallest_margin": min(margins),
-        "max_logprob_difference": max(
-            abs(a - b) for x, y in pairs for a, b in zip(x, y, strict=True)
-        ),
+        "different_predictions": int((theirs.argmax(1) != logprobs.argmax(1)).sum()),
+        "smallest_margin": float((ranked[:, -1] - ranked[:, -2]).min()),
+        "max_logprob_difference": float(abs(theirs - logprobs).max()),
         "questions_per_second_ratio": harness["seconds"] / ours["seconds"],
-        # vLLM: another process
-        "peak_memory_ratio": (
-            ours["peak_memory_bytes"] / harness["peak_memory_bytes"] if engine == "hf" else None
-        ),
+        "peak_memory_ratio": memory,
     }
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -272,6 +260,25 @@ def main() -> None:
         default=0,
         help="worked examples before each question (default 0)",
     )
+    parser.add_argument("--limit", type=int, help="first N questions of each file")
+    add_engine_flags(parser)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument(
+        "--record",
+        type=Path,
+        help="write the harness's own log-likelihoods to this file (.npz), for tests",
+    )
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--task", choices=TASKS, help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if not arguments.side:
+        check_new(arguments.json, "--json")
+        check_new(arguments.record, "--record")
+    return arguments
+
+
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engine", choices=["hf", "vllm"], default="hf", help="backend of both sides (default hf)"
     )
@@ -290,91 +297,68 @@ def main() -> None:
     parser.add_argument(
         "--max_length", type=int, help="vllm: tokens per row (default: the model's positions)"
     )
-    parser.add_argument("--limit", type=int, help="first N questions of each file")
     parser.add_argument("--cpu", action="store_true", help="use no GPU")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument(
-        "--record",
-        type=Path,
-        help="write the harness's own log-likelihoods to this file (.npz), for tests",
-    )
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--task", choices=TASKS, help=argparse.SUPPRESS)
-    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
     if arguments.side:
-        examples = read_task(arguments, arguments.task, getattr(arguments, arguments.task))
-        found = (run_harness if arguments.side == "harness" else run_ours)(
-            arguments, arguments.task, examples, arguments.work
-        )
-        found["peak_memory_bytes"] = read_peak_resident()
-        (arguments.work / f"{arguments.side}.json").write_text(json.dumps(found))
+        run = run_harness if arguments.side == "harness" else run_ours
+        examples = read_task(arguments, arguments.task)
+        figures = run(arguments, arguments.task, examples, arguments.work)
+        figures["peak_memory_bytes"] = read_peak_resident()
+        (arguments.work / f"{arguments.side}.json").write_text(json.dumps(figures))
         return
     results = []
     recorded = {}
-    for task in (name for name in TASKS if getattr(arguments, name)):
-        with tempfile.TemporaryDirectory() as folder:
-            for side in SIDES:
-                command = [
-                    sys.executable,
-                    __file__,
-                    *sys.argv[1:],
-                    "--side",
-                    side,
-                    "--task",
-                    task,
-                    "--work",
-                    folder,
-                ]
-                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            found = {
-                side: json.loads((Path(folder) / f"{side}.json").read_text()) for side in SIDES
-            }
-        results.append(
-            compare(
-                task, arguments.engine, read_task(arguments, task, getattr(arguments, task)), found
-            )
-        )
-        facts = results[-1]
-        memory = (
-            ""
-            if facts["peak_memory_ratio"] is None
-            else f", {facts['peak_memory_ratio']:.2f} x its peak memory"
-        )
-        recorded[task] = np.array(found["harness"]["logprobs"])  # [questions, options]
-        print(
-            f"{task}, {arguments.num_fewshot}-shot, {facts['questions']} questions:"
-            f" {facts['questions_per_second_ratio']:.1f} x the harness's questions/s{memory};"
-            f" {facts['different_predictions']} predictions differ, log-likelihoods by"
-            f" {facts['max_logprob_difference']:.1e} at most; accuracy {facts['accuracy']:.4f} and"
-            f" {facts['accuracy_ours']:.4f}"
-        )
+    for task in TASKS:
+        if getattr(arguments, task):
+            sides = run_sides(task)
+            recorded[task] = np.array(sides["harness"]["logprobs"])
+            results.append(compare(task, arguments.engine, sides))
+            show(results[-1], arguments.num_fewshot)
     if arguments.record:
         np.savez_compressed(arguments.record, **recorded)
     if arguments.json:
-        settings = {
-            name: getattr(arguments, name)
-            for name in ("engine", "dtype", "num_fewshot", "batch_size", "max_length", "limit")
-        }
-        settings |= {
-            "model": arguments.model.name,
-            "files": {task: getattr(arguments, task).name for task in recorded},
-        }
+        keys = ("engine", "dtype", "num_fewshot", "batch_size", "max_length", "limit")
+        settings = {key: getattr(arguments, key) for key in keys}
+        settings["model"] = arguments.model.name
+        settings["files"] = {task: getattr(arguments, task).name for task in recorded}
         environment = describe_environment()
         environment["versions"]["lm_eval"] = version("lm_eval")
-        arguments.json.write_text(
-            json.dumps(
-                {
-                    "command": name_command("bench/peers/lm_eval_scores.py", sys.argv[1:]),
-                    "settings": settings,
-                    "environment": environment,
-                    "results": results,
-                },
-                indent=2,
-            )
-            + "\n"
-        )
+        report = {
+            "command": name_command("bench/peers/lm_eval_scores.py", sys.argv[1:]),
+            "settings": settings,
+            "environment": environment,
+            "results": results,
+        }
+        write_json(arguments.json, report)
+
+
+def run_sides(task: str) -> dict[str, dict]:
+    """Run each side in a process of its own -> its figures."""
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for side in SIDES:
+            flags = [*sys.argv[1:], f"--side={side}", f"--task={task}", f"--work={folder}"]
+            command = [sys.executable, __file__, *flags]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            results[side] = json.loads((Path(folder) / f"{side}.json").read_text())
+    return results
+
+
+def show(result: dict, num_fewshot: int) -> None:
+    memory = ""
+    if result["peak_memory_ratio"] is not None:
+        memory = f", {result['peak_memory_ratio']:.2f} x its peak memory"
+    print(
+        f"{result['task']}, {num_fewshot}-shot, {result['questions']} questions:"
+        f" {result['questions_per_second_ratio']:.1f} x the harness's questions/s{memory};"
+        f" {result['different_predictions']} predictions differ, log-likelihoods by"
+        f" {result['max_logprob_difference']:.1e} at most; accuracy {result['accuracy']:.4f} and"
+        f" {result['accuracy_ours']:.4f}"
+    )
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

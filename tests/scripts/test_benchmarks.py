@@ -1,6 +1,4 @@
-"""bench/throughput.py, latency.py and data.py: their figures by definition, and their commands run
-for real on small input.
-"""
+"""The benchmarks' figures follow their definitions, and their commands run on small input."""
 
 import json
 import math
@@ -25,9 +23,28 @@ from medqlora.engines.latency import (
 )
 
 CONFIG = ROOT / "recipes" / "configs" / "demo.yaml"
-THROUGHPUT, LATENCY, DATA = (
-    ROOT / "bench" / f"{name}.py" for name in ("throughput", "latency", "data")
-)
+THROUGHPUT = ROOT / "bench" / "throughput.py"
+LATENCY = ROOT / "bench" / "latency.py"
+DATA = ROOT / "bench" / "data.py"
+
+
+def test_a_misspelt_flag_is_refused_before_torch_is_imported():
+    """Importing torch takes seconds, after which nobody wants to read of a misspelt flag."""
+    scripts = [*(ROOT / "bench").glob("*.py"), *(ROOT / "bench" / "peers").glob("*.py")]
+    # Another interpreter runs this one, and only sft.py calls it.
+    scripts = [script for script in scripts if script.name != "llamafactory_train.py"]
+    code = (
+        "import runpy, sys\n"
+        "for script in sys.argv[1:]:\n"
+        "    sys.argv = [script, '--mispelt', '3']\n"
+        "    try:\n"
+        "        runpy.run_path(script, run_name='__main__')\n"
+        "    except SystemExit as stop:\n"
+        "        assert stop.code == 2, script\n"
+        "    assert 'torch' not in sys.modules, script\n"
+    )
+    done = run_script("-c", code, *scripts)
+    assert done.returncode == 0, done.stderr
 
 
 # ---- definitions ---------------------------------------------------------------------------------
@@ -40,12 +57,12 @@ def test_latencies_of_a_known_answer():
     assert served.itl == pytest.approx([0.1, 0.2])
     one = Served(10.0, (10.5,), 1)
     assert (one.tpot, one.itl) == (None, [])
-    found = summarize([served, one], 2.0, {"ttft": 600, "tpot": 140})
-    assert found["requests_per_second"] == 1.0
-    assert found["output_tokens_per_second"] == 2.0
-    # the first is too slow per token; a single token has no TPOT to miss
-    assert found["goodput_requests_per_second"] == 0.5
-    assert found["tpot_ms"]["p50"] == pytest.approx(150)
+    summary = summarize([served, one], 2.0, {"ttft": 600, "tpot": 140})
+    assert summary["requests_per_second"] == 1.0
+    assert summary["output_tokens_per_second"] == 2.0
+    # The first is too slow per token. A single token has no TPOT to miss.
+    assert summary["goodput_requests_per_second"] == 0.5
+    assert summary["tpot_ms"]["p50"] == pytest.approx(150)
     assert summarize([one], 1.0)["tpot_ms"] is None
     assert summarize([one], 1.0)["goodput_requests_per_second"] is None
 
@@ -64,12 +81,12 @@ def test_arrivals_have_the_rate_they_are_asked_for():
         assert len(few := draw_arrivals(32, 4.0, seed)) / few[-1] == pytest.approx(4.0)
     times = draw_arrivals(20_000, 8.0, 0)
     assert np.all(np.diff(times) >= 0)
-    # exponential: deviation equals mean
+    # The deviation of an exponential distribution equals its mean.
     assert np.std(np.diff(times)) == pytest.approx(1 / 8, rel=0.05)
 
 
 @pytest.mark.parametrize("text", ["ttft", "itl=5", "ttft=fast", "e2el=-1"])
-def test_objectives_that_mean_nothing_are_refused(text):
+def test_goodput_objectives_without_meaning_are_refused(text):
     with pytest.raises(LatencyError):
         parse_objectives([text])
 
@@ -79,7 +96,7 @@ def test_objectives_that_mean_nothing_are_refused(text):
 
 @pytest.mark.slow
 def test_throughput_of_a_sweep(tmp_path):
-    """Two cases that run, and one that cannot: it is kept with its reason."""
+    """Two cases run. The third cannot, and is recorded with its reason."""
     done = run_script(
         THROUGHPUT,
         "--config",
@@ -111,13 +128,13 @@ def test_throughput_of_a_sweep(tmp_path):
         times = case["step_seconds"]
         assert len(times["all"]) == 2 and times["p50"] <= times["p90"] <= times["p99"]  # noqa: PT018
         assert 0 <= case["data_wait_fraction"] < 1
-        # (4 + 2 x recomputed / layers) x weights: of 4 layers of 4 x 128 x 128 + 3 x 128 x 384, and
-        # their adapters
+        # FLOPs per token are (4 + 2 x recomputed / layers) x weights. The model has 4 layers of
+        # 4 x 128 x 128 + 3 x 128 x 384 weights, and 327,680 weights of adapters.
         per_token = case["model_flops_per_second"] / case["tokens_per_second"]
         assert per_token == pytest.approx(
             4 * (4 * (4 * 128 * 128 + 3 * 128 * 384) + 327_680), rel=1e-6
         )
-        assert case["loss"] == pytest.approx(cases[0]["loss"], rel=0.02)  # the same work
+        assert case["loss"] == pytest.approx(cases[0]["loss"], rel=0.02)  # Both do the same work.
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
@@ -166,48 +183,39 @@ def test_latency_of_transformers(monkeypatch, tmp_path):
         assert loop["output_tokens_per_second"] == pytest.approx(5 * loop["requests_per_second"])
         assert loop["goodput_requests_per_second"] == loop["requests_per_second"]
         assert loop["ttft_ms"]["p50"] < loop["e2el_ms"]["p50"]
-    # four at once wait for each other
+    # Four requests at a time wait for each other.
     assert loops[1]["ttft_ms"]["p99"] > loops[0]["ttft_ms"]["p99"]
 
 
 def test_letters_and_sizes(monkeypatch, tmp_path):
-    assert (
-        run_inside(
-            LATENCY,
-            [
-                "--model",
-                DEMO / "base",
-                "--scoring",
-                "--requests",
-                "6",
-                "--json",
-                tmp_path / "a.json",
-            ],
-            monkeypatch,
-        )[0]
-        == 0
-    )
-    found = json.loads((tmp_path / "a.json").read_text())["scoring"]
-    assert found["questions"] == 6  # and as many alone
-    assert found["questions_per_second"] > 0
-    assert not any("tpot" in key for key in found)
-    assert (
-        run_inside(
-            LATENCY,
-            ["--model", DEMO / "base", "--sizes", "--json", tmp_path / "b.json"],
-            monkeypatch,
-        )[0]
-        == 0
-    )
+    flags = [
+        "--model",
+        DEMO / "base",
+        "--json",
+        tmp_path / "a.json",
+        "--scoring",
+        "--requests",
+        "6",
+    ]
+    assert run_inside(LATENCY, flags, monkeypatch)[0] == 0
+    scoring = json.loads((tmp_path / "a.json").read_text())["scoring"]
+    assert scoring["questions"] == 6  # As many are asked alone.
+    assert scoring["questions_per_second"] > 0
+    assert not any("tpot" in key for key in scoring)
+    flags = ["--model", DEMO / "base", "--json", tmp_path / "b.json", "--sizes"]
+    assert run_inside(LATENCY, flags, monkeypatch)[0] == 0
     (sizes,) = json.loads((tmp_path / "b.json").read_text())["sizes"]
     assert sizes["loaded_nf4_bytes"] < sizes["loaded_16_bit_bytes"]
     assert sizes["loaded_16_bit_bytes"] == pytest.approx(2 * 1_015_936, rel=0.01)
 
 
 class Server(ThreadingHTTPServer):
-    """Streams three tokens for each completion, 20 ms apart, then a piece without text; once `left`
-    requests are served, an answer breaks off in the middle: with an error, or without a word
-    (`silent`). `plain`: it knows neither ignore_eos nor usage.
+    """Streams three tokens for each completion, 20 ms apart, then a piece without text.
+
+    Args:
+        left: requests that are served whole. Later answers break off after one piece.
+        silent: whether a broken answer ends without an error message.
+        plain: whether the server refuses ignore_eos and usage.
     """
 
     left = 10**6
@@ -269,7 +277,7 @@ def server():
         server.shutdown()
 
 
-def ask_flags(server) -> list:
+def flags_for(server) -> list:
     return [
         "--engine",
         "openai",
@@ -286,14 +294,14 @@ def ask_flags(server) -> list:
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_latency_of_a_server(server, plain, monkeypatch, tmp_path):
-    """As vLLM's benchmark counts: the piece without text is an arrival, tokens are the server's own
-    count or the tokenizer's.
+    """Pieces and tokens are counted as in vLLM's benchmark: the piece without text is an arrival,
+    and tokens are the server's own count or the tokenizer's.
     """
     server.plain = plain
     code, complaint = run_inside(
         LATENCY,
         [
-            *ask_flags(server),
+            *flags_for(server),
             "--concurrency",
             "4",
             "--output_tokens",
@@ -304,9 +312,10 @@ def test_latency_of_a_server(server, plain, monkeypatch, tmp_path):
         monkeypatch,
     )
     assert code == 0, complaint
-    found = json.loads((tmp_path / "a.json").read_text())
-    (loop,) = found["loops"]
-    assert found["complete"] and loop["short_answers"] == 0  # noqa: PT018
+    report = json.loads((tmp_path / "a.json").read_text())
+    (loop,) = report["loops"]
+    assert report["complete"]
+    assert loop["short_answers"] == 0
     assert 19 < loop["itl_ms"]["p50"] < 60
     assert loop["e2el_ms"]["p50"] >= 79
     assert loop["tpot_ms"]["mean"] == pytest.approx(
@@ -317,18 +326,18 @@ def test_latency_of_a_server(server, plain, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("silent", [False, True])
 def test_server_that_dies_leaves_what_was_measured(server, silent, monkeypatch, tmp_path):
-    server.left = 2 + 4 + 1
-    server.silent = silent  # warm-up, the first loop, one of the second
+    server.left = 2 + 4 + 1  # the warm-up, the first loop, and one request of the second
+    server.silent = silent
     code, complaint = run_inside(
         LATENCY,
-        [*ask_flags(server), "--concurrency", "1,2", "--json", tmp_path / "a.json"],
+        [*flags_for(server), "--concurrency", "1,2", "--json", tmp_path / "a.json"],
         monkeypatch,
     )
     assert (code, complaint.count("\n")) == (2, 1), complaint
     assert "server http://127.0.0.1" in complaint
-    found = json.loads((tmp_path / "a.json").read_text())
-    assert len(found["loops"]) == 1
-    assert not found["complete"]
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert len(report["loops"]) == 1
+    assert not report["complete"]
 
 
 def test_every_load_has_its_own_questions(monkeypatch):
@@ -388,10 +397,12 @@ def test_latency_refuses(flags, message, monkeypatch):
 def test_data_stages(tmp_path):
     done = run_script(DATA, "--rows", "2000", "--json", tmp_path / "a.json")
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "a.json").read_text())["results"]
-    assert set(found["ours"]["stages"]) == {"read", "clean", "render", "tokenize", "plan", "write"}
-    assert found["ours"]["rows"] == found["whole"]["rows"] >= 1990  # equal rows are dropped
-    assert found["ours"]["tokens"] == found["whole"]["tokens"]
+    results = json.loads((tmp_path / "a.json").read_text())["results"]
+    ours = results["ours"]
+    whole = results["whole"]
+    assert set(ours["stages"]) == {"read", "clean", "render", "tokenize", "plan", "write"}
+    assert ours["rows"] == whole["rows"] >= 1990  # A few equal rows are dropped.
+    assert ours["tokens"] == whole["tokens"]
     done = run_script(DATA, "--tokenizer", tmp_path)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
 
@@ -428,7 +439,7 @@ def test_data_stages(tmp_path):
         ),
     ],
 )
-def test_comparison_of_trainers_refuses_what_is_not_there(flags, message, monkeypatch):
+def test_comparison_of_trainers_refuses_missing_files_and_packages(flags, message, monkeypatch):
     code, complaint = run_inside(ROOT / "bench" / "peers" / "sft.py", flags, monkeypatch)
     assert (code, complaint.count("\n")) == (2, 1), complaint
     assert message in complaint
@@ -454,7 +465,7 @@ def test_pages_hold_the_recorded_figures(monkeypatch, tmp_path):
     assert (code, complaint.count("\n")) == (2, 1)
 
 
-def test_recorded_figures_name_command_and_versions_and_no_ones_folders():
+def test_recorded_figures_name_command_and_versions_but_no_private_folders():
     for path in (ROOT / "bench" / "results").rglob("*.json"):
         text = path.read_text()
         assert "shapes" in path.parts or (

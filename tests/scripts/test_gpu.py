@@ -1,5 +1,5 @@
-"""What a GPU must pass: pytest -m gpu runs bench/gpu.py on it. Without one the same scripts are
-rehearsed on small shapes.
+"""pytest -m gpu runs bench/gpu.py on a GPU. Without one the same scripts are rehearsed on small
+shapes.
 """
 
 import json
@@ -38,31 +38,28 @@ def run(*arguments, **options):
 @pytest.mark.slow
 def test_everything_works_on_this_machine(tmp_path):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    done = run(
-        SCRIPT,
-        "--output",
-        tmp_path / "found",
-        "--device",
-        device,
-        *(["--minutes", "60"] if device == "cpu" else []),
-    )
-    found = json.loads((tmp_path / "found" / "gpu.json").read_text())["stages"]
+    flags = ["--output", tmp_path / "found", "--device", device]
+    if device == "cpu":
+        flags += ["--minutes", "60"]
+    done = run(SCRIPT, *flags)
+    results = json.loads((tmp_path / "found" / "gpu.json").read_text())["stages"]
     assert done.returncode == 0, done.stdout
-    assert list(found) == STAGES
-    assert {facts["status"] for facts in found.values()} == {"passed"}
+    assert list(results) == STAGES
+    assert {result["status"] for result in results.values()} == {"passed"}
     files = list((tmp_path / "found").iterdir())
     assert len(files) <= 8
     assert all(path.stat().st_size < 16 * 2**20 for path in files)
-    assert sum(len(facts["checks"]) for facts in found.values()) > 150
-    assert found["throughput"]["figures"]["none"]["tokens_per_second"] > 0
-    assert found["profile"]["figures"]["seconds"]["by_kind"]["attention"] > 0
-    assert found["demonstration"]["figures"]["resumed run equal to the bit"] or device == "cuda"
-    assert "environment" in found["card"]["figures"]
-    # which write README and docs from a recorded gpu.json
+    assert sum(len(result["checks"]) for result in results.values()) > 150
+    figures = {name: result["figures"] for name, result in results.items()}
+    assert figures["throughput"]["none"]["tokens_per_second"] > 0
+    assert figures["profile"]["seconds"]["by_kind"]["attention"] > 0
+    assert figures["demonstration"]["resumed run equal to the bit"] or device == "cuda"
+    assert "environment" in figures["card"]
+    # bench/tables.py writes the documentation's tables from a recorded gpu.json.
     tables = runpy.run_path(str(ROOT / "bench" / "tables.py"))
-    assert len(tables["rows_of_checks"]({"this machine": found})) == len(STAGES)
-    assert all(len(row) == 8 for row in tables["rows_of_memory"]({"this machine": found}))
-    assert [row[1] for row in tables["rows_of_speed"]({"this machine": found})] == [
+    assert len(tables["rows_of_checks"]({"this machine": results})) == len(STAGES)
+    assert all(len(row) == 8 for row in tables["rows_of_memory"]({"this machine": results}))
+    assert [row[1] for row in tables["rows_of_speed"]({"this machine": results})] == [
         "none",
         "full",
         "offload",
@@ -72,7 +69,9 @@ def test_everything_works_on_this_machine(tmp_path):
 
 @pytest.fixture
 def broken(tmp_path):
-    """A copy of the script whose first stage fails after a finding, and whose second never ends."""
+    """A copy of the script whose stage `card` fails after a finding, and whose stage `optimizers`
+    never ends.
+    """
     shutil.copytree(
         ROOT / "bench", tmp_path / "bench", ignore=shutil.ignore_patterns("results", "__pycache__")
     )
@@ -106,27 +105,27 @@ def test_a_failing_stage_stops_no_other(broken, tmp_path):
         "card,optimizers,engine",
         cwd=tmp_path,
     )
-    found = json.loads((tmp_path / "found" / "gpu.json").read_text())["stages"]
+    results = json.loads((tmp_path / "found" / "gpu.json").read_text())["stages"]
     assert done.returncode == 1
-    assert {name: facts["status"] for name, facts in found.items()} == {
+    assert {name: result["status"] for name, result in results.items()} == {
         "card": "failed",
         "optimizers": "out of time",
         "engine": "passed",
     }
-    assert "this GPU is broken" in "".join(found["card"]["last_lines"])
-    # what was found before the end is kept
-    assert [found[name]["checks"][0]["value"] for name in found] == [0.5, 2, 0.25]
+    assert "this GPU is broken" in "".join(results["card"]["last_lines"])
+    # Findings before the end of a stage are kept.
+    assert [result["checks"][0]["value"] for result in results.values()] == [0.5, 2, 0.25]
     assert "found: 2, allowed 1" in done.stdout
     assert "this GPU is broken" in (tmp_path / "found" / "gpu.log").read_text()
 
 
-def test_what_does_not_fit_the_time_is_skipped_and_named(tmp_path):
+def test_stages_that_do_not_fit_the_time_are_skipped_and_named(tmp_path):
     done = run(SCRIPT, "--output", tmp_path / "found", "--device", "cpu", "--minutes", "0.01")
-    assert done.returncode == 1  # nothing ran
+    assert done.returncode == 1  # No stage ran.
     for name in STAGES:
         assert f"{name}: skipped, needs about" in done.stdout
-    found = json.loads((tmp_path / "found" / "gpu.json").read_text())["stages"]
-    assert {facts["status"] for facts in found.values()} == {"skipped"}
+    results = json.loads((tmp_path / "found" / "gpu.json").read_text())["stages"]
+    assert {result["status"] for result in results.values()} == {"skipped"}
 
 
 @pytest.mark.parametrize(
