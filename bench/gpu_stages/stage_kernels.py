@@ -71,15 +71,9 @@ def widen(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [tensor.detach().double().requires_grad_() for tensor in tensors]
 
 
-def check_output(
-    stage: Stage, what: str, case: str, output: torch.Tensor, expected: torch.Tensor, limit: float
-) -> None:
-    stage.check(f"{what}, {case}", relative_error(output, expected), limit)
-
-
 def check_gradients(
     stage: Stage,
-    what: str,
+    label: str,
     case: str,
     names: Sequence[str],
     gradients: Sequence[torch.Tensor],
@@ -87,7 +81,7 @@ def check_gradients(
     limit: float,
 ) -> None:
     for which, gradient, wanted in zip(names, gradients, expected, strict=True):
-        stage.check(f"{what} {which}, {case}", relative_error(gradient, wanted), 2 * limit)
+        stage.check(f"{label} {which}, {case}", relative_error(gradient, wanted), 2 * limit)
 
 
 def attend_reference(
@@ -156,7 +150,7 @@ def check_attention(
         softcap and f"softcap {softcap}",
     )
     limit = LIMITS[dtype]
-    check_output(stage, "attention", case, output, expected, limit)
+    stage.check(f"attention, {case}", relative_error(output, expected), limit)
     names = ("query", "key", "value")
     check_gradients(stage, "attention's gradient of the", case, names, gradients, wanted, limit)
 
@@ -190,7 +184,7 @@ def check_shared_beginning(stage: Stage, backend: str, dtype: torch.dtype, width
         parts.append(attend_reference(queries, keys[:, seen], values[:, seen], allowed, None))
         start += length
     case = name(backend, dtype, f"width {width}")
-    check_output(stage, "branches", case, output, torch.cat(parts)[None], LIMITS[dtype])
+    stage.check(f"branches, {case}", relative_error(output, torch.cat(parts)[None]), LIMITS[dtype])
 
 
 def check_compiled(stage: Stage, dtype: torch.dtype) -> None:
@@ -237,8 +231,8 @@ def check_norm(
     (wanted,) = torch.autograd.grad((expected * g.double()).sum(), wide)
     case = name(x.dtype, f"{len(x)} tokens", "with offset" if offset else None)
     limit = LIMITS[x.dtype]
-    check_output(stage, "compiled norm", case, output, expected, limit)
-    check_output(stage, "compiled norm's gradient", case, gradient, wanted, 2 * limit)
+    stage.check(f"compiled norm, {case}", relative_error(output, expected), limit)
+    stage.check(f"compiled norm's gradient, {case}", relative_error(gradient, wanted), 2 * limit)
 
 
 def check_gate(
@@ -260,7 +254,7 @@ def check_gate(
     limit = LIMITS[x.dtype]
     output = kernels.gate(x, up, activation)
     gradients = kernels.gate_backward(g, x, up, activation)
-    check_output(stage, "compiled gate", case, output, expected, limit)
+    stage.check(f"compiled gate, {case}", relative_error(output, expected), limit)
     names = ("gate", "up")
     check_gradients(stage, "compiled gradient of", case, names, gradients, wanted, limit)
 
@@ -282,8 +276,8 @@ def check_head(stage: Stage, dtype: torch.dtype) -> None:
         expected = F.cross_entropy(logits, targets, reduction="sum")
         (wanted,) = torch.autograd.grad(expected, wide)
         case = name(dtype, cap and f"softcap {cap}")
-        check_output(stage, "head's loss", case, loss, expected, LIMITS[dtype])
-        check_output(stage, "head's gradient", case, gradient, wanted, 2 * LIMITS[dtype])
+        stage.check(f"head's loss, {case}", relative_error(loss, expected), LIMITS[dtype])
+        stage.check(f"head's gradient, {case}", relative_error(gradient, wanted), 2 * LIMITS[dtype])
 
 
 def check_dropout(stage: Stage, dtype: torch.dtype) -> None:
@@ -302,7 +296,7 @@ def check_dropout(stage: Stage, dtype: torch.dtype) -> None:
     expected = F.linear(wide * kept / 0.9, wide_weight)
     wanted = torch.autograd.grad((expected * g.double()).sum(), (wide, wide_weight))
     case = name(dtype)
-    check_output(stage, "dropout", case, output, expected, LIMITS[dtype])
+    stage.check(f"dropout, {case}", relative_error(output, expected), LIMITS[dtype])
     names = ("input", "weight")
     check_gradients(
         stage, "dropout's gradient of the", case, names, gradients, wanted, LIMITS[dtype]
