@@ -178,7 +178,8 @@ def run_ours(
     if not longest:
         longest = read_model_config(model).get_text_config().max_position_embeddings
     encoder = make_encoder(load_tokenizer(model), "lm_eval")
-    # prepare_questions draws an order of its own. It gets the shots such that its draw gives back this order.
+    # prepare_questions draws an order of its own. It gets the shots such that its draw gives back
+    # this order.
     shots = read_shots(arguments, task)
     order = draw_order(len(shots))
     shots = [shots[order.index(i)] for i in range(len(shots))]
