@@ -1,5 +1,7 @@
-"""Checkpoints that are complete or not there: write aside, hash, rename; find the newest complete
-one.
+"""Writing and reading of checkpoints.
+
+A checkpoint is written to a hidden folder, hashed, and renamed. A folder `step-N` is therefore
+complete when it appears; its manifest of sizes and hashes shows damage that comes later.
 """
 
 from __future__ import annotations
@@ -24,13 +26,19 @@ MANIFEST = "manifest.json"
 
 
 class CheckpointError(UserError):
-    """A checkpoint that could not be written."""
+    """A checkpoint cannot be written."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """adapter: tensors by PEFT name; optimizer: its state_dict; state: step, best loss and what
-    else the loop keeps.
+    """A checkpoint as it was read from disk.
+
+    Args:
+        path: The folder `step-N`.
+        adapter: The adapter's whole tensors on the CPU, by PEFT name.
+        optimizer: The optimizer's whole state tensors on the CPU, by parameter name.
+        state: The state of the training loop: `step`, `best_loss`, `best_step`, `patience` and
+            `loss_scale`.
     """
 
     path: Path
@@ -40,6 +48,7 @@ class Checkpoint:
 
 
 def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal text."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -61,41 +70,53 @@ def save_checkpoint(
     state: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Write `folder/step-N`, then prune all but the newest `keep` complete ones.
+    """Write the folder `step-N`, then delete all but the newest `keep` of these folders.
+
+    Args:
+        folder: The run's folder of checkpoints.
+        step: Number of optimizer steps that are done.
+        adapter: The adapter's whole tensors on the CPU, by PEFT name.
+        optimizer: The optimizer's whole state tensors on the CPU, by parameter name.
+        state: What the training loop restores; it must be JSON.
+        keep: Number of checkpoints that stay on disk.
+
+    Returns:
+        The folder that was written.
 
     Raises:
-        CheckpointError: the disk refused; nothing that was there before is touched.
+        CheckpointError: The disk refused. The checkpoints of other steps are untouched.
     """
     target = folder / f"step-{step}"
-    aside = folder / f".step-{step}.tmp"
+    unfinished = folder / f".step-{step}.tmp"
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        # through memory: the libraries' own writers report a full disk as errors of their format
-        (aside / "adapter.safetensors").write_bytes(serialize(adapter))
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        # The data is serialized in memory first, because the libraries' own writers report a full
+        # disk as an error of their file format instead of an OSError.
+        (unfinished / "adapter.safetensors").write_bytes(serialize(adapter))
         states = io.BytesIO()
         torch.save(optimizer, states)
-        (aside / "optimizer.pt").write_bytes(states.getbuffer())
-        (aside / "state.json").write_text(json.dumps({**state, "step": step}), encoding="utf-8")
+        (unfinished / "optimizer.pt").write_bytes(states.getbuffer())
+        saved_state = json.dumps({**state, "step": step})
+        (unfinished / "state.json").write_text(saved_state, encoding="utf-8")
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": hash_file(path)}
-            for path in sorted(aside.iterdir())
+            for path in sorted(unfinished.iterdir())
         }
-        (aside / MANIFEST).write_text(
-            json.dumps({"step": step, "files": files}, indent=2), encoding="utf-8"
-        )
-        for path in aside.iterdir():
+        manifest = json.dumps({"step": step, "files": files}, indent=2)
+        (unfinished / MANIFEST).write_text(manifest, encoding="utf-8")
+        for path in unfinished.iterdir():
             sync(path)
-        if target.exists():  # an incomplete or damaged one of the same step
+        if target.exists():  # A damaged checkpoint of the same step may be there.
             shutil.rmtree(target)
-        aside.rename(target)
+        unfinished.rename(target)
         sync(folder)
     except OSError as error:
         with contextlib.suppress(OSError):
-            shutil.rmtree(aside)
+            shutil.rmtree(unfinished)
         raise CheckpointError(
-            f"checkpoint {target} cannot be written: {error.strerror or error}; free space and"
-            " continue with --resume"
+            f"checkpoint {target} cannot be written: {error.strerror or error}; free some space on"
+            " this disk and continue with --resume"
         ) from None
     for old in list_checkpoints(folder)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
@@ -103,25 +124,22 @@ def save_checkpoint(
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """step-N folders, newest first, complete or not."""
-    found = (
-        [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
-        if folder.is_dir()
-        else []
-    )
-    return sorted(found, key=lambda path: -int(path.name[5:]))
+    """Return the folders `step-N`, newest first, whether they are complete or not."""
+    if not folder.is_dir():
+        return []
+    checkpoints = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
+    return sorted(checkpoints, key=lambda path: -int(path.name[5:]))
 
 
 def find_problem(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None if every file has the size and hash of its
-    manifest.
-    """
+    """Say what is wrong with a checkpoint; None means that every file matches the manifest."""
     try:
         files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
-        for name, facts in files.items():
-            if (size := (path / name).stat().st_size) != facts["bytes"]:
-                return f"{name} has {size} bytes, not {facts['bytes']}"
-            if hash_file(path / name) != facts["sha256"]:
+        for name, recorded in files.items():
+            size = (path / name).stat().st_size
+            if size != recorded["bytes"]:
+                return f"{name} has {size} bytes, not {recorded['bytes']}"
+            if hash_file(path / name) != recorded["sha256"]:
                 return f"{name} does not have its recorded hash"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
@@ -129,20 +147,23 @@ def find_problem(path: Path) -> str | None:
 
 
 def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest complete checkpoint, and a warning for each damaged one that was passed over."""
+    """Read the newest complete checkpoint.
+
+    Returns:
+        The checkpoint (None if there is no complete one), and a warning for each damaged
+        checkpoint that was passed over.
+    """
     warnings = []
     for path in list_checkpoints(folder):
         problem = find_problem(path)
         if problem is not None:
-            warnings.append(f"checkpoint {path} is damaged ({problem}); using the one before")
+            warnings.append(f"checkpoint {path} is damaged ({problem}); using the one before it")
             continue
-        return (
-            Checkpoint(
-                path,
-                load_file(path / "adapter.safetensors"),
-                torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu"),
-                json.loads((path / "state.json").read_text(encoding="utf-8")),
-            ),
-            warnings,
+        checkpoint = Checkpoint(
+            path=path,
+            adapter=load_file(path / "adapter.safetensors"),
+            optimizer=torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu"),
+            state=json.loads((path / "state.json").read_text(encoding="utf-8")),
         )
+        return checkpoint, warnings
     return None, warnings

@@ -1,5 +1,6 @@
-"""One stage of a check on real hardware: what it found is on disk after every finding, whatever
-becomes of the process.
+"""One stage of a check on real hardware.
+
+Results are written to disk after each of them, so that a process that dies loses none.
 """
 
 from __future__ import annotations
@@ -31,10 +32,13 @@ SMALL = {
 
 
 class Stage:
-    """Collects checks, which pass or fail, and figures, which are kept.
+    """Collects checks, which pass or fail, and figures, which are only recorded.
 
-    device: what is tried; small: shapes for a CPU, which rehearses the stage; dtype: what training
-    computes in there.
+    Attributes:
+        device: The device that is checked.
+        small: Whether the stage is rehearsed on a CPU, with small shapes.
+        dtype: The dtype that training computes in on this device.
+        memory: Bytes of the GPU's memory; 0 on a CPU.
     """
 
     def __init__(self, device: torch.device, output: Path):
@@ -42,58 +46,67 @@ class Stage:
         self.small = device.type == "cpu"
         self.output = output
         self.dtype = torch.float32 if self.small else choose_dtype("auto", device)
-        # bytes
         self.memory = 0 if self.small else torch.cuda.get_device_properties(device).total_memory
         self.checks: list[dict[str, Any]] = []
         self.figures: dict[str, Any] = {}
 
     @classmethod
     def from_arguments(cls, arguments: list[str], description: str | None) -> Stage:
-        """Read --device and --output."""
+        """Make a stage from the options `--device` and `--output`."""
         parser = argparse.ArgumentParser(description=description)
         parser.add_argument(
-            "--device", choices=["cuda", "cpu"], default="cuda", help="what is tried (default cuda)"
+            "--device",
+            choices=["cuda", "cpu"],
+            default="cuda",
+            help="the device to check; cpu rehearses the stage with small shapes (default cuda)",
         )
         parser.add_argument(
             "--output",
             type=Path,
             required=True,
-            help="JSON file of what is found, written after every finding",
+            help="JSON file of the results, written again after each result",
         )
         chosen = parser.parse_args(arguments)
         return cls(torch.device(chosen.device), chosen.output)
 
     def check(self, name: str, value: float, limit: float) -> None:
-        """A number that may not be over its limit; NaN is."""
+        """Record a number that must not exceed its limit; NaN fails."""
         self.checks.append(
             {"name": name, "value": float(value), "limit": limit, "ok": bool(value <= limit)}
         )
         self.save()
 
     def figure(self, name: str, value: Any) -> None:
+        """Record a number or text that has no limit."""
         self.figures[name] = value
         self.save()
 
     def save(self) -> None:
+        """Write all results so far to the output file."""
         write_json(self.output, {"checks": self.checks, "figures": self.figures})
 
     def finish(self) -> int:
-        """Exit code: 0 if all checks passed."""
+        """Write the results and return the exit code: 0 if all checks passed, else 1."""
         self.save()
         return 0 if all(check["ok"] for check in self.checks) else 1
 
-    # ---- what is trained -------------------------------------------------------------------------
+    # ---- models and batches ----------------------------------------------------------------------
 
     def choose_shape(self, architectures: Path, layers: int) -> PretrainedConfig:
-        """So many layers of Llama-3-8B; on a CPU a small Llama. architectures: folder of shapes."""
-        return (
-            LlamaConfig(**SMALL)
-            if self.small
-            else with_layers(read_architecture("llama3-8b", architectures), layers)
-        )
+        """Return the architecture of the first `layers` layers of Llama-3-8B.
+
+        On a CPU it is a small Llama of three layers. `architectures` is the folder of the
+        configuration files that need no download.
+        """
+        if self.small:
+            return LlamaConfig(**SMALL)
+        return with_layers(read_architecture("llama3-8b", architectures), layers)
 
     def choose_lengths(self, tokens: int) -> tuple[int, ...]:
-        """Rows of a pack: of 512 tokens; on a CPU eight of 60."""
+        """Return the row lengths of one packed batch: `tokens // 512` rows of 512 tokens.
+
+        On a CPU these are eight rows of 60 tokens.
+        """
         return (60,) * 8 if self.small else (512,) * (tokens // 512)
 
     def make_config(
@@ -104,8 +117,14 @@ class Stage:
         dropout: float = 0.0,
         quantization: str = "nf4",
     ) -> Config:
-        """A training on random weights in micro-batches of these rows; packs: micro-batches of a
-        step; mode: of recomputation.
+        """Return the configuration of a training on random weights.
+
+        Args:
+            lengths: Tokens of each row of one micro-batch.
+            packs: Micro-batches per optimizer step.
+            mode: Value of training.gradient_checkpointing.
+            dropout: Value of lora.dropout.
+            quantization: Value of model.quantization.
         """
         tokens = sum(lengths)
         return Config(
@@ -126,31 +145,31 @@ class Stage:
     # ---- measuring -------------------------------------------------------------------------------
 
     def synchronize(self) -> None:
+        """Wait until the GPU has finished all work; do nothing on a CPU."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
     def time(self, function: Callable[[], Any], repeats: int = 10) -> float:
-        """Median seconds of a call, after two that are not counted."""
+        """Return the median seconds of one call of `function`, after two warm-up calls."""
         seconds = []
         for number in range(repeats + 2):
             self.synchronize()
-            began = time.perf_counter()
+            start = time.perf_counter()
             function()
             self.synchronize()
             if number >= 2:
-                seconds.append(time.perf_counter() - began)
+                seconds.append(time.perf_counter() - start)
         return sorted(seconds)[len(seconds) // 2]
 
 
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """|found - expected| / |expected|, as vectors in float64; infinite where something is not
-    finite.
+def relative_error(measured: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return |measured - expected| / |expected|, Euclidean norms of flattened float64 vectors.
+
+    The result is infinite where `measured` has an entry that is not finite.
     """
-    found = found.detach().double().flatten()
+    measured = measured.detach().double().flatten()
     expected = expected.detach().double().flatten()
-    if not torch.isfinite(found).all():
+    if not torch.isfinite(measured).all():
         return math.inf
-    return float(
-        torch.linalg.vector_norm(found - expected)
-        / torch.linalg.vector_norm(expected).clamp(min=1e-30)
-    )
+    difference = torch.linalg.vector_norm(measured - expected)
+    return float(difference / torch.linalg.vector_norm(expected).clamp(min=1e-30))

@@ -1,6 +1,4 @@
-"""The optimizer over the adapter, and the learning rate of each step as a function of the step
-alone.
-"""
+"""The optimizer of the trainable weights, and the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -15,16 +13,16 @@ from medqlora.model.base import ModelError
 
 
 def learning_rate(step: int, steps: int, training: Training) -> float:
-    """Learning rate of step `step` (from 0) of `steps`: linear warm-up, then constant, linear or
-    half a cosine to zero.
+    """Return the learning rate of step `step`, counted from 0, of a run of `steps` steps.
 
-    A function of the step alone: a resumed run needs no scheduler state.
+    A linear warm-up is followed by a constant rate, a linear decay to zero, or half a cosine to
+    zero (SGDR, arXiv:1608.03983, equation 5, without restarts). The rate depends on the step alone,
+    so a resumed run needs no scheduler state.
     """
-    warmup = (
-        math.ceil(training.warmup_steps * steps)
-        if training.warmup_steps < 1
-        else int(training.warmup_steps)
-    )
+    if training.warmup_steps < 1:  # The value is a fraction of all steps.
+        warmup = math.ceil(training.warmup_steps * steps)
+    else:
+        warmup = int(training.warmup_steps)
     if step < warmup:
         return training.lr * (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
@@ -35,10 +33,13 @@ def learning_rate(step: int, steps: int, training: Training) -> float:
 def make_optimizer(
     training: Training, weights: Iterable[torch.nn.Parameter]
 ) -> torch.optim.Optimizer:
-    """AdamW over the adapter's weights.
+    """Make the AdamW optimizer (arXiv:1711.05101) that `training.optimizer` names.
+
+    The 8-bit optimizers quantize both moments in blocks (arXiv:2110.02861). The paged one also lets
+    them move to the host's memory when the GPU is full (QLoRA, arXiv:2305.14314, section 3).
 
     Raises:
-        ModelError: an 8-bit optimizer without bitsandbytes.
+        ModelError: An 8-bit optimizer is named and bitsandbytes is not installed.
     """
     weights = list(weights)
     if training.optimizer == "adamw":
@@ -47,21 +48,24 @@ def make_optimizer(
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(
-            f"training.optimizer {training.optimizer} needs the bitsandbytes package; install it or"
-            " use adamw"
+            f"training.optimizer {training.optimizer} needs the package bitsandbytes, which is not"
+            " installed; install it, or set training.optimizer to adamw"
         )
     import bitsandbytes
 
-    kind = {
+    classes = {
         "adamw_8bit": bitsandbytes.optim.AdamW8bit,
         "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
     }
-    return kind[training.optimizer](weights, lr=training.lr, weight_decay=training.weight_decay)
+    return classes[training.optimizer](weights, lr=training.lr, weight_decay=training.weight_decay)
 
 
 def restore_pages(optimizer: torch.optim.Optimizer) -> None:
-    """After loading: move the states of a paged optimizer to paged memory again. bitsandbytes loads
-    them as plain tensors, which would fill the GPU after a resume as they did not before it."""
+    """Move the states of a paged optimizer back to paged memory after `load_state_dict`.
+
+    bitsandbytes loads them as plain tensors. A resumed run would then need more GPU memory than
+    the run had before it was interrupted. Other optimizers are left as they are.
+    """
     if not getattr(optimizer, "is_paged", False):
         return
     for weight, states in optimizer.state.items():

@@ -1,4 +1,4 @@
-"""The second stage: rows, what a forecast decides, and the plan of all steps."""
+"""The second stage of a training: prepare the rows, decide the micro-batch, and plan all steps."""
 
 from __future__ import annotations
 
@@ -37,11 +37,23 @@ from medqlora.training.strategies.launch import choose_storage
 
 @dataclass(frozen=True)
 class Decision:
-    """Micro-batch and recomputation of a run, and the forecast that they follow from.
+    """Micro-batch and recomputation of a run, and the memory forecast that they follow from.
 
-    max_tokens_per_batch is of one process; packed_tokens of the bins that steps are packed in,
-    which do not depend on the number of processes. Without a forecast no_forecast says why there is
-    none. Sizes are bytes.
+    environment.json holds these fields under `step_plan`. A field that is unknown is None.
+
+    Args:
+        max_tokens_per_batch: Tokens of one micro-batch of one process.
+        gradient_checkpointing: Value of training.gradient_checkpointing, never `auto`.
+        packed_tokens: Tokens of the bins that rows are packed into. They do not depend on the
+            number of processes, so a step has the same rows for any number of them.
+        no_forecast: Why there is no forecast; None if there is one.
+        predicted_peak_bytes: Highest sum of live tensors on one GPU.
+        predicted_needed_bytes: The peak with what the GPU's allocator reserves beside it.
+        predicted_host_bytes: Pinned host memory for offloaded layer inputs.
+        memory_bytes: Memory that one process may use on the fullest GPU.
+        layers: Number of decoder layers.
+        recomputed_layers: Number of layers whose activations are computed again.
+        attention_cost_bytes: Peak memory beyond that of the variable-length attention kernel.
     """
 
     max_tokens_per_batch: int
@@ -57,6 +69,7 @@ class Decision:
     attention_cost_bytes: int | None = None
 
     def apply(self, config: Config) -> Config:
+        """Return the configuration with the decided values in place of `auto`."""
         return change(
             config,
             "training",
@@ -65,18 +78,22 @@ class Decision:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """What is known, for environment.json."""
+        """Return the fields that are known, for environment.json."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
 class Planned:
-    """What there is to train on, step by step.
+    """The rows of a run and the plan of its steps.
 
     Args:
-        config: with what the forecast decided.
-        checkpoint: where a resumed run goes on; None at the beginning.
-        damaged: warnings about checkpoints that were passed over.
+        config: The configuration with the decision applied.
+        prepared: The tokenized rows, the test questions, and the list of removed rows.
+        plan: The rows of every micro-batch of every step.
+        plan_sha256: Hash of everything that the plan follows from.
+        decision: Micro-batch and recomputation.
+        checkpoint: The checkpoint that a resumed run continues from; None for a new run.
+        damaged: Warnings about damaged checkpoints that were passed over.
     """
 
     config: Config
@@ -89,19 +106,22 @@ class Planned:
 
 
 def plan_run(setup: Setup, show: Callable[[str], None]) -> Planned:
-    """Rank 0 reads, cleans, tokenizes, decides what the configuration leaves to a forecast, and
-    plans; the others map what it wrote. Then the run folder is opened.
+    """Prepare the rows, decide what the configuration leaves to a forecast, and plan all steps.
+
+    Rank 0 does the work. The other ranks map the files that it wrote into memory. Afterwards rank 0
+    opens the run folder.
 
     Args:
-        show: is told each stage.
+        show: Receives a text when a stage of the work begins.
 
     Raises:
-        AgreedError: on every rank, with what is wrong on any.
+        AgreedError: A rank met an error of the user; every rank raises it.
     """
     config = setup.config
     data = config.data
-    memory = min(gather(available_memory(setup.device, setup.local_ranks)))  # of the fullest GPU
-    kept: list[Prepared] = []
+    # All ranks run the same micro-batches, so the fullest GPU decides for all of them.
+    memory = min(gather(available_memory(setup.device, setup.local_ranks)))
+    prepared_here: list[Prepared] = []  # Rank 0 need not read its own rows back from the cache.
 
     def work(report: Callable[[str], None]) -> dict[str, Any]:
         prepared = prepare(config, setup.encoder, report)
@@ -111,7 +131,7 @@ def plan_run(setup: Setup, show: Callable[[str], None]) -> Planned:
         decided = decision.apply(config)
         ranks = setup.strategy.ranks
         _, name = prepare_plan(decided, prepared, ranks, decision.packed_tokens)
-        kept.append(prepared)
+        prepared_here.append(prepared)
         return {
             "prepared": save_prepared(data, prepared) if setup.strategy.ranks > 1 else "",
             "plan": name,
@@ -123,7 +143,7 @@ def plan_run(setup: Setup, show: Callable[[str], None]) -> Planned:
     with agree_on_errors():
         if setup.rank == 0:
             open_run(setup.output_dir, config)
-        prepared = kept[0] if kept else load_prepared(data, shared["prepared"])
+        prepared = prepared_here[0] if prepared_here else load_prepared(data, shared["prepared"])
         plan = load_plan(data, shared["plan"])
     checkpoint, damaged = find_checkpoint(setup)
     return Planned(
@@ -138,7 +158,14 @@ def plan_run(setup: Setup, show: Callable[[str], None]) -> Planned:
 
 
 def find_checkpoint(setup: Setup) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint, the same on every rank, and warnings about damaged ones."""
+    """Read the newest complete checkpoint on every rank.
+
+    Returns:
+        The checkpoint (None for a new run), and warnings about damaged ones.
+
+    Raises:
+        AgreedError: The ranks see different checkpoints.
+    """
     checkpoint = None
     damaged: list[str] = []
     with agree_on_errors():
@@ -148,22 +175,29 @@ def find_checkpoint(setup: Setup) -> tuple[Checkpoint | None, list[str]]:
         steps = gather(checkpoint and checkpoint.state["step"])
         if len(set(steps)) > 1:
             raise ProcessError(
-                f"ranks see different newest checkpoints (steps {steps}); --output_dir must be on a"
-                " filesystem that all machines share"
+                f"the ranks see different newest checkpoints (steps {steps}); --output_dir must be"
+                " on a filesystem that all machines share"
             )
     return checkpoint, damaged
 
 
 def decide_step(setup: Setup, prepared: Prepared, memory: int) -> Decision:
-    """Micro-batch and recomputation by forecast, where the configuration says auto.
+    """Decide micro-batch and recomputation from a memory forecast where the configuration says
+    `auto`.
 
-    A resumed run keeps the micro-batches that it began with, which its plan is made of.
-    Recomputation changes no number and is decided for the machine at hand.
+    A resumed run keeps the bins that it was packed into, because its plan consists of them.
+    Recomputation changes no number, so it is decided again for the present machine.
+
+    Args:
+        memory: Bytes that one process may use on its GPU or CPU.
+
+    Raises:
+        ForecastError: Something is `auto` and nothing fits.
     """
     config = setup.config
     training = config.training
-    if setup.begun_with and training.max_tokens_per_batch == "auto":
-        config = change(config, "training", max_tokens_per_batch=setup.begun_with)
+    if setup.resumed_packed_tokens and training.max_tokens_per_batch == "auto":
+        config = change(config, "training", max_tokens_per_batch=setup.resumed_packed_tokens)
     ranks = setup.strategy.ranks
     target = TargetHardware(
         setup.device,
@@ -175,12 +209,15 @@ def decide_step(setup: Setup, prepared: Prepared, memory: int) -> Decision:
         expandable=segments_expand(),
     )
     try:
-        found = forecast_recipe(setup, config, prepared, target)
-        labelled = most_supervised(prepared.train, found.tokens)
-        cost = cost_of_attention(config, setup.architecture, target, found, labelled)
-    except Exception as error:  # A model's own code may raise anything on tensors without content.
+        step = forecast_recipe(setup, config, prepared, target)
+        labelled = most_supervised(prepared.train, step.tokens)
+        attention_cost = cost_of_attention(config, setup.architecture, target, step, labelled)
+    # The forecast runs the model's own code on tensors without content, and that code may raise any
+    # exception there. Going on is right where nothing depends on the forecast: the training itself
+    # uses real tensors. Where a value is `auto`, nothing can be decided and the error is raised.
+    except Exception as error:
         if "auto" in (training.max_tokens_per_batch, training.gradient_checkpointing):
-            raise  # Nothing can be decided without a forecast.
+            raise
         tokens = list_budgets(config.training, config.data.max_length, ranks)[0]
         return Decision(
             max_tokens_per_batch=tokens,
@@ -189,23 +226,23 @@ def decide_step(setup: Setup, prepared: Prepared, memory: int) -> Decision:
             no_forecast=" ".join(str(error).split())[:200],
         )
     return Decision(
-        max_tokens_per_batch=found.tokens,
-        gradient_checkpointing=found.checkpointing,
-        packed_tokens=choose_packing(config.training, found.tokens, ranks),
-        predicted_peak_bytes=found.forecast.peak,
-        predicted_needed_bytes=target.needs(found.forecast, found.short),
-        predicted_host_bytes=found.forecast.host,
+        max_tokens_per_batch=step.tokens,
+        gradient_checkpointing=step.checkpointing,
+        packed_tokens=choose_packing(config.training, step.tokens, ranks),
+        predicted_peak_bytes=step.forecast.peak,
+        predicted_needed_bytes=target.needs(step.forecast, step.short),
+        predicted_host_bytes=step.forecast.host,
         memory_bytes=memory,
-        layers=found.forecast.layers,
-        recomputed_layers=found.forecast.recomputed,
-        attention_cost_bytes=cost,
+        layers=step.forecast.layers,
+        recomputed_layers=step.forecast.recomputed,
+        attention_cost_bytes=attention_cost,
     )
 
 
 def forecast_recipe(
     setup: Setup, config: Config, prepared: Prepared, target: TargetHardware
 ) -> StepPlan:
-    """The plan of what is auto; where nothing is, the forecast of what the configuration says."""
+    """Choose the values that are `auto`, or forecast the configured step where none is."""
     training = config.training
     checkpointing = training.gradient_checkpointing
     if "auto" in (training.max_tokens_per_batch, checkpointing):

@@ -1,6 +1,7 @@
 """The processes of one training.
 
-They are joined here, raise an error together, and wait for work that one of them does for all.
+The functions of this module join them to a group, make an error of one the error of all, and let
+them wait for work that one of them does for all.
 """
 
 from __future__ import annotations
@@ -23,16 +24,17 @@ from medqlora.core.environment import read_versions
 from medqlora.core.errors import UserError
 from medqlora.core.files import write_atomic
 
-JOIN = timedelta(minutes=5)  # for all processes to be there
-# of one collective operation; loading a base from a slow disk is the longest wait
+JOIN_TIMEOUT = timedelta(minutes=5)  # All processes must join the group within this time.
+# A collective operation may wait this long for a rank. The longest wait is for a rank that loads a
+# base from a slow disk.
 TIMEOUT = timedelta(minutes=30)
-# seconds that a network filesystem may take to show a file to the other nodes
+# A network filesystem may take this many seconds to show a new file to the other nodes.
 SHARED_FILE_DELAY = 60.0
-SETTLE = 0.5  # seconds that gloo's thread needs to free its last work
+GLOO_DELAY = 0.5  # The thread of gloo frees its last work within this many seconds.
 
 
 class ProcessError(UserError):
-    """Processes that cannot work together."""
+    """The processes of a training cannot work together."""
 
 
 class AgreedError(UserError):
@@ -40,13 +42,22 @@ class AgreedError(UserError):
 
 
 def start_processes(
-    environ: Mapping[str, str], cuda: bool, join: timedelta = JOIN, **options: Any
+    environ: Mapping[str, str], cuda: bool, join: timedelta = JOIN_TIMEOUT, **options: Any
 ) -> Accelerator:
-    """Join the group that the launcher started (none: one process). Without a GPU, ranks talk over
-    gloo.
+    """Join the process group that the launcher started.
+
+    Without a launcher this is a training of one process. Ranks communicate over NCCL on GPUs and
+    over gloo on CPUs.
+
+    Args:
+        environ: The environment variables that the launcher set.
+        cuda: Whether the processes train on GPUs.
+        join: How long to wait for the other processes.
+        options: Passed on to `accelerate.Accelerator`.
 
     Raises:
-        ProcessError: more local processes than GPUs, or a master that cannot be reached.
+        ProcessError: There are more local processes than GPUs, DeepSpeed is asked for and not
+            installed, or the group cannot be joined in time.
     """
     local = int(environ.get("LOCAL_WORLD_SIZE", "1"))
     if cuda and local > torch.cuda.device_count():
@@ -55,80 +66,93 @@ def start_processes(
             " GPU(s); set num_processes of the accelerate config to the number of GPUs of all"
             " machines"
         )
-    zero = environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
-    # Accelerate takes gloo for DeepSpeed only if told, and two ranks on CPUs for two trainings
-    # unless cpu=True.
-    group = (
-        [InitProcessGroupKwargs(backend=None if cuda else "gloo")]
-        if "LOCAL_RANK" in environ
-        else []
-    )
+    launched = "LOCAL_RANK" in environ
+    deepspeed = environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+    # Accelerate uses gloo under DeepSpeed only if it is named here.
+    backend = None if cuda else "gloo"
+    handlers = [InitProcessGroupKwargs(backend=backend)] if launched else []
     try:
-        if "LOCAL_RANK" in environ:
+        if launched:
             join_group(environ, cuda, join)
-        accelerator = Accelerator(cpu=not cuda and not zero, kwargs_handlers=group, **options)
+        # Without cpu=True, Accelerate makes two separate trainings of two ranks on CPUs.
+        cpu = not cuda and not deepspeed
+        accelerator = Accelerator(cpu=cpu, kwargs_handlers=handlers, **options)
     except ImportError as error:
         raise ProcessError(
             f"the accelerate config asks for DeepSpeed: {' '.join(str(error).split())}"
         ) from None
     except (dist.DistError, OSError, RuntimeError) as error:
-        place = f"{environ.get('MASTER_ADDR')}:{environ.get('MASTER_PORT')}"
+        address = f"{environ.get('MASTER_ADDR')}:{environ.get('MASTER_PORT')}"
         reason = str(error).splitlines()[0][:200]
         raise ProcessError(
             f"rank {environ.get('RANK')} of {environ.get('WORLD_SIZE')} on {socket.gethostname()}"
-            f" found no group at {place}: {reason}; check that all machines were started and that"
-            " main_process_ip and main_process_port can be reached (launch/preflight.py does)"
+            f" found no group at {address}: {reason}; check that all machines were started and that"
+            " main_process_ip and main_process_port can be reached (launch/preflight.py tries them)"
         ) from None
     if dist.is_initialized():
-        # joining and working share one setting in torch
+        # torch has one timeout for joining and for collective operations. The group exists now, so
+        # the longer timeout of the operations replaces the one of joining.
         dist.distributed_c10d._set_pg_timeout(TIMEOUT, dist.group.WORLD)
     return accelerator
 
 
 def join_group(environ: Mapping[str, str], cuda: bool, join: timedelta) -> None:
-    """The process group, as torch would make it, but with a store of this start alone: after a
-    restart on one machine torch's static rendezvous hands out the old store, in which ranks find
-    each other's dead addresses (torch 2.13). Several machines meet anew, in a new store."""
+    """Make the process group as torch would make it, with a separate store for each restart.
+
+    After a restart on one machine, torch's static rendezvous hands out the old store, in which the
+    ranks find the addresses of dead processes (torch 2.13). Several machines use the c10d
+    rendezvous, which makes a new store by itself.
+    """
     rank = int(environ["RANK"])
     ranks = int(environ["WORLD_SIZE"])
-    agent = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # the launcher keeps the store
+    launcher_has_store = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(
         environ["MASTER_ADDR"],
         int(environ["MASTER_PORT"]),
         ranks,
-        is_master=rank == 0 and not agent,
+        is_master=rank == 0 and not launcher_has_store,
         timeout=join,
-        wait_for_workers=not agent,
+        wait_for_workers=not launcher_has_store,
         multi_tenant=True,
     )
     if environ.get("GROUP_WORLD_SIZE", "1") == "1":
-        store = dist.PrefixStore(f"start-{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        restarts = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"start-{restarts}", store)
+    backend = "gloo"
     if cuda:
         torch.cuda.set_device(int(environ["LOCAL_RANK"]))
-    # then norms are reduced on the host
-    offloads = environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true"
-    backend = ("cuda:nccl,cpu:gloo" if offloads else "nccl") if cuda else "gloo"
+        # With offloaded parameters, gradient norms are reduced on the host, which needs gloo.
+        offloads = environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true"
+        backend = "cuda:nccl,cpu:gloo" if offloads else "nccl"
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=join)
 
 
-def settle(environ: Mapping[str, str]) -> None:
-    """Let gloo's thread free its last work, while the model and its groups are still alive.
+def wait_for_gloo(environ: Mapping[str, str]) -> None:
+    """Give the thread of gloo time to free its last work.
 
-    The thread needs the interpreter for it, and torch 2.13 waits for that thread without letting go
-    of the interpreter.
+    That thread needs the lock of the Python interpreter. When a process group is destroyed, torch
+    2.13 waits for the thread without releasing the lock, and both wait forever. Call this function
+    while the model and its process groups still exist.
     """
     if int(environ.get("WORLD_SIZE") or 1) > 1:
-        time.sleep(SETTLE)
+        time.sleep(GLOO_DELAY)
 
 
 def end_processes(accelerator: Accelerator, environ: Mapping[str, str]) -> None:
-    """End what start_processes began. Call it before the trained model is let go."""
+    """Close the trackers that `start_processes` opened, and wait for gloo.
+
+    Call it while the trained model still exists (see `wait_for_gloo`).
+    """
     accelerator.end_training()
-    settle(environ)
+    wait_for_gloo(environ)
 
 
 def gather(value: Any) -> list[Any]:
-    """The value of each rank, on every rank."""
+    """Collect one picklable value from each rank; collective.
+
+    Returns:
+        The values in the order of the ranks, the same list on every rank.
+    """
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -138,11 +162,13 @@ def gather(value: Any) -> list[Any]:
 
 @contextmanager
 def agree_on_errors() -> Iterator[None]:
-    """Raise on all ranks what a user did wrong on any; the block waits for other ranks only where
-    all of them do.
+    """Turn a UserError that any rank raises in the block into an error of every rank; collective.
+
+    Every rank must run the block. A collective operation inside it is allowed only where no rank
+    can fail before it; the other ranks would wait for the one that failed.
 
     Raises:
-        AgreedError: with the message of the lowest rank that failed.
+        AgreedError: The message is that of the lowest rank that failed.
     """
     problem = None
     try:
@@ -150,67 +176,81 @@ def agree_on_errors() -> Iterator[None]:
     except UserError as error:
         problem = str(error)
     problems = gather(problem)
-    if found := next((text for text in problems if text is not None), None):
-        raise AgreedError(found) from None
+    if first := next((text for text in problems if text is not None), None):
+        raise AgreedError(first) from None
 
 
 def check_versions(config_hash: str) -> None:
-    """Every rank runs the same packages on the same configuration.
+    """Check that every rank has the same packages and the same configuration; collective.
 
     Raises:
-        ProcessError: naming the rank, its host and what differs.
+        ProcessError: A rank differs from rank 0. The message names the rank, its host, and what
+            differs.
     """
-    mine = {"host": socket.gethostname(), "config": config_hash, **read_versions()}
-    everyone = gather(mine)
-    for rank, facts in enumerate(everyone):
-        for key in sorted(facts.keys() | everyone[0].keys()):
-            if key != "host" and facts.get(key) != everyone[0].get(key):
-                hosts = (
-                    f"rank {rank} on {facts['host']} has {key} {facts.get(key)}, rank 0 on"
-                    f" {everyone[0]['host']} has {everyone[0].get(key)}"
+    versions = {"host": socket.gethostname(), "config": config_hash, **read_versions()}
+    versions_of_ranks = gather(versions)
+    first = versions_of_ranks[0]
+    for rank, other in enumerate(versions_of_ranks):
+        for key in sorted(other.keys() | first.keys()):
+            if key != "host" and other.get(key) != first.get(key):
+                raise ProcessError(
+                    f"rank {rank} on {other['host']} has {key} {other.get(key)}, rank 0 on"
+                    f" {first['host']} has {first.get(key)}; use the same environment and the same"
+                    " files on all machines"
                 )
-                raise ProcessError(f"{hosts}; use the same environment and files on all machines")
 
 
 def share_once(
     folder: Path, work: Callable[[Callable[[str], None]], dict], show: Callable[[str], None]
 ) -> dict:
-    """Rank 0 does `work(report)` and writes what it returns to a file; the others wait for the
-    file, in no collective operation, so that hours of work run into no timeout. Node-local rank 0
-    passes rank 0's reports to `show`.
+    """Let rank 0 do work whose result every rank needs; collective.
+
+    Rank 0 writes its progress and its result to a file. The other ranks read that file again and
+    again. They wait in no collective operation, so hours of work run into no timeout.
+
+    Args:
+        folder: Folder of the file, on a filesystem that all machines share.
+        work: Takes a function that reports the name of a stage, and returns a result that can be
+            written as JSON.
+        show: Receives a text on the waiting ranks when rank 0 begins a stage.
+
+    Returns:
+        The result of the work, on every rank.
 
     Raises:
-        AgreedError: the work failed, or a rank does not see rank 0's file.
+        AgreedError: The work failed, or a rank does not see the file of rank 0.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     token = gather(f"{time.time_ns():x}")[0]
     path = folder / f"shared-{token}.json"
     with agree_on_errors():
         if rank == 0:
-            begin(path)
+            create_shared_file(path)
     with agree_on_errors():
-        await_file(path)
+        wait_for_file(path)
     with agree_on_errors():
-        result = lead(path, work) if rank == 0 else follow(path, show)
+        result = do_shared_work(path, work) if rank == 0 else wait_for_result(path, show)
     if rank == 0:
         path.unlink(missing_ok=True)
     return result
 
 
-def begin(path: Path) -> None:
+def create_shared_file(path: Path) -> None:
+    """Write the first version of the file through which rank 0 tells its progress."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ProcessError(
-            f"data.cache_dir {path.parent} cannot be made: {error.strerror}; name another folder"
+            f"data.cache_dir {path.parent} cannot be created: {error.strerror}; name another folder"
         ) from None
     write_atomic(path, json.dumps({"stage": "starting"}))
 
 
-def await_file(path: Path) -> None:
-    begun = time.monotonic()
+def wait_for_file(path: Path) -> None:
+    """Wait until this machine sees a file that rank 0 wrote."""
+    start = time.monotonic()
     while not path.exists():
-        if time.monotonic() - begun > SHARED_FILE_DELAY:
+        if time.monotonic() - start > SHARED_FILE_DELAY:
             raise ProcessError(
                 f"{socket.gethostname()} does not see {path.parent}, which rank 0 writes to;"
                 " data.cache_dir must be on a filesystem that all machines share"
@@ -218,13 +258,16 @@ def await_file(path: Path) -> None:
         time.sleep(0.2)
 
 
-def lead(path: Path, work: Callable[[Callable[[str], None]], dict]) -> dict:
+def do_shared_work(path: Path, work: Callable[[Callable[[str], None]], dict]) -> dict:
+    """Do the work on rank 0, and write its progress and its result to the shared file."""
+
     def report(stage: str) -> None:
         write_atomic(path, json.dumps({"stage": stage}))
 
     try:
         result = work(report)
-    # whatever it is, the others must not wait for a result that never comes
+    # Whatever ends the work, Ctrl-C included, the other ranks must not wait for a result that never
+    # comes. The error is raised again after they have been told.
     except BaseException as error:
         write_atomic(path, json.dumps({"error": str(error)}))
         raise
@@ -232,25 +275,27 @@ def lead(path: Path, work: Callable[[Callable[[str], None]], dict]) -> dict:
     return result
 
 
-def follow(path: Path, show: Callable[[str], None]) -> dict:
+def wait_for_result(path: Path, show: Callable[[str], None]) -> dict:
+    """Read the shared file until rank 0 has written its result or its error."""
     stage = ""
-    seen = time.monotonic()
+    last_read = time.monotonic()
     while True:
         try:
-            note = json.loads(path.read_text(encoding="utf-8"))
-            seen = time.monotonic()
-        except (OSError, ValueError):  # a network filesystem between two versions of the file
-            if time.monotonic() - seen > SHARED_FILE_DELAY:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            last_read = time.monotonic()
+        # A network filesystem may show no file or a part of it while rank 0 replaces it.
+        except (OSError, ValueError):
+            if time.monotonic() - last_read > SHARED_FILE_DELAY:
                 raise ProcessError(
-                    f"{socket.gethostname()} lost sight of {path.parent}; data.cache_dir must stay"
-                    " mounted"
+                    f"{socket.gethostname()} does not see {path.parent} any more; data.cache_dir"
+                    " must stay mounted"
                 ) from None
-            note = {}
-        if "error" in note:
-            raise ProcessError(note["error"])
-        if "result" in note:
-            return note["result"]
-        if note.get("stage", stage) != stage:
-            stage = note["stage"]
+            content = {}
+        if "error" in content:
+            raise ProcessError(content["error"])
+        if "result" in content:
+            return content["result"]
+        if content.get("stage", stage) != stage:
+            stage = content["stage"]
             show(f"waiting for rank 0: {stage}")
         time.sleep(0.2)

@@ -1,4 +1,4 @@
-"""The first stage: everything that can be wrong is said before a weight loads."""
+"""The first stage of a training: find every mistake of the user before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -35,12 +35,19 @@ from medqlora.training.strategies.launch import Strategy, check_strategy, read_s
 
 @dataclass(frozen=True)
 class Setup:
-    """The processes and what was asked of them, checked.
+    """The processes of a training and its checked configuration.
 
     Args:
-        begun_with: tokens of the bins of a resumed run that a forecast decided on.
-        base_parameters, adapter_parameters: how many of each.
-        memory_before: bytes in use when the meter began.
+        dtype: The dtype of computing.
+        encoder: Tokenizer and prompt style.
+        architecture: Configuration of the base model, without weights.
+        attention: The chosen attention backend and the reason for it.
+        base_parameters: Number of frozen parameters.
+        adapter_parameters: Number of trainable parameters.
+        resumed_packed_tokens: Tokens of the bins that the resumed run was packed into, where a
+            forecast decided on them; None otherwise.
+        memory_before: Bytes in use when the meter was made.
+        local_ranks: Number of processes of this run on this machine.
     """
 
     config: Config
@@ -54,7 +61,7 @@ class Setup:
     attention: Choice
     base_parameters: int
     adapter_parameters: int
-    begun_with: int | None
+    resumed_packed_tokens: int | None
     meter: MemoryMeter
     memory_before: int
     local_ranks: int
@@ -75,44 +82,47 @@ class Setup:
 def start(
     config: Config, output_dir: Path, resume: bool, environ: MutableMapping[str, str]
 ) -> Setup:
-    """Join the processes that the launcher started and check what they were told.
+    """Join the processes that the launcher started, and check configuration and hardware.
+
+    Args:
+        environ: The environment variables; some are set for torch and the libraries.
 
     Raises:
-        AgreedError: on every rank, with what is wrong on any.
-        ProcessError: the processes do not find each other.
+        AgreedError: A rank met an error of the user; every rank raises it.
+        ProcessError: The processes do not find each other.
     """
     quiet_libraries(environ)
-    kind = default_device()
+    device = default_device()
     training = config.training
     log_with = None if training.log_with == "none" else training.log_with
     accelerator = start_processes(
-        environ, kind.type == "cuda", log_with=log_with, project_dir=output_dir
+        environ, device.type == "cuda", log_with=log_with, project_dir=output_dir
     )
     if training.deterministic:
         environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        # Filling only helps to find mistakes, and takes time.
+        # torch fills new memory only to reveal reads of uninitialized values, which takes time.
         torch.utils.deterministic.fill_uninitialized_memory = False
-    # transformers would divide the base while it loads, or load it on one rank only. Here it is
-    # whole until it has been scored.
+    # transformers would divide the base while it loads it, or load it on one rank only. This recipe
+    # needs the whole base on each rank until the base has been scored.
     unset_hf_deepspeed_config()
     environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    # Of several machines, only the one whose process died counts a restart.
+    # Only the machine whose process died counts a restart, so the ranks must agree on it.
     resume = any(gather(resume or was_restarted(environ)))
     model = config.model
     with agree_on_errors():
-        dtype = choose_dtype(model.dtype, kind)
-        check_hardware(model, kind, dtype)
+        dtype = choose_dtype(model.dtype, device)
+        check_hardware(model, device, dtype)
         strategy = read_strategy(environ, accelerator.num_processes)
         check_strategy(strategy, config, dtype, environ)
         architecture = read_model_config(model.base, model.revision, model.trust_remote_code)
         check_length(architecture, config.data.max_length)
-        attention = choose_backend(model.attention, kind, dtype, architecture)
+        attention = choose_backend(model.attention, device, dtype, architecture)
         list_budgets(training, config.data.max_length, strategy.ranks)
         base_parameters, adapter_parameters = count_parameters(architecture, config.lora)
         tokenizer = load_tokenizer(model.base, model.revision, model.trust_remote_code)
         encoder = make_encoder(tokenizer, config.data.prompt_style, config.data.completion)
-        begun_with = read_begun(output_dir, config) if resume else None
+        packed_tokens = read_packed_tokens(output_dir, config) if resume else None
     with agree_on_errors():
         check_versions(hash_json(config.model_dump(mode="json")))
     with agree_on_errors():
@@ -123,7 +133,7 @@ def start(
                 size_of_checkpoints(adapter_parameters, training.keep_checkpoints),
                 "adapter and checkpoints",
             )
-    meter = MemoryMeter(cuda=kind.type == "cuda")
+    meter = MemoryMeter(cuda=device.type == "cuda")
     return Setup(
         config=config,
         output_dir=output_dir,
@@ -136,7 +146,7 @@ def start(
         attention=attention,
         base_parameters=base_parameters,
         adapter_parameters=adapter_parameters,
-        begun_with=begun_with,
+        resumed_packed_tokens=packed_tokens,
         meter=meter,
         memory_before=meter.now(),
         local_ranks=int(environ.get("LOCAL_WORLD_SIZE") or 1),
@@ -144,33 +154,37 @@ def start(
 
 
 def quiet_libraries(environ: MutableMapping[str, str]) -> None:
-    """Stop libraries from warning each other, and from drawing progress bars of their own."""
-    environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # Rows are tokenized in our threads.
+    """Silence warnings between libraries, and the progress bars of transformers."""
+    # Rows are tokenized in threads of this package; the tokenizer's own threads would compete.
+    environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.simplefilter("ignore", FutureWarning)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
 
 def was_restarted(environ: Mapping[str, str]) -> bool:
-    """Did torch elastic or Slurm start this job again? Then it resumes without being told."""
+    """Say whether torch elastic or Slurm restarted this job, which must then resume by itself."""
     counters = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
     return any(int(environ.get(name) or 0) > 0 for name in counters)
 
 
 def size_of_checkpoints(adapter_parameters: int, kept: int) -> int:
-    """Bytes of the kept checkpoints, the one being written and the adapter: 4 for each weight and 8
-    for AdamW's two moments.
+    """Return the bytes of disk that a run needs, from above.
+
+    They are those of `kept` checkpoints, of one that is being written, and of the adapter itself.
+    Each parameter takes 4 bytes for its weight and 8 bytes for AdamW's two float32 moments.
     """
     return 12 * adapter_parameters * (kept + 2)
 
 
-def read_begun(output_dir: Path, config: Config) -> int | None:
-    """Tokens of the bins that the run in this folder was packed in, where the configuration leaves
-    them to a forecast.
+def read_packed_tokens(output_dir: Path, config: Config) -> int | None:
+    """Read the number of tokens of the bins that the run in this folder was packed into.
+
+    It is None where the configuration gives the number itself, or where the run has not begun.
     """
-    saved = output_dir / "environment.json"
-    if config.training.max_tokens_per_batch != "auto" or not saved.is_file():
+    environment = output_dir / "environment.json"
+    if config.training.max_tokens_per_batch != "auto" or not environment.is_file():
         return None
-    decided = json.loads(saved.read_text(encoding="utf-8")).get("step_plan", {})
-    # Runs of older versions were packed in their processes' micro-batches.
-    return decided.get("packed_tokens", decided.get("max_tokens_per_batch"))
+    decision = json.loads(environment.read_text(encoding="utf-8")).get("step_plan", {})
+    # Older versions packed rows into the micro-batches of their processes and wrote only these.
+    return decision.get("packed_tokens", decision.get("max_tokens_per_batch"))

@@ -1,4 +1,4 @@
-"""Signals that end a training with a checkpoint, and how one rank's program ends."""
+"""Signals that end a training with a checkpoint, and the exit code of one rank's program."""
 
 from __future__ import annotations
 
@@ -11,22 +11,27 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from medqlora.core.command import MISTAKE
 from medqlora.core.errors import UserError
-from medqlora.training.processes import AgreedError, settle
+from medqlora.training.processes import AgreedError, wait_for_gloo
 
-HURRY = 3.0  # seconds after the first signal from which a Ctrl-C ends training at once
+# A Ctrl-C this many seconds after the first signal ends the training at once.
+FORCE_DELAY = 3.0
 
 
 def catch_signals() -> list[int]:
-    """A list to which SIGTERM, SIGINT and SIGUSR1 (a scheduler's warning) are appended.
+    """Catch SIGTERM, SIGINT and SIGUSR1 (the warning of a scheduler) from now on.
 
-    The training loop looks at it after each step. Launcher and scheduler may both send a signal,
-    so only a Ctrl-C some seconds after the first one ends training at once.
+    Launcher and scheduler may both send a signal. Therefore a second signal ends the training at
+    once only if it is a Ctrl-C and comes FORCE_DELAY seconds after the first one.
+
+    Returns:
+        A list to which the number of each signal is appended. The training loop looks at it after
+        each step.
     """
     caught: list[int] = []
     times: list[float] = []
 
     def remember(number, frame):
-        if number == signal.SIGINT and times and time.monotonic() - times[0] > HURRY:
+        if number == signal.SIGINT and times and time.monotonic() - times[0] > FORCE_DELAY:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         caught.append(number)
@@ -38,25 +43,31 @@ def catch_signals() -> list[int]:
 
 
 def exit_code(caught: list[int]) -> int:
-    """128 + the first signal; another rank's signal counts as SIGTERM."""
+    """Return 128 + the first signal of this rank, or 128 + SIGTERM if another rank had it."""
     return 128 + (caught[0] if caught else signal.SIGTERM)
 
 
 def run_rank(main: Callable[..., int], environ: Mapping[str, str], *arguments: Any) -> int:
-    """Run one rank's main function on `arguments` -> its exit code.
+    """Run the main function of one rank on `arguments` and return its exit code.
 
-    What all ranks agree on is raised on rank 0 alone;
-    the others end with the same code in silence.
+    Only rank 0 raises an error that all ranks agree on; the others end silently with the code of a
+    user's mistake.
+
+    Raises:
+        UserError: A mistake of the user, except for an AgreedError on another rank than 0.
     """
     try:
         return main(*arguments)
     except UserError as error:
-        # The launcher ends the other ranks, and each is ending with this code already.
+        # When one rank has ended, the launcher sends SIGTERM to the others. They are ending with
+        # this code already, and SIGTERM would replace it.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        settle(environ)
+        wait_for_gloo(environ)
         if isinstance(error, AgreedError) and environ.get("RANK", "0") != "0":
             return MISTAKE
         raise
+    # Any other exception is a fault of the program. It is only recorded here, in the file from
+    # which the launcher shows it together with the rank, and raised again.
     except Exception as error:
-        get_error_handler().record_exception(error)  # The launcher shows it with the rank.
+        get_error_handler().record_exception(error)
         raise

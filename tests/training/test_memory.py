@@ -37,7 +37,7 @@ from medqlora.training.memory.sharding import divide
 from medqlora.training.memory.target import TargetHardware, parse_size, usable
 from medqlora.training.memory.tracker import GIB, META, Batch, ForecastError
 from medqlora.training.optimizers import make_optimizer
-from medqlora.training.setup import read_begun
+from medqlora.training.setup import read_packed_tokens
 from medqlora.training.strategies.launch import Strategy
 from medqlora.training.trial import draw_lengths, make_table
 
@@ -914,11 +914,11 @@ def test_recipe_decides_by_forecast_and_a_resumed_run_keeps_its_micro_batches(tm
 def test_a_begun_run_is_packed_as_it_was_on_any_number_of_processes(tmp_path):
     auto = ("--training.max_tokens_per_batch", "auto", "--training.global_batch_tokens", "8192")
     manifest = tmp_path / "environment.json"
-    assert read_begun(tmp_path, make_config(*auto)) is None
+    assert read_packed_tokens(tmp_path, make_config(*auto)) is None
     manifest.write_text(json.dumps({"step_plan": {"max_tokens_per_batch": 2048}}))
-    assert read_begun(tmp_path, make_config(*auto)) == 2048  # of an older version
+    assert read_packed_tokens(tmp_path, make_config(*auto)) == 2048  # of an older version
     decided = {"max_tokens_per_batch": 600, "packed_tokens": 2048}
     manifest.write_text(json.dumps({"step_plan": decided}))
-    assert read_begun(tmp_path, make_config(*auto)) == 2048
+    assert read_packed_tokens(tmp_path, make_config(*auto)) == 2048
     # The configuration names its micro-batch.
-    assert read_begun(tmp_path, make_config()) is None
+    assert read_packed_tokens(tmp_path, make_config()) is None
