@@ -130,9 +130,9 @@ def join_group(environ: Mapping[str, str], cuda: bool, join: timedelta) -> None:
 def wait_for_gloo(environ: Mapping[str, str]) -> None:
     """Give the thread of gloo time to free its last work.
 
-    That thread needs the lock of the Python interpreter. When a process group is destroyed, torch
-    2.13 waits for the thread without releasing the lock, and both wait forever. Call this function
-    while the model and its process groups still exist.
+    That thread needs the lock of the Python interpreter for it. When a process group is destroyed,
+    torch 2.13 waits for the thread without releasing the lock. Therefore call this function while
+    the model and its process groups still exist.
     """
     if int(environ.get("WORLD_SIZE") or 1) > 1:
         time.sleep(GLOO_DELAY)

@@ -1,4 +1,4 @@
-"""What a run leaves: environment.json, checkpoints, and the adapter with its metadata."""
+"""The files of a run: environment.json, checkpoints, and the adapter with its metadata."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from medqlora.training.strategies.wrapping import gather_weights, load_states
 
 
 def describe_adapter(setup: Setup, planned: Planned, base: torch.nn.Module) -> dict[str, Any]:
-    """The metadata that travels with an adapter: its prompts, and the base it was trained on."""
+    """Return the content of medqlora.json: the prompts of an adapter and the base it belongs to."""
     model = setup.config.model
     folder = resolve_base(model.base, model.revision)
     from_hub = folder.parent.name == "snapshots"
@@ -44,6 +44,7 @@ def describe_adapter(setup: Setup, planned: Planned, base: torch.nn.Module) -> d
 
 
 def name_dtype(dtype: torch.dtype) -> str:
+    """Return the name of a dtype as the configuration spells it, such as `bfloat16`."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -56,9 +57,15 @@ def describe_run(
     isolation_error: float,
     check: GradientCheck | None,
 ) -> dict[str, Any]:
-    """All that environment.json holds."""
+    """Return the content of environment.json.
+
+    Args:
+        metadata: What `describe_adapter` returns.
+        isolation_error: What `prove_isolation` returns.
+        check: Result of the gradient check; None where there was none.
+    """
     quantization = setup.config.model.quantization
-    found = {
+    environment = {
         **describe_environment(),
         "seed": setup.config.training.seed,
         **planned.prepared.hashes,
@@ -78,15 +85,19 @@ def describe_run(
         "storage": name_dtype(choose_storage(setup.strategy, quantization, setup.dtype)),
     }
     if check is not None:
-        found["gradient_check"] = {
+        environment["gradient_check"] = {
             "relative_error": check.relative_error,
             "seconds": round(check.seconds, 3),
         }
-    return found
+    return environment
 
 
 def write_start(setup: Setup, planned: Planned, environment: dict[str, Any]) -> None:
-    """Write what is known before the first step; a resumed run logs its later steps anew."""
+    """Write environment.json and removed.jsonl; collective.
+
+    A resumed run also cuts the steps after its checkpoint out of the log, because it takes them
+    again.
+    """
     with agree_on_errors():
         if setup.rank != 0:
             return
@@ -100,8 +111,16 @@ def write_start(setup: Setup, planned: Planned, environment: dict[str, Any]) -> 
 
 
 def write_checkpoint(session: Session, output_dir: Path, state: dict[str, Any]) -> Path:
-    """Write adapter, optimizer and state, whole and by name -> the checkpoint's folder. Any number
-    of processes can continue from it.
+    """Write a checkpoint on rank 0; collective.
+
+    Weights and optimizer states are whole tensors by name, so any strategy and any number of
+    processes can continue from them.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        AgreedError: The adapter cannot be gathered, or the disk refused.
     """
     with agree_on_errors():
         weights = gather_weights(session.trainer, session.built.shapes)
@@ -121,11 +140,16 @@ def write_checkpoint(session: Session, output_dir: Path, state: dict[str, Any]) 
 
 
 def move_to_cpu(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the state of one parameter with its tensors on the CPU."""
     return {key: value.cpu() if torch.is_tensor(value) else value for key, value in state.items()}
 
 
 def write_adapter(session: Session, output_dir: Path, metadata: dict[str, Any]) -> None:
-    """Write the adapter as it is now, in PEFT's format, with its metadata."""
+    """Write the present adapter in PEFT's format, with its metadata, on rank 0; collective.
+
+    Raises:
+        AgreedError: The adapter cannot be gathered, or it cannot be written.
+    """
     with agree_on_errors():
         weights = gather_weights(session.trainer, session.built.shapes)
     with agree_on_errors():
@@ -135,7 +159,13 @@ def write_adapter(session: Session, output_dir: Path, metadata: dict[str, Any]) 
 
 
 def restore(session: Session, planned: Planned) -> None:
-    """Optimizer states and loss scale of the checkpoint that the run goes on from."""
+    """Load optimizer states and loss scale of the checkpoint that the run continues from.
+
+    A new run is left as it is. The adapter's weights were loaded before a strategy divided them.
+
+    Raises:
+        AgreedError: The states belong to another adapter or optimizer.
+    """
     if planned.checkpoint is None:
         return
     with agree_on_errors():

@@ -1,4 +1,4 @@
-"""Machines meet before a training, so that one that is missing or different is named."""
+"""A meeting of all machines before a training, which names a missing or a different machine."""
 
 from __future__ import annotations
 
@@ -16,21 +16,31 @@ from medqlora.core.files import hash_json, write_atomic
 from medqlora.training.processes import ProcessError
 
 
-def meet(place: str, rank: int, machines: int, shared: Path | None, seconds: float) -> str:
-    """All machines at one address, with the same packages and a common folder.
+def meet(address: str, rank: int, machines: int, shared: Path | None, seconds: float) -> str:
+    """Check that all machines reach machine 0, have the same packages, and see a common folder.
+
+    Args:
+        address: HOST:PORT of machine 0.
+        rank: Number of this machine, from 0.
+        machines: Number of machines that must come.
+        shared: Folder that all machines must see; None checks no folder.
+        seconds: How long to wait for each of the other machines.
+
+    Returns:
+        A line that says what was checked.
 
     Raises:
-        ProcessError: who is missing, or what differs.
+        ProcessError: A machine is missing or cannot be reached, its packages differ, or it does not
+            see the folder.
     """
-
-    host, _, port = place.rpartition(":")
-    mine = f"machine {rank} ({socket.gethostname()})"
+    host, _, port = address.rpartition(":")
+    this_machine = f"machine {rank} ({socket.gethostname()})"
     if not host or not port.isdigit():
-        raise ProcessError(f"--rendezvous {place}: expected HOST:PORT")
+        raise ProcessError(f"--rendezvous {address}: expected HOST:PORT, such as 10.0.0.1:29501")
     if rank != 0 and not wait_for(lambda: can_connect(host, int(port)), seconds):
         raise ProcessError(
-            f"{mine} cannot reach machine 0 at {place} within {seconds:.0f} s; check address, port"
-            " and firewall, and that all were started"
+            f"{this_machine} cannot reach machine 0 at {address} within {seconds:.0f} s; check"
+            " address, port and firewall, and that all machines were started"
         )
     try:
         store = TCPStore(
@@ -42,8 +52,8 @@ def meet(place: str, rank: int, machines: int, shared: Path | None, seconds: flo
         )
     except (DistError, OSError) as error:
         raise ProcessError(
-            f"{mine} cannot open {place}: {str(error).splitlines()[0][:160]}; give machine 0's"
-            " address and a free port"
+            f"{this_machine} cannot open {address}: {str(error).splitlines()[0][:160]}; give"
+            " machine 0's address and a free port"
         ) from None
     token = f"{time.time_ns():x}"
     if shared is not None and rank == 0:
@@ -51,63 +61,73 @@ def meet(place: str, rank: int, machines: int, shared: Path | None, seconds: flo
     if rank == 0:
         store.set("token", token)
     problem = ""
-    if rank != 0 and shared is not None:  # said to all, so that all end with it
-        problem = look_for(shared / "meeting.json", store.get("token").decode(), mine, seconds)
-    store.set(
-        f"machine-{rank}",
-        json.dumps({"host": socket.gethostname(), "versions": read_versions(), "problem": problem}),
-    )
-    facts = []
+    if rank != 0 and shared is not None:
+        # The problem goes to all machines instead of being raised here, so that all of them end
+        # with it.
+        expected = store.get("token").decode()
+        problem = find_problem(shared / "meeting.json", expected, this_machine, seconds)
+    description = {"host": socket.gethostname(), "versions": read_versions(), "problem": problem}
+    store.set(f"machine-{rank}", json.dumps(description))
+    descriptions = []
     for other in range(machines):
-        if not wait_for(lambda key=f"machine-{other}": has_come(store, key, place), seconds):
+        if not wait_for(lambda key=f"machine-{other}": has_key(store, key, address), seconds):
             raise ProcessError(
-                f"machine {other} of {machines} did not come to {place} within {seconds:.0f} s; was"
-                f" it started, with --machine_rank {other}?"
+                f"machine {other} of {machines} did not come to {address} within {seconds:.0f} s;"
+                f" check that it was started with --machine_rank {other}"
             )
-        facts.append(json.loads(store.get(f"machine-{other}")))
+        descriptions.append(json.loads(store.get(f"machine-{other}")))
     store.add("left", 1)
-    if rank == 0:  # the store lives in this process until all have read it
+    if rank == 0:  # The store lives in this process, so it must not end before all have read it.
         wait_for(lambda: store.add("left", 0) >= machines, seconds)
-    for other, found in enumerate(facts):
-        if found["problem"]:
-            raise ProcessError(found["problem"])
-        for key in sorted(found["versions"].keys() | facts[0]["versions"].keys()):
-            if found["versions"].get(key) != facts[0]["versions"].get(key):
+    compare_machines(descriptions)
+    packages = hash_json(descriptions[0]["versions"])[:8]
+    return f"{this_machine}: {machines} machine(s) met at {address}, packages {packages}"
+
+
+def compare_machines(descriptions: list[dict]) -> None:
+    """Raise the problem of the first machine that has one or differs from machine 0."""
+    first = descriptions[0]
+    for number, other in enumerate(descriptions):
+        if other["problem"]:
+            raise ProcessError(other["problem"])
+        for key in sorted(other["versions"].keys() | first["versions"].keys()):
+            if other["versions"].get(key) != first["versions"].get(key):
                 raise ProcessError(
-                    f"machine {other} ({found['host']}) has {key} {found['versions'].get(key)},"
-                    f" machine 0 ({facts[0]['host']}) {facts[0]['versions'].get(key)}; use the same"
+                    f"machine {number} ({other['host']}) has {key} {other['versions'].get(key)},"
+                    f" machine 0 ({first['host']}) has {first['versions'].get(key)}; use the same"
                     " environment on all machines"
                 )
-    return (
-        f"{mine}: {machines} machine(s) met at {place}, packages"
-        f" {hash_json(facts[0]['versions'])[:8]}"
-    )
 
 
-def look_for(path: Path, token: str, mine: str, seconds: float) -> str:
+def find_problem(path: Path, token: str, this_machine: str, seconds: float) -> str:
+    """Wait until a file holds the token of machine 0; return a problem, or "" if it does."""
+
     def is_there() -> bool:
         try:
             return json.loads(path.read_text(encoding="utf-8")) == token
         except (OSError, ValueError):
             return False
 
-    if wait_for(is_there, seconds / 2):  # a network filesystem may take its time
+    if wait_for(is_there, seconds / 2):  # A network filesystem may show the file late.
         return ""
     return (
-        f"{mine} does not see {path.parent} of machine 0; --output_dir and data.cache_dir must be"
-        " on a filesystem that all machines share"
+        f"{this_machine} does not see {path.parent} of machine 0; --output_dir and data.cache_dir"
+        " must be on a filesystem that all machines share"
     )
 
 
-def has_come(store, key: str, place: str) -> bool:
-
+def has_key(store: TCPStore, key: str, address: str) -> bool:
+    """Say whether a machine has written this key to the store."""
     try:
         return store.check([key])
     except DistError:
-        raise ProcessError(f"machine 0 has left {place}; look at what it said") from None
+        raise ProcessError(
+            f"machine 0 no longer answers at {address}; its own output says why it ended"
+        ) from None
 
 
 def can_connect(host: str, port: int) -> bool:
+    """Say whether something listens at this address."""
     try:
         socket.create_connection((host, port), timeout=5).close()
     except OSError:
@@ -116,7 +136,7 @@ def can_connect(host: str, port: int) -> bool:
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
-    """Whether the condition came true in time."""
+    """Wait for a condition; return whether it came true within `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
