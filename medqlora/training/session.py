@@ -1,8 +1,8 @@
-"""A model is built once and stepped once, here.
+"""The one place where a model is built and an optimizer step is taken.
 
-Base, adapter, recomputation, loss, strategy, and one micro-batch through them: the recipe,
-preflight, benchmarks, memory forecasts and the gradient check all use these functions, so that
-what they try or measure is what trains.
+A model consists of the base, the adapter, recomputation, the loss and a strategy. The recipe,
+preflight, the benchmarks, the memory forecast and the gradient check all use the functions of this
+module. Therefore what they check or measure is what trains.
 """
 
 from __future__ import annotations
@@ -50,7 +50,13 @@ class TrainingError(UserError):
 
 @dataclass(frozen=True)
 class Loaded:
-    """A frozen base on its device; compiled: whether its norms and activations are."""
+    """A frozen base on its device.
+
+    Args:
+        base: The causal language model.
+        backend: Name of its attention backend.
+        compiled: Whether its norms and activations are compiled.
+    """
 
     base: torch.nn.Module
     backend: str
@@ -66,12 +72,13 @@ def load(
     """Load the base that `config.model` names.
 
     Args:
-        storage: dtype that 4-bit weights are packed in (strategies.launch.choose_storage).
-        architecture: makes random weights of this shape instead.
+        storage: The dtype that 4-bit weights are packed in (strategies.launch.choose_storage).
+        architecture: Random weights of this architecture are made instead of loading weights.
 
     Raises:
-        ModelError, AttentionError: as load_base and make_base.
-        TrainingError: the base does not fit the device.
+        ModelError: The base cannot be loaded, or its hardware or quantization does not fit.
+        AttentionError: The attention backend does not run here.
+        TrainingError: The base does not fit the device's memory.
     """
     try:
         if architecture is None:
@@ -84,17 +91,25 @@ def load(
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0][:200]
         raise TrainingError(
-            f"{config.model.base} does not fit: {reason}; every GPU holds the whole base once"
-            " (docs/scaling.md)"
+            f"{config.model.base} does not fit the GPU's memory: {reason}; every GPU must hold the"
+            " whole base while it is loaded, whatever the strategy (docs/scaling.md); use a smaller"
+            " base or a GPU with more memory"
         ) from None
     return Loaded(base, backend, compile_layers(base, device, config.training.compile))
 
 
 def prove_isolation(loaded: Loaded, dtype: torch.dtype) -> float:
-    """The largest error by which rows of one packed batch see each other; dtype: of computing.
+    """Check on the loaded model that rows of one packed batch do not attend to each other.
+
+    Args:
+        dtype: The dtype of computing, which sets the tolerance.
+
+    Returns:
+        The largest difference between hidden states of packed rows and of the same rows alone,
+        relative to the largest hidden state.
 
     Raises:
-        AttentionError: they do.
+        AttentionError: The difference is too large.
     """
     vocabulary = loaded.base.config.get_text_config().vocab_size
     tolerance = ISOLATION_TOLERANCE[dtype]
@@ -103,11 +118,14 @@ def prove_isolation(loaded: Loaded, dtype: torch.dtype) -> float:
 
 @dataclass(frozen=True)
 class Built:
-    """A base with its adapter and loss, whole on one device.
+    """A base with its adapter and loss, undivided on one device.
 
     Args:
-        recomputed: number of layers whose activations are computed again.
-        shapes: of the adapter's tensors by parameter name, before a strategy divides them.
+        model: The base with its adapter.
+        loss_model: The module around it whose output is the summed loss.
+        backend: Name of the attention backend.
+        recomputed: Number of layers whose activations are computed again in the backward pass.
+        shapes: Shapes of the trainable tensors by parameter name, before a strategy divides them.
     """
 
     model: PeftModel
@@ -126,7 +144,11 @@ class Built:
 
 
 def build(loaded: Loaded, config: Config) -> Built:
-    """Attach a fresh adapter, choose what is recomputed, put the loss around the model."""
+    """Attach a new adapter to a base, set which layers are recomputed, and add the loss.
+
+    Raises:
+        ModelError: The adapter does not fit the base (attach_adapter).
+    """
     model = attach_adapter(loaded.base, config.lora, config.training.seed)
     recomputed = set_checkpointing(loaded.base, config.training.gradient_checkpointing)
     loss_model = AnswerLoss(model, config.training.loss_chunk_tokens)
@@ -137,13 +159,17 @@ def build(loaded: Loaded, config: Config) -> Built:
 def run_micro_batch(
     trainer: Trainer, batch: dict[str, Any], factor: float, last: bool
 ) -> torch.Tensor:
-    """Forward and backward of one packed batch -> its summed loss, float32 [].
+    """Run forward and backward of one packed batch.
 
     Args:
-        factor: what the loss is multiplied by before its gradient. Each strategy averages over
-            ranks, and the gradient that is wanted is that of the mean over all supervised tokens
-            of the step: ranks / supervised tokens.
-        last: whether this is the step's last micro-batch of this rank.
+        batch: Arguments of AnswerLoss.forward, on the device.
+        factor: Multiplies the loss before its gradient is computed. Each strategy averages
+            gradients over ranks, but the gradient of a step is that of the mean over all its
+            supervised tokens. The factor is therefore ranks / supervised tokens of the step.
+        last: Whether this is the last micro-batch of this rank in the step.
+
+    Returns:
+        The summed loss over the supervised tokens of the batch, float32 [], without the factor.
     """
     with trainer.accumulate(last):
         loss = trainer(**batch)
@@ -153,8 +179,12 @@ def run_micro_batch(
 
 @dataclass(frozen=True)
 class Gradients:
-    """One rank's part of a step: each micro-batch's rows and summed loss, and the seconds that
-    making batches took.
+    """The part of one rank in a step whose gradients have been computed.
+
+    Args:
+        batches: Row numbers of each micro-batch.
+        losses: Summed loss of each micro-batch, float32 [].
+        data_seconds: Seconds that making the batches took.
     """
 
     batches: list[np.ndarray]
@@ -163,7 +193,7 @@ class Gradients:
 
 
 class Session:
-    """A model under a strategy, ready to step."""
+    """A model under a strategy that takes optimizer steps."""
 
     def __init__(
         self,
@@ -174,7 +204,12 @@ class Session:
         dtype: torch.dtype,
         rank: int = 0,
     ):
-        """config: with training.max_tokens_per_batch decided; dtype: of computing."""
+        """Hand a model to its strategy, which makes the optimizer; collective.
+
+        Args:
+            config: The configuration, where training.max_tokens_per_batch is not `auto`.
+            dtype: The dtype of computing.
+        """
         training = config.training
         self.built = built
         self.config = config
@@ -182,7 +217,8 @@ class Session:
         self.device = device
         self.dtype = dtype
         self.rank = rank
-        self.budget = training.max_tokens_per_batch  # tokens; lower after memory ran out
+        # Tokens of a micro-batch. They become fewer when memory runs out.
+        self.budget = training.max_tokens_per_batch
         self.trainer: Trainer = wrap(
             strategy,
             built.loss_model,
@@ -194,10 +230,17 @@ class Session:
     def make_batch(
         self, table: TokenTable, rows: np.ndarray, side_by_side: Sequence[np.ndarray] = ()
     ) -> dict[str, Any]:
-        """Rows of a table -> a packed batch on the device.
+        """Pack rows of a table into one batch on the device.
 
-        side_by_side: the rows of all ranks' batches of this round. Where the head is divided over
-        ranks, each of its calls gathers it from all of them, so they must call it equally often.
+        Args:
+            rows: Row numbers, int64 [rows].
+            side_by_side: Rows of the batches that all ranks compute at the same time. Where a
+                strategy divides the head over ranks, each call of the head gathers it from all of
+                them. Therefore all ranks must call it equally often, and the largest of these
+                batches decides how often.
+
+        Returns:
+            Arguments of AnswerLoss.forward.
         """
         batch = move_batch(collate(table, rows), self.built.backend, self.device)
         if self.strategy.sharded:
@@ -213,14 +256,20 @@ class Session:
         targets: int,
         say: Callable[[str], None] = lambda text: None,
     ) -> Gradients:
-        """Gradients of this rank's micro-batches of a step; targets: supervised tokens of all.
+        """Compute the gradients of this rank's micro-batches of a step.
 
-        Where memory runs out on one process, the micro-batches are halved and tried again; the
-        step's rows, and so its gradient, stay the same. `say` is told.
+        If memory runs out in a training of one process, the micro-batches are halved and tried
+        again. The rows of the step, and therefore its gradient, stay the same.
+
+        Args:
+            step: Number of the step, from 0.
+            targets: Supervised tokens of the whole step, on all ranks.
+            say: Receives a text for the user when memory has run out.
 
         Raises:
-            TrainingError: memory ran out, and other ranks wait for this one.
-            PlanError: memory ran out at a single row.
+            TrainingError: Memory ran out in a training of several processes, where the other ranks
+                already wait for this one.
+            PlanError: Memory ran out at a micro-batch of a single row.
         """
         while True:
             planned = plan.micro_batches(step, self.rank, self.strategy.ranks)
@@ -230,18 +279,17 @@ class Session:
                 return gradients
             self.recover_from_full_memory()
             say(
-                f"[yellow]out of memory: micro-batches of {self.budget} tokens from here on, same"
-                " global batch"
+                f"[yellow]out of memory: training continues with micro-batches of {self.budget}"
+                " tokens and the same global batch"
             )
 
     def try_batches(
         self, table: TokenTable, plan: Plan, step: int, batches: list[np.ndarray], targets: int
     ) -> Gradients | None:
-        """Forward and backward of each batch; None where memory ran out.
+        """Run forward and backward of each batch; return None if memory ran out.
 
-        This is a function of its own because nothing may refer to the graph of a failed backward
-        pass when the step is tried again: its local variables and the error's traceback end with
-        it.
+        When the step is tried again, nothing may refer to the autograd graph of the failed pass.
+        The local variables and the traceback of the error do so, and they end with this function.
         """
         ranks = self.strategy.ranks
         self.trainer.module.train()
@@ -249,16 +297,16 @@ class Session:
         data_seconds = 0.0
         try:
             for number, rows in enumerate(batches):
-                asked = time.perf_counter()
-                # A rank without rows in a round computes a row that counts zero, because the
-                # others wait for it.
+                start = time.perf_counter()
+                # The other ranks wait for each micro-batch of this one. A rank without rows
+                # therefore computes some row, and the factor 0 removes it from the gradient.
                 factor = ranks / targets if len(rows) else 0.0
-                shown = rows if len(rows) else plan.rows_of(step)[:1]
-                side_by_side = [*plan.round(step, number, ranks), shown]
-                batch = self.make_batch(table, shown, side_by_side)
-                data_seconds += time.perf_counter() - asked
-                # Each micro-batch of the plan has its own dropout, whichever rank computes it, so
-                # a resumed run has no generator's state to restore.
+                computed_rows = rows if len(rows) else plan.rows_of(step)[:1]
+                side_by_side = [*plan.round(step, number, ranks), computed_rows]
+                batch = self.make_batch(table, computed_rows, side_by_side)
+                data_seconds += time.perf_counter() - start
+                # The dropout of a micro-batch depends on its number in the plan alone, so a resumed
+                # run need not restore the state of a random generator.
                 seed = (self.config.training.seed << 40) + (step << 16)
                 torch.manual_seed(seed + number * ranks + self.rank)
                 last = number == len(batches) - 1
@@ -269,22 +317,26 @@ class Session:
         return Gradients(batches, losses, data_seconds)
 
     def recover_from_full_memory(self) -> None:
-        """Forget the gradients of a step that ran out of memory, and halve the micro-batches."""
+        """Drop the gradients of a step that ran out of memory, and halve the micro-batches."""
         if self.strategy.ranks > 1:
             raise TrainingError(
-                f"out of memory on rank {self.rank}; lower training.max_tokens_per_batch below"
-                f" {self.budget}"
+                f"out of memory on rank {self.rank} with micro-batches of {self.budget} tokens;"
+                f" start a new run with training.max_tokens_per_batch below {self.budget}"
             )
         self.trainer.drop_gradients()
-        gc.collect()  # Autograd's objects refer to each other in circles.
+        gc.collect()  # Objects of autograd refer to each other in cycles.
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.budget //= 2
 
     def update(self, lr: float) -> dict[str, Any]:
-        """Clip, and update the adapter -> the global norm before clipping, for the log.
+        """Clip the gradients and update the trainable weights; collective.
 
-        A float16 step whose gradients overflow is skipped; the loss scale is lower afterwards.
+        A float16 step whose gradients overflow changes nothing, and lowers the loss scale.
+
+        Returns:
+            The columns of the log: `grad_norm`, the global norm before clipping, which is None in a
+            skipped step, and `skipped` in such a step.
         """
         norm = self.trainer.step(lr)
         if self.dtype is torch.float16 and not math.isfinite(norm):
@@ -292,21 +344,25 @@ class Session:
         return {"grad_norm": norm}
 
     def sum_over_ranks(self, losses: list[torch.Tensor], flag: float = 0.0) -> tuple[float, float]:
-        """The summed loss and the summed flag of all ranks, in one message."""
+        """Return the sum of the losses and the sum of the flags of all ranks; collective.
+
+        Both travel in one message. A flag tells the other ranks that this one was asked to stop.
+        """
         total = torch.stack(losses).sum().float()
-        both = torch.stack([total, torch.tensor(flag, device=self.device)])
+        sums = torch.stack([total, torch.tensor(flag, device=self.device)])
         if self.strategy.ranks > 1:
-            torch.distributed.all_reduce(both)
-        return both[0].item(), both[1].item()
+            torch.distributed.all_reduce(sums)
+        return sums[0].item(), sums[1].item()
 
     @torch.no_grad()
     def evaluate(self, table: TokenTable) -> float:
-        """Mean loss per supervised token over a whole table."""
+        """Return the mean loss per supervised token over a whole table; collective."""
         ranks = self.strategy.ranks
         self.trainer.module.eval()
         total = torch.zeros((), device=self.device)
         bins = fit_bins(table.lengths, max(self.budget, int(table.lengths.max())))
-        # A divided model needs every rank each time: those left over repeat the last batch.
+        # A divided model needs every rank in each forward pass. Where fewer batches than ranks are
+        # left, the remaining ranks repeat the last batch, which they do not count.
         for first in range(0, len(bins), ranks):
             index = first + self.rank
             rows = bins[min(index, len(bins) - 1)]
@@ -318,30 +374,42 @@ class Session:
 
     @torch.no_grad()
     def describe_non_finite(self, table: TokenTable, gradients: Gradients, step: int) -> str:
-        """Name the examples of the micro-batches whose loss is not finite. Each is tried alone,
-        but for a divided model, which one rank cannot try.
+        """Name the examples whose loss is not finite, in an error message; collective.
+
+        Each example of a micro-batch with such a loss is tried alone. One rank cannot try an
+        example on a divided model, so the whole micro-batch is named there.
+
+        Args:
+            step: Number of the step, from 1.
         """
         suspects: list[int] = []
         for rows, loss in zip(gradients.batches, gradients.losses, strict=True):
             if not torch.isfinite(loss):
                 suspects += rows.tolist()
-        guilty = []
+        failing = []
         if not self.strategy.sharded:
-            guilty = [row for row in suspects if not self.is_finite_alone(table, row)]
-        mine = (bool(guilty), [table.names[row] for row in guilty or suspects])
-        everyone = [(sure, names) for sure, names in gather(mine) if names]
-        certain = [found for found in everyone if found[0]]
-        names = [name for _, some in certain or everyone for name in some]
-        kind = "finite alone but not together: examples"
+            failing = [row for row in suspects if not self.is_finite_alone(table, row)]
+        names = [table.names[row] for row in failing or suspects]
+        certain: list[str] = []
+        possible: list[str] = []
+        for proven, names_of_rank in gather((bool(failing), names)):
+            possible += names_of_rank
+            if proven:
+                certain += names_of_rank
         if certain:
-            kind = "examples"
+            found = "the loss is not finite at the examples"
         elif self.strategy.sharded:
-            kind = "among examples"
+            found = "the loss is not finite in a batch of the examples"
+        else:
+            found = (
+                "the loss is not finite in a batch, but is finite for each of its examples alone:"
+            )
         return (
-            f"step {step}: loss is not finite; {kind} {', '.join(names[:10])}; look at these rows,"
-            " or lower training.lr"
+            f"step {step}: {found} {', '.join((certain or possible)[:10])}; look at these rows, or"
+            " lower training.lr"
         )
 
     def is_finite_alone(self, table: TokenTable, row: int) -> bool:
+        """Say whether the loss of one row is finite; not for a divided model."""
         batch = self.make_batch(table, np.array([row]))
         return bool(torch.isfinite(self.built.loss_model(**batch)))

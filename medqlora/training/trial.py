@@ -1,6 +1,4 @@
-"""Optimizer steps on made-up rows, with the recipe's own modules: what benchmarks time and
-measure.
-"""
+"""Optimizer steps on random rows, through the recipe's own session, for benchmarks."""
 
 from __future__ import annotations
 
@@ -20,8 +18,8 @@ from medqlora.prompts.encoding import TokenTable
 from medqlora.training.session import Session, build, load
 from medqlora.training.strategies.launch import Strategy
 
-# Dense 16-bit tensor rates of the makers' data sheets, in FLOP/s; the first of these words that the
-# device's name holds.
+# Peak rates of dense 16-bit matrix products in FLOP/s, from the manufacturers' data sheets. The
+# first key that is a word of the device's name applies, so the longer names stand first.
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -39,26 +37,41 @@ PEAK_FLOPS = {
 
 
 def draw_lengths(rows: int, longest: int, seed: int) -> np.ndarray:
-    """Row lengths like MedMCQA's with a chat prompt and Llama-3's tokenizer: log-normal, mean about
-    97 tokens (its first 3,006 rows), int64 [rows]."""
+    """Draw row lengths in tokens that are distributed like MedMCQA's, int64 [rows].
+
+    The log-normal distribution, of mean 97, follows the first 3,006 rows of MedMCQA with a chat
+    prompt and the tokenizer of Llama 3. Lengths are cut to the range from 32 to `longest`.
+    """
     return np.random.default_rng(seed).lognormal(4.45, 0.5, rows).clip(32, longest).astype(np.int64)
 
 
 def make_table(lengths: np.ndarray, labelled: int, vocabulary: int, seed: int) -> TokenTable:
-    """Rows of random tokens, the last `labelled` of each supervised."""
+    """Make a table of random tokens.
+
+    Args:
+        lengths: Tokens of each row, int64 [rows].
+        labelled: Number of supervised tokens at the end of each row.
+        vocabulary: Number of different tokens.
+    """
     ids = np.random.default_rng(seed).integers(vocabulary, size=int(lengths.sum()), dtype=np.int32)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return TokenTable(
-        ids,
-        offsets,
-        np.maximum(1, lengths - labelled).astype(np.int32),
-        [f"row-{i}" for i in range(len(lengths))],
-    )
+    prompt_lengths = np.maximum(1, lengths - labelled).astype(np.int32)
+    names = [f"row-{number}" for number in range(len(lengths))]
+    return TokenTable(ids, offsets, prompt_lengths, names)
 
 
 @dataclass
 class StepTimes:
-    """Seconds of one optimizer step: all of it, and what went into making batches; its tokens."""
+    """Time and size of one optimizer step.
+
+    Args:
+        seconds: Seconds of the whole step.
+        data_seconds: Seconds of it in which batches were made.
+        tokens: Tokens of the step.
+        supervised: Supervised tokens of the step.
+        rows: Rows of the step.
+        loss: Mean loss per supervised token.
+    """
 
     seconds: float
     data_seconds: float
@@ -69,10 +82,18 @@ class StepTimes:
 
 
 class Trial:
-    """The recipe's own session on made-up rows, with its steps timed."""
+    """The recipe's own session on one process, with timed steps."""
 
     def __init__(self, config: Config, architecture: PretrainedConfig | None, device: torch.device):
-        """architecture: random weights of this shape; None: the weights of config.model.base."""
+        """Build the model and its session.
+
+        Args:
+            architecture: Random weights of this architecture are made; None loads the weights of
+                config.model.base.
+
+        Raises:
+            ModelError, AttentionError, TrainingError: The model cannot be made (session.load).
+        """
         self.device = device
         self.dtype = choose_dtype(config.model.dtype, device)
         loaded = load(config, device, architecture=architecture)
@@ -86,13 +107,14 @@ class Trial:
         self.vocabulary = built.vocabulary
 
     def synchronize(self) -> None:
+        """Wait until the GPU has finished all work; do nothing on a CPU."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
     def step(self, table: TokenTable, plan: Plan, number: int) -> StepTimes:
-        """One step of the plan, as the recipe takes it."""
+        """Take one step of the plan as the recipe does, and time it."""
         self.synchronize()
-        began = time.perf_counter()
+        start = time.perf_counter()
         rows = plan.rows_of(number)
         targets = int(table.supervised[rows].sum())
         gradients = self.session.accumulate(table, plan, number, targets)
@@ -100,7 +122,7 @@ class Trial:
         self.session.update(self.session.config.training.lr)
         self.synchronize()
         return StepTimes(
-            seconds=time.perf_counter() - began,
+            seconds=time.perf_counter() - start,
             data_seconds=gradients.data_seconds,
             tokens=int(table.lengths[rows].sum()),
             supervised=targets,
@@ -110,8 +132,15 @@ class Trial:
 
 
 def count_flops(trial: Trial, recomputed: int) -> float:
-    """Floating-point operations per token of a step: (4 + 2 x recomputed layers / layers) for each
-    weight of the decoder layers' linear maps, adapters included; see bench/throughput.py."""
+    """Return the floating-point operations per token of a training step.
+
+    Each weight of the linear maps in the decoder layers, adapters included, takes 2 operations in
+    the forward pass, 2 for the gradient of its input, and 2 more where the layer is recomputed.
+    bench/throughput.py says what this count leaves out.
+
+    Args:
+        recomputed: Number of layers that are recomputed.
+    """
     total = 0
     for layer in find_layers(unwrap(trial.model)):
         for module in layer.modules():
@@ -123,23 +152,30 @@ def count_flops(trial: Trial, recomputed: int) -> float:
 def find_peak(
     device: torch.device, dtype: torch.dtype, given: float | None
 ) -> tuple[float | None, str]:
-    """FLOP/s that utilisation is measured against, and where the number is from."""
+    """Find the peak rate that utilisation is measured against.
+
+    A GPU's rate stands in its data sheet, for 16-bit dtypes only. A CPU's rate is that of the
+    fastest of four matrix products.
+
+    Args:
+        dtype: The dtype of computing.
+        given: The rate in TFLOP/s from the command line; it is used if it is not None.
+
+    Returns:
+        The rate in FLOP/s (None if it is unknown), and where the number comes from.
+    """
     if given:
         return given * 1e12, "--peak_tflops"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        known = next(
-            (rate for key, rate in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None
-        )
-        return (
-            (known, "data sheet, dense 16-bit")
-            if known and dtype is not torch.float32
-            else (None, "unknown; give --peak_tflops")
-        )
-    a = torch.randn(2048, 2048).to(dtype)
-    times = []
+        for key, rate in PEAK_FLOPS.items():
+            if re.search(rf"\b{key}\b", name) and dtype is not torch.float32:
+                return rate, "data sheet, dense 16-bit"
+        return None, "unknown; give --peak_tflops"
+    matrix = torch.randn(2048, 2048).to(dtype)
+    seconds = []
     for _ in range(4):
-        began = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - began)
-    return 2 * 2048**3 / min(times), "matrix product of 2,048 x 2,048, measured"
+        start = time.perf_counter()
+        matrix @ matrix
+        seconds.append(time.perf_counter() - start)
+    return 2 * 2048**3 / min(seconds), "matrix product of 2,048 x 2,048, measured"
