@@ -1,4 +1,4 @@
-"""FSDP2: torch's fully_shard."""
+"""The strategy `fsdp2`: torch's fully_shard."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from medqlora.training.strategies.launch import Strategy
 
 
 class FullyShard:
-    """FSDP2 through torch's own fully_shard, so that the same code runs on GPUs and on CPU
-    processes (Accelerate has no CPU path): one unit per decoder layer, one for an untied embedding
-    and one for the head. Tied embeddings and the few norms outside the layers stay whole on each
-    rank."""
+    """A trainer (interface.Trainer) through torch's own fully_shard (FSDP2).
+
+    Accelerate's FSDP2 does not run on CPUs, so the same code could not be tested there. Each
+    decoder layer is one unit that is divided and gathered; an untied embedding and its head are one
+    unit each. Tied embeddings and the few norms outside the layers stay whole on each rank.
+    """
 
     def __init__(
         self,
         strategy: Strategy,
         loss_model: AnswerLoss,
-        optimizer_of,
+        create_optimizer,
         max_grad_norm: float,
         device: torch.device,
     ):
@@ -35,14 +37,15 @@ class FullyShard:
         embed = causal.get_input_embeddings()
         head = causal.get_output_embeddings()
         units = [*layers] if embed.weight is head.weight else [embed, *layers, head]
-        inside = {id(parameter) for unit in units for parameter in unit.parameters()}
-        whole = {parameter for parameter in loss_model.parameters() if id(parameter) not in inside}
+        divided = set()
+        for unit in units:
+            divided.update(id(parameter) for parameter in unit.parameters())
+        whole = {parameter for parameter in loss_model.parameters() if id(parameter) not in divided}
+        offload_policy = CPUOffloadPolicy() if strategy.settings.get("offload") else OffloadPolicy()
         options = {
             "mesh": init_device_mesh(device.type, (strategy.ranks,)),
             "reshard_after_forward": strategy.settings.get("reshard_after_forward", True),
-            "offload_policy": (
-                CPUOffloadPolicy() if strategy.settings.get("offload") else OffloadPolicy()
-            ),
+            "offload_policy": offload_policy,
         }
         for unit in units:
             fully_shard(unit, **options)
@@ -51,7 +54,7 @@ class FullyShard:
         self.max_grad_norm = max_grad_norm
         self.device = device
         self.weights = trainable(loss_model.model)
-        self.optimizer = optimizer_of(self.weights.values())
+        self.optimizer = create_optimizer(self.weights.values())
 
     def __call__(self, **batch: Any) -> torch.Tensor:
         return self.wrapped(**batch)
@@ -69,13 +72,15 @@ class FullyShard:
         norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), self.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if hasattr(norm, "full_tensor"):  # The norm of divided gradients is itself divided.
+            norm = norm.full_tensor()
+        return float(norm)
 
     def read_scale(self) -> dict[str, Any]:
-        return {}  # This strategy refuses float16.
+        return {}  # check_strategy refuses float16 under this strategy.
 
     def write_scale(self, state: dict[str, Any]) -> None:
-        """A run that began in float16 goes on in another dtype, which needs no scale."""
+        """Do nothing: no dtype of this strategy needs a scale."""
 
     def drop_gradients(self) -> None:
         self.optimizer.zero_grad()
@@ -84,20 +89,23 @@ class FullyShard:
         return {name: self.gather(weight.grad) for name, weight in self.weights.items()}
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Whole, on the host: one tensor at a time is whole on the GPU."""
+        """Return a whole tensor on the host, so that only one at a time is whole on the GPU."""
         tensor = tensor.detach()
-        return (
-            tensor.to(self.device).full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        ).cpu()
+        if hasattr(tensor, "full_tensor"):
+            tensor = tensor.to(self.device).full_tensor()
+        return tensor.cpu()
 
     def divide(self, value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Return this rank's part of a whole tensor, divided and placed as `like` is."""
         from torch.distributed.tensor import distribute_tensor
 
         if not hasattr(like, "device_mesh"):
             return value.to(like.device)
-        return distribute_tensor(
+        # Every rank has the whole tensor, so src_data_rank=None saves sending it.
+        divided = distribute_tensor(
             value.to(self.device), like.device_mesh, like.placements, src_data_rank=None
-        ).to(like.device)
+        )
+        return divided.to(like.device)
 
     def read_weights(self) -> dict[str, torch.Tensor]:
         return {name: self.gather(weight) for name, weight in self.weights.items()}
@@ -115,12 +123,14 @@ class FullyShard:
         }
 
     def write_states(self, states: dict[str, dict[str, Any]]) -> None:
+        # load_state_dict knows parameters by their number, not by name. The only state without
+        # dimensions is the number of steps, which is not divided.
         order = list(self.weights)
-        shards = {
-            order.index(name): {
-                key: self.divide(value, self.weights[name]) if value.dim() else value
+        numbered = {}
+        for name, state in states.items():
+            weight = self.weights[name]
+            numbered[order.index(name)] = {
+                key: self.divide(value, weight) if value.dim() else value
                 for key, value in state.items()
             }
-            for name, state in states.items()
-        }
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": shards})
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": numbered})

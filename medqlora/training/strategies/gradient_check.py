@@ -1,4 +1,4 @@
-"""The proof at start-up that a strategy's gradients are the whole model's."""
+"""A check at the start of a training that a strategy computes the gradients of the whole model."""
 
 from __future__ import annotations
 
@@ -23,13 +23,18 @@ from medqlora.training.setup import Setup
 from medqlora.training.strategies.interface import Trainer
 from medqlora.training.strategies.launch import Strategy, StrategyError
 
-# The relative error that a strategy's gradient may have, by compute dtype.
+# The relative error that the gradient of a strategy may have, by the dtype of computing.
 GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True)
 class GradientCheck:
-    """relative_error: the largest of any tensor; seconds: of the check and of wrapping."""
+    """Result of the check.
+
+    Args:
+        relative_error: Largest error of any tensor (see compare_gradients).
+        seconds: Seconds of the check and of handing the model to the strategy.
+    """
 
     relative_error: float
     seconds: float
@@ -38,63 +43,83 @@ class GradientCheck:
 def open_session(
     setup: Setup, config: Config, built: Built, table: TokenTable
 ) -> tuple[Session, GradientCheck | None]:
-    """Hand the model to the strategy, and prove on a short row of `table` for each rank that its
-    gradients are the whole model's.
+    """Hand the model to its strategy, and check the gradients of the strategy; collective.
 
-    One process has nothing to prove, but for ZeRO, whose optimizer has no states to restore before
-    a first step. float16 is left out: scaled and unscaled losses round differently.
+    Each rank takes one short row of `table`. The gradient of these rows is computed by the whole
+    model before, and by the strategy after, and the two are compared.
+
+    The strategy `one` changes nothing that could be wrong and is not checked. ZeRO is checked even
+    on one process, because the check also makes the states of its optimizer, which a resumed run
+    fills. float16 is not checked, because scaled and unscaled losses round differently.
+
+    Returns:
+        The session, and the result of the check (None where there was none).
 
     Raises:
-        AgreedError: on every rank, where the gradients differ.
+        AgreedError: The gradients differ; every rank raises it.
     """
     strategy = setup.strategy
     if strategy.name == "one" or setup.dtype is torch.float16:
         return Session(built, config, strategy, setup.device, setup.dtype, setup.rank), None
-    began = time.perf_counter()
+    start = time.perf_counter()
     seed = config.training.seed
     ranks = strategy.ranks
-    shown = choose_rows(table, ranks)
-    targets = int(table.supervised[shown].sum())
-    mine = shown[setup.rank : setup.rank + 1]
-    batch = move_batch(collate(table, mine), built.backend, setup.device)
+    rows = choose_rows(table, ranks)
+    targets = int(table.supervised[rows].sum())
+    own_row = rows[setup.rank : setup.rank + 1]
+    batch = move_batch(collate(table, own_row), built.backend, setup.device)
     if strategy.sharded:
-        most = int(table.supervised[shown].max())
+        most = int(table.supervised[rows].max())
         batch["chunks"] = count_chunks(most, config.training.loss_chunk_tokens)
-    before = fill_zero_weights(built.model, seed)
+    initial_weights = fill_zero_weights(built.model, seed)
     reference = compute_reference(built.loss_model, batch, targets, seed)
     session = Session(built, config, strategy, setup.device, setup.dtype, setup.rank)
-    found = measure_gradients(session.trainer, batch, targets, ranks, seed)
+    measured = measure_gradients(session.trainer, batch, targets, ranks, seed)
     with agree_on_errors():
-        error = compare_gradients(reference, found, setup.dtype, strategy)
-    session.trainer.write_weights(before)
-    return session, GradientCheck(error, time.perf_counter() - began)
+        error = compare_gradients(reference, measured, setup.dtype, strategy)
+    session.trainer.write_weights(initial_weights)
+    return session, GradientCheck(error, time.perf_counter() - start)
 
 
 def choose_rows(table: TokenTable, ranks: int) -> np.ndarray:
-    """A short row for each rank: the shortest ones, repeated where there are too few."""
+    """Choose the shortest row for each rank; rows repeat if there are fewer rows than ranks.
+
+    Returns:
+        Row numbers, int64 [ranks].
+    """
     rows = np.argsort(table.lengths, kind="stable")[:ranks]
     return rows[np.arange(ranks) % len(rows)]
 
 
 def fill_zero_weights(model: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:
-    """Fill the adapter's zero tensors with noise, the same on every rank, so that no gradient of
-    the check is zero only because a fresh adapter's second factor is; -> the values as they
-    were."""
+    """Fill zero tensors of the adapter with noise, the same on every rank.
+
+    The second factor of a new adapter is zero, which makes the gradient of the first factor zero,
+    and a comparison of zeros shows nothing.
+
+    Returns:
+        The weights before, by parameter name.
+    """
     weights = trainable(model)
-    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    initial_weights = {name: weight.detach().clone() for name, weight in weights.items()}
     torch.manual_seed(seed)
     with torch.no_grad():
         for weight in weights.values():
             if not weight.any():
                 weight.normal_(std=0.02)
-    return before
+    return initial_weights
 
 
 def measure_gradients(
     trainer: Trainer, batch: dict[str, Any], targets: int, ranks: int, seed: int
 ) -> dict[str, torch.Tensor]:
-    """The adapter's gradients of one batch per rank, without a step; targets: supervised tokens of
-    all ranks.
+    """Compute the gradients of one batch per rank under a strategy, without an update; collective.
+
+    Args:
+        targets: Supervised tokens of the batches of all ranks.
+
+    Returns:
+        Whole gradients by parameter name, float32.
     """
     torch.manual_seed(seed)
     trainer.module.train()
@@ -107,12 +132,16 @@ def measure_gradients(
 def compute_reference(
     loss_model: AnswerLoss, batch: dict[str, Any], targets: int, seed: int
 ) -> dict[str, torch.Tensor]:
-    """The same gradients from the whole model on each rank, summed over ranks in float32."""
+    """Compute the same gradients with the whole model on each rank, summed over ranks; collective.
+
+    Returns:
+        Whole gradients by parameter name, float32.
+    """
     torch.manual_seed(seed)
     loss_model.train()
     weights = trainable(loss_model.model)
     gradients = torch.autograd.grad(loss_model(**batch) / targets, list(weights.values()))
-    gradients = [gradient.contiguous() for gradient in gradients]
+    gradients = [gradient.contiguous() for gradient in gradients]  # all_reduce demands it.
     for gradient in gradients:
         if dist.is_initialized():
             dist.all_reduce(gradient)
@@ -121,29 +150,38 @@ def compute_reference(
 
 def compare_gradients(
     reference: dict[str, torch.Tensor],
-    found: dict[str, torch.Tensor],
+    measured: dict[str, torch.Tensor],
     dtype: torch.dtype,
     strategy: Strategy,
 ) -> float:
-    """Largest error of a tensor relative to the reference's largest entry.
+    """Compare the gradients of a strategy with those of the whole model.
+
+    The error of a tensor is its largest absolute difference, divided by the largest absolute entry
+    of the reference. It is infinite for a tensor of another shape or with an entry that is not
+    finite.
+
+    Returns:
+        The largest error of any tensor.
 
     Raises:
-        StrategyError: the strategy does not train this model rightly.
+        StrategyError: That error is above GRADIENT_TOLERANCE.
     """
-    worst = 0.0
-    where = ""
+    largest_error = 0.0
+    largest_name = ""
     for name, expected in reference.items():
-        got = found[name].to(expected.device)
+        gradient = measured[name].to(expected.device)
         error = math.inf
-        if got.shape == expected.shape and bool(torch.isfinite(got).all()):
-            error = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
-        if error > worst:
-            worst = error
-            where = name
-    if worst > GRADIENT_TOLERANCE[dtype]:
+        if gradient.shape == expected.shape and bool(torch.isfinite(gradient).all()):
+            scale = expected.abs().max().clamp_min(1e-12)
+            error = float((gradient - expected).abs().max() / scale)
+        if error > largest_error:
+            largest_error = error
+            largest_name = name
+    if largest_error > GRADIENT_TOLERANCE[dtype]:
         raise StrategyError(
-            f"{strategy.name}: on a short batch the gradient of {where} differs from the unsharded"
-            f" model's by {worst:.1e} (relative); this combination of model, engine and versions"
+            f"{strategy.name}: on a short batch the gradient of {largest_name} differs from the"
+            f" unsharded model's by {largest_error:.1e} (relative), more than"
+            f" {GRADIENT_TOLERANCE[dtype]:.0e}; this combination of model, engine and versions"
             " trains wrongly; use ddp, or training.gradient_checkpointing full"
         )
-    return worst
+    return largest_error

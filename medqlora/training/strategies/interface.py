@@ -1,8 +1,8 @@
-"""What every strategy's trainer can do.
+"""The methods that the trainer of every strategy has.
 
-Replicated, Zero and FullyShard have these methods, so that the training loop does not know which
-one it has. What is trained, accumulated and reduced is float32 under each; the frozen base keeps
-its own storage. Every method is collective: all ranks call it.
+Replicated, Zero and FullyShard have them, so that the training loop needs no knowledge of the
+strategy. Under each strategy, trainable weights, gradients and their sums are float32; the frozen
+base keeps its own storage. Every method is collective: all ranks must call it.
 """
 
 from __future__ import annotations
@@ -19,43 +19,55 @@ class Trainer(Protocol):
     """A loss model under one strategy.
 
     Attributes:
-        module: the loss model; set it to train or eval mode.
-        weights: the adapter's parameters by name, perhaps divided over ranks.
+        module: The loss model, whose train or eval mode the caller sets.
+        weights: The trainable parameters by name; a strategy may have divided them over ranks.
     """
 
     module: AnswerLoss
     weights: dict[str, torch.nn.Parameter]
 
     def __call__(self, **batch: Any) -> torch.Tensor:
-        """A packed batch on the device -> summed loss over its supervised tokens, float32 []."""
+        """Return the summed loss over the supervised tokens of a packed batch, float32 [].
+
+        The arguments are those of AnswerLoss.forward, on the device.
+        """
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the loss's gradients to those of earlier micro-batches."""
+        """Add the gradients of a loss to those of earlier micro-batches."""
 
     def accumulate(self, last: bool) -> AbstractContextManager:
-        """Context of a micro-batch's forward and backward. Gradients are averaged over ranks with
-        the step's last one.
+        """Return the context in which forward and backward of a micro-batch run.
+
+        Gradients are averaged over ranks in the backward pass of the last micro-batch of a step.
         """
 
     def step(self, lr: float) -> float:
-        """Clip, update, clear the gradients -> their global norm before clipping."""
+        """Clip the gradients, update the weights, and clear the gradients.
 
-    def drop_gradients(self) -> None: ...
+        Returns:
+            The global norm of the gradients before clipping.
+        """
+
+    def drop_gradients(self) -> None:
+        """Clear the gradients without an update."""
 
     def read_gradients(self) -> dict[str, torch.Tensor]:
-        """Whole float32 gradients by parameter name."""
+        """Return the whole gradients by parameter name, float32."""
 
     def read_weights(self) -> dict[str, torch.Tensor]:
-        """Whole float32 tensors of the adapter by parameter name."""
+        """Return the whole trainable tensors by parameter name, float32."""
 
-    def write_weights(self, values: dict[str, torch.Tensor]) -> None: ...
+    def write_weights(self, values: dict[str, torch.Tensor]) -> None:
+        """Set the trainable tensors from whole tensors by parameter name."""
 
     def read_states(self) -> dict[str, dict[str, Any]]:
-        """Whole optimizer states by parameter name, for a checkpoint."""
+        """Return the whole optimizer states by parameter name; empty before the first step."""
 
-    def write_states(self, states: dict[str, dict[str, Any]]) -> None: ...
+    def write_states(self, states: dict[str, dict[str, Any]]) -> None:
+        """Set the optimizer states from whole tensors by parameter name."""
 
     def read_scale(self) -> dict[str, Any]:
-        """State of float16's loss scaling; empty for other dtypes."""
+        """Return the state of the loss scaling for float16; it is empty for other dtypes."""
 
-    def write_scale(self, state: dict[str, Any]) -> None: ...
+    def write_scale(self, state: dict[str, Any]) -> None:
+        """Set the state of the loss scaling for float16."""

@@ -1,4 +1,4 @@
-"""What the launcher says: strategy, processes, settings, and what cannot work together."""
+"""The strategy that `accelerate launch` was told, and checks of what it can be combined with."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from medqlora.core.config import Config
 from medqlora.core.errors import UserError
 
-# What a DeepSpeed file may not say, because the recipe does.
-RECIPE_OWNS = (
+# A DeepSpeed file must not set these keys, because the recipe's configuration owns their values.
+RECIPE_KEYS = (
     "fp16",
     "bf16",
     "optimizer",
@@ -25,17 +25,23 @@ RECIPE_OWNS = (
     "gradient_accumulation_steps",
     "data_types",
 )
+# A DeepSpeed file may have these keys; the last two change nothing here.
+USED_KEYS = ("zero_optimization", "steps_per_print", "wall_clock_breakdown")
 PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class StrategyError(UserError):
-    """A launch that cannot train this recipe."""
+    """The launcher's configuration cannot train this recipe, or a strategy failed."""
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """name: one, ddp, zero1, zero2, zero3 or fsdp2; ranks: processes; settings: of the engine, from
-    the accelerate file.
+    """How a model is trained by several processes.
+
+    Args:
+        name: one, ddp, zero1, zero2, zero3 or fsdp2.
+        ranks: Number of processes.
+        settings: Settings of DeepSpeed or FSDP2 from the accelerate file.
     """
 
     name: str
@@ -44,19 +50,21 @@ class Strategy:
 
     @property
     def sharded(self) -> bool:
-        """Is the frozen base divided over the ranks?"""
+        """Whether the frozen base is divided over the ranks."""
         return self.name in ("zero3", "fsdp2")
 
 
 def is_true(environ: Mapping[str, str], name: str) -> bool:
+    """Say whether an environment variable has one of the values that Accelerate writes for true."""
     return environ.get(name, "").lower() in ("true", "1", "yes")
 
 
 def read_strategy(environ: Mapping[str, str], ranks: int) -> Strategy:
-    """What `accelerate launch` was told, from the variables by which it tells its processes.
+    """Read the strategy from the environment variables that `accelerate launch` sets.
 
-    Raises: StrategyError: an engine that this recipe does not train with, or a DeepSpeed file that
-        says what the recipe owns.
+    Raises:
+        StrategyError: The recipe does not support the engine, or a DeepSpeed file sets a key that
+            the recipe owns.
     """
     if is_true(environ, "ACCELERATE_USE_MEGATRON_LM") or is_true(
         environ, "ACCELERATE_USE_PARALLELISM_CONFIG"
@@ -70,8 +78,8 @@ def read_strategy(environ: Mapping[str, str], ranks: int) -> Strategy:
     if is_true(environ, "ACCELERATE_USE_FSDP"):
         if environ.get("FSDP_VERSION", "1") != "2":
             raise StrategyError(
-                "accelerate config: fsdp_version is 1; set fsdp_version: 2 (FSDP1 cannot hold"
-                " adapter and base in two dtypes)"
+                "accelerate config: fsdp_version is 1 or not given; set fsdp_version: 2 (FSDP1"
+                " cannot hold adapter and base in two dtypes)"
             )
         settings = {
             "offload": is_true(environ, "FSDP_OFFLOAD_PARAMS"),
@@ -84,15 +92,14 @@ def read_strategy(environ: Mapping[str, str], ranks: int) -> Strategy:
 
 
 def launch_environ(accelerate_config: dict[str, Any]) -> dict[str, str]:
-    """The variables that `accelerate launch` would set for a configuration file, as far as
-    read_strategy looks at them.
+    """Return the environment variables that `accelerate launch` would set for a configuration file.
+
+    Only the variables that read_strategy and check_strategy read are returned.
     """
     kind = str(accelerate_config.get("distributed_type", "NO")).upper()
-    environ = {
-        "ACCELERATE_MIXED_PRECISION": (
-            str(accelerate_config.get("mixed_precision") or "no").lower().replace("false", "no")
-        )
-    }
+    # YAML reads an unquoted `no` as false.
+    precision = str(accelerate_config.get("mixed_precision") or "no").lower()
+    environ = {"ACCELERATE_MIXED_PRECISION": precision.replace("false", "no")}
     if kind == "DEEPSPEED":
         given = accelerate_config.get("deepspeed_config") or {}
         names = {
@@ -101,77 +108,82 @@ def launch_environ(accelerate_config: dict[str, Any]) -> dict[str, str]:
             "offload_optimizer_device": "OFFLOAD_OPTIMIZER_DEVICE",
             "offload_param_device": "OFFLOAD_PARAM_DEVICE",
         }
-        environ |= {"ACCELERATE_USE_DEEPSPEED": "true"}
-        environ |= {
-            f"ACCELERATE_DEEPSPEED_{name}": str(given[key])
-            for key, name in names.items()
-            if given.get(key) is not None
-        }
+        environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        for key, name in names.items():
+            if given.get(key) is not None:
+                environ[f"ACCELERATE_DEEPSPEED_{name}"] = str(given[key])
     elif kind == "FSDP":
         given = accelerate_config.get("fsdp_config") or {}
-        environ |= {"ACCELERATE_USE_FSDP": "true"}
+        environ["ACCELERATE_USE_FSDP"] = "true"
         environ |= {key.upper(): str(value).lower() for key, value in given.items()}
     elif kind == "MEGATRON_LM":
-        environ |= {"ACCELERATE_USE_MEGATRON_LM": "true"}
+        environ["ACCELERATE_USE_MEGATRON_LM"] = "true"
     if accelerate_config.get("parallelism_config"):
-        environ |= {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
+        environ["ACCELERATE_USE_PARALLELISM_CONFIG"] = "true"
     return environ
 
 
 def read_zero(environ: Mapping[str, str], ranks: int) -> Strategy:
+    """Read the stage and the settings of ZeRO, from a DeepSpeed file if one is named."""
     file = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     if file:
-        try:
-            given = json.loads(Path(file).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise StrategyError(f"deepspeed_config_file {file} cannot be read: {error}") from None
-        for key, value in given.items():
-            unset = value == "auto" or (
-                isinstance(value, dict) and value.get("enabled") in (False, "auto")
-            )
-            if key in RECIPE_OWNS and not unset:
-                raise StrategyError(
-                    f"deepspeed_config_file {file}: {key} is the recipe's to say; remove it (see"
-                    " training.* and model.dtype)"
-                )
-            if key not in (
-                *RECIPE_OWNS,
-                "zero_optimization",
-                "steps_per_print",
-                "wall_clock_breakdown",
-            ):
-                raise StrategyError(
-                    f"deepspeed_config_file {file}: {key} is not used; zero_optimization is all"
-                    " that is read, remove the rest"
-                )
-        zero = dict(given.get("zero_optimization", {}))
+        settings = read_deepspeed_file(file)
     else:
-        zero = {"stage": int(environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))}
-        for what in ("optimizer", "param"):
-            place = environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what.upper()}_DEVICE", "none")
-            if place != "none":
-                zero[f"offload_{what}"] = {"device": place}
-    if "nvme" in json.dumps(zero):
+        settings = {"stage": int(environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))}
+        for part in ("optimizer", "param"):
+            device = environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE", "none")
+            if device != "none":
+                settings[f"offload_{part}"] = {"device": device}
+    if "nvme" in json.dumps(settings):
         raise StrategyError("accelerate config: offloading to nvme is not supported; use cpu")
-    if zero.get("stage") not in (1, 2, 3):
+    if settings.get("stage") not in (1, 2, 3):
         raise StrategyError(
-            f"accelerate config: zero_stage {zero.get('stage')}; expected 1, 2 or 3"
+            f"accelerate config: zero_stage {settings.get('stage')}; expected 1, 2 or 3"
         )
-    return Strategy(f"zero{zero['stage']}", ranks, zero)
+    return Strategy(f"zero{settings['stage']}", ranks, settings)
+
+
+def read_deepspeed_file(file: str) -> dict[str, Any]:
+    """Return the section zero_optimization of a DeepSpeed file; refuse keys that are not read."""
+    try:
+        given = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StrategyError(
+            f"deepspeed_config_file {file} cannot be read: {error}; give a JSON file"
+        ) from None
+    for key, value in given.items():
+        unset = value == "auto" or (
+            isinstance(value, dict) and value.get("enabled") in (False, "auto")
+        )
+        if key in RECIPE_KEYS and not unset:
+            raise StrategyError(
+                f"deepspeed_config_file {file}: {key} is the recipe's to say; remove it (see"
+                " training.* and model.dtype)"
+            )
+        if key not in (*RECIPE_KEYS, *USED_KEYS):
+            raise StrategyError(
+                f"deepspeed_config_file {file}: {key} is not used; remove it (only"
+                " zero_optimization is read)"
+            )
+    return dict(given.get("zero_optimization", {}))
 
 
 def check_strategy(
     strategy: Strategy, config: Config, dtype: torch.dtype, environ: Mapping[str, str]
 ) -> None:
-    """Refuse what cannot train, before a weight loads.
+    """Refuse a combination that cannot train, before any weight is loaded.
+
+    Args:
+        dtype: The dtype of computing.
+        environ: The environment variables of `accelerate launch`.
 
     Raises:
-        StrategyError: with the reason and what to use.
+        StrategyError: The message gives the reason and a combination that trains.
     """
-    asked = environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if asked not in ("no", "") and PRECISION.get(asked) is not dtype:
+    precision = environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", "") and PRECISION.get(precision) is not dtype:
         raise StrategyError(
-            f"accelerate config: mixed_precision {asked}, but the recipe computes in"
+            f"accelerate config: mixed_precision {precision}, but the recipe computes in"
             f" {str(dtype).removeprefix('torch.')} (model.dtype); set mixed_precision: 'no', the"
             " recipe owns the dtype"
         )
@@ -179,23 +191,23 @@ def check_strategy(
         return
     if dtype is torch.float16:
         raise StrategyError(
-            f"{strategy.name} with float16: loss scaling is done for ddp only; use ddp, or"
+            f"{strategy.name} with float16: only one process and ddp have loss scaling; use ddp, or"
             " model.dtype bfloat16 or float32"
         )
     if config.training.optimizer != "adamw":
         raise StrategyError(
             f"{strategy.name} with training.optimizer {config.training.optimizer}: 8-bit states of"
-            " a shard cannot be gathered for a checkpoint; use adamw, whose states this strategy"
-            " divides already"
+            " a shard cannot be gathered for a checkpoint; set training.optimizer to adamw, whose"
+            " states this strategy divides over the GPUs"
         )
     if strategy.sharded and config.model.quantization == "int8":
         raise StrategyError(
-            f"{strategy.name} with model.quantization int8: its row scales do not travel with the"
-            " shards; use nf4, or ddp"
+            f"{strategy.name} with model.quantization int8: the row scales of int8 weights are not"
+            " divided with the weights; use nf4, or ddp"
         )
     if strategy.name == "zero3" and config.lora.variant == "dora":
         raise StrategyError(
-            "zero3 with lora.variant dora: it reads the base weight outside the layer that holds"
+            "zero3 with lora.variant dora: dora reads a base weight outside the layer that gathers"
             " it; use fsdp2, zero2 or ddp"
         )
     if strategy.name == "fsdp2" and strategy.ranks == 1:
@@ -205,7 +217,13 @@ def check_strategy(
 
 
 def choose_storage(strategy: Strategy, quantization: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which 4-bit weights are packed. Engines that shard the base move it as the
-    compute dtype (uint8 would be replicated by FSDP2, and mixed in one message by ZeRO-3);
-    elsewhere uint8."""
+    """Choose the dtype in which 4-bit weights are packed.
+
+    It is uint8, or the dtype of computing where the base is divided over the ranks. There FSDP2
+    would leave uint8 weights whole on each rank, and ZeRO-3 would mix two dtypes in one message.
+
+    Args:
+        quantization: Value of model.quantization.
+        dtype: The dtype of computing.
+    """
     return dtype if strategy.sharded and quantization in ("nf4", "fp4") else torch.uint8

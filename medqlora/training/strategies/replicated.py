@@ -1,4 +1,4 @@
-"""The whole model on every rank: one process, or DDP."""
+"""The strategies `one` and `ddp`, in which every rank has the whole model."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from medqlora.training.strategies.launch import Strategy
 
 
 class Replicated:
-    """Each rank holds everything (torch DistributedDataParallel; nothing at all on one process).
-    float16 losses are scaled.
+    """A trainer (interface.Trainer) through torch's DistributedDataParallel.
+
+    On one process nothing is wrapped around the model. The loss is scaled for float16.
     """
 
     def __init__(
         self,
         strategy: Strategy,
         loss_model: AnswerLoss,
-        optimizer_of,
+        create_optimizer,
         max_grad_norm: float,
         device: torch.device,
         scale: bool,
@@ -31,17 +32,19 @@ class Replicated:
         self.module = loss_model
         self.max_grad_norm = max_grad_norm
         self.weights = trainable(loss_model.model)
-        self.optimizer = optimizer_of(self.weights.values())
+        self.optimizer = create_optimizer(self.weights.values())
         self.scaler = torch.amp.GradScaler(device.type, enabled=scale)
         self.wrapped = loss_model
         if strategy.ranks > 1:
             ddp = torch.nn.parallel.DistributedDataParallel
-            renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # torch 2.13
+            # torch 2.13 renamed the option `broadcast_buffers`.
+            renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters
+            buffer_option = "forward_sync_buffers" if renamed else "broadcast_buffers"
             self.wrapped = ddp(
                 loss_model,
                 device_ids=[device.index] if device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
-                **{"forward_sync_buffers" if renamed else "broadcast_buffers": False},
+                **{buffer_option: False},
             )
 
     def __call__(self, **batch: Any) -> torch.Tensor:
@@ -51,17 +54,11 @@ class Replicated:
         self.scaler.scale(loss).backward()
 
     def accumulate(self, last: bool):
-        """Context of a micro-batch's forward and backward; gradients are averaged over ranks with
-        the step's last one.
-        """
-        return (
-            self.wrapped.no_sync()
-            if self.wrapped is not self.module and not last
-            else contextlib.nullcontext()
-        )
+        if self.wrapped is self.module or last:
+            return contextlib.nullcontext()
+        return self.wrapped.no_sync()
 
     def step(self, lr: float) -> float:
-        """Clip, update, clear the gradients; -> global norm before clipping."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.scaler.unscale_(self.optimizer)
@@ -81,7 +78,6 @@ class Replicated:
         }
 
     def read_weights(self) -> dict[str, torch.Tensor]:
-        """The adapter's whole float32 tensors by parameter name."""
         return {name: weight.detach() for name, weight in self.weights.items()}
 
     def write_weights(self, values: dict[str, torch.Tensor]) -> None:
@@ -90,7 +86,6 @@ class Replicated:
                 weight.copy_(values[name])
 
     def read_states(self) -> dict[str, dict[str, Any]]:
-        """The optimizer's whole state tensors by parameter name."""
         return {
             name: dict(self.optimizer.state[weight])
             for name, weight in self.weights.items()
@@ -98,16 +93,14 @@ class Replicated:
         }
 
     def write_states(self, states: dict[str, dict[str, Any]]) -> None:
-        # torch's own loading casts and moves; it knows parameters by number
+        # load_state_dict casts the states and moves them to their device. It knows parameters by
+        # their number, not by name.
         order = list(self.weights)
-        given = self.optimizer.state_dict() | {
-            "state": {order.index(name): state for name, state in states.items()}
-        }
-        self.optimizer.load_state_dict(given)
+        numbered = {order.index(name): state for name, state in states.items()}
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": numbered})
         restore_pages(self.optimizer)
 
     def read_scale(self) -> dict[str, Any]:
-        """State of float16's loss scaling; empty for other dtypes."""
         return self.scaler.state_dict()
 
     def write_scale(self, state: dict[str, Any]) -> None:

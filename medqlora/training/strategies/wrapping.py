@@ -1,19 +1,15 @@
-"""One adapter trained by many processes.
-
-Replicated, Zero and FullyShard do the same with the same methods, so that the training loop does
-not know which one it has: call it with a batch for the loss, `backward`, `step`; read and write
-whole tensors by name. What is trained, accumulated and reduced is float32 under each; the frozen
-base keeps its own storage. Every method is collective: all ranks call it.
-"""
+"""Handing a model to its strategy, and whole tensors to and from the strategy's trainer."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from medqlora.model.head_loss import AnswerLoss
 from medqlora.training.strategies.fsdp2 import FullyShard
+from medqlora.training.strategies.interface import Trainer
 from medqlora.training.strategies.launch import Strategy, StrategyError
 from medqlora.training.strategies.replicated import Replicated
 from medqlora.training.strategies.zero import Zero
@@ -22,59 +18,67 @@ from medqlora.training.strategies.zero import Zero
 def wrap(
     strategy: Strategy,
     loss_model: AnswerLoss,
-    optimizer_of,
+    create_optimizer: Callable[..., torch.optim.Optimizer],
     max_grad_norm: float,
     dtype: torch.dtype,
-):
-    """The whole model of each rank -> the strategy's trainer. optimizer_of: parameters -> torch
-    optimizer.
+) -> Trainer:
+    """Make the trainer of a strategy around the whole model of each rank; collective.
+
+    Args:
+        create_optimizer: Takes the trainable parameters and returns a torch optimizer.
+        max_grad_norm: The gradients are clipped to this global norm.
+        dtype: The dtype of computing; the loss is scaled for float16.
     """
     device = next(loss_model.parameters()).device
     if strategy.name.startswith("zero"):
-        return Zero(strategy, loss_model, optimizer_of, max_grad_norm)
+        return Zero(strategy, loss_model, create_optimizer, max_grad_norm)
     if strategy.name == "fsdp2":
-        return FullyShard(strategy, loss_model, optimizer_of, max_grad_norm, device)
+        return FullyShard(strategy, loss_model, create_optimizer, max_grad_norm, device)
     return Replicated(
-        strategy, loss_model, optimizer_of, max_grad_norm, device, scale=dtype is torch.float16
+        strategy, loss_model, create_optimizer, max_grad_norm, device, scale=dtype is torch.float16
     )
 
 
-def gather_weights(trainer, shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
-    """The adapter's whole tensors, each compared with the shape it had before it was divided.
+def gather_weights(trainer: Trainer, shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
+    """Gather the whole trainable tensors by parameter name, and check them; collective.
+
+    Args:
+        shapes: Shape of each tensor before the strategy divided it.
 
     Raises:
-        StrategyError: one that came back empty, in part, or not finite.
+        StrategyError: A tensor is missing, has another shape, or has an entry that is not finite.
     """
     values = trainer.read_weights()
     for name, shape in shapes.items():
         value = values.get(name)
-        if value is None or value.shape != shape or not bool(torch.isfinite(value).all()):
-            got = (
-                "nothing"
-                if value is None
-                else (
-                    f"shape {tuple(value.shape)}"
-                    if value.shape != shape
-                    else "values that are not finite"
-                )
-            )
-            raise StrategyError(
-                f"gathering the adapter: {name} came back with {got}, expected {tuple(shape)};"
-                " nothing was saved"
-            )
+        if value is None:
+            problem = "nothing"
+        elif value.shape != shape:
+            problem = f"shape {tuple(value.shape)}"
+        elif not bool(torch.isfinite(value).all()):
+            problem = "values that are not finite"
+        else:
+            continue
+        raise StrategyError(
+            f"gathering the adapter: got {problem} for {name}, expected finite values of shape"
+            f" {tuple(shape)}; nothing was saved; continue from the last checkpoint with --resume"
+        )
     return values
 
 
-def load_states(trainer, states: dict[str, dict[str, Any]]) -> None:
-    """Optimizer states of a checkpoint, whatever strategy and number of processes wrote it.
+def load_states(trainer: Trainer, states: dict[str, dict[str, Any]]) -> None:
+    """Load the optimizer states of a checkpoint; collective.
+
+    Any strategy and any number of processes may have written them.
 
     Raises:
-        StrategyError: they belong to another adapter or optimizer.
+        StrategyError: They belong to other parameters than those of this adapter.
     """
-    wrong = sorted(states.keys() ^ trainer.weights.keys())
-    if wrong:
+    differing = sorted(states.keys() ^ trainer.weights.keys())
+    if differing:
+        place = "the checkpoint" if differing[0] in states else "the adapter"
         raise StrategyError(
-            f"the checkpoint's optimizer does not fit this adapter: {wrong[0]} is missing or"
-            " surplus; start without --resume"
+            f"the optimizer states of the checkpoint do not fit this adapter: only {place} has"
+            f" {differing[0]}; start a new run without --resume"
         )
     trainer.write_states(states)

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO-1, 2 and 3."""
+"""The strategies `zero1`, `zero2` and `zero3`: DeepSpeed ZeRO."""
 
 from __future__ import annotations
 
@@ -18,50 +18,52 @@ from medqlora.training.strategies.launch import Strategy
 
 
 class Zero:
-    """DeepSpeed: optimizer states divided (1), gradients too (2), base weights too (3), on the GPU
-    or offloaded.
+    """A trainer (interface.Trainer) through DeepSpeed ZeRO (arXiv:1910.02054).
+
+    Stage 1 divides the optimizer's states over the ranks, stage 2 also the gradients, and stage 3
+    also the weights of the base. States and weights lie on the GPU, or offloaded in host memory.
     """
 
     def __init__(
-        self, strategy: Strategy, loss_model: AnswerLoss, optimizer_of, max_grad_norm: float
+        self, strategy: Strategy, loss_model: AnswerLoss, create_optimizer, max_grad_norm: float
     ):
         import deepspeed
 
-        self.module, self.weights = loss_model, trainable(loss_model.model)
+        self.module = loss_model
+        self.weights = trainable(loss_model.model)
         causal = unwrap(loss_model.model)
         if strategy.sharded:
-            # A decoder layer is gathered whole: adapters are used without calling their own
-            # modules, and one message is faster than fourteen. Outside its forward pass a weight is
-            # empty: see quantization.GatheredMatMul.
-            deepspeed.utils.set_z3_leaf_modules(
-                loss_model, list({type(layer) for layer in find_layers(causal)})
-            )
+            # A decoder layer is gathered as a whole. The fused adapter code does not call the
+            # adapters' own modules, so DeepSpeed would not gather them; one message per layer is
+            # also faster than fourteen.
+            layer_types = {type(layer) for layer in find_layers(causal)}
+            deepspeed.utils.set_z3_leaf_modules(loss_model, list(layer_types))
+            # A weight is empty outside the forward pass of its layer. The replaced matrix products
+            # (quantization.GatheredMatMul) do not keep it for the backward pass.
             apply_overrides(
                 [part for part in loss_model.modules() if is_quantized_linear(part)],
                 GATHERED_OVERRIDES,
                 causal.get_input_embeddings().weight.dtype,
             )
-            # The first layer's input needs a gradient, else DeepSpeed releases that layer before
-            # its adapters are done.
+            # The input of the first layer must need a gradient. Otherwise DeepSpeed releases that
+            # layer before the gradients of its adapters are computed.
             causal.get_input_embeddings().register_forward_hook(
                 lambda module, inputs, output: output.requires_grad_(torch.is_grad_enabled())
             )
+        # DeepSpeed's default bucket takes 2 GB. One that holds all gradients is enough.
+        bucket = {"reduce_bucket_size": sum(map(torch.numel, self.weights.values()))}
         settings = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": max_grad_norm,
-            "zero_optimization": (
-                {"reduce_bucket_size": sum(map(torch.numel, self.weights.values()))}
-                | strategy.settings
-            ),
-            # ^ DeepSpeed's default bucket is 2 GB, more than an adapter needs altogether
+            "zero_optimization": bucket | strategy.settings,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**9,
         }
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=loss_model,
-            optimizer=optimizer_of(self.weights.values()),
+            optimizer=create_optimizer(self.weights.values()),
             config=settings,
             dist_init_required=False,
         )
@@ -76,7 +78,7 @@ class Zero:
     def backward(self, loss: torch.Tensor) -> None:
         self.engine.backward(loss)
         if not self.engine.is_gradient_accumulation_boundary():
-            self.engine.step()  # counts the micro-batch; nothing is updated before the boundary
+            self.engine.step()  # This only counts the micro-batch; the last one makes the update.
 
     def step(self, lr: float) -> float:
         for group in self.optimizer.param_groups:
@@ -85,18 +87,20 @@ class Zero:
         return float(self.engine.get_global_grad_norm())
 
     def drop_gradients(self) -> None:
-        """A step that changes nothing: DeepSpeed has no other way to forget gradients it has
-        reduced.
+        """Clear the gradients by a step that changes nothing.
+
+        DeepSpeed has no other method to drop gradients that it has reduced. The step has learning
+        rate and weight decay 0, and the optimizer's states are restored after it.
         """
         self.engine.set_gradient_accumulation_boundary(True)
-        before = self.read_states()
-        decay = [group["weight_decay"] for group in self.optimizer.param_groups]
+        states = self.read_states()
+        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:
             group["weight_decay"] = 0.0
         self.step(0.0)
-        for group, value in zip(self.optimizer.param_groups, decay, strict=True):
-            group["weight_decay"] = value
-        self.write_states(before)
+        for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
+        self.write_states(states)
 
     def read_gradients(self) -> dict[str, torch.Tensor]:
         from deepspeed.utils import safe_get_full_grad
@@ -124,22 +128,27 @@ class Zero:
         ):
             for name, weight in self.weights.items():
                 weight.copy_(values[name])
+        # The optimizer has a float32 copy of its own, which the next step would write back.
         for name, weight in self.weights.items():
             value = values[name].to(self.engine.device, torch.float32)
-            if hasattr(weight, "ds_id"):
-                safe_set_local_fp32_param(weight, self.cut(value, weight))
+            if hasattr(weight, "ds_id"):  # ZeRO-3 has divided this weight.
+                safe_set_local_fp32_param(weight, self.take_part(value, weight))
             else:
                 safe_set_full_fp32_param(weight, value)
 
-    def cut(self, value: torch.Tensor, weight: torch.nn.Parameter) -> torch.Tensor:
-        """This rank's part of a whole tensor under ZeRO-3, which pads what does not divide by the
-        ranks. (DeepSpeed's own safe_set_full_* reads past the end there, 0.19.8.)"""
+    def take_part(self, value: torch.Tensor, weight: torch.nn.Parameter) -> torch.Tensor:
+        """Return this rank's part of a whole tensor under ZeRO-3, flat.
+
+        ZeRO-3 pads a tensor that cannot be divided evenly over the ranks. DeepSpeed's own functions
+        safe_set_full_* read past the end of such a tensor (version 0.19.8).
+        """
         size = weight.ds_tensor.numel()
         ranks = dist.get_world_size()
         padded = torch.nn.functional.pad(value.flatten(), (0, size * ranks - value.numel()))
         return padded.narrow(0, size * dist.get_rank(), size)
 
     def inner_states(self) -> Iterator[dict[str, Any]]:
+        """Return the states of the torch optimizer inside DeepSpeed's."""
         return iter(self.optimizer.optimizer.state.values())
 
     def read_states(self) -> dict[str, dict[str, Any]]:
@@ -148,21 +157,17 @@ class Zero:
         steps = [float(state["step"]) for state in self.inner_states()]
         if not steps:
             return {}
-        return {
-            name: (
-                {"step": torch.tensor(steps[0])}
-                | {
-                    key: safe_get_full_optimizer_state(weight, key).cpu()
-                    for key in ("exp_avg", "exp_avg_sq")
-                }
-            )
-            for name, weight in self.weights.items()
-        }
+        states = {}
+        for name, weight in self.weights.items():
+            states[name] = {"step": torch.tensor(steps[0])}
+            for key in ("exp_avg", "exp_avg_sq"):
+                states[name][key] = safe_get_full_optimizer_state(weight, key).cpu()
+        return states
 
     def write_states(self, states: dict[str, dict[str, Any]]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-        if not states:  # back to before the first step
+        if not states:  # There were no states before the first step, so zeros take their place.
             for state in self.inner_states():
                 for value in state.values():
                     value.zero_()
@@ -171,15 +176,16 @@ class Zero:
             for key in ("exp_avg", "exp_avg_sq"):
                 value = states[name][key].to(self.engine.device)
                 if hasattr(weight, "ds_id"):
-                    safe_set_local_optimizer_state(weight, self.cut(value, weight), key)
+                    safe_set_local_optimizer_state(weight, self.take_part(value, weight), key)
                 else:
                     safe_set_full_optimizer_state(weight, value, key)
+        # DeepSpeed keeps one number of steps for all weights.
         (step,) = {float(state["step"]) for state in states.values()}
         for state in self.inner_states():
             state["step"].fill_(step)
 
     def read_scale(self) -> dict[str, Any]:
-        return {}  # This strategy refuses float16.
+        return {}  # check_strategy refuses float16 under this strategy.
 
     def write_scale(self, state: dict[str, Any]) -> None:
-        """A run that began in float16 goes on in another dtype, which needs no scale."""
+        """Do nothing: no dtype of this strategy needs a scale."""
