@@ -1,4 +1,4 @@
-"""Architectures from a config.json, and what serving them takes."""
+"""Reading of architectures from a config.json, and the memory that serving them takes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,18 @@ from medqlora.training.memory.tracker import META, ForecastError, Tracker
 def forecast_serving(
     config: Config, architecture: PretrainedConfig, dtype: torch.dtype, tokens: int
 ) -> dict[str, int]:
-    """Bytes to serve: weights (of the base as config.model stores it), and the keys and values of
-    one sequence of `tokens`. Layers with a sliding window keep at most that many."""
+    """Forecast the memory that serving a model takes.
+
+    A layer with a sliding window keeps keys and values for at most the tokens of its window.
+
+    Args:
+        architecture: Configuration of the base model.
+        dtype: The dtype of computing, of keys and of values.
+        tokens: Length of the one sequence that is served.
+
+    Returns:
+        Bytes of the `weights`, stored as config.model says, and of `keys_and_values`.
+    """
     text = architecture.get_text_config()
     base = make_base(architecture, config.model, META, dtype)
     tracker = Tracker(text.vocab_size)
@@ -28,57 +38,61 @@ def forecast_serving(
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     window = getattr(text, "sliding_window", None)
-    kinds = (
-        getattr(text, "layer_types", None)
-        or ["sliding_attention" if window else "full_attention"] * text.num_hidden_layers
-    )
-    kept = sum(
-        min(tokens, window) if window and kind == "sliding_attention" else tokens for kind in kinds
-    )
-    return {"weights": tracker.total, "keys_and_values": kept * 2 * heads * width * dtype.itemsize}
+    kinds = getattr(text, "layer_types", None)
+    if not kinds:
+        kinds = ["sliding_attention" if window else "full_attention"] * text.num_hidden_layers
+    positions = 0  # in all layers
+    for kind in kinds:
+        slides = window and kind == "sliding_attention"
+        positions += min(tokens, window) if slides else tokens
+    keys_and_values = positions * 2 * heads * width * dtype.itemsize
+    return {"weights": tracker.total, "keys_and_values": keys_and_values}
 
 
 def read_architecture(base: str, shipped: Path, revision: str | None = None) -> PretrainedConfig:
-    """A model's shape, without weights: of a folder with config.json, a JSON file, a file in
-    `shipped` that names this hub id or is called so, or the hub.
+    """Read the configuration of a model, without its weights.
+
+    Args:
+        base: A folder with a config.json, a JSON file, the name of a file in `shipped`, or a hub
+            id. A hub id that a file in `shipped` lists under `hub_ids` needs no download.
+        shipped: Folder of the configuration files that come with this package.
+        revision: Revision on the hub.
 
     Raises:
-        ForecastError, ModelError: nothing there, or no file that transformers understands.
+        ForecastError: No such model is found, or transformers does not understand its file.
     """
-    place = Path(base).expanduser()
+    path = Path(base).expanduser()
     files = {path.stem: path for path in sorted(shipped.glob("*.json"))}
-    if (place / "config.json").is_file():
-        return parse_architecture(place / "config.json")
-    if place.suffix == ".json":
-        return parse_architecture(place)
-    for name, path in files.items():
-        if base == name or base in json.loads(path.read_text(encoding="utf-8"))["hub_ids"]:
-            return parse_architecture(path)
+    if (path / "config.json").is_file():
+        return parse_architecture(path / "config.json")
+    if path.suffix == ".json":
+        return parse_architecture(path)
+    for name, file in files.items():
+        hub_ids = json.loads(file.read_text(encoding="utf-8"))["hub_ids"]
+        if base == name or base in hub_ids:
+            return parse_architecture(file)
     try:
         return read_model_config(base, revision)
     except ModelError as error:
         raise ForecastError(
-            f"{error}; shapes that need no download: {', '.join(files)}, or a folder or file of a"
-            " config.json"
+            f"{error}; these models need no download: {', '.join(files)}; or give a config.json or"
+            " its folder"
         ) from None
 
 
 def parse_architecture(path: Path) -> PretrainedConfig:
+    """Make a transformers configuration from a JSON file."""
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        return AutoConfig.for_model(
-            **{
-                key: value
-                for key, value in facts.items()
-                if key not in ("hub_ids", "quantization_config")
-            }
-        )
+        keys = json.loads(path.read_text(encoding="utf-8"))
+        keys.pop("hub_ids", None)  # This key is ours.
+        keys.pop("quantization_config", None)  # The recipe quantizes by itself.
+        return AutoConfig.for_model(**keys)
     except OSError as error:
         raise ForecastError(
             f"architecture {path}: {error.strerror}; give a config.json of transformers"
         ) from None
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise ForecastError(
-            f"architecture {path}: not a config.json of transformers:"
-            f" {' '.join(str(error).split())[:200]}"
+            f"architecture {path}: not a config.json of transformers"
+            f" ({' '.join(str(error).split())[:200]}); give one, or the folder of one"
         ) from None

@@ -1,4 +1,4 @@
-"""Forecasts of a whole step from forecasts of a few layers."""
+"""Estimates of a whole step, computed from forecasts of a few layers."""
 
 from __future__ import annotations
 
@@ -15,41 +15,64 @@ from medqlora.training.memory.sharding import divide
 from medqlora.training.memory.target import StepPlan, TargetHardware
 from medqlora.training.memory.tracker import Batch
 
+# time_per_token explains both numbers.
 OVERHEAD_TOKENS = 250
-OFFLOAD_TIME = 0.2  # see time_per_token
+OFFLOAD_TIME = 0.2
 
 
 def assume_labelled(config: Config, tokens: int) -> int:
-    """Supervised tokens in a micro-batch where the data is not at hand: rows of 64 tokens with a
-    letter and its end token, or a quarter of the tokens for a letter with its text, or all."""
-    part = {"letter": 2 / 64, "letter_text": 1 / 4}.get(config.data.completion, 1.0)
+    """Assume the number of supervised tokens in a micro-batch of `tokens`, without its data.
+
+    A letter with its end token makes 2 of 64 tokens supervised, a letter with its text a quarter.
+    For other completions, and for data without letters, all tokens are assumed to be supervised.
+    """
+    fraction = {"letter": 2 / 64, "letter_text": 1 / 4}.get(config.data.completion, 1.0)
     if any(find_format(entry.format).scoring != "letters" for entry in config.data.train):
-        part = 1.0
-    return max(1, int(part * tokens))
+        fraction = 1.0
+    return max(1, int(fraction * tokens))
 
 
 def make_batch(config: Config, tokens: int, labelled: int, accumulated: bool) -> Batch:
-    """A full micro-batch of rows as long as they may be; one row where rows are not packed."""
+    """Make the full micro-batch of a forecast, of the longest rows that data.max_length allows.
+
+    It has a single row where rows are not packed.
+
+    Args:
+        tokens: Tokens of the micro-batch.
+        labelled: Supervised tokens of the micro-batch.
+        accumulated: Whether gradients of an earlier micro-batch are there.
+    """
     longest = min(config.data.max_length, tokens)
-    lengths = [longest] * (tokens // longest) + [tokens % longest] * bool(tokens % longest)
-    lengths = lengths if config.data.packing else [longest]
+    lengths = [longest]
+    if config.data.packing:
+        lengths = [longest] * (tokens // longest)
+        if tokens % longest:
+            lengths.append(tokens % longest)
     return Batch(tuple(lengths), min(labelled, sum(lengths)), accumulated)
 
 
 def time_per_token(tokens: int, recomputed: float, offloaded: bool = False) -> float:
-    """Relative training time per token, of micro-batches of `tokens` with this part of the layers
-    recomputed; 1: all recomputed, endless batches. Six operations per weight and token with full
-    recomputation, four without (frozen weights need no gradient). Each pass over a micro-batch also
-    dequantizes the base: about 2.5 bytes per weight, which takes an H100 as long as computing
-    OVERHEAD_TOKENS tokens in three passes (22 % of the time at 1,024 tokens, 5.5 % at 4,096).
-    Offloading moves 16 KiB per token and layer of an 8B model over PCIe, at 25 GB/s OFFLOAD_TIME of
-    an H100's time. Computed, not measured.
+    """Estimate the relative training time per token.
+
+    The time is 1 where all layers are recomputed and micro-batches are infinitely long. It is
+    computed, not measured, from these assumptions:
+
+    - A weight takes 4 operations per token without recomputation and 6 with it, because frozen
+      weights need no gradient.
+    - Each pass over a micro-batch dequantizes the base, which moves about 2.5 bytes per weight. On
+      an H100, three passes take as long for that as for computing OVERHEAD_TOKENS tokens (22 % of
+      the time at 1,024 tokens, 5.5 % at 4,096).
+    - Offloading moves 16 KiB per token and layer of an 8B model over PCIe. At 25 GB/s that takes
+      OFFLOAD_TIME of the time of an H100.
+
+    Args:
+        tokens: Tokens of a micro-batch.
+        recomputed: Fraction of the layers that are recomputed.
+        offloaded: Whether layer inputs wait in the host's memory.
     """
-    return (
-        (4 + 2 * recomputed) / 6
-        + (2 + recomputed) / 3 * OVERHEAD_TOKENS / tokens
-        + OFFLOAD_TIME * offloaded
-    )
+    computing = (4 + 2 * recomputed) / 6
+    dequantizing = (2 + recomputed) / 3 * OVERHEAD_TOKENS / tokens
+    return computing + dequantizing + OFFLOAD_TIME * offloaded
 
 
 def forecast_plan(
@@ -61,8 +84,17 @@ def forecast_plan(
     labelled: int,
     backend: str | None = None,
 ) -> StepPlan:
-    """The forecast per process of one way to train. backend: of attention, default what the target
-    gets.
+    """Forecast the memory of one process for a given micro-batch and recomputation.
+
+    Args:
+        tokens: Tokens of a micro-batch.
+        checkpointing: Value of training.gradient_checkpointing, not `auto`.
+        labelled: Supervised tokens of a micro-batch.
+        backend: The attention backend; None chooses the one that the target hardware uses.
+
+    Raises:
+        UnknownForecast: The forecast cannot follow the architecture or the attention backend.
+        AttentionError: The attention backend does not run on the target hardware.
     """
     backend = backend or target.choose_attention(config, architecture).backend
     accumulated = config.training.global_batch_tokens > tokens * target.strategy.ranks
@@ -77,7 +109,7 @@ def forecast_plan(
 
 
 def with_layers(architecture: PretrainedConfig, count: int) -> PretrainedConfig:
-    """The same architecture with fewer layers."""
+    """Return the same architecture with `count` layers."""
     small = copy.deepcopy(architecture)
     text = small.get_text_config()
     text.num_hidden_layers = count
@@ -87,9 +119,12 @@ def with_layers(architecture: PretrainedConfig, count: int) -> PretrainedConfig:
 
 
 class Estimate:
-    """Peak bytes for any micro-batch and number of recomputed layers, from forecasts of 2 and 4
-    layers at two sizes: layers are alike (or alternate), and all that a batch needs grows linearly
-    with its tokens."""
+    """Estimates of peak bytes for any micro-batch and number of recomputed layers.
+
+    They are interpolated from forecasts of 2 and 4 layers at two sizes of micro-batch. This is
+    right because all layers (or all pairs of alternating layers) need the same memory, and because
+    the memory of a batch grows linearly with its tokens.
+    """
 
     def __init__(
         self,
@@ -99,53 +134,68 @@ class Estimate:
         sizes: tuple[int, int],
         labelled_of: Callable[[int], int],
     ):
+        """Make an estimate for one recipe and hardware.
+
+        Args:
+            sizes: The two sizes of micro-batch in tokens, the smaller one first.
+            labelled_of: Takes the tokens of a micro-batch and returns its supervised tokens.
+        """
         self.config = config
         self.architecture = architecture
         self.target = target
         self.sizes = sizes
         self.labelled_of = labelled_of
         self.layers = architecture.get_text_config().num_hidden_layers
-        self.lines: dict[tuple[int, str], tuple[float, float]] = {}
-        # The least ratio of reserve to peak that a forecast of all layers had so far.
-        self.slack: float | None = None
+        # (tokens, mode) -> bytes outside the layers, bytes of each layer
+        self.costs: dict[tuple[int, str], tuple[float, float]] = {}
+        # The least ratio of reserve to peak in the forecasts of all layers so far.
+        self.reserve_ratio: float | None = None
 
-    def line(self, tokens: int, mode: str) -> tuple[float, float]:
-        """Bytes of the ends, and of each layer."""
-        if (tokens, mode) not in self.lines:
-            two, four = (
-                forecast_plan(
-                    self.config,
-                    with_layers(self.architecture, count),
-                    self.target,
-                    tokens,
-                    mode,
-                    self.labelled_of(tokens),
-                ).forecast.peak
-                for count in (2, 4)
-            )
-            self.lines[tokens, mode] = (two - (four - two), (four - two) / 2)
-        return self.lines[tokens, mode]
+    def forecast_costs(self, tokens: int, mode: str) -> tuple[float, float]:
+        """Return the bytes outside the layers and the bytes of each layer."""
+        if (tokens, mode) not in self.costs:
+            peaks = []
+            for count in (2, 4):
+                architecture = with_layers(self.architecture, count)
+                labelled = self.labelled_of(tokens)
+                plan = forecast_plan(self.config, architecture, self.target, tokens, mode, labelled)
+                peaks.append(plan.forecast.peak)
+            two, four = peaks
+            self.costs[tokens, mode] = (two - (four - two), (four - two) / 2)
+        return self.costs[tokens, mode]
 
     def needs(self, tokens: int, mode: str) -> float:
-        return (self.slack or 1.0) * self.peak(tokens, mode)
+        """Return the bytes that the allocator reserves at least."""
+        return (self.reserve_ratio or 1.0) * self.peak(tokens, mode)
 
     def learn(self, plan: StepPlan) -> None:
-        """Take the slack from a forecast of all layers."""
-        slack = self.target.needs(plan.forecast) / plan.forecast.peak
-        self.slack = slack if self.slack is None else min(self.slack, slack)
+        """Take the ratio of reserve to peak from a forecast of all layers."""
+        ratio = self.target.needs(plan.forecast) / plan.forecast.peak
+        self.reserve_ratio = ratio if self.reserve_ratio is None else min(self.reserve_ratio, ratio)
 
     def peak(self, tokens: int, mode: str) -> float:
-        """mode: training.gradient_checkpointing."""
-        low, high = (self.peak_at(size, mode) for size in self.sizes)
-        return low + (high - low) * (tokens - self.sizes[0]) / max(1, self.sizes[1] - self.sizes[0])
+        """Return the peak bytes for micro-batches of any size.
+
+        Args:
+            tokens: Tokens of a micro-batch.
+            mode: Value of training.gradient_checkpointing.
+        """
+        smaller, larger = self.sizes
+        low = self.peak_at(smaller, mode)
+        high = self.peak_at(larger, mode)
+        return low + (high - low) * (tokens - smaller) / max(1, larger - smaller)
 
     def peak_at(self, size: int, mode: str) -> float:
+        """Return the peak bytes for micro-batches of `size` tokens, one of the two sizes."""
         if not mode.startswith("first_"):
-            ends, each = self.line(size, mode)
-            return ends + self.layers * each
+            outside, per_layer = self.forecast_costs(size, mode)
+            return outside + self.layers * per_layer
         recomputed = int(mode.removeprefix("first_"))
-        (ends, kept), (_, recomputing) = self.line(size, "none"), self.line(size, "full")
+        outside, per_kept_layer = self.forecast_costs(size, "none")
+        _, per_recomputed_layer = self.forecast_costs(size, "full")
         return max(
-            ends + (self.layers - recomputed) * kept + recomputed * recomputing,
+            outside
+            + (self.layers - recomputed) * per_kept_layer
+            + recomputed * per_recomputed_layer,
             self.peak_at(size, "full"),
         )

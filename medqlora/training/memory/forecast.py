@@ -1,4 +1,4 @@
-"""Memory of a training step: the recipe's own modules run on the meta device."""
+"""A memory forecast of a training step, which runs the recipe's own modules on the meta device."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from medqlora.training.session import Loaded, build, run_micro_batch
 
 
 class TracedTrainer:
-    """As much of a trainer as a micro-batch needs; the tracker is told its phases."""
+    """The methods of a trainer that a micro-batch needs; it tells the tracker the phase."""
 
     def __init__(self, loss_model: AnswerLoss, tracker: Tracker):
         self.loss_model = loss_model
@@ -60,22 +60,26 @@ def forecast_step(
     place: torch.device = META,
     backend: str | None = None,
 ) -> Forecast:
-    """Memory of one process that trains on batches like `batch`, on one GPU ("cuda") or on a CPU;
-    neither need be there.
+    """Forecast the memory of one process that has the whole model and trains on such a batch.
 
-    config: with training.gradient_checkpointing decided (not auto); dtype: of computing; storage:
-    of packed 4-bit weights; place: the CPU instead of the meta device takes the step for real, with
-    random weights, and follows its tensors in the same way; backend: of attention, default what
-    model.attention chooses there.
+    Args:
+        config: The configuration, where training.gradient_checkpointing is not `auto`.
+        architecture: Configuration of the base model.
+        device: The device that trains, "cuda" or "cpu"; it need not be in this machine.
+        dtype: The dtype of computing.
+        storage: The dtype that 4-bit weights are packed in.
+        batch: Every micro-batch is like this one.
+        place: The device of the forecast. On "meta", tensors have no content. On "cpu", the step is
+            really taken with random weights, and its tensors are tracked in the same way.
+        backend: The attention backend; None takes the one that model.attention chooses on `device`.
 
     Raises:
-        UnknownForecast: an attention backend or an architecture that cannot be followed.
-        AttentionError: an attention backend that the recipe refuses there.
+        UnknownForecast: The forecast cannot follow the attention backend or the architecture.
+        AttentionError: The attention backend does not run on `device`.
     """
     text = architecture.get_text_config()
-    backend = (
-        backend or check_attention(config.model.attention, device, dtype, architecture).backend
-    )
+    if backend is None:
+        backend = check_attention(config.model.attention, device, dtype, architecture).backend
     tracker = Tracker(text.vocab_size, place)
     base = make_base(architecture, config.model, place, dtype, storage)
     if place.type == "meta" and wants_compiling(device, config.training.compile):
@@ -90,11 +94,12 @@ def forecast_step(
     sort_resident(tracker, base, model)
     at_loading = dict(tracker.now)
     tracker.phase = "before the step"
-    kept = make_states(config.training.optimizer, device, weights)
-    for state in kept:
+    # The tracker counts only live tensors, so these must exist until the step has been taken.
+    resident = make_states(config.training.optimizer, device, weights)
+    for state in resident:
         tracker.follow(state, "optimizer")
     if device.type == "cuda":
-        kept.append(tracker.make((CUBLAS_WORKSPACES,), torch.uint8, "workspace"))
+        resident.append(tracker.make((CUBLAS_WORKSPACES,), torch.uint8, "workspace"))
     for weight in weights:
         if batch.accumulated:
             weight.grad = torch.zeros_like(weight)
@@ -103,41 +108,38 @@ def forecast_step(
             lambda parameter: tracker.follow(parameter.grad, "gradients")
         )
     inputs = make_inputs(batch, device, place, backend)
-    for tensor in inputs.values():
-        tracker.see(
-            (
-                tensor
-                if torch.is_tensor(tensor)
-                else [v for v in vars(tensor).values() if torch.is_tensor(v)]
-            ),
-            "inputs",
-        )
+    for value in inputs.values():
+        if not torch.is_tensor(value):  # The documents are an object that holds tensors.
+            value = [field for field in vars(value).values() if torch.is_tensor(field)]
+        tracker.see(value, "inputs")
     try:
         with tracker:
             run_micro_batch(trainer, inputs, factor=1, last=True)
-    # code that looks into tensors, or an operator without shapes
+    # The model's code may read the content of a tensor, or call an operator that has no
+    # implementation on the meta device.
     except (RuntimeError, NotImplementedError, TypeError) as error:
         raise UnknownForecast(
             f"{architecture.model_type} with {config.model.quantization} cannot be forecast"
             f" ({' '.join(str(error).split())[:160]}); set training.gradient_checkpointing and"
-            " training.max_tokens_per_batch to values, or measure"
+            " training.max_tokens_per_batch to values instead of auto, or measure the memory with"
+            " bench/memory.py --measure"
         ) from None
-    # in place: AdamW and clipping make nothing of size
+    # AdamW and clipping work in place and make no large tensors.
     tracker.peaks["optimizer step"] = (tracker.total, dict(tracker.now))
-    peak, by_category = max(tracker.peaks.values(), key=lambda found: found[0])
-    del kept
+    peak, by_category = max(tracker.peaks.values(), key=lambda item: item[0])
+    del resident
     return Forecast(
-        peak,
-        {name: by_category.get(name, 0) for name in CATEGORIES},
-        {phase: total for phase, (total, _) in tracker.peaks.items()},
-        replay_allocator(tracker.events, expandable=True),
-        replay_allocator(tracker.events),
-        at_loading,
-        sum(weight.numel() for weight in weights),
-        text.num_hidden_layers,
-        built.recomputed,
-        measure_units(base),
-        find_arena(base).capacity,
+        peak=peak,
+        by_category={name: by_category.get(name, 0) for name in CATEGORIES},
+        by_phase={phase: total for phase, (total, _) in tracker.peaks.items()},
+        reserved=replay_allocator(tracker.events, expandable=True),
+        reserved_fixed=replay_allocator(tracker.events),
+        at_loading=at_loading,
+        trainable=sum(weight.numel() for weight in weights),
+        layers=text.num_hidden_layers,
+        recomputed=built.recomputed,
+        largest=measure_units(base),
+        host=find_arena(base).capacity,
     )
 
 
@@ -148,24 +150,31 @@ def check_attention(
     architecture: PretrainedConfig,
     capability: tuple[int, int] | None = None,
 ) -> Choice:
-    """The backend that a forecast is for. flash, varlen and flex keep the same tensors for the
-    backward pass (queries, keys, values, output, one number per row and head) and are forecast
-    alike, with the largest buffers, varlen's.
+    """Choose the attention backend of a forecast.
 
-    capability: of a GPU that is not here; default this machine's.
+    flash, varlen and flex keep the same tensors for the backward pass: queries, keys, values, the
+    output, and one number per row and head. Their forecast is the same, with the buffers of varlen,
+    which are the largest.
+
+    Args:
+        requested: Value of model.attention.
+        device: The device that trains; it need not be in this machine.
+        dtype: The dtype of computing.
+        capability: Compute capability of the GPU; None takes the one of this machine's GPU.
 
     Raises:
-        AttentionError: the recipe refuses it there.
-        UnknownForecast: sdpa on a GPU.
+        AttentionError: The backend does not run on `device`.
+        UnknownForecast: The backend is sdpa on a GPU.
     """
-    # The machine that trains may have the package, even if this one has not.
+    # The machine that trains may have the package of flash attention even if this one does not.
     if requested == "flash" and device.type == "cuda":
         return Choice("flash", "model.attention asks for it")
     choice = choose_backend(requested, device, dtype, architecture, capability)
     if device.type == "cuda" and choice.backend == "sdpa":
         raise UnknownForecast(
-            "model.attention sdpa: its masks depend on the data and cannot be forecast; use auto,"
-            " or measure"
+            "model.attention sdpa: the masks of this backend depend on the data, so their memory"
+            " cannot be forecast; set model.attention to auto, or measure the memory with"
+            " bench/memory.py --measure"
         )
     return choice
 
@@ -173,47 +182,50 @@ def check_attention(
 def make_states(
     optimizer: str, device: torch.device, weights: list[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """What the optimizer keeps on the device: two float32 moments, or two of 8 bits with a float32
-    scale per 256 entries for tensors of 4,096 entries and more (bitsandbytes, optim/optimizer.py).
-    Paged states lie outside a GPU's allocator and move to the host when memory is short, so they do
-    not count on a GPU."""
-    made = []
+    """Make the tensors that the optimizer keeps on the device, without content.
+
+    AdamW keeps two float32 moments. The 8-bit optimizers keep two moments of 8 bits with a float32
+    scale per 256 entries for tensors of at least 4,096 entries (bitsandbytes, optim/optimizer.py).
+    Paged moments, of at least 100,000 entries, lie outside the GPU's allocator and move to the host
+    when memory is short. They are not counted on a GPU.
+
+    Args:
+        optimizer: Value of training.optimizer.
+        device: The device that trains.
+        weights: The trainable parameters.
+    """
+    states = []
     for weight in weights:
         size = weight.numel()
         if optimizer == "adamw" or size < 4_096:
-            made += [torch.empty(size, device=META) for _ in range(2)]
-        # smaller ones are not paged
-        elif optimizer == "adamw_8bit" or device.type != "cuda" or size < 100_000:
-            made += [torch.empty(size, dtype=torch.uint8, device=META) for _ in range(2)]
-            made += [torch.empty(-(-size // 256), device=META) for _ in range(2)]
-        else:
-            made += [torch.empty(-(-size // 256), device=META) for _ in range(2)]
-    return made
+            states += [torch.empty(size, device=META) for _ in range(2)]
+            continue
+        paged = optimizer != "adamw_8bit" and device.type == "cuda" and size >= 100_000
+        if not paged:
+            states += [torch.empty(size, dtype=torch.uint8, device=META) for _ in range(2)]
+        states += [torch.empty(-(-size // 256), device=META) for _ in range(2)]
+    return states
 
 
 def make_inputs(
     batch: Batch, device: torch.device, place: torch.device, backend: str
 ) -> dict[str, Any]:
-    """Arguments of AnswerLoss at `place`; where documents lie, as attention on `device` wants
-    it.
+    """Make the arguments of AnswerLoss.forward at `place`.
+
+    The documents of the batch are located as the attention backend on `device` needs them.
     """
-    tokens = batch.tokens
-    cu_seqlens = torch.tensor(
-        [0, *torch.tensor(batch.lengths).cumsum(0).tolist()], dtype=torch.int32
-    )
-    documents = locate_documents(
-        cu_seqlens, max(batch.lengths), device if device.type == "cpu" else META, backend
-    )
+    ends = torch.tensor(batch.lengths).cumsum(0).tolist()
+    cu_seqlens = torch.tensor([0, *ends], dtype=torch.int32)
+    document_device = device if device.type == "cpu" else META
+    documents = locate_documents(cu_seqlens, max(batch.lengths), document_device, backend)
     moved = {
         name: value.to(place) for name, value in vars(documents).items() if torch.is_tensor(value)
     }
     documents = replace(documents, **moved, on_gpu=device.type == "cuda")
-    names = {
-        "input_ids": (1, tokens),
-        "position_ids": (1, tokens),
-        "predict_at": (batch.labelled,),
-        "targets": (batch.labelled,),
-    }
-    return {
-        name: torch.zeros(shape, dtype=torch.int64, device=place) for name, shape in names.items()
-    } | {"documents": documents}
+    inputs: dict[str, Any] = {}
+    for name in ("input_ids", "position_ids"):
+        inputs[name] = torch.zeros((1, batch.tokens), dtype=torch.int64, device=place)
+    for name in ("predict_at", "targets"):
+        inputs[name] = torch.zeros(batch.labelled, dtype=torch.int64, device=place)
+    inputs["documents"] = documents
+    return inputs

@@ -1,4 +1,4 @@
-"""The longest row that fits."""
+"""The longest row that fits the memory of a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from medqlora.training.memory.tracker import Forecast
 
 
 def least_memory(device: torch.device) -> str:
-    """The value of training.gradient_checkpointing that needs the least memory."""
+    """Return the value of training.gradient_checkpointing that needs the least memory."""
     return "offload" if device.type == "cuda" else "full"
 
 
@@ -26,56 +26,70 @@ def longest_sequence(
     target: TargetHardware,
     labelled_of: Callable[[int], int],
 ) -> int | None:
-    """Tokens of the longest row that fits, alone in its optimizer step on each process, with the
-    least memory, where the allocator gives back what it can; a multiple of 16; None: none does."""
+    """Find the longest row that fits, if it is alone in the optimizer step of each process.
+
+    Layers are recomputed (on a GPU also offloaded), and the allocator returns what it can. A secant
+    search on estimates from few layers gives a first length. Forecasts of all layers then correct
+    it, downwards until it fits, and upwards by bisection.
+
+    Args:
+        labelled_of: Takes the tokens of a micro-batch and returns its supervised tokens.
+
+    Returns:
+        Tokens of the row, a multiple of 16; None if no row fits.
+    """
     mode = least_memory(target.device)
     ranks = target.strategy.ranks
-    most = getattr(architecture.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(architecture.get_text_config(), "max_position_embeddings", None)
 
-    def alone(tokens: int) -> Config:
-        return change(
-            change(config, "data", max_length=tokens),
-            "training",
-            global_batch_tokens=tokens * ranks,
-        )
+    def configure(tokens: int) -> Config:
+        """Return the configuration of a step that consists of one such row per process."""
+        longer = change(config, "data", max_length=tokens)
+        return change(longer, "training", global_batch_tokens=tokens * ranks)
 
     def estimate(tokens: int) -> float:
-        return Estimate(alone(tokens), architecture, target, (tokens, tokens), labelled_of).peak_at(
-            tokens, mode
-        )
-
-    (before, needed), (length, need) = ((tokens, estimate(tokens)) for tokens in (1024, 2048))
-    for _ in range(6):  # all that a row needs grows nearly linearly with it
-        guess = length + (target.memory - need) / max(1.0, (need - needed) / (length - before))
-        guess = int(min(guess, most or guess)) // 16 * 16
-        if guess < 16 or guess == length:
-            break
-        (before, needed), (length, need) = (length, need), (guess, estimate(guess))
-    length, per_token = min(length, guess), max(1.0, (need - needed) / (length - before))
+        sizes = (tokens, tokens)
+        estimate = Estimate(configure(tokens), architecture, target, sizes, labelled_of)
+        return estimate.peak_at(tokens, mode)
 
     def forecast(tokens: int) -> Forecast:
-        return forecast_plan(
-            alone(tokens), architecture, target, tokens, mode, labelled_of(tokens)
-        ).forecast
+        labelled = labelled_of(tokens)
+        plan = forecast_plan(configure(tokens), architecture, target, tokens, mode, labelled)
+        return plan.forecast
 
-    over = None  # This is the shortest row that is known not to fit.
-    # from few layers to all of them
-    while length >= 16 and not target.holds(found := forecast(length), short=True):
-        over = length
-        shorter = length - (target.needs(found, short=True) - target.memory) / per_token
-        if found.host > target.host:
-            shorter = min(shorter, length * target.host / found.host)
+    previous, length = 1024, 2048
+    previous_need, need = estimate(previous), estimate(length)
+    for _ in range(6):  # The memory of a row grows nearly linearly with its length.
+        per_token = max(1.0, (need - previous_need) / (length - previous))
+        guess = length + (target.memory - need) / per_token
+        guess = int(min(guess, positions or guess)) // 16 * 16
+        if guess < 16 or guess == length:
+            break
+        previous, previous_need = length, need
+        length, need = guess, estimate(guess)
+    per_token = max(1.0, (need - previous_need) / (length - previous))
+    length = min(length, guess)
+
+    too_long = None  # This is the shortest row that is known not to fit.
+    while length >= 16:
+        all_layers = forecast(length)
+        if target.holds(all_layers, short=True):
+            break
+        too_long = length
+        shorter = length - (target.needs(all_layers, short=True) - target.memory) / per_token
+        if all_layers.host > target.host:
+            shorter = min(shorter, length * target.host / all_layers.host)
         length = min(length - 16, int(shorter) // 16 * 16)
     if length < 16:
         return None
-    over = over or min(most or sys.maxsize, length + length // 10 + 32)
-    # What the allocator reserves grows in steps, so the line may have led too low.
+    too_long = too_long or min(positions or sys.maxsize, length + length // 10 + 32)
+    # The reserve of the allocator grows in steps, so the linear search may have ended too low.
     for _ in range(4):
-        middle = (over + length) // 32 * 16
+        middle = (too_long + length) // 32 * 16
         if middle - length <= length // 100:
             break
         if target.holds(forecast(middle), short=True):
             length = middle
         else:
-            over = middle
+            too_long = middle
     return length

@@ -1,4 +1,4 @@
-"""Micro-batch and recomputation by forecast: the fastest that fits."""
+"""The choice of micro-batch and recomputation: the fastest combination that fits the memory."""
 
 from __future__ import annotations
 
@@ -23,14 +23,23 @@ def plan_step(
     target: TargetHardware,
     labelled_of: Callable[[int], int],
 ) -> StepPlan:
-    """Decide what of max_tokens_per_batch and gradient_checkpointing is auto: of what fits, the
-    fastest by time_per_token, which is few recomputed layers first, then large micro-batches; on a
-    GPU with offloaded layer inputs where that is faster than smaller micro-batches, or alone fits.
-    labelled_of: tokens of a micro-batch -> most that are supervised.
+    """Decide max_tokens_per_batch and gradient_checkpointing where the configuration says `auto`.
+
+    Of the combinations that fit, the one with the least time_per_token is taken. Few recomputed
+    layers count most for that time, then large micro-batches. On a GPU, layer inputs are offloaded
+    where that is faster than smaller micro-batches, or where nothing else fits.
+
+    Args:
+        labelled_of: Takes the tokens of a micro-batch and returns the most that can be supervised.
+
+    Returns:
+        The decision and its forecast. If nothing is `auto`, it is the forecast of the configured
+        step, whether it fits or not.
 
     Raises:
-        ForecastError: nothing fits (says what would), or the architecture cannot be followed.
-        PlanError: the global batch cannot be divided.
+        ForecastError: Nothing fits (the message says what would), or the forecast cannot follow the
+            architecture.
+        PlanError: The global batch cannot be divided.
     """
     training = config.training
     longest = config.data.max_length
@@ -44,37 +53,30 @@ def plan_step(
             training.gradient_checkpointing,
             labelled_of(sizes[0]),
         )
-    modes = (
-        list_checkpointing(architecture, target.device)
-        if training.gradient_checkpointing == "auto"
-        else {training.gradient_checkpointing: (0.0, False)}
-    )
-    easiest = forecast_plan(
+    if training.gradient_checkpointing == "auto":
+        modes = list_checkpointing(architecture, target.device)
+    else:
+        modes = {training.gradient_checkpointing: (0.0, False)}
+    # The fastest combination is the largest micro-batch with the least recomputation.
+    fastest = forecast_plan(
         config, architecture, target, sizes[0], next(iter(modes)), labelled_of(sizes[0])
     )
-    # the largest micro-batch, nothing recomputed that need not be
-    if target.holds(easiest.forecast):
-        return easiest
-    if easiest.forecast.loaded > target.memory:
+    if target.holds(fastest.forecast):
+        return fastest
+    if fastest.forecast.loaded > target.memory:
         raise ForecastError(
-            f"memory: the base alone needs {easiest.forecast.loaded / GIB:.2f} GiB,"
+            f"memory: the base alone needs {fastest.forecast.loaded / GIB:.2f} GiB,"
             f" {target.memory / GIB:.2f} GiB may be used; use a smaller model"
         )
-    estimate = Estimate(
-        config,
-        architecture,
-        target,
-        (min(sizes[-1], max(1, sizes[0] // 2)), sizes[0]),
-        labelled_of,
-    )
-    options = [
-        (time_per_token(size, *costs), size, mode)
-        for size in sizes
-        for mode, costs in modes.items()
-    ]
-    fastest = [option[1:] for option in sorted(options, key=lambda option: option[0])]
+    estimated_sizes = (min(sizes[-1], max(1, sizes[0] // 2)), sizes[0])
+    estimate = Estimate(config, architecture, target, estimated_sizes, labelled_of)
+    options = []
+    for size in sizes:
+        for mode, (recomputed, offloaded) in modes.items():
+            options.append((time_per_token(size, recomputed, offloaded), size, mode))
+    options.sort(key=lambda option: option[0])
     passed_over = []
-    for size, mode in fastest:
+    for _, size, mode in options:
         if len(modes) > 1 and estimate.needs(size, mode) > target.memory:
             if estimate.peak(size, mode) <= target.memory:
                 passed_over.append((size, mode))
@@ -83,7 +85,8 @@ def plan_step(
         if target.holds(plan.forecast):
             return plan
         estimate.learn(plan)
-    # The slack differs from plan to plan, so one of them may fit after all.
+    # The ratio of reserve to peak differs from plan to plan, so a plan that was passed over because
+    # of it may still fit.
     for size, mode in passed_over:
         plan = forecast_plan(config, architecture, target, size, mode, labelled_of(size))
         if target.holds(plan.forecast):
@@ -94,12 +97,12 @@ def plan_step(
     smallest = last.forecast
     if target.holds(smallest, short=True):
         return replace(last, short=True)
-    host = (
-        f" and {smallest.host / GIB:.2f} of {target.host / GIB:.2f} GiB that may be pinned in the"
-        " host's memory"
-        if smallest.host > target.host
-        else ""
-    )
+    host = ""
+    if smallest.host > target.host:
+        host = (
+            f" and {smallest.host / GIB:.2f} of {target.host / GIB:.2f} GiB that may be pinned in"
+            " the host's memory"
+        )
     raise ForecastError(
         f"memory: {sizes[-1]:,} tokens per micro-batch with gradient_checkpointing"
         f" {list(modes)[-1]} need {target.needs(smallest, short=True) / GIB:.2f} GiB,"
@@ -115,8 +118,13 @@ def cost_of_attention(
     plan: StepPlan,
     labelled: int,
 ) -> int | None:
-    """Bytes by which the peak of a plan is higher than with torch's variable-length kernel; None
-    where that runs, and on a CPU.
+    """Return how many bytes the attention backend `grouped` adds to the peak of a plan.
+
+    The comparison is with torch's variable-length kernel. The result is None where the plan uses
+    another backend than `grouped`, and on a CPU.
+
+    Args:
+        labelled: Supervised tokens of a micro-batch.
     """
     if (
         target.device.type == "cpu"
@@ -132,17 +140,23 @@ def cost_of_attention(
 def list_checkpointing(
     architecture: PretrainedConfig, device: torch.device
 ) -> dict[str, tuple[float, bool]]:
-    """Values of training.gradient_checkpointing, most memory first -> part of the layers that is
-    recomputed, whether inputs are offloaded. The first layers are recomputed: their turn in the
-    backward pass comes when the others' activations are gone.
+    """List the values of training.gradient_checkpointing, from most memory to least.
+
+    It is the first layers that are recomputed. The backward pass reaches them last, when the
+    activations of the other layers are already freed.
+
+    Returns:
+        For each value, the fraction of the layers that is recomputed, and whether layer inputs are
+        offloaded.
     """
     layers = architecture.get_text_config().num_hidden_layers
-    modes = (
-        {"none": (0.0, False)}
-        | {f"first_{count}": (count / layers, False) for count in range(1, layers)}
-        | {"full": (1.0, False)}
-    )
-    return modes | ({"offload": (1.0, True)} if least_memory(device) == "offload" else {})
+    modes = {"none": (0.0, False)}
+    for count in range(1, layers):
+        modes[f"first_{count}"] = (count / layers, False)
+    modes["full"] = (1.0, False)
+    if least_memory(device) == "offload":
+        modes["offload"] = (1.0, True)
+    return modes
 
 
 def suggest(
@@ -151,21 +165,22 @@ def suggest(
     target: TargetHardware,
     labelled_of: Callable[[int], int],
 ) -> str:
-    """What would fit, for an error: other recomputation and micro-batches, else shorter rows."""
+    """Say in an error message what would fit: another micro-batch, or else shorter rows."""
     free = change(config, "training", max_tokens_per_batch="auto", gradient_checkpointing="auto")
-    tokens = list_budgets(free.training, 1, target.strategy.ranks)
+    sizes = list_budgets(free.training, 1, target.strategy.ranks)
     mode = least_memory(target.device)
-    hold = [size for size in tokens if size >= config.data.max_length]
-    if hold and target.holds(
-        forecast_plan(config, architecture, target, hold[-1], mode, labelled_of(hold[-1])).forecast,
-        short=True,
-    ):
-        return (
-            f"{hold[-1]:,} tokens with gradient_checkpointing {mode} would fit: set"
-            " training.max_tokens_per_batch and training.gradient_checkpointing to auto"
-        )
+    holding_a_row = [size for size in sizes if size >= config.data.max_length]
+    if holding_a_row:
+        smallest = holding_a_row[-1]
+        labelled = labelled_of(smallest)
+        plan = forecast_plan(config, architecture, target, smallest, mode, labelled)
+        if target.holds(plan.forecast, short=True):
+            return (
+                f"{smallest:,} tokens with gradient_checkpointing {mode} would fit: set"
+                " training.max_tokens_per_batch and training.gradient_checkpointing to auto"
+            )
     length = longest_sequence(config, architecture, target, labelled_of)
-    fitting = [size for size in tokens if size <= (length or 0)]
+    fitting = [size for size in sizes if size <= (length or 0)]
     if not fitting:
         return (
             "no length fits; use a smaller model, a smaller lora.r or training.optimizer"

@@ -1,4 +1,4 @@
-"""The hardware that a forecast is for, and the memory that may be used of it."""
+"""The hardware that a forecast is for, and the memory of it that a training may use."""
 
 from __future__ import annotations
 
@@ -17,23 +17,30 @@ from medqlora.training.memory.forecast import check_attention
 from medqlora.training.memory.tracker import Forecast, ForecastError
 from medqlora.training.strategies.launch import Strategy
 
-# We assume this much for the CUDA context of one process; it lies outside the allocator.
+# The CUDA context of one process lies outside the allocator. This is an assumption of its size.
 CONTEXT = 512 * MIB
-# We assume this much for kernels and libraries that load at their first use, after free memory was
-# read.
+# Kernels and libraries are loaded when they are first used, after the free memory was read. This is
+# an assumption of their size.
 KERNELS = 256 * MIB
-MARGIN = 0.05  # of a card's memory that a plan leaves free, for fragmentation
-# of a machine's free memory that tensors on a CPU may take: the C library keeps freed blocks, up to
-# as much again
+MARGIN = 0.05  # A plan leaves this fraction of a GPU's memory free, for fragmentation.
+# Tensors on a CPU may take this fraction of a machine's free memory. The C library keeps freed
+# blocks, which can take as much memory again.
 HEAP = 0.5
 
 
 @dataclass(frozen=True)
 class TargetHardware:
-    """Where a step runs. memory: bytes that one process may use, its margin taken off already;
-    host: bytes of the machine's memory that one process may pin for offloaded layer inputs;
-    capability: of a GPU that is not here (default: this machine's); expandable: whether the
-    allocator's segments grow."""
+    """The hardware that a step runs on.
+
+    Args:
+        dtype: The dtype of computing.
+        storage: The dtype that 4-bit weights are packed in.
+        memory: Bytes that one process may use; the margin is already subtracted.
+        host: Bytes of host memory that one process may pin for offloaded layer inputs.
+        capability: Compute capability of a GPU that is not in this machine; None takes the one of
+            this machine's GPU.
+        expandable: Whether the allocator has expandable segments.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -45,8 +52,10 @@ class TargetHardware:
     expandable: bool = True
 
     def needs(self, forecast: Forecast, short: bool = False) -> int:
-        """Bytes that a step takes of `memory`: on a GPU what its allocator reserves; short: what it
-        can do with, see Reserve.
+        """Return the bytes that a step takes of `memory`.
+
+        On a GPU they are what the allocator reserves, and with `short` what it reserves when memory
+        runs out (see Reserve).
         """
         if self.device.type == "cpu":
             return forecast.peak
@@ -54,9 +63,11 @@ class TargetHardware:
         return reserved.short if short else reserved.plenty
 
     def holds(self, forecast: Forecast, short: bool = False) -> bool:
+        """Say whether a step fits the memory of the GPU or CPU, and of the host."""
         return self.needs(forecast, short) <= self.memory and forecast.host <= self.host
 
     def choose_attention(self, config: Config, architecture: PretrainedConfig) -> Choice:
+        """Choose the attention backend of a forecast; it raises as check_attention does."""
         return check_attention(
             config.model.attention, self.device, self.dtype, architecture, self.capability
         )
@@ -64,9 +75,15 @@ class TargetHardware:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """training.max_tokens_per_batch and training.gradient_checkpointing decided, and the forecast
-    that they rest on. short: it fits where the allocator gives back what it can
-    (allocator.Reserve)."""
+    """Micro-batch and recomputation of a step, and its forecast.
+
+    Args:
+        tokens: Tokens of a micro-batch of one process.
+        checkpointing: Value of training.gradient_checkpointing, not `auto`.
+        forecast: The memory of one process.
+        short: Whether the step fits only because the allocator returns what it can
+            (allocator.Reserve).
+    """
 
     tokens: int
     checkpointing: str
@@ -75,38 +92,45 @@ class StepPlan:
 
 
 def usable(total: int, device: torch.device) -> int:
-    """Bytes for tensors on a card of `total` bytes, less MARGIN, CONTEXT and KERNELS, or in a
-    machine's memory: HEAP of it.
+    """Return the bytes of a memory of `total` bytes that tensors may use.
+
+    On a GPU, MARGIN, CONTEXT and KERNELS are subtracted. In host memory it is the fraction HEAP.
     """
-    return (
-        int(total * (1 - MARGIN)) - CONTEXT - KERNELS
-        if device.type == "cuda"
-        else int(total * HEAP)
-    )
+    if device.type == "cuda":
+        return int(total * (1 - MARGIN)) - CONTEXT - KERNELS
+    return int(total * HEAP)
 
 
 def available_memory(device: torch.device, processes: int = 1) -> int:
-    """Bytes that one of so many processes of this machine may use for training: what is free on its
-    GPU, or its share of the machine's free memory."""
+    """Return the bytes that one process may use for training.
+
+    On a GPU they are the free memory of this process's GPU less MARGIN and KERNELS; on a CPU, its
+    share of the usable free memory of the machine.
+
+    Args:
+        processes: Number of training processes on this machine.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * (1 - MARGIN)) - KERNELS
     return usable(psutil.virtual_memory().available // processes, device)
 
 
 def available_host(processes: int = 1) -> int:
-    """Bytes of this machine's memory that one of so many processes may pin."""
+    """Return the bytes of host memory that one of `processes` processes of this machine may pin."""
     return usable(psutil.virtual_memory().available // processes, torch.device("cpu"))
 
 
 def parse_size(text: str) -> int:
-    """ "8GiB", "24 GB" or a number of bytes -> bytes.
+    """Read a size such as "8GiB", "24 GB", or a plain number of bytes; return bytes.
 
     Raises:
-        ForecastError: something else.
+        ForecastError: The text is no size, or the size is 0.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
-    if not found or not float(found[1]):  # also a bare 0
-        raise ForecastError(f"size {text!r}: expected a number and a unit, e.g. 8GiB or 24GB")
-    return int(
-        float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " ")
-    )
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise ForecastError(
+            f"size {text!r}: expected a number and a unit, such as 8GiB or 24GB, above 0"
+        )
+    number, prefix, binary = match.groups()
+    factor = 1024 if binary else 1000
+    return int(float(number) * factor ** " KMGT".index(prefix.upper() or " "))

@@ -1,4 +1,4 @@
-"""Every storage of a step, followed while modules run on the meta device."""
+"""A tracker of every tensor storage of a step, while the modules run on the meta device."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from medqlora.core.errors import UserError
 from medqlora.training.memory.allocator import BLOCK, MIB, Reserve
 
 GIB = 2**30
-# On Hopper and later; 8.1 MiB each before (aten/src/ATen/cuda/CublasHandlePool.cpp). Forward and
-# backward run in threads of their own.
+# Forward and backward run in different threads, and each has a cuBLAS workspace. Its size is 32 MiB
+# on Hopper and later, and 8.1 MiB before (aten/src/ATen/cuda/CublasHandlePool.cpp).
 CUBLAS_WORKSPACES = 2 * 32 * MIB
 META = torch.device("meta")
 CATEGORIES = (
@@ -38,19 +38,21 @@ CATEGORIES = (
 
 
 class ForecastError(UserError):
-    """A budget that nothing fits, or input that no forecast can be made of."""
+    """Nothing fits the memory, or no forecast can be made of the input."""
 
 
 class UnknownForecast(ForecastError):
-    """A way to train that the forecast cannot follow; it may still train."""
+    """The forecast cannot follow this configuration, which may still train."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The micro-batch that a forecast is for.
+    """The micro-batch of a forecast.
 
-    lengths: tokens of each packed row; labelled: supervised tokens; accumulated: gradients of
-    earlier micro-batches are there.
+    Args:
+        lengths: Tokens of each packed row.
+        labelled: Number of supervised tokens.
+        accumulated: Whether gradients of earlier micro-batches are there.
     """
 
     lengths: tuple[int, ...]
@@ -64,10 +66,20 @@ class Batch:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes of one training process. peak: highest sum of live tensors, by_category: at that
-    moment; by_phase: highest of each phase; reserved: what CUDA's caching allocator would hold with
-    expandable segments, replayed, reserved_fixed: without them; at_loading: base and adapter before
-    the first step; host: pinned memory for layer inputs that are offloaded.
+    """The memory of one training process, in bytes.
+
+    Args:
+        peak: Highest sum of live tensors.
+        by_category: The tensors at the moment of the peak.
+        by_phase: Highest sum of each phase of the step.
+        reserved: What CUDA's caching allocator reserves with expandable segments.
+        reserved_fixed: What it reserves without expandable segments.
+        at_loading: Base and adapter before the first step, by category.
+        trainable: Number of trainable parameters.
+        layers: Number of decoder layers.
+        recomputed: Number of layers whose activations are computed again.
+        largest: Bytes of the largest part that a sharded base gathers at once.
+        host: Pinned host memory for offloaded layer inputs.
     """
 
     peak: int
@@ -78,46 +90,63 @@ class Forecast:
     at_loading: dict[str, int]
     trainable: int
     layers: int
-    recomputed: int  # layers
-    largest: int = 0  # bytes of the largest part that a sharded base gathers at once
+    recomputed: int
+    largest: int = 0
     host: int = 0
 
     @property
     def loaded(self) -> int:
+        """Bytes of base and adapter before the first step."""
         return sum(self.at_loading.values())
 
 
 class Tracker(TorchDispatchMode):
-    """Follows storages: bytes alive by category, and their highest sum by phase."""
+    """Counts the bytes of all live storages by category, and their highest sum in each phase.
+
+    Attributes:
+        phase: Name of the present phase of the step, which the caller sets.
+        now: Bytes of the live storages by category.
+        total: Bytes of all live storages.
+        peaks: For each phase, the highest total and the bytes by category at that moment.
+        events: Number and bytes of each storage that was made, and number and 0 of each that was
+            freed, in order; replay_allocator takes them.
+    """
 
     def __init__(self, vocabulary: int, place: torch.device = META):
+        """Make a tracker of the tensors on one device.
+
+        Args:
+            vocabulary: Tensors whose last dimension has this size are logits.
+            place: The device whose tensors are followed.
+        """
         super().__init__()
         self.vocabulary = vocabulary
         self.place = place
         self.phase = "loading"
-        # storage -> (itself, category, bytes)
+        # address of the storage -> weak reference to it, category, bytes
         self.alive: dict[int, tuple[weakref.ref, str, int]] = {}
         self.now: Counter[str] = Counter()
         self.total = 0
         self.peaks: dict[str, tuple[int, dict[str, int]]] = {}
-        # (serial number, bytes or 0 for freed), for the allocator's replay
         self.events: list[tuple[int, int]] = []
+        # address of a live storage -> its number in `events`, because addresses are used again
         self.serial: dict[int, int] = {}
 
     def follow(self, tensor: torch.Tensor, category: str) -> None:
-        """Count a tensor's storage under a category, or move it there."""
+        """Count the storage of a tensor under a category, or move it there if it is known."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         size = -(-storage.nbytes() // BLOCK) * BLOCK
         if not size:
             return
-        known = self.alive.get(key)
-        if known is not None:
-            self.now[known[1]] -= known[2]
-            self.now[category] += known[2]
-            self.alive[key] = (known[0], category, known[2])
+        if key in self.alive:
+            reference, old_category, old_size = self.alive[key]
+            self.now[old_category] -= old_size
+            self.now[category] += old_size
+            self.alive[key] = (reference, category, old_size)
             return
-        self.serial[key] = number = len(self.events)
+        number = len(self.events)
+        self.serial[key] = number
         self.alive[key] = (weakref.ref(storage, lambda _: self.forget(key, number)), category, size)
         self.events.append((number, size))
         self.now[category] += size
@@ -126,6 +155,7 @@ class Tracker(TorchDispatchMode):
             self.peaks[self.phase] = (self.total, dict(self.now))
 
     def forget(self, key: int, number: int) -> None:
+        """Take a storage that was freed out of the count."""
         if self.serial.get(key) == number:
             _, category, size = self.alive.pop(key)
             del self.serial[key]
@@ -134,18 +164,18 @@ class Tracker(TorchDispatchMode):
             self.events.append((number, 0))
 
     def classify(self, tensor: torch.Tensor) -> str:
-        if (
-            tensor.dim()
-            and tensor.shape[-1] == self.vocabulary
-            and tensor.numel() > self.vocabulary
-        ):
+        """Return the category of a tensor that an operator made in the present phase."""
+        has_vocabulary = tensor.dim() > 0 and tensor.shape[-1] == self.vocabulary
+        if has_vocabulary and tensor.numel() > self.vocabulary:
             return "logits and loss"
         if self.phase != "backward":
             return "activations"
+        # In the backward pass, only recomputed forward operators run with gradients enabled.
         return "recomputation" if torch.is_grad_enabled() else "activation gradients"
 
-    def see(self, tree: Any, category: str | None = None) -> None:
-        for tensor in tree if isinstance(tree, (tuple, list)) else [tree]:
+    def see(self, result: Any, category: str | None = None) -> None:
+        """Count those tensors of an operator's result whose storages are new."""
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
             if (
                 isinstance(tensor, torch.Tensor)
                 and tensor.device == self.place
@@ -155,16 +185,18 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         name = function.name()
-        inside = [
-            self.make(shape, dtype, category)
-            for shape, dtype, category in list_inside(name, arguments, keywords or {})
-        ]
-        result = function(*arguments, **(keywords or {}))
+        keywords = keywords or {}
+        # The kernel's temporary tensors live until its result has been counted.
+        temporary = []
+        for shape, dtype, category in list_inside(name, arguments, keywords):
+            temporary.append(self.make(shape, dtype, category))
+        result = function(*arguments, **keywords)
         self.see(result, "dequantization" if name.startswith("bitsandbytes::dequantize") else None)
-        del inside
+        del temporary
         return result
 
     def make(self, shape: tuple[int, ...], dtype: torch.dtype, category: str) -> torch.Tensor:
+        """Make a tensor without content and count it."""
         tensor = torch.empty(shape, dtype=dtype, device=META)
         self.follow(tensor, category)
         return tensor
@@ -173,7 +205,19 @@ class Tracker(TorchDispatchMode):
 def list_inside(
     name: str, arguments: tuple, keywords: dict[str, Any]
 ) -> Iterator[tuple[tuple[int, ...], torch.dtype, str]]:
-    """What kernels allocate while they run, as (shape, dtype, category)."""
+    """List the temporary tensors that a kernel allocates while it runs.
+
+    The dispatcher sees only the operator, not what its kernel allocates. The sizes are therefore
+    taken from the sources of the kernels, which are named beside them.
+
+    Args:
+        name: Name of the operator.
+        arguments: Its positional arguments.
+        keywords: Its keyword arguments.
+
+    Yields:
+        Shape, dtype and category of each tensor.
+    """
     # bitsandbytes 0.50, backends/cuda/ops.py, _dequant_linear_fallback
     if name == "bitsandbytes::gemm_4bit":
         constants = keywords.get("absmax_8bit", arguments[7] if len(arguments) > 7 else None)
@@ -190,29 +234,29 @@ def list_inside(
         multiple = 32 if width <= 128 else 64
         padded = tokens + 128 * documents
         rounded = -(-width // multiple) * multiple
-        # the query's gradient, accumulated
+        # The gradient of the query is accumulated in float32.
         yield (padded, heads, rounded), torch.float32, "workspace"
         yield (heads, padded), torch.float32, "workspace"
-        # gradients of key and value of every query head, summed into groups afterwards
+        # Key and value first have a gradient for every query head. These are summed into groups.
         if key.shape[1] != heads:
             yield (2, tokens, heads, width), query.dtype, "workspace"
     # mem_eff_attention/kernel_backward.h, workspace_size
     elif name == "aten::_scaled_dot_product_efficient_attention_backward":
         query = arguments[1]
         rows, heads, tokens, width = query.shape
-        # It accumulates the query's gradient by blocks of keys.
+        # The gradient of the query is accumulated over blocks of keys.
         yield (rows, heads, tokens, width), torch.float32, "workspace"
         yield (rows, heads, tokens), torch.float32, "workspace"
-        # Wider gradients of key and value do not fit into registers.
+        # The gradients of key and value fit into registers only up to a width of 64.
         if query.dtype is not torch.float32 and width > 64:
             yield (2, rows, heads, tokens, width), torch.float32, "workspace"
-    # backends/default/ops.py: an int32 product, scaled to float16, then cast
+    # bitsandbytes, backends/default/ops.py: the int32 product is scaled to float16 and then cast.
     elif name == "bitsandbytes::int8_scaled_mm":
         rows = arguments[0].shape[0]
         outputs = arguments[1].shape[0]
         yield (rows, outputs), torch.int32, "dequantization"
         yield (rows, outputs), torch.float16, "dequantization"
-    # backends/cuda/ops.py: where inputs are outliers, and their magnitudes
+    # bitsandbytes, backends/cuda/ops.py: the magnitudes of the inputs, and which are outliers.
     elif name == "bitsandbytes::int8_vectorwise_quant":
         yield tuple(arguments[0].shape), torch.float16, "dequantization"
         yield tuple(arguments[0].shape), torch.bool, "dequantization"
