@@ -1,4 +1,4 @@
-"""What a run's files say."""
+"""The content of a run's files, for a report."""
 
 from __future__ import annotations
 
@@ -10,17 +10,25 @@ from medqlora.evaluation.predictions import Predictions
 
 
 class ReportError(UserError):
-    """A run folder or output that no report can be made of."""
+    """No report can be made of a run folder, or the report cannot be written."""
 
 
 @dataclass
 class Run:
-    """What is known of one run; everything but the name may be missing.
+    """The content of one run's files; everything but the name may be missing.
 
-    rows, scores: by the name of the predictions file without its ending (base, tuned, …), scores as
-    of score_predictions; comparison: of base and tuned, as of compare_predictions, or the part that
-    metrics.json keeps; obstacle: why there is none; log: lines of train_log.jsonl; metrics,
-    environment: of the .json files; config: text of config.yaml; missing: file names.
+    Args:
+        name: Name of the run folder.
+        rows: Predictions by the name of their file without its ending (base, tuned, …).
+        scores: Scores by the same names, as score_predictions returns them.
+        comparison: Comparison of base and tuned, as compare_predictions returns it, or the part of
+            it that metrics.json holds.
+        obstacle: Why there is no comparison.
+        log: Rows of train_log.jsonl.
+        metrics: Content of metrics.json.
+        environment: Content of environment.json.
+        config: Text of config.yaml.
+        missing: Names of the files that are not there.
     """
 
     name: str
@@ -36,30 +44,32 @@ class Run:
 
     @property
     def shown(self) -> list[str]:
-        """Multiple-choice files that the charts show: base and tuned, else the first one there
-        is.
+        """Names of the multiple-choice predictions that the charts show.
+
+        They are base and tuned. Where neither exists, it is the first one.
         """
         choices = [name for name, scores in self.scores.items() if "accuracy" in scores]
         return [name for name in ("base", "tuned") if name in choices] or choices[:1]
 
 
 def shorten(commit: str | None) -> str | None:
-    return commit and commit[:12] + ("-dirty" if str(commit).endswith("-dirty") else "")
+    """Return the first 12 characters of a commit, and keep the mark of uncommitted changes."""
+    if not commit:
+        return commit
+    return commit[:12] + ("-dirty" if str(commit).endswith("-dirty") else "")
 
 
 def flatten(tree: Any, name: str = "") -> list[list[str]]:
-    """Nested facts -> [dotted name, value] rows."""
-    entries = (
-        tree.items()
-        if isinstance(tree, dict)
-        else enumerate(tree)
-        if isinstance(tree, list)
-        else None
-    )
+    """Turn nested dictionaries and lists into rows of a dotted name and a value."""
+    if isinstance(tree, dict):
+        entries = list(tree.items())
+    elif isinstance(tree, list):
+        entries = list(enumerate(tree))
+    else:
+        entries = []
     if not entries:
         return [[name, "–" if tree in (None, [], {}) else str(tree)]]
-    return [
-        row
-        for key, value in entries
-        for row in flatten(value, f"{name}.{key}" if name else str(key))
-    ]
+    rows = []
+    for key, value in entries:
+        rows += flatten(value, f"{name}.{key}" if name else str(key))
+    return rows

@@ -1,4 +1,4 @@
-"""What a training says on the terminal while it runs."""
+"""The output of a training on the terminal while it runs."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from medqlora.core.run_folder import LOG
 from medqlora.evaluation.comparison import compare_paired
 from medqlora.evaluation.metrics import score_predictions
 from medqlora.evaluation.predictions import collect_rows
+from medqlora.reporting.numbers import p_text
 from medqlora.training.memory.tracker import GIB
 from medqlora.training.planning import Decision, Planned
 from medqlora.training.session import Built, Loaded
@@ -28,12 +29,17 @@ from medqlora.training.strategies.gradient_check import GradientCheck
 
 
 class TrainingDisplay(AbstractContextManager):
-    """The progress bar, the log file and the experiment tracker of one training; rank 0 alone has
-    them.
+    """The progress bar, the log file and the experiment tracker of one training.
+
+    Every rank has such an object, but only that of rank 0 writes anything.
     """
 
     def __init__(self, console: Console, setup: Setup, planned: Planned, done: int):
-        """done: steps before this start."""
+        """Make the display.
+
+        Args:
+            done: Number of steps that the run had taken before this start.
+        """
         self.console = console
         self.setup = setup
         self.steps = len(planned.plan)
@@ -41,7 +47,7 @@ class TrainingDisplay(AbstractContextManager):
         setup.accelerator.init_trackers(
             "medqlora", config={key: str(value) for key, value in settings.items()}
         )
-        self.shown = setup.rank == 0
+        self.writes = setup.rank == 0
         columns = (
             TextColumn("{task.description}"),
             BarColumn(20),
@@ -49,7 +55,7 @@ class TrainingDisplay(AbstractContextManager):
             TimeRemainingColumn(),
             TextColumn("{task.fields[figures]}"),
         )
-        hidden = not self.shown or not console.is_terminal
+        hidden = not self.writes or not console.is_terminal
         self.progress = Progress(*columns, console=console, disable=hidden)
         self.task = self.progress.add_task("training", total=self.steps, completed=done, figures="")
 
@@ -61,16 +67,21 @@ class TrainingDisplay(AbstractContextManager):
         self.progress.stop()
 
     def say(self, text: str) -> None:
-        if self.shown:
+        """Print a text above the progress bar."""
+        if self.writes:
             self.progress.console.print(text)
 
     def log(self, row: dict[str, Any]) -> None:
-        if self.shown:
+        """Append a row to train_log.jsonl, and pass it to the experiment tracker."""
+        if self.writes:
             append_line(self.setup.output_dir / LOG, row)
             self.setup.accelerator.log(row, step=row["step"])
 
     def log_step(self, row: dict[str, Any]) -> None:
-        """Log a step, move the progress bar, and without one say every tenth of the training."""
+        """Log a step and move the progress bar.
+
+        Where the output is no terminal and has no bar, a line is printed ten times per training.
+        """
         self.log(row)
         figures = (
             f"loss {row['loss']:.3f}  lr {row['lr']:.1e}  {row['tokens_per_second']:,.0f} tokens/s "
@@ -78,17 +89,18 @@ class TrainingDisplay(AbstractContextManager):
         )
         done = row["step"]
         self.progress.update(self.task, completed=done, figures=figures)
-        tenth = done % max(1, self.steps // 10) == 0 or done == self.steps
-        if self.shown and not self.console.is_terminal and tenth:
+        due = done % max(1, self.steps // 10) == 0 or done == self.steps
+        if self.writes and not self.console.is_terminal and due:
             self.console.print(f"step {done}/{self.steps}  {figures}")
 
     def log_evaluation(self, step: int, loss: float) -> None:
-        perplexity = math.exp(min(loss, 700))  # Beyond it, a float overflows.
+        """Log an evaluation: the mean loss per supervised token in nats, and its perplexity."""
+        perplexity = math.exp(min(loss, 700))  # exp of a number above 709 overflows a float.
         self.log({"step": step, "eval_loss": loss, "perplexity": perplexity})
 
 
 def describe_planned(setup: Setup, planned: Planned) -> Iterator[Table | str]:
-    """Data, steps and memory of a training, before its model is loaded."""
+    """Describe the data, the steps and the memory of a training, before its model is loaded."""
     for warning in planned.damaged:
         yield f"[yellow]warning: {warning}"
     prepared = planned.prepared
@@ -97,18 +109,19 @@ def describe_planned(setup: Setup, planned: Planned) -> Iterator[Table | str]:
         yield f"removed {count:,}: {reason} (listed in {setup.output_dir / 'removed.jsonl'})"
     yield describe_batch(setup.config.training, setup.config.data.max_length, setup.strategy.ranks)
     batches = len(planned.plan.micro_batches(0, 0, setup.strategy.ranks))
+    evaluated = len(prepared.eval.lengths) if prepared.eval else 0
     yield (
         f"{len(planned.plan):,} steps of {batches} micro-batch(es) per process;"
-        f" {len(prepared.eval.lengths) if prepared.eval else 0:,} rows for the evaluation loss,"
-        f" {len(prepared.test):,} test questions"
+        f" {evaluated:,} rows for the evaluation loss, {len(prepared.test):,} test questions"
     )
     yield describe_decision(planned.decision)
-    if (checkpoint := planned.checkpoint) is not None:
-        done = checkpoint.state["step"]
-        yield f"resuming after step {done} of {len(planned.plan)} ({checkpoint.path})"
+    if planned.checkpoint is not None:
+        done = planned.checkpoint.state["step"]
+        yield f"resuming after step {done} of {len(planned.plan)} ({planned.checkpoint.path})"
 
 
 def tabulate_mixture(mixture: list[dict[str, Any]]) -> Table:
+    """Make a table of the training data, one row per data entry."""
     table = Table(title="training data", title_justify="left")
     for column in ("entry", "rows", "rows per epoch", "share of rows", "share of tokens"):
         table.add_column(column, justify="left" if column == "entry" else "right")
@@ -124,8 +137,9 @@ def tabulate_mixture(mixture: list[dict[str, Any]]) -> Table:
 
 
 def describe_decision(decision: Decision) -> str:
+    """Describe the micro-batch, the recomputation, and the forecast memory of a step."""
     if decision.no_forecast is not None:
-        return f"[yellow]the memory of a step is not known: {decision.no_forecast}"
+        return f"[yellow]the memory of a step cannot be forecast: {decision.no_forecast}"
     text = (
         f"micro-batches of {decision.max_tokens_per_batch:,} tokens,"
         f" {decision.recomputed_layers} of {decision.layers} layers recomputed: predicted peak"
@@ -134,7 +148,7 @@ def describe_decision(decision: Decision) -> str:
         f" {decision.memory_bytes / GIB:.2f} GiB that may be used"
     )
     if decision.predicted_needed_bytes > decision.memory_bytes:
-        text += "; [yellow]it will hardly fit[/]"
+        text += "; [yellow]memory will probably run out[/]"
     if decision.predicted_host_bytes:
         text += f"; {decision.predicted_host_bytes / GIB:.2f} GiB pinned in the host's memory"
     return text
@@ -143,35 +157,47 @@ def describe_decision(decision: Decision) -> str:
 def describe_model(
     setup: Setup, planned: Planned, loaded: Loaded, built: Built, isolation_error: float
 ) -> Iterator[str]:
-    """Attention, sizes and precision of the loaded model."""
+    """Describe attention, sizes and precision of the loaded model."""
     cost = planned.decision.attention_cost_bytes
     more = ""
     if cost is not None:
-        more = f"; forecast: {cost / GIB:.2f} GiB more than the variable-length kernel would need"
+        more = (
+            f"; by forecast it needs {cost / GIB:.2f} GiB more than the variable-length kernel"
+            " would"
+        )
     yield (
         f"attention {setup.attention.backend} isolates packed rows (error {isolation_error:.0e});"
         f" {setup.attention.reason}{more}"
     )
     model = setup.config.model
+    dtype = str(setup.dtype).removeprefix("torch.")
+    compiled = ", norms and activations compiled" if loaded.compiled else ""
     yield (
-        f"{model.base}: {model.quantization}, {str(setup.dtype).removeprefix('torch.')},"
+        f"{model.base}: {model.quantization}, {dtype},"
         f" {setup.adapter_parameters:,} trainable beside {setup.base_parameters:,} frozen"
-        f" parameters; {built.recomputed} layers recomputed"
-        f"{', norms and activations compiled' if loaded.compiled else ''}; {setup.device}"
+        f" parameters; {built.recomputed} layers recomputed{compiled}; {setup.device}"
     )
 
 
 def describe_check(setup: Setup, check: GradientCheck) -> str:
+    """Describe the result of the gradient check at the start of a training."""
     return (
-        f"{setup.strategy.name} on {setup.strategy.ranks} processes: gradients of a short batch"
-        f" equal the whole model's (error {check.relative_error:.0e}, {check.seconds:.1f} s with"
-        " setting up)"
+        f"{setup.strategy.name} on {setup.strategy.ranks} processes: the gradients of a short batch"
+        f" equal those of the whole model (error {check.relative_error:.0e}; setting up and"
+        f" checking took {check.seconds:.1f} s)"
     )
 
 
 def compare_scores(base: list[dict], tuned: list[dict]) -> tuple[dict[str, Any], Table, str]:
-    """Predictions of the base and of the tuned model -> the keys of metrics.json, for the tuned
-    model with `base` and `comparison` inside; a table; the difference in words.
+    """Score the predictions of the base and of the tuned model, and compare them.
+
+    Args:
+        base: Prediction rows of the base.
+        tuned: Prediction rows of the tuned model, on the same questions.
+
+    Returns:
+        The scores for metrics.json (those of the tuned model, with those of the base under `base`
+        and the comparison under `comparison`), a table of accuracies, and the difference in words.
     """
     base_columns = collect_rows(base)
     tuned_columns = collect_rows(tuned)
@@ -185,15 +211,16 @@ def compare_scores(base: list[dict], tuned: list[dict]) -> tuple[dict[str, Any],
     for name, scores in before["per_subject"].items():
         add_accuracies(table, name, scores, after["per_subject"][name])
     low, high = comparison["difference_ci95"]
-    p = comparison["mcnemar_p"]
     difference = (
         f"difference {comparison['difference']:+.1%} (95 % interval {low:+.1%} to {high:+.1%}),"
-        f" paired exact McNemar p {'< 1e-12' if p < 1e-12 else f'= {p:.2g}'}"
+        f" paired exact McNemar p {p_text(comparison['mcnemar_p'])}"
     )
     return {**after, "base": before, "comparison": comparison}, table, difference
 
 
 def add_accuracies(table: Table, name: str, base: dict, tuned: dict) -> None:
+    """Add a row with the accuracies of both models to the table."""
+
     def interval(scores: dict) -> str:
         low, high = scores["accuracy_ci95"]
         return f"{low:.1%} – {high:.1%}"
@@ -209,6 +236,7 @@ def add_accuracies(table: Table, name: str, base: dict, tuned: dict) -> None:
 
 
 def describe_memory(memory: dict[str, int], device: torch.device) -> str:
+    """Describe the memory in bytes that was measured at several moments of a training."""
     kind = "GPU memory, allocated" if device.type == "cuda" else "memory of this process, resident"
     sizes = [f"{name} {value / 2**20:,.0f} MiB" for name, value in memory.items()]
     return f"{kind}: {', '.join(sizes)}"
