@@ -1,11 +1,10 @@
-"""Merge an adapter into its base, shard by shard, and check that the merged model is the one that
-was trained.
+"""Merge an adapter into its base, file by file, and check that the result is the trained model.
 
     python recipes/merge_adapter.py --adapter runs/mine/adapter --output merged
 
-The default merges into the dequantized weights: the weights that training multiplied with.
-`--base_weights original` merges into the 16-bit base, which is another model (its logits differ
-from the trained one's; the printed figure says by how much).
+By default the adapter is merged into the dequantized weights, with which the training computed.
+`--base_weights original` merges it into the original 16-bit weights instead. That is another model
+than the trained one, and the printed error says how much its logits differ.
 """
 
 import argparse
@@ -25,31 +24,31 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--adapter", type=Path, required=True, help="adapter folder of a run")
+    parser.add_argument("--adapter", type=Path, required=True, help="the adapter folder of a run")
     parser.add_argument(
-        "--output", type=Path, required=True, help="folder to write; must not exist"
+        "--output", type=Path, required=True, help="the folder to write, which must not exist"
     )
     parser.add_argument(
-        "--base", help="folder or hub id of the base (default: the one the adapter names)"
+        "--base", help="folder or hub id of the base (default: the one that the adapter names)"
     )
     parser.add_argument(
         "--base_weights",
         choices=["dequantized", "original"],
         default="dequantized",
-        help="default dequantized",
+        help="the weights that the adapter is merged into (default dequantized)",
     )
     parser.add_argument(
         "--verify",
         choices=["true", "false"],
         default="true",
-        help="compare logits with base + adapter (default true)",
+        help="compare the logits of the result with those of base + adapter (default true)",
     )
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    # A mistake is said before torch is imported, which takes seconds. torch reads the allocator's
-    # variable when it is imported.
+    # The arguments are checked before torch is imported, which takes seconds. The variable of its
+    # allocator must be set before, because torch reads it while it is imported.
     ARGUMENTS = run_early(parse_arguments)
     prefer_expandable_segments(os.environ)
 
@@ -68,13 +67,24 @@ from medqlora.prompts.encoding import encode_prefixes
 from medqlora.prompts.fingerprint import PROBES
 from medqlora.prompts.styles import PromptError, render
 
-# Mean relative error of the prompts' logits: rounding of merged weights to the compute dtype is all
-# that may differ. A single prompt's may be several times as large in 16 bits.
+# Upper bounds of the mean relative error of the logits, by the dtype of computing. Only rounding of
+# the merged weights to that dtype makes a difference. In 16 bits, the error of a single prompt may
+# be several times as large.
 BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-
-
-INT8_BOUND = 5e-2  # int8 training also rounds activations, which no merged weight can show
-
+# Training with int8 weights also rounds activations, which merged weights cannot reproduce.
+INT8_BOUND = 5e-2
+# These texts are not in a prompt style of this package.
+VERIFY_TEXTS = (
+    (
+        "A 54-year-old man with diabetes presents with chest pain that radiates to the left arm."
+        " The most likely diagnosis is"
+    ),
+    "The half-life of a drug that is eliminated by first-order kinetics depends on",
+    (
+        "Question: Which electrolyte falls first?\nA. Sodium\nB. Potassium\nC. Calcium\nD."
+        " Chloride\nAnswer:"
+    ),
+)
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -89,7 +99,7 @@ def main() -> None:
     base_id = arguments.base or metadata.get("base")
     if base_id is None:
         raise MergeError(
-            f"--adapter {arguments.adapter} does not name its base; give it with --base"
+            f"--adapter {arguments.adapter}: its metadata names no base; give the base with --base"
         )
     revision = None if Path(base_id).is_dir() else metadata.get("revision")
     config = read_model_config(base_id, revision)
@@ -98,7 +108,7 @@ def main() -> None:
     if metadata.get("base_sha256") not in (None, sample_weights(base)):
         raise MergeError(
             f"--base {base_id}: its weights are not those the adapter was trained on"
-            f" ({metadata['base']}); give that model"
+            f" ({metadata['base']}); give that base"
         )
 
     steps = merge(
@@ -113,7 +123,13 @@ def main() -> None:
 
 
 def verify(arguments: argparse.Namespace, metadata: dict, base: Path) -> None:
-    """Logits of the merged model against base + adapter, one model in memory at a time."""
+    """Compare the logits of the merged model with those of base + adapter.
+
+    Only one of the two models is in memory at a time.
+
+    Raises:
+        MergeError: A merge into dequantized weights differs by more than rounding.
+    """
     device = default_device()
     encoder = make_encoder(
         load_tokenizer(str(base)),
@@ -124,7 +140,7 @@ def verify(arguments: argparse.Namespace, metadata: dict, base: Path) -> None:
     for probe in PROBES:
         try:
             prompts.append(render(probe, encoder.style, encoder.completion))
-        except PromptError:
+        except PromptError:  # Not every style can render every kind of question.
             continue
     rows = encode_prefixes(encoder, prompts) + [
         encode_text(encoder.tokenizer, text) for text in VERIFY_TEXTS
@@ -144,49 +160,39 @@ def verify(arguments: argparse.Namespace, metadata: dict, base: Path) -> None:
     )
     figures = compare_logits(reference, merged)
     console.print(
-        "merged against base + adapter: relative logit error mean"
-        f" {figures['mean_relative_error']:.1e}, largest {figures['max_relative_error']:.1e}; same"
-        f" most likely token on {figures['same_top_token']:.0%} of {len(rows)} prompts"
+        "merged model compared with base + adapter: relative logit error"
+        f" {figures['mean_relative_error']:.1e} on average, {figures['max_relative_error']:.1e} at"
+        f" most; same most likely token on {figures['same_top_token']:.0%} of {len(rows)} prompts"
     )
-    bound = (
-        max(BOUNDS[dtype], INT8_BOUND) if metadata.get("quantization") == "int8" else BOUNDS[dtype]
-    )
+    bound = BOUNDS[dtype]
+    if metadata.get("quantization") == "int8":
+        bound = max(bound, INT8_BOUND)
     if arguments.base_weights == "dequantized" and figures["mean_relative_error"] > bound:
         raise MergeError(
-            f"the merged model in {arguments.output} is not the trained one: mean relative logit"
-            f" error over {bound:.0e}; do not use it"
+            f"the merged model in {arguments.output} is not the trained one: its mean relative logit"
+            f" error {figures['mean_relative_error']:.1e} is above {bound:.0e}; do not use it, and"
+            " report this with the adapter's medqlora.json"
         )
     if arguments.base_weights == "original" and metadata.get("quantization", "none") != "none":
         console.print(
-            "the original base is not the quantized one that was trained on; that difference is the"
-            " figure above"
+            "the adapter was trained on the quantized base; the error above shows how much the"
+            " original base differs from it"
         )
-
-
-VERIFY_TEXTS = (
-    (
-        "A 54-year-old man with diabetes presents with chest pain that radiates to the left arm."
-        " The most likely diagnosis is"
-    ),
-    "The half-life of a drug that is eliminated by first-order kinetics depends on",
-    (
-        "Question: Which electrolyte falls first?\nA. Sodium\nB. Potassium\nC. Calcium\nD."
-        " Chloride\nAnswer:"
-    ),
-)
 
 
 @torch.inference_mode()
 def read_logits(
     settings: Model, adapter: Path | None, rows: list[list[int]], device: torch.device
 ) -> list[torch.Tensor]:
+    """Return the logits of the last position of each row, [vocabulary] on the CPU."""
     model, backend = load_base(settings, device)
     model = load_adapter(model, adapter) if adapter else model
     model.eval()
     causal = unwrap(model)
-    logits = [
-        compute_logits(causal, run_packed(causal, backend, [row])[-1:])[0].cpu() for row in rows
-    ]
+    logits = []
+    for row in rows:
+        hidden = run_packed(causal, backend, [row])
+        logits.append(compute_logits(causal, hidden[-1:])[0].cpu())
     del model, causal
     gc.collect()
     return logits

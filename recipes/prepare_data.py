@@ -1,5 +1,6 @@
-"""Read, clean, separate, tokenize and plan a recipe's data without training: find mistakes early,
-fill the cache.
+"""Prepare the data of a recipe without training, to find mistakes early and to fill the cache.
+
+The rows are read, cleaned, separated from the evaluation rows, tokenized, and planned into steps.
 
     python recipes/prepare_data.py --config recipes/configs/NAME.yaml \\
         [--show 3] [--removed removed.jsonl]
@@ -29,19 +30,24 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         "--config",
         type=Path,
         default=Path(__file__).parent / "configs" / "demo.yaml",
-        help="YAML file (default: demo)",
+        help="YAML file of the recipe (default: recipes/configs/demo.yaml)",
     )
     parser.add_argument(
-        "--processes", type=int, default=1, help="plan for this many training processes (default 1)"
+        "--processes",
+        type=int,
+        default=1,
+        help="number of training processes to plan for (default 1)",
     )
     parser.add_argument(
         "--show",
         type=int,
         default=1,
-        help="print this many rows, supervised part in bold (default 1)",
+        help="number of rows to print, with their supervised part in bold (default 1)",
     )
     parser.add_argument(
-        "--removed", type=Path, help="write every removed row with its reason to this file (.jsonl)"
+        "--removed",
+        type=Path,
+        help="file (.jsonl) to write every removed row and its reason to (default: none)",
     )
     arguments, overrides = parser.parse_known_args()
     load_config(arguments.config, overrides)
@@ -49,8 +55,8 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
 
 
 if __name__ == "__main__":
-    # A mistake is said before torch is imported, which takes seconds. torch reads the allocator's
-    # variable when it is imported.
+    # The arguments are checked before torch is imported, which takes seconds. The variable of its
+    # allocator must be set before, because torch reads it while it is imported.
     ARGUMENTS, OVERRIDES = run_early(parse_arguments)
     prefer_expandable_segments(os.environ)
 
@@ -66,7 +72,7 @@ def main() -> None:
     arguments = ARGUMENTS
     overrides = OVERRIDES
     config = load_config(arguments.config, overrides)
-    # Rows are tokenized in threads of our own.
+    # Rows are tokenized in threads of this package; the tokenizer's own threads would compete.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     tokenizer = load_tokenizer(
         config.model.base, config.model.revision, config.model.trust_remote_code
@@ -74,7 +80,7 @@ def main() -> None:
     prepared = prepare(
         config, make_encoder(tokenizer, config.data.prompt_style, config.data.completion)
     )
-    # for auto the largest
+    # Where the micro-batch is auto, no forecast is made here and the largest one is assumed.
     budget = list_budgets(config.training, config.data.max_length, arguments.processes)[0]
     packed = choose_packing(config.training, budget, arguments.processes)
     config = change(config, "training", max_tokens_per_batch=budget)
@@ -100,10 +106,10 @@ def main() -> None:
     )
     for row in range(min(arguments.show, len(table.lengths))):
         ids = table.ids[table.offsets[row] : table.offsets[row + 1]].tolist()
-        cut = int(table.prompt_lengths[row])
+        prompt_length = int(table.prompt_lengths[row])
         console.rule(table.names[row])
-        console.print(tokenizer.decode(ids[:cut]), end="", markup=False)
-        console.print(tokenizer.decode(ids[cut:]), style="bold", markup=False)
+        console.print(tokenizer.decode(ids[:prompt_length]), end="", markup=False)
+        console.print(tokenizer.decode(ids[prompt_length:]), style="bold", markup=False)
 
 
 if __name__ == "__main__":

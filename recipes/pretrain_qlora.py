@@ -1,10 +1,12 @@
-"""Continue pretraining on plain text (textbooks, guidelines) with QLoRA: every token is supervised.
+"""Continue the pretraining of a language model on plain text with QLoRA.
+
+Every token of the text (textbooks, guidelines) is supervised.
 
     accelerate launch recipes/pretrain_qlora.py --config recipes/configs/NAME.yaml \\
         --output_dir runs/NAME [--resume]
 
-This script checks that all training data is text, and then becomes recipes/sft_qlora.py, whose loop
-it uses.
+This script only checks that all training data is text. Then it runs recipes/sft_qlora.py in its
+place, with the same arguments.
 """
 
 import os
@@ -18,11 +20,12 @@ from medqlora.data.formats.registry import find_format
 
 
 def check_text(config: Config) -> None:
+    """Check that every training entry is plain text."""
     for index, entry in enumerate(config.data.train):
         if find_format(entry.format).scoring != "perplexity":
             raise ConfigError(
-                f"data.train[{index}] has format {entry.format}; pretraining takes text, questions"
-                " go to recipes/sft_qlora.py"
+                f"data.train[{index}] has format {entry.format}; expected a format of plain text,"
+                " such as text; train on questions with recipes/sft_qlora.py"
             )
 
 

@@ -1,13 +1,14 @@
-"""Fine-tune a language model on medical questions with QLoRA, and say how much better it got.
+"""Fine-tune a language model on medical questions with QLoRA, and measure how much better it gets.
 
     accelerate launch recipes/sft_qlora.py                 # the embedded demonstration
     accelerate launch recipes/sft_qlora.py --config recipes/configs/NAME.yaml --output_dir runs/mine
     accelerate launch recipes/sft_qlora.py --config … --output_dir runs/mine --resume
 
-Reads top to bottom: check everything, prepare rows, load, score, train, score again, report.
+It checks the configuration, prepares rows, loads and scores the base, trains, and scores again.
 """
 
 import contextlib
+import itertools
 import math
 import os
 import time
@@ -19,8 +20,8 @@ from medqlora.core.command import read_recipe, run_command, run_early
 from medqlora.core.environment import prefer_expandable_segments
 
 if __name__ == "__main__":
-    # A mistake is said before torch is imported, which takes seconds. torch reads the allocator's
-    # variable when it is imported.
+    # The arguments are checked before torch is imported, which takes seconds. The variable of its
+    # allocator must be set before, because torch reads it while it is imported.
     DEMO = Path(__file__).parent / "configs" / "demo.yaml"
     ARGUMENTS, CONFIG = run_early(
         lambda: read_recipe(__doc__, DEMO, lambda config: check_entries(config.data)), os.environ
@@ -66,7 +67,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 def main(config: Config, output_dir: Path, resume: bool) -> int:
-    """All stages -> exit code."""
+    """Run all stages, and return the exit code."""
     setup = start(config, output_dir, resume, os.environ)
     planned = plan_run(setup, console.print if setup.is_local_main else lambda stage: None)
     say(setup, *describe_planned(setup, planned))
@@ -102,7 +103,7 @@ def main(config: Config, output_dir: Path, resume: bool) -> int:
 def train(
     setup: Setup, planned: Planned, session: Session, metadata: dict[str, Any]
 ) -> tuple[int, int]:
-    """All remaining steps -> exit code (0, or 128 + signal where one stopped it), best step."""
+    """Take all remaining steps; return the exit code and the step of the best adapter."""
     training = planned.config.training
     plan = planned.plan
     table = planned.prepared.train
@@ -113,10 +114,10 @@ def train(
     setup.meter.begin()
     with TrainingDisplay(console, setup, planned, state["step"]) as display:
         for step in range(state["step"], len(plan)):
-            began = time.perf_counter()
+            start_time = time.perf_counter()
             lr = learning_rate(step, len(plan), training)
             rows = plan.rows_of(step)
-            targets = int(table.supervised[rows].sum())  # of all ranks and micro-batches
+            targets = int(table.supervised[rows].sum())  # in all micro-batches of all ranks
             gradients = session.accumulate(table, plan, step, targets, display.say)
             flag = float(signals[0]) if signals else 0.0
             total, flags = session.sum_over_ranks(gradients.losses, flag)
@@ -135,7 +136,7 @@ def train(
                 "tokens": tokens,
                 "supervised_tokens": targets,
                 "padding_fraction": 0.0,
-                "tokens_per_second": tokens / (time.perf_counter() - began),
+                "tokens_per_second": tokens / (time.perf_counter() - start_time),
             }
             display.log_step(row | norm | setup.meter.read_peaks())
 
@@ -148,15 +149,11 @@ def train(
             if stopped or stopping or is_due(done, training.save_steps, final):
                 path = write_checkpoint(session, setup.output_dir, state)
             if stopped and not final:
-                display.say(
-                    f"signal {signals[0] if signals else 'of another rank'}: checkpoint {path}"
-                    " written; continue with --resume"
-                )
+                received = f"signal {signals[0]}" if signals else "signal on another rank"
+                display.say(f"{received}: wrote checkpoint {path}; continue with --resume")
                 return exit_code(signals), 0
             if stopping:
-                display.say(
-                    f"stopping early: no lower evaluation loss in {state['patience']} evaluations"
-                )
+                display.say(f"stopping early: no lower loss in {state['patience']} evaluations")
                 break
     if planned.prepared.eval is None:
         write_adapter(session, setup.output_dir, metadata | {"step": len(plan)})
@@ -164,6 +161,7 @@ def train(
 
 
 def is_due(step: int, every: int | None, final: bool) -> bool:
+    """Say whether something that happens every so many steps is due; at the last step it is."""
     return final or bool(every and step % every == 0)
 
 
@@ -175,36 +173,37 @@ def evaluate(
     state: dict[str, Any],
     display: TrainingDisplay,
 ) -> None:
-    """Measure the evaluation loss, note it in `state`, and keep the adapter if it is the best."""
+    """Measure the evaluation loss, note it in `state`, and write the adapter if it is the best."""
     loss = session.evaluate(planned.prepared.eval)
     display.log_evaluation(state["step"], loss)
     if state["best_loss"] is not None and loss >= state["best_loss"]:
         state["patience"] += 1
         return
     state |= {"best_loss": loss, "best_step": state["step"], "patience": 0}
-    found = {"step": state["step"], "eval_loss": loss}
-    write_adapter(session, setup.output_dir, metadata | found)
+    measured = {"step": state["step"], "eval_loss": loss}
+    write_adapter(session, setup.output_dir, metadata | measured)
 
 
 def score(setup: Setup, planned: Planned, model: PeftModel, backend: str, name: str) -> None:
-    """Answer the test questions with the "base" or the "tuned" model, each rank a part of them. A
-    divided model answers all of them on every rank, in step, because its layers are gathered from
-    all ranks.
+    """Answer the test questions with the "base" or the "tuned" model, and write the predictions.
+
+    Each rank answers a part of them. A divided model answers all of them on every rank at the same
+    time, because its layers are gathered from all ranks.
     """
     path = setup.output_dir / "predictions" / f"{name}.jsonl"
     test = planned.prepared.test
     if not test or (name == "base" and gather(path.is_file())[0]):
         return
-    whole = name == "base" or not setup.strategy.sharded
-    part = (setup.rank, setup.strategy.ranks) if whole else (0, 1)
+    divided = name == "tuned" and setup.strategy.sharded
+    part = (0, 1) if divided else (setup.rank, setup.strategy.ranks)
     with model.disable_adapter() if name == "base" else contextlib.nullcontext():
         engine = HfEngine(model, backend, planned.config.training.max_tokens_per_batch)
         rows = answer_letters(engine, setup.encoder, test, name, part=part)
-    found = {row["id"]: row for rows in gather(rows) for row in rows}
+    by_id = {row["id"]: row for row in itertools.chain(*gather(rows))}
     with agree_on_errors():
         if setup.rank == 0:
             path.parent.mkdir(exist_ok=True)
-            write_json_lines(path, [found[example.id] for example in test])
+            write_json_lines(path, [by_id[example.id] for example in test])
 
 
 def finish(
@@ -230,7 +229,8 @@ def finish(
         }
         if planned.prepared.test:
             folder = setup.output_dir / "predictions"
-            base, tuned = (read_lines(folder / f"{name}.jsonl") for name in ("base", "tuned"))
+            base = read_lines(folder / "base.jsonl")
+            tuned = read_lines(folder / "tuned.jsonl")
             scores, accuracies, difference = compare_scores(base, tuned)
             report |= scores
             say(setup, accuracies, difference)
@@ -240,7 +240,7 @@ def finish(
 
 
 def say(setup: Setup, *texts: Any) -> None:
-    """Print on rank 0."""
+    """Print texts or tables on rank 0."""
     if setup.rank == 0:
         for text in texts:
             console.print(text)
