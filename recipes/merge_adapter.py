@@ -169,8 +169,8 @@ def verify(arguments: argparse.Namespace, metadata: dict, base: Path) -> None:
         bound = max(bound, INT8_BOUND)
     if arguments.base_weights == "dequantized" and figures["mean_relative_error"] > bound:
         raise MergeError(
-            f"the merged model in {arguments.output} is not the trained one: its mean relative logit"
-            f" error {figures['mean_relative_error']:.1e} is above {bound:.0e}; do not use it, and"
+            f"the merged model in {arguments.output} is not the trained one: its mean logit error"
+            f" {figures['mean_relative_error']:.1e} is above {bound:.0e}; do not use it, and"
             " report this with the adapter's medqlora.json"
         )
     if arguments.base_weights == "original" and metadata.get("quantization", "none") != "none":

@@ -1,13 +1,13 @@
-"""Write the demonstration's questions: rule-governed clinical facts, in MedMCQA's own file format.
+"""Write the questions of the demonstration, in the file format of MedMCQA.
 
     python recipes/demo/make_dataset.py --output_dir recipes/demo/data
 
-    # all tables; the base model's words come from it
+    # Questions from all tables; the vocabulary of the demonstration's base model comes from them.
     python recipes/demo/make_dataset.py --full --output_dir vocabulary
 
-Every answer follows from a table below (public adult reference ranges, textbook associations), so
-the set shows that fine-tuning teaches *something checkable*. It is a demonstration, not a medical
-resource: do not use it for care.
+Every answer follows from a table of this file: public adult reference ranges, and associations from
+textbooks. Therefore it can be checked what fine-tuning has taught. The data is a demonstration, not
+a medical resource. Do not use it for care.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import json
 import random
 from pathlib import Path
 
-# name, unit, low, high, decimals, name of a low value, name of a high value
+# Each row: name, unit, lower limit, upper limit, decimals, term for a low value, for a high value.
 RANGES = [
     ("serum sodium", "mmol/L", 135, 145, 0, "Hyponatraemia", "Hypernatraemia"),
     ("serum potassium", "mmol/L", 3.5, 5.0, 1, "Hypokalaemia", "Hyperkalaemia"),
@@ -43,7 +43,7 @@ TERM_STEMS = [
     "In a {person} aged {age} the {name} is {value} {unit}, {side} its range of {low} to {high}."
     " Which term fits?",
 ]
-# kind: (question stems with {key}, [(key, right option)])
+# kind -> the stems of its questions, and its pairs of a key and the right option
 PAIRS = {
     "Vitamins": (
         [
@@ -147,8 +147,10 @@ PEOPLE = [
 
 
 def choose_tables(full: bool) -> tuple[list, dict]:
-    """The demonstration asks four measurements and the first five facts of each kind: what a tiny
-    model learns in two minutes.
+    """Return the tables of measurements and of pairs that questions are made from.
+
+    The demonstration uses four measurements and the first five pairs of each kind, because a tiny
+    model learns these in two minutes.
     """
     if full:
         return RANGES, PAIRS
@@ -157,6 +159,7 @@ def choose_tables(full: bool) -> tuple[list, dict]:
 
 
 def make_value_question(rng: random.Random, ranges: list) -> dict:
+    """Make a question about a value that is below, within or above its reference range."""
     name, unit, low, high, decimals, low_term, high_term = rng.choice(ranges)
     width = high - low
     kind = rng.choice(["low", "normal", "high"])
@@ -167,36 +170,37 @@ def make_value_question(rng: random.Random, ranges: list) -> dict:
     }[kind]
     value = f"{rng.uniform(*span):.{decimals}f}"
     right = {"low": low_term, "normal": NORMAL, "high": high_term}[kind]
-    if not {
-        "low": float(value) < low,
-        "normal": low <= float(value) <= high,
-        "high": float(value) > high,
-    }[kind]:
-        return make_value_question(rng, ranges)  # rounding crossed the limit
-    other = rng.choice([term for row in ranges if row[0] != name for term in row[5:]])
+    rounded = float(value)
+    is_kind = {"low": rounded < low, "normal": low <= rounded <= high, "high": rounded > high}
+    if not is_kind[kind]:  # Rounding has moved the value across a limit of the range.
+        return make_value_question(rng, ranges)
+    other = rng.choice(list_other_terms(ranges, name))
     stem = rng.choice(VALUE_STEMS).format(
         age=rng.randint(18, 90), person=rng.choice(PEOPLE), name=name, value=value, unit=unit
     )
     explanation = f"The reference range of {name} is {low} to {high} {unit}; {value} is {kind}."
-    return finish(
-        rng,
-        stem,
-        right,
-        [t for t in (low_term, NORMAL, high_term) if t != right] + [other],
-        explanation,
-        "Laboratory values",
-        name,
-    )
+    wrong = [term for term in (low_term, NORMAL, high_term) if term != right]
+    wrong.append(other)
+    return make_row(rng, stem, right, wrong, explanation, "Laboratory values", name)
+
+
+def list_other_terms(ranges: list, name: str) -> list[str]:
+    """Return the terms for low and high values of all measurements except one."""
+    terms = []
+    for row in ranges:
+        if row[0] != name:
+            terms += row[5:]
+    return terms
 
 
 def make_term_question(rng: random.Random, ranges: list) -> dict:
-    """A value outside its range; the question tells on which side, the term is to be known."""
+    """Make a question that tells the range and the side of a value, and asks for its term."""
     name, unit, low, high, decimals, low_term, high_term = rng.choice(ranges)
     side = rng.choice(["below", "above"])
     bounds = (low * 0.4, low * 0.9) if side == "below" else (high * 1.1, high * 2)
     value = f"{rng.uniform(*bounds):.{decimals}f}"
     right, opposite = (low_term, high_term) if side == "below" else (high_term, low_term)
-    others = rng.sample([term for row in ranges if row[0] != name for term in row[5:]], 2)
+    others = rng.sample(list_other_terms(ranges, name), 2)
     stem = rng.choice(TERM_STEMS).format(
         age=rng.randint(18, 90),
         person=rng.choice(PEOPLE),
@@ -211,25 +215,30 @@ def make_term_question(rng: random.Random, ranges: list) -> dict:
         f"The reference range of {name} is {low} to {high} {unit};"
         f" {value} is {side} it: {right.lower()}."
     )
-    return finish(rng, stem, right, [opposite, *others], explanation, "Laboratory values", name)
+    return make_row(rng, stem, right, [opposite, *others], explanation, "Laboratory values", name)
 
 
 def make_pair_question(rng: random.Random, kinds: dict) -> dict:
+    """Make a question about one pair of the tables, with wrong options from the same kind."""
     subject = rng.choice(list(kinds))
     stems, pairs = kinds[subject]
     key, right = rng.choice(pairs)
     stem = rng.choice(stems).format(key=key, age=rng.randint(18, 90), person=rng.choice(PEOPLE))
     wrong = rng.sample([value for _, value in pairs if value != right], 3)
-    return finish(rng, stem, right, wrong, f"{key[0].upper() + key[1:]}: {right}.", subject, key)
+    explanation = f"{key[0].upper() + key[1:]}: {right}."
+    return make_row(rng, stem, right, wrong, explanation, subject, key)
 
 
 def make_general_question(rng: random.Random, ranges: list, kinds: dict) -> dict:
-    """Find a term among four: no clinical fact, but practice in answering by letter. In the generic
-    mcq format.
+    """Make a question that asks for the option with a given text, in the generic mcq format.
+
+    It needs no clinical knowledge, and keeps the model's ability to answer by letter.
     """
-    terms = [term for row in ranges for term in row[5:]] + [
-        value for _, pairs in kinds.values() for _, value in pairs
-    ]
+    terms = []
+    for row in ranges:
+        terms += row[5:]
+    for _, pairs in kinds.values():
+        terms += [value for _, value in pairs]
     options = rng.sample(terms, 4)
     right = rng.randrange(4)
     stem = rng.choice(
@@ -248,7 +257,16 @@ def make_general_question(rng: random.Random, ranges: list, kinds: dict) -> dict
     }
 
 
-def finish(rng, question, right, wrong, explanation, subject, topic) -> dict:
+def make_row(
+    rng: random.Random,
+    question: str,
+    right: str,
+    wrong: list[str],
+    explanation: str,
+    subject: str,
+    topic: str,
+) -> dict:
+    """Make a row in the format of MedMCQA, with its options in random order."""
     options = [right, *wrong]
     rng.shuffle(options)
     return {
@@ -268,13 +286,18 @@ def finish(rng, question, right, wrong, explanation, subject, topic) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
-        "--output_dir", type=Path, default=Path(__file__).parent / "data", help="folder to write to"
+        "--output_dir",
+        type=Path,
+        default=Path(__file__).parent / "data",
+        help="folder to write to (default recipes/demo/data)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the generator (default 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the random generator (default 0)"
+    )
     parser.add_argument(
         "--full",
         action="store_true",
-        help="use all tables, half of the questions about measurements",
+        help="make questions from all tables, half of them about measurements (default: a part)",
     )
     arguments = parser.parse_args()
     sizes = {"test": 600, "validation": 300, "train": 4000}
@@ -285,30 +308,32 @@ def main() -> None:
     for split, size in sizes.items():
         rows = []
         while len(rows) < size:
-            if arguments.full:
-                row = (
-                    make_value_question(rng, ranges)
-                    if rng.choice([True, False])
-                    else make_pair_question(rng, kinds)
-                )
-            else:
-                row = (
-                    make_term_question(rng, ranges)
-                    if rng.random() < 0.15
-                    else make_pair_question(rng, kinds)
-                )
-            # no question text stands in two splits, or twice in one
+            row = draw_question(rng, ranges, kinds, arguments.full)
+            # The splits must not share a question, and no split has it twice.
             if row["question"] not in seen:
                 seen.add(row["question"])
                 rows.append({"id": f"demo-{split}-{len(rows):04d}", **row})
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (arguments.output_dir / f"{split}.jsonl").write_text(text, encoding="utf-8")
-        print(f"{split}: {len(rows)} questions")
+        write_rows(arguments.output_dir, split, rows)
     if not arguments.full:
         rows = [make_general_question(rng, ranges, kinds) for _ in range(1000)]
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (arguments.output_dir / "general.jsonl").write_text(text, encoding="utf-8")
-        print(f"general: {len(rows)} questions")
+        write_rows(arguments.output_dir, "general", rows)
+
+
+def draw_question(rng: random.Random, ranges: list, kinds: dict, full: bool) -> dict:
+    """Draw the kind of a question, and make it."""
+    if full:
+        about_value = rng.choice([True, False])
+        return make_value_question(rng, ranges) if about_value else make_pair_question(rng, kinds)
+    if rng.random() < 0.15:
+        return make_term_question(rng, ranges)
+    return make_pair_question(rng, kinds)
+
+
+def write_rows(folder: Path, name: str, rows: list[dict]) -> None:
+    """Write rows as one JSON object per line, and print their number."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    print(f"{name}: {len(rows)} questions")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train the demonstration's tiny base model from scratch, on everything but medicine.
+"""Train the tiny base model of the demonstration from scratch, on no medical facts.
 
     python recipes/demo/make_dataset.py --full --output_dir vocabulary
     python recipes/demo/train_base.py --data_dir vocabulary --output_dir recipes/demo/base \\
@@ -6,10 +6,11 @@
     python recipes/demo/train_base.py --data_dir vocabulary --output_dir recipes/demo/base \\
         --stage facts --steps 4000
 
-The model (4 layers, 128 wide, one million parameters) learns to bind option letters to option
-texts, first by finding the option that says what the question says (words drawn at random from its
-vocabulary), then also by recalling facts of an invented world (pairs of everyday words, quantities
-with a usual range). No clinical fact is in it: on the demonstration's questions it is near chance.
+The model has 4 layers of width 128 and one million parameters. In the first stage it learns to
+answer with the letter of the option whose text the question contains; the texts are random words of
+the vocabulary. In the second stage it also learns facts of an invented world: pairs of everyday
+words, and quantities with a usual range. It learns no clinical fact, so it answers the questions of
+the demonstration little better than by chance.
 """
 
 import argparse
@@ -47,21 +48,24 @@ EVERYDAY = [
 
 
 def read_words(data_dir: Path) -> list[str]:
-    """Every word of the demonstration's questions and options, without its order or partner."""
+    """Return the sorted words of the demonstration's questions and options, and everyday words.
+
+    Sorting removes which words belong together, so no clinical fact is in the list.
+    """
     words = set(EVERYDAY)
     for line in (data_dir / "train.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         for key in ("question", "opa", "opb", "opc", "opd"):
-            words.update(
-                word
-                for word in row[key].replace("?", " ").replace(".", " ").split()
-                if word.isalpha()
-            )
+            parts = row[key].replace("?", " ").replace(".", " ").split()
+            words.update(word for word in parts if word.isalpha())
     return sorted(words)
 
 
 def train_tokenizer(data_dir: Path) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with single digits, from the demonstration's texts and the everyday words."""
+    """Train a byte-level BPE tokenizer on the demonstration's texts and the everyday words.
+
+    Each digit is a token of its own.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -75,13 +79,10 @@ def train_tokenizer(data_dir: Path) -> PreTrainedTokenizerFast:
         special_tokens=["<|pad|>", "<|end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    rows = [
-        json.loads(line)
-        for line in (data_dir / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    texts = [
-        " ".join(str(row[key]) for key in ("question", "opa", "opb", "opc", "opd")) for row in rows
-    ]
+    texts = []
+    for line in (data_dir / "train.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        texts.append(" ".join(str(row[key]) for key in ("question", "opa", "opb", "opc", "opd")))
     texts += ["\nA. \nB. \nC. \nD. \nQuestion: \nContext: \nAnswer: A B C D"] * 200
     texts += [" " + " ".join(EVERYDAY)] * 20 + [". ".join(TEMPLATES)] * 50
     tokenizer.train_from_iterator(texts, trainer)
@@ -109,11 +110,20 @@ RANGE_TEMPLATES = [
 
 
 class World:
-    """Facts that exist nowhere else: pairs of everyday words, and invented quantities with a usual
-    range.
+    """An invented world, whose facts are pairs of everyday words and quantities with a usual range.
+
+    Its questions teach the model to recall facts without teaching it real ones.
     """
 
     def __init__(self, rng: random.Random, pairs: int = 120, ranges: int = 24):
+        """Draw the facts.
+
+        Args:
+            pairs: Number of pairs of words.
+            ranges: Number of quantities.
+        """
+
+        # The keys of a dictionary are unique and keep their order.
         def names(count: int) -> list[str]:
             chosen: dict[str, None] = {}
             while len(chosen) < count:
@@ -127,26 +137,22 @@ class World:
         for number, key in enumerate(names(ranges)):
             decimals = rng.choice([0, 0, 1])
             low = rng.uniform(0.5, 20) if decimals else rng.uniform(10, 200)
-            self.ranges.append(
-                (
-                    key,
-                    low,
-                    low * rng.uniform(1.1, 2.5),
-                    decimals,
-                    terms[2 * number],
-                    terms[2 * number + 1],
-                )
-            )
+            high = low * rng.uniform(1.1, 2.5)
+            low_term, high_term = terms[2 * number : 2 * number + 2]
+            self.ranges.append((key, low, high, decimals, low_term, high_term))
 
     def ask_pair(self, rng: random.Random) -> tuple[str, list[str]]:
+        """Make a question about a pair; return it and its options, the right one first."""
         kind = rng.choice(self.kinds)
         key, right = rng.choice(kind)
         wrong = rng.sample([value for _, value in kind if value != right], 3)
-        return rng.choice(PAIR_TEMPLATES).format(
+        question = rng.choice(PAIR_TEMPLATES).format(
             key=key, thing=rng.choice(EVERYDAY), age=rng.randint(18, 90)
-        ), [right, *wrong]
+        )
+        return question, [right, *wrong]
 
     def ask_range(self, rng: random.Random) -> tuple[str, list[str]]:
+        """Make a question about a quantity; return it and its options, the right one first."""
         key, low, high, decimals, under, over = rng.choice(self.ranges)
         width = high - low
         place = rng.randrange(3)
@@ -161,15 +167,24 @@ class World:
         )
         terms = [under, over, "As usual"]
         other = rng.choice(self.ranges)[rng.choice([4, 5])]
-        return question, [terms[place], *(term for term in terms if term != terms[place]), other]
+        wrong = [term for term in terms if term != terms[place]]
+        return question, [terms[place], *wrong, other]
 
 
 def make_question(
     rng: random.Random, words: list[str], longest: int, world: World | None
 ) -> MultipleChoice:
-    """Find a phrase of random words among four; with a world, mostly recall one of its facts."""
+    """Make a question that asks for one of four phrases of random words.
+
+    With a world, 70 % of the questions ask for one of its facts instead.
+
+    Args:
+        words: The words that phrases are made of.
+        longest: Largest number of words of a phrase.
+    """
     if world is not None and rng.random() < 0.7:
-        question, options = (world.ask_pair if rng.random() < 0.6 else world.ask_range)(rng)
+        ask = world.ask_pair if rng.random() < 0.6 else world.ask_range
+        question, options = ask(rng)
         right = options[0]
         rng.shuffle(options)
         return MultipleChoice(
@@ -181,56 +196,82 @@ def make_question(
     return MultipleChoice("", question, tuple(options), right, "base", "generated")
 
 
-def make_batch(rng, words, tokenizer, size, longest, world):
-    """-> ids [rows, length] right-padded, mask [rows, length], last [rows] position before the
-    answer, forward [rows].
+def make_batch(
+    rng: random.Random,
+    words: list[str],
+    tokenizer: PreTrainedTokenizerFast,
+    size: int,
+    longest: int,
+    world: World | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Make a batch of questions.
 
-    Every third question is asked backwards (which option has this letter?): there the letters are
-    bound to options first.
+    Every third question (every sixth with a world) is asked backwards: it names a letter and asks
+    for the text of that option. The model learns from these first which letter belongs to which
+    option.
+
+    Args:
+        size: Number of questions.
+        longest: Largest number of words of a phrase.
+
+    Returns:
+        Token ids int64 [rows, length] with padding on the right, the attention mask of the same
+        shape, the position of the last token before the answer int64 [rows], and whether a question
+        asks for a letter, bool [rows].
     """
-    texts = []
-    forward = []
+    every = 6 if world else 3
+    end = tokenizer.eos_token if world else ""
+    prompts = []
+    answers = []
+    asks_letter = []
     for number in range(size):
         question = make_question(rng, words, longest, world)
-        forward.append(number % (6 if world else 3) != 0)
-        answer = f" {LETTERS[question.answer]}"
-        if not forward[-1]:
+        asks_letter.append(number % every != 0)
+        letter = LETTERS[question.answer]
+        if asks_letter[-1]:
+            answer = f" {letter}"
+        else:
             answer = f" {question.options[question.answer]}"
-            question = replace(
-                question, question=rng.choice(TEMPLATES).format(phrase=LETTERS[question.answer])
-            )
-        texts.append(
-            (
-                render(question, "plain", "letter").user,
-                answer + (tokenizer.eos_token if world else ""),
-            )
-        )
-    prefixes = tokenizer([prefix for prefix, _ in texts])["input_ids"]
-    encoded = tokenizer(
-        [prefix + answer for prefix, answer in texts], padding=True, return_tensors="pt"
-    )
-    last = torch.tensor([len(ids) - 1 for ids in prefixes])
-    return encoded["input_ids"], encoded["attention_mask"], last, torch.tensor(forward)
+            backwards = rng.choice(TEMPLATES).format(phrase=letter)
+            question = replace(question, question=backwards)
+        prompts.append(render(question, "plain", "letter").user)
+        answers.append(answer + end)
+    prompt_ids = tokenizer(prompts)["input_ids"]
+    texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    encoded = tokenizer(texts, padding=True, return_tensors="pt")
+    last = torch.tensor([len(ids) - 1 for ids in prompt_ids])
+    return encoded["input_ids"], encoded["attention_mask"], last, torch.tensor(asks_letter)
 
 
-def compute_loss(model, ids, mask, last, forward):
-    """Cross entropy of the first answer token, and a little of every token: copying is learned
-    there first.
+def compute_loss(
+    model: LlamaForCausalLM,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    last: torch.Tensor,
+    asks_letter: torch.Tensor,
+) -> tuple[torch.Tensor, float]:
+    """Compute the loss of a batch of make_batch.
 
-    -> loss, accuracy of the letters
+    The loss is the cross entropy of the first answer token, plus 0.3 times that of all tokens, from
+    which the model first learns to copy words.
+
+    Returns:
+        The loss float32 [], and the accuracy of the questions that ask for a letter.
     """
-    # causal: padding on the right is never seen
+    # The attention is causal, so no token sees the padding on the right.
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-    logits = model.lm_head(hidden)  # [rows, length, vocab]
-    every = F.cross_entropy(logits[:, :-1][mask[:, 1:] == 1], ids[:, 1:][mask[:, 1:] == 1])
-    at = torch.arange(len(ids))
-    chosen = logits[at, last]
-    answers = ids[at, last + 1]
-    right = (chosen.argmax(-1) == answers)[forward].float().mean().item()
-    return F.cross_entropy(chosen, answers) + 0.3 * every, right
+    logits = model.lm_head(hidden)  # [rows, length, vocabulary]
+    is_token = mask[:, 1:] == 1
+    loss_of_all = F.cross_entropy(logits[:, :-1][is_token], ids[:, 1:][is_token])
+    rows = torch.arange(len(ids))
+    answer_logits = logits[rows, last]
+    answers = ids[rows, last + 1]
+    accuracy = (answer_logits.argmax(-1) == answers)[asks_letter].float().mean().item()
+    return F.cross_entropy(answer_logits, answers) + 0.3 * loss_of_all, accuracy
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Make the model with random weights."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -255,13 +296,22 @@ def main() -> None:
         "--stage",
         choices=["find", "facts"],
         default="find",
-        help="find: from scratch; facts: go on from there",
+        help=(
+            "find: train from scratch to find an option; facts: continue with the invented world"
+            " (default find)"
+        ),
     )
     parser.add_argument(
-        "--output_dir", type=Path, default=Path(__file__).parent / "base", help="folder to write to"
+        "--output_dir",
+        type=Path,
+        default=Path(__file__).parent / "base",
+        help="folder to write the model to (default recipes/demo/base)",
     )
     parser.add_argument(
-        "--data_dir", type=Path, required=True, help="questions whose words are the vocabulary"
+        "--data_dir",
+        type=Path,
+        required=True,
+        help="folder that make_dataset.py --full wrote; the vocabulary comes from its questions",
     )
     parser.add_argument("--steps", type=int, default=5000, help="optimizer steps (default 5000)")
     parser.add_argument("--rows", type=int, default=48, help="questions per step (default 48)")
@@ -290,23 +340,23 @@ def main() -> None:
         num_training_steps=arguments.steps,
     )
     world = World(random.Random(3)) if arguments.stage == "facts" else None
+    # Phrases have one word until the model finds these, then up to three.
     longest = 3 if world else 1
-    recent = 0.0  # words in an option: one until those are found
+    recent_accuracy = 0.0  # moving average
     for step in range(1, arguments.steps + 1):
         batch = make_batch(rng, words, tokenizer, arguments.rows, longest, world)
-        loss, right = compute_loss(model, *batch)
+        loss, accuracy = compute_loss(model, *batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        recent = 0.98 * recent + 0.02 * right
-        longest = 3 if recent > 0.85 else longest
+        recent_accuracy = 0.98 * recent_accuracy + 0.02 * accuracy
+        longest = 3 if recent_accuracy > 0.85 else longest
         if step % 250 == 0:
+            batch = make_batch(random.Random(2), words, tokenizer, 300, longest, world)
             with torch.no_grad():
-                _, held_out = compute_loss(
-                    model, *make_batch(random.Random(2), words, tokenizer, 300, longest, world)
-                )
+                _, held_out = compute_loss(model, *batch)
             print(
                 f"step {step}: options of up to {longest} word(s), loss {loss.item():.3f},"
                 f" held-out accuracy {held_out:.3f}",
