@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The whole job on the embedded demonstration: score, fine-tune with QLoRA, score again, merge, score the merged model.
-#   bash launch/demo.sh [OUTPUT_DIR]        default runs/demo
+# Run the whole job on the embedded demonstration: score the base, fine-tune it with QLoRA, score the tuned model, merge the
+# adapter, and score the merged model.
+#   bash launch/demo.sh [OUTPUT_DIR]        OUTPUT_DIR is the run folder; default runs/demo
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/install.sh
@@ -18,4 +19,4 @@ python recipes/merge_adapter.py --adapter "$output/adapter" --output "$output/me
 python eval/predict.py --model "$output/merged" --format medmcqa --path recipes/demo/data/test.jsonl \
     --output "$output/predictions/merged.jsonl"
 python eval/score.py "$output/predictions/merged.jsonl"
-echo "demonstration only, not a medical model; everything it wrote is in $output"
+echo "this is a demonstration and not a medical model; all files that it wrote are in $output"

@@ -1,7 +1,8 @@
-"""Print the lowest versions that setup.cfg promises, as requirements for pip: the tests run with
-these too.
+"""Print the lowest versions that setup.cfg allows, as requirements for pip.
 
-pip install $(python launch/lowest_versions.py)
+    pip install $(python launch/lowest_versions.py)
+
+The tests must pass with these versions too.
 """
 
 import configparser

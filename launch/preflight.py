@@ -1,16 +1,18 @@
-"""Check a training before it is started: files, keys, dtypes, batch arithmetic, data, disk,
-machines, and two real steps.
+"""Check a training before it is started, and print one table of the results.
+
+The checks are of files, keys, dtypes, batch arithmetic, data, disk and machines, and two real steps
+are taken with a small model.
 
     python launch/preflight.py --config recipes/configs/NAME.yaml \\
         --accelerate_config accelerate_configs/NAME.yaml [--section.key VALUE ...]
 
-On each machine of a multi-node job, at the same time (the Slurm script does it):
+The second form checks that several machines reach each other. Run it on each machine at the same
+time (launch/slurm_train.sbatch does so):
 
     python launch/preflight.py --rendezvous HOST:PORT --num_machines N --machine_rank R \\
         [--shared_folder DIR]
 
-Prints one table; exit code 2 if anything failed. No weights are loaded and no network is used for a
-model in a folder.
+The exit code is 2 if a check failed. No weights are loaded. A model in a folder needs no network.
 """
 
 import argparse
@@ -38,38 +40,44 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", type=Path, help="recipe YAML")
-    parser.add_argument("--accelerate_config", type=Path, help="accelerate YAML")
+    parser.add_argument("--config", type=Path, help="YAML file of the recipe")
+    parser.add_argument("--accelerate_config", type=Path, help="YAML file for accelerate launch")
     parser.add_argument(
-        "--output_dir", type=Path, help="run folder (default: runs/NAME of the config)"
+        "--output_dir",
+        type=Path,
+        help="run folder (default: runs/NAME, where NAME is that of the recipe's file)",
     )
     parser.add_argument(
         "--rendezvous",
         metavar="HOST:PORT",
-        help="meet the other machines there instead of checking a recipe",
+        help="address of machine 0, where all machines meet; no recipe is checked then",
     )
-    parser.add_argument("--num_machines", type=int, help="with --rendezvous: how many are to meet")
+    parser.add_argument(
+        "--num_machines", type=int, help="with --rendezvous: number of machines that must meet"
+    )
     parser.add_argument(
         "--machine_rank",
         type=int,
         default=int(os.environ.get("SLURM_NODEID", "0")),
-        help="default: Slurm's, else 0",
+        help="number of this machine, from 0 (default: the one that Slurm gives, or 0)",
     )
     parser.add_argument(
         "--shared_folder",
         type=Path,
-        help="with --rendezvous: every machine must see this folder of machine 0",
+        help="with --rendezvous: a folder of machine 0 that every machine must see",
     )
     parser.add_argument(
         "--seconds",
         type=float,
         default=60,
-        help="with --rendezvous: how long machines wait for each other; default %(default)s",
+        help=(
+            "with --rendezvous: seconds that the machines wait for each other (default %(default)s)"
+        ),
     )
     arguments, overrides = parser.parse_known_args()
     if arguments.rendezvous and arguments.num_machines is None:
         raise ConfigError(
-            "--rendezvous needs --num_machines, the number of machines that are to meet"
+            "--rendezvous needs --num_machines, the number of machines that must meet"
         )
     if not arguments.rendezvous:
         if arguments.config is None or arguments.accelerate_config is None:
@@ -81,8 +89,8 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
 
 
 if __name__ == "__main__":
-    # A mistake is said before torch is imported, which takes seconds. torch reads the allocator's
-    # variable when it is imported.
+    # The arguments are checked before torch is imported, which takes seconds. The variable of its
+    # allocator must be set before, because torch reads it while it is imported.
     ARGUMENTS, OVERRIDES = run_early(parse_arguments)
     prefer_expandable_segments(os.environ)
 
@@ -123,11 +131,11 @@ from medqlora.training.strategies.launch import (
     read_strategy,
 )
 
-ROWS = 500  # of each data entry that are read, cleaned and tokenized here
+ROWS = 500  # The check of the data reads this many rows of each entry.
 
 
 class Unchecked(Exception):
-    """What cannot be checked on this machine, and why."""
+    """Something cannot be checked on this machine; the message says why."""
 
 
 def main() -> None:
@@ -138,40 +146,51 @@ def main() -> None:
         shared = arguments.shared_folder
         print(meet(address, arguments.machine_rank, machines, shared, arguments.seconds))
         return
-    warnings.simplefilter("ignore", FutureWarning)  # Libraries warn each other.
-    began = time.perf_counter()
+    warnings.simplefilter("ignore", FutureWarning)  # These warnings are between libraries.
+    start = time.perf_counter()
     table = Table(
         title=f"preflight of {arguments.config.name} under {arguments.accelerate_config.name}",
         title_justify="left",
     )
-    for column in ("check", "", "found"):
+    for column in ("check", "", "result"):
         table.add_column(column)
+    results = {True: "[green]ok", False: "[red]FAILED", None: "[yellow]not checked"}
     failed = 0
     for check in run_checks(arguments, OVERRIDES):
         failed += check.passed is False
-        table.add_row(
-            check.name,
-            {True: "[green]ok", False: "[red]FAILED", None: "[yellow]not checked"}[check.passed],
-            check.found.replace("[", "\\["),
-        )
+        text = check.text.replace("[", "\\[")  # rich would take a bracket for a style.
+        table.add_row(check.name, results[check.passed], text)
     Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
-    print(f"{time.perf_counter() - began:.1f} s")
+    print(f"{time.perf_counter() - start:.1f} s")
     if failed:
         raise ProcessError(f"preflight: {failed} check(s) failed; see the table")
 
 
 @dataclass(frozen=True)
 class Check:
-    """A row of the table; passed: None where it could not be checked."""
+    """A row of the table.
+
+    Args:
+        name: Name of the check.
+        passed: Whether it passed; None if it could not be made on this machine.
+        text: The result, or what is wrong.
+    """
 
     name: str
     passed: bool | None
-    found: str
+    text: str
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What the accelerate config says."""
+    """The content of the accelerate config.
+
+    Args:
+        tree: The file as a dictionary.
+        environ: The environment variables that accelerate launch would set.
+        strategy: The strategy that follows from them.
+        machines: Number of machines.
+    """
 
     tree: dict[str, Any]
     environ: dict[str, str]
@@ -180,11 +199,14 @@ class Launch:
 
     @property
     def local_ranks(self) -> int:
+        """Number of processes on each machine."""
         return self.strategy.ranks // self.machines
 
 
 @dataclass(frozen=True)
 class Precision:
+    """The device that trains, the dtype of computing, and the dtype of packed 4-bit weights."""
+
     device: torch.device
     dtype: torch.dtype
     storage: torch.dtype
@@ -192,26 +214,34 @@ class Precision:
 
 @dataclass(frozen=True)
 class BaseModel:
+    """What is known of the base without its weights."""
+
     architecture: PretrainedConfig
     adapter_parameters: int
     encoder: Encoder
 
 
 def attempt(name: str, function: Callable[[], tuple[Any, str]]) -> tuple[Check, Any]:
-    """Run a check, which returns what later checks build on and what it found -> its row, and the
-    former or None.
+    """Run one check.
+
+    Args:
+        name: Name of the check in the table.
+        function: Returns a value that later checks need, and a text for the table.
+
+    Returns:
+        The row of the table, and the value; None if the check failed or could not be made.
     """
     try:
-        result, found = function()
+        value, text = function()
     except UserError as error:
         return Check(name, False, str(error)), None
     except Unchecked as reason:
         return Check(name, None, str(reason)), None
-    return Check(name, True, found), result
+    return Check(name, True, text), value
 
 
 def run_checks(arguments: argparse.Namespace, overrides: list[str]) -> Iterator[Check]:
-    """All checks in order; one whose ground is missing is left out."""
+    """Run all checks in order; a check that needs the value of a failed one is left out."""
     check, config = attempt("recipe keys", lambda: read_config(arguments.config, overrides))
     yield check
     check, launch = attempt("accelerate keys", lambda: read_launch(arguments.accelerate_config))
@@ -240,20 +270,24 @@ def run_checks(arguments: argparse.Namespace, overrides: list[str]) -> Iterator[
 
 
 def read_config(path: Path, overrides: list[str]) -> tuple[Config, str]:
+    """Read the recipe's configuration."""
     config = load_config(path, overrides)
     return config, f"{config.model.base}, {config.model.quantization}"
 
 
 def read_launch(path: Path) -> tuple[Launch, str]:
+    """Read the accelerate config, and check its keys and numbers."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-        load_config_from_file(str(path))  # This is accelerate's own check of the keys.
+        load_config_from_file(str(path))  # Accelerate checks the keys of the file here.
     except OSError as error:
         raise ConfigError(
             f"{path}: {error.strerror}; give the path of an accelerate YAML"
         ) from None
     except (yaml.YAMLError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())[:300]}") from None
+        raise ConfigError(
+            f"{path}: accelerate cannot read this file: {' '.join(str(error).split())[:300]}"
+        ) from None
     machines = int(tree.get("num_machines") or 1)
     ranks = int(tree.get("num_processes") or 1)
     if ranks % machines:
@@ -263,16 +297,17 @@ def read_launch(path: Path) -> tuple[Launch, str]:
         )
     if str(tree.get("distributed_type")).upper() in ("NO", "FALSE") and ranks > 1:
         raise ConfigError(
-            f"{path}: num_processes {ranks} with distributed_type NO starts one process; use"
+            f"{path}: num_processes is {ranks}, but distributed_type NO starts one process; use"
             " MULTI_GPU, DEEPSPEED or FSDP"
         )
     environ = launch_environ(tree)
     strategy = read_strategy(environ, ranks)
-    found = f"{strategy.name}, {ranks} process(es) on {machines} machine(s)"
-    return Launch(tree, environ, strategy, machines), found
+    text = f"{strategy.name}, {ranks} process(es) on {machines} machine(s)"
+    return Launch(tree, environ, strategy, machines), text
 
 
 def check_processes(launch: Launch) -> tuple[None, str]:
+    """Check that the processes of this machine have a GPU each, and the package of the strategy."""
     local = launch.local_ranks
     gpus = torch.cuda.device_count()
     if launch.strategy.name.startswith("zero") and find_spec("deepspeed") is None:
@@ -280,44 +315,48 @@ def check_processes(launch: Launch) -> tuple[None, str]:
             "deepspeed is not installed; pip install 'medqlora[deepspeed]', or use ddp or fsdp2"
         )
     if not gpus:
-        raise Unchecked(f"{local} per machine; no GPU here to count")
+        raise Unchecked(f"{local} process(es) per machine; this machine has no GPU to count")
     if local > gpus:
         raise ProcessError(
-            f"{local} processes per machine, {gpus} GPU(s) here; set num_processes to the GPUs of"
-            " all machines"
+            f"{local} processes per machine, but {gpus} GPU(s) here; set num_processes to the"
+            " number of GPUs of all machines"
         )
-    return None, f"{local} of {gpus} GPU(s)" + ("" if local == gpus else "; the others stay idle")
+    idle = "" if local == gpus else "; the others stay idle"
+    return None, f"{local} of {gpus} GPU(s) used{idle}"
 
 
 def check_dtypes(config: Config, launch: Launch) -> tuple[Precision, str]:
+    """Check the dtype of computing against the hardware and the strategy."""
     device = default_device()
     dtype = choose_dtype(config.model.dtype, device)
     check_hardware(config.model, device, dtype)
     check_strategy(launch.strategy, config, dtype, launch.environ)
     storage = choose_storage(launch.strategy, config.model.quantization, dtype)
-    found = f"compute {dtype}, adapter and its gradients torch.float32"
+    text = f"compute {dtype}, adapter and its gradients torch.float32"
     if config.model.quantization in ("nf4", "fp4"):
-        found += f", 4-bit weights stored as {storage}"
-    return Precision(device, dtype, storage), found
+        text += f", 4-bit weights stored as {storage}"
+    return Precision(device, dtype, storage), text
 
 
 def check_batch(config: Config, launch: Launch) -> tuple[None, str]:
+    """Check that the global batch can be divided into micro-batches."""
     return None, describe_batch(config.training, config.data.max_length, launch.strategy.ranks)
 
 
 def check_model(config: Config) -> tuple[BaseModel, str]:
+    """Check the base's configuration, the adapter's targets, and the tokenizer."""
     model = config.model
     architecture = read_model_config(model.base, model.revision, model.trust_remote_code)
     check_length(architecture, config.data.max_length)
     base, adapter = count_parameters(architecture, config.lora)
     tokenizer = load_tokenizer(model.base, model.revision, model.trust_remote_code)
     encoder = make_encoder(tokenizer, config.data.prompt_style, config.data.completion)
-    found = f"{base:,} parameters, adapter {adapter:,}; prompts {encoder.style}"
-    return BaseModel(architecture, adapter, encoder), found
+    text = f"{base:,} parameters, adapter {adapter:,}; prompt style {encoder.style}"
+    return BaseModel(architecture, adapter, encoder), text
 
 
 def check_data(config: Config, model: BaseModel) -> tuple[Prepared, str]:
-    """The first rows of every entry through reading, cleaning, separation and tokenization."""
+    """Read, clean, separate and tokenize the first rows of every data entry."""
     tree = config.model_dump()
     for role in ("train", "eval", "test"):
         for entry in tree["data"][role]:
@@ -327,20 +366,24 @@ def check_data(config: Config, model: BaseModel) -> tuple[Prepared, str]:
         prepared = prepare(Config.model_validate(tree), model.encoder)
         table = prepared.train
         if not len(table.lengths):
-            raise PlanError("data.train: no row is left")
+            raise PlanError(
+                f"data.train: none of the first {ROWS} rows of each entry is left; give other data"
+                " or a larger data.max_length"
+            )
         reasons = count_reasons(prepared.removals).items()
         dropped = ", ".join(f"{count} {reason}" for reason, count in reasons)
         supervised = int(table.supervised.sum()) / len(table.lengths)
-        found = (
+        text = (
             f"of the first {ROWS} rows of each entry: {len(table.lengths):,} to train on,"
             f" {int(table.lengths.mean())} tokens each, {supervised:.1f} supervised; removed:"
             f" {dropped or 'none'}"
         )
-        # The tables are mapped from a folder that ends with this block.
-        return replace(prepared, train=copy.deepcopy(prepared.train)), found
+        # The table is mapped from the temporary folder, so it is copied before that is removed.
+        return replace(prepared, train=copy.deepcopy(prepared.train)), text
 
 
 def check_places(config: Config, output_dir: Path, model: BaseModel | None) -> tuple[None, str]:
+    """Check that the run folder and the cache can be written, and that the disk has space."""
     check_run(output_dir, config, resume=True)
     parameters = model.adapter_parameters if model is not None else 0
     size = size_of_checkpoints(parameters, config.training.keep_checkpoints)
@@ -358,15 +401,18 @@ def check_places(config: Config, output_dir: Path, model: BaseModel | None) -> t
                 f"{key} {place}: cannot write to {existing}: {error.strerror}; choose another"
                 " folder"
             ) from None
-    return None, f"{output_dir}: {size / 2**20:,.0f} MiB needed, and free"
+    return None, f"{output_dir}: {size / 2**20:,.0f} MiB are needed and free"
 
 
 def forecast(
     config: Config, launch: Launch, model: BaseModel, prepared: Prepared
 ) -> tuple[None, str]:
-    """What the recipe will decide and need on each GPU; on a machine without one, its least."""
+    """Forecast what the recipe will decide, and the memory that it needs on each GPU.
+
+    On a machine without a GPU nothing can be decided, and the least memory is forecast instead.
+    """
     gpu = torch.cuda.is_available()
-    # The forecast is for where it will train, and this may be a login node.
+    # This machine may be a login node, so the accelerate config says what the training runs on.
     device = torch.device("cpu" if launch.tree.get("use_cpu") else "cuda")
     dtype = choose_dtype(config.model.dtype, device)
     memory = available_memory(torch.device("cuda")) if gpu else sys.maxsize
@@ -392,23 +438,24 @@ def forecast(
         )
     except UnknownForecast as error:
         if undecided:
-            raise  # The recipe would need the forecast too.
+            raise  # The recipe needs the forecast to decide, and would fail too.
         raise Unchecked(str(error)) from None
-    found = (
+    text = (
         f"{plan.forecast.peak / GIB:.2f} GiB predicted per process at {plan.tokens:,} tokens,"
         f" {plan.forecast.recomputed} of {plan.forecast.layers} layers recomputed"
     )
     if not gpu:
-        return None, f"{found}; no GPU here to compare with"
+        return None, f"{text}; this machine has no GPU to compare with"
     if not target.holds(plan.forecast):
         raise ProcessError(
-            f"{found}, {memory / GIB:.2f} GiB may be used here; lower"
-            " training.max_tokens_per_batch, or set both to auto"
+            f"{text}, but only {memory / GIB:.2f} GiB may be used here; lower"
+            " training.max_tokens_per_batch, or set it and training.gradient_checkpointing to auto"
         )
-    return None, f"{found}, of {memory / GIB:.2f} GiB that may be used here"
+    return None, f"{text}, of {memory / GIB:.2f} GiB that may be used here"
 
 
 def check_rendezvous(launch: Launch, arguments: argparse.Namespace) -> tuple[None, str]:
+    """Check the address at which the machines meet; machine 0 tries to open its port."""
     if launch.machines == 1:
         return None, "one machine"
     tree = launch.tree
@@ -426,31 +473,35 @@ def check_rendezvous(launch: Launch, arguments: argparse.Namespace) -> tuple[Non
             with socket.create_server((address, int(port))):
                 return None, f"{host}:{port} is free on this machine"
     except OSError as error:
-        what = "use" if rank == 0 else "resolve"
+        action = "use" if rank == 0 else "resolve"
         raise ProcessError(
-            f"main_process_ip {host}, port {port}: cannot {what} it here:"
+            f"main_process_ip {host}, port {port}: cannot {action} it here:"
             f" {error.strerror or error}; it must be machine 0's"
         ) from None
-    found = (
-        f"{host} is {address}; meet with --rendezvous {host}:{port} --num_machines"
+    text = (
+        f"{host} is {address}; to try it, run --rendezvous {host}:{port} --num_machines"
         f" {launch.machines} on all machines at once"
     )
-    return None, found
+    return None, text
 
 
 def take_two_steps(
     config: Config, precision: Precision, model: BaseModel, table: TokenTable
 ) -> tuple[None, str]:
-    """Train two fake layers of this architecture, quantized as asked, on this recipe's own rows."""
+    """Take two optimizer steps on rows of the data, with two narrow layers of the architecture.
+
+    The layers have random weights, and are quantized as the recipe says.
+    """
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         try:
             small = shrink(model.architecture)
             AutoModelForCausalLM.from_config(small, dtype=torch.float32).save_pretrained(folder)
-        # An architecture may have rules of its own that a narrow one breaks.
+        # The code of an architecture may refuse the sizes of a narrow model.
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise Unchecked(
-                f"two fake layers of it cannot be made: {' '.join(str(error).split())[:120]}"
+                "two narrow layers of this architecture cannot be made:"
+                f" {' '.join(str(error).split())[:120]}"
             ) from None
         changed = change(config, "model", base=folder, revision=None)
         if config.training.gradient_checkpointing == "auto":
@@ -473,18 +524,18 @@ def take_two_steps(
         figures += [total / targets, session.trainer.step(config.training.lr)]
     if not np.isfinite(figures).all():
         raise ProcessError(
-            f"two fake layers of this architecture: losses {figures[::2]}, gradient norms"
-            f" {figures[1::2]}; report this with the recipe"
+            f"two narrow layers of this architecture gave losses {figures[::2]} and gradient norms"
+            f" {figures[1::2]}, which must be finite; report this with the recipe"
         )
-    found = (
+    text = (
         f"losses {figures[0]:.3f}, {figures[2]:.3f}; attention {loaded.backend} isolates rows"
-        f" (error {isolation:.0e}); {built.recomputed} of 2 recomputed"
+        f" (error {isolation:.0e}); {built.recomputed} of 2 layers recomputed"
     )
-    return None, found
+    return None, text
 
 
-def shrink(config):
-    """The same architecture, two layers and narrow."""
+def shrink(config: PretrainedConfig) -> PretrainedConfig:
+    """Return the same architecture with two narrow layers and a small vocabulary."""
     small = type(config)(**config.to_dict())
     text = small.get_text_config()
     changes = {
@@ -505,12 +556,12 @@ def shrink(config):
             setattr(text, key, value)
     if isinstance(getattr(text, "layer_types", None), list):
         text.layer_types = text.layer_types[:2]
-    # long-context factors fit one width only
-    if isinstance(rope := getattr(text, "rope_parameters", None), dict) and "rope_type" in rope:
-        text.rope_parameters = {
-            key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope
-        } | {"rope_type": "default"}
-    small.quantization_config = None
+    # The factors for long contexts fit only the original width, so the default rotation is used.
+    rope = getattr(text, "rope_parameters", None)
+    if isinstance(rope, dict) and "rope_type" in rope:
+        kept = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+        text.rope_parameters = kept | {"rope_type": "default"}
+    small.quantization_config = None  # The attribute may be missing, and must exist to be deleted.
     del small.quantization_config
     return small
 

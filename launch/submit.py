@@ -1,12 +1,13 @@
-"""Fill launch/slurm_train.sbatch in for one recipe and submit it to Slurm.
+"""Fill in launch/slurm_train.sbatch for one recipe, and submit it to Slurm.
 
     python launch/submit.py --accelerate_config accelerate_configs/ddp.yaml \\
         --config recipes/configs/llama3-8b_medmcqa.yaml \\
         --output_dir runs/llama3 --nodes 8 --gpus_per_node 8 --time 12:00:00 --partition gpu \\
         --training.global_batch_tokens 524288 --dry_run
 
---dry_run prints the script instead of submitting it. Run from the root of the checkout, with the
-environment active.
+--dry_run prints the script instead of submitting it. Flags such as --training.lr set keys of the
+recipe. Run this command from the root of the checkout, while the environment that has medqlora is
+active.
 """
 
 import argparse
@@ -34,9 +35,9 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         "--accelerate_config",
         type=Path,
         required=True,
-        help="strategy; its numbers of machines and processes are replaced",
+        help="YAML file of the strategy; its numbers of machines and processes are replaced",
     )
-    parser.add_argument("--config", type=Path, required=True, help="recipe YAML")
+    parser.add_argument("--config", type=Path, required=True, help="YAML file of the recipe")
     parser.add_argument(
         "--output_dir",
         type=Path,
@@ -44,51 +45,62 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         help="run folder, on a filesystem that all nodes share",
     )
     parser.add_argument(
-        "--recipe", type=Path, default=Path("recipes/sft_qlora.py"), help="default %(default)s"
+        "--recipe",
+        type=Path,
+        default=Path("recipes/sft_qlora.py"),
+        help="the training script (default %(default)s)",
     )
-    parser.add_argument("--nodes", type=int, default=1, help="default %(default)s")
+    parser.add_argument(
+        "--nodes", type=int, default=1, help="number of nodes (default %(default)s)"
+    )
     parser.add_argument(
         "--gpus_per_node",
         type=int,
         default=1,
-        help="processes per node, one per GPU; default %(default)s",
+        help="number of processes per node, one per GPU (default %(default)s)",
     )
     parser.add_argument(
-        "--cpu", action="store_true", help="no GPUs: --gpus_per_node counts processes only"
+        "--cpu",
+        action="store_true",
+        help="ask for no GPUs; --gpus_per_node is then only a number of processes",
     )
     parser.add_argument(
         "--cpus_per_gpu",
         type=int,
         default=8,
-        help="cores per process, not with --cpu; default %(default)s",
+        help="CPU cores per process; not used with --cpu (default %(default)s)",
     )
     parser.add_argument(
         "--time",
         default="24:00:00",
         help=(
-            "limit, [DAYS-]HH:MM:SS; two minutes before it the job requeues itself; default"
-            " %(default)s"
+            "time limit as [DAYS-]HH:MM:SS; two minutes before it the job requeues itself (default"
+            " %(default)s)"
         ),
     )
-    parser.add_argument("--job_name", help="default: the recipe YAML's name")
-    parser.add_argument("--partition", help="Slurm partition")
-    parser.add_argument("--account", help="Slurm account")
+    parser.add_argument(
+        "--job_name", help="name of the job (default: the name of the recipe's YAML file)"
+    )
+    parser.add_argument("--partition", help="Slurm partition (default: that of the cluster)")
+    parser.add_argument("--account", help="Slurm account (default: that of the user)")
     parser.add_argument(
         "--sbatch",
         action="append",
         default=[],
         metavar="DIRECTIVE",
-        help="further directive, e.g. --sbatch=--mem=0; may be repeated",
+        help="a further Slurm directive, such as --sbatch=--mem=0; may be repeated",
     )
-    parser.add_argument("--dry_run", action="store_true", help="print the script, submit nothing")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="print the script and submit nothing"
+    )
     arguments, overrides = parser.parse_known_args()
     load_config(arguments.config, overrides)
     return arguments, overrides
 
 
 if __name__ == "__main__":
-    # A mistake is said before torch is imported, which takes seconds. torch reads the allocator's
-    # variable when it is imported.
+    # The arguments are checked before torch is imported, which takes seconds. The variable of its
+    # allocator must be set before, because torch reads it while it is imported.
     ARGUMENTS, OVERRIDES = run_early(parse_arguments)
     prefer_expandable_segments(os.environ)
 
@@ -116,11 +128,12 @@ def main() -> None:
     tree = yaml.safe_load(arguments.accelerate_config.read_text(encoding="utf-8"))
     if not isinstance(tree, dict) or (tree.get("distributed_type") == "NO" and ranks > 1):
         raise ConfigError(
-            f"--accelerate_config {arguments.accelerate_config} is for one process, {ranks} are"
-            " asked for; use ddp, zero or fsdp2"
+            f"--accelerate_config {arguments.accelerate_config} is for one process, but --nodes x"
+            f" --gpus_per_node asks for {ranks}; use a ddp, zero or fsdp2 file"
         )
     environ = launch_environ(tree)
-    # auto: of the GPUs, which this machine may not have
+    # auto means the dtype of the nodes' GPUs, which this machine may not have. It is assumed to be
+    # bfloat16.
     dtype = DTYPES.get(config.model.dtype, DTYPES["bfloat16"])
     check_strategy(read_strategy(environ, ranks), config, dtype, environ)
     batch = describe_batch(config.training, config.data.max_length, ranks)
@@ -136,7 +149,7 @@ def main() -> None:
         )
     except FileNotFoundError:
         raise ConfigError(
-            "sbatch was not found; submit from a machine of the cluster, or look at the script with"
+            "sbatch was not found; submit from a machine of the cluster, or print the script with"
             " --dry_run"
         ) from None
     except subprocess.CalledProcessError as error:
@@ -144,42 +157,40 @@ def main() -> None:
     job = done.stdout.strip()
     name = arguments.job_name or arguments.config.stem
     print(
-        f"job {job}: {ranks} processes; output {name}-{job}.out, logs of each rank in"
-        f" {arguments.output_dir}/launch/"
+        f"job {job}: {ranks} processes; its output is {name}-{job}.out, the logs of each rank are"
+        f" in {arguments.output_dir}/launch/"
     )
 
 
 def fill(arguments: argparse.Namespace) -> str:
-    """The template with its directives and arguments."""
-    wanted = {
+    """Return the template with the directives of this job."""
+    directives = {
         "job-name": arguments.job_name or arguments.config.stem,
         "nodes": str(arguments.nodes),
         "time": arguments.time,
         "partition": arguments.partition,
         "account": arguments.account,
-        "cpus-per-task": (
-            None if arguments.cpu else str(arguments.gpus_per_node * arguments.cpus_per_gpu)
-        ),
-        "gpus-per-node": None if arguments.cpu else str(arguments.gpus_per_node),
+        "cpus-per-task": None,
+        "gpus-per-node": None,
     }
+    if not arguments.cpu:
+        directives["cpus-per-task"] = str(arguments.gpus_per_node * arguments.cpus_per_gpu)
+        directives["gpus-per-node"] = str(arguments.gpus_per_node)
+    replaced = tuple(f"#SBATCH --{key}=" for key in directives)
     lines = TEMPLATE.read_text(encoding="utf-8").splitlines()
-    lines = [
-        line for line in lines if not any(line.startswith(f"#SBATCH --{key}=") for key in wanted)
-    ]
+    lines = [line for line in lines if not line.startswith(replaced)]
     first = next(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
-    given = [f"#SBATCH --{key}={value}" for key, value in wanted.items() if value is not None]
+    given = [f"#SBATCH --{key}={value}" for key, value in directives.items() if value is not None]
     lines[first:first] = given
     last = max(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
-    # Slurm takes the last of two
+    # Slurm takes the last of two equal directives, so those of the command line stand last.
     lines[last + 1 : last + 1] = [f"#SBATCH {directive}" for directive in arguments.sbatch]
     return "\n".join(lines) + "\n"
 
 
 def describe(arguments: argparse.Namespace, ranks: int, batch: str, overrides: list[str]) -> str:
-    """What the numbers come to, and the arguments that the template would get on its command
-    line.
-    """
-    recipe = [
+    """Return the lines of the script that say the numbers of the job and set its arguments."""
+    script_arguments = [
         str(arguments.accelerate_config),
         str(arguments.recipe),
         "--config",
@@ -190,7 +201,7 @@ def describe(arguments: argparse.Namespace, ranks: int, batch: str, overrides: l
     return (
         f"# {ranks} processes = {arguments.nodes} node(s) x {arguments.gpus_per_node}; {batch}\n"
         f"export MEDQLORA_PROCESSES_PER_NODE={arguments.gpus_per_node}\n"
-        f"set -- {shlex.join(recipe + overrides)}\n"
+        f"set -- {shlex.join(script_arguments + overrides)}\n"
     )
 
 
