@@ -27,8 +27,11 @@ if TYPE_CHECKING:  # Its import takes half a second.
 class TokenTable:
     """Tokenized rows, one after the other.
 
-    ids int32 [tokens]; offsets int64 [rows + 1]; prompt_lengths int32 [rows]: unsupervised tokens
-    at a row's start (at least 1); names [rows]: example ids, for messages.
+    Attributes:
+        ids: token ids of all rows, int32 [tokens].
+        offsets: where each row begins in `ids`, and the end of the last one, int64 [rows + 1].
+        prompt_lengths: unsupervised tokens at each row's start, at least one, int32 [rows].
+        names: ids of the rows' examples, for messages.
     """
 
     ids: np.ndarray
@@ -47,11 +50,14 @@ class TokenTable:
         return self.lengths - self.prompt_lengths
 
 
-BATCH = 1_024  # rows that a thread tokenizes at a time
+BATCH = 1_024  # A thread tokenizes this many rows at a time.
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Many texts at once, without special tokens and without offsets."""
+    """Return the token ids of many texts, without special tokens.
+
+    The fast tokenizer's own batch function is called, which makes no offsets.
+    """
     if not texts:
         return []
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -65,13 +71,14 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[l
 
 
 def prefix_text(encoder: Encoder, prompt: Prompt) -> str:
-    """Raises PromptError: worked examples for a chat template that cannot show earlier turns."""
+    """Return the text that the model reads before it answers.
+
+    Raises:
+        PromptError: worked examples for a chat template that cannot show earlier turns.
+    """
     if not prompt.chat:
-        return (
-            prompt.lead
-            + "".join(f"{shot.user}{shot.completion}\n\n" for shot in prompt.shots)
-            + prompt.user
-        )
+        shots = "".join(f"{shot.user}{shot.completion}\n\n" for shot in prompt.shots)
+        return prompt.lead + shots + prompt.user
     frame = encoder.frame
     if prompt.shots and frame.between is None:
         raise PromptError(
@@ -85,7 +92,7 @@ def prefix_text(encoder: Encoder, prompt: Prompt) -> str:
 
 
 def encode_prefixes(encoder: Encoder, prompts: list[Prompt]) -> list[list[int]]:
-    """Token ids of what the model reads: the same for training, evaluation and serving."""
+    """Return the token ids that the model reads; training and evaluation both call this."""
     encoded = encode_texts(encoder.tokenizer, [prefix_text(encoder, prompt) for prompt in prompts])
     return [
         ids if prompt.chat else [*encoder.leading_ids, *ids]
@@ -96,54 +103,64 @@ def encode_prefixes(encoder: Encoder, prompts: list[Prompt]) -> list[list[int]]:
 def encode_completions(
     encoder: Encoder, prompts: list[Prompt], completions: list[str]
 ) -> list[list[int]]:
-    """Token ids of completions in their place: each is encoded behind its prefix's last line. No
-    end token.
+    """Return the token ids of completions in their place, without the end token.
+
+    Each completion is encoded behind the last line of its prefix, its anchor, and keeps the tokens
+    after the anchor's own. Equal pairs of anchor and completion are encoded once.
     """
-    anchors = [prefix_text(encoder, prompt).rpartition("\n")[2][-64:] for prompt in prompts]
-    # An anchor that ends in a newline (most chat templates) is empty here; the newline itself then
-    # anchors.
-    anchors = [anchor or "\n" for anchor in anchors]
-    unique = {pair: None for pair in zip(anchors, completions, strict=True)}
-    together = encode_texts(
-        encoder.tokenizer, [anchor + completion for anchor, completion in unique]
-    )
-    alone = dict(
-        zip(set(anchors), encode_texts(encoder.tokenizer, list(set(anchors))), strict=True)
-    )
-    for (anchor, completion), ids in zip(list(unique), together, strict=True):
-        head = alone[anchor]
-        unique[anchor, completion] = (
-            ids[len(head) :]
-            if ids[: len(head)] == head
-            else encode_text(encoder.tokenizer, completion)
-        )
-    return [unique[pair] for pair in zip(anchors, completions, strict=True)]
+    anchors = []
+    for prompt in prompts:
+        last_line = prefix_text(encoder, prompt).rpartition("\n")[2][-64:]
+        # Most chat templates end in a newline. The newline itself is then the anchor.
+        anchors.append(last_line or "\n")
+    pairs = list(dict.fromkeys(zip(anchors, completions, strict=True)))
+    joint = encode_texts(encoder.tokenizer, [anchor + completion for anchor, completion in pairs])
+    distinct = list(dict.fromkeys(anchors))
+    heads = dict(zip(distinct, encode_texts(encoder.tokenizer, distinct), strict=True))
+    encoded = {}
+    for (anchor, completion), ids in zip(pairs, joint, strict=True):
+        head = heads[anchor]
+        if ids[: len(head)] == head:
+            encoded[anchor, completion] = ids[len(head) :]
+        else:
+            # A token reaches over the border, so the completion is encoded by itself.
+            encoded[anchor, completion] = encode_text(encoder.tokenizer, completion)
+    return [encoded[pair] for pair in zip(anchors, completions, strict=True)]
 
 
 def encode_candidates(
     encoder: Encoder, prompts: list[Prompt], prefixes: list[list[int]], texts: list[list[str]]
 ) -> list[list[list[int]]]:
-    """Token ids of each question's options as completions of its prompt.
+    """Return the token ids of each question's options as completions of its prompt.
 
-    In style lm_eval they are what the joint encoding of prompt and option has after the prompt's
-    own length, as in lm-evaluation-harness (`_encode_pair`).
+    In style lm_eval they are the tokens that the joint encoding of prompt and option has after the
+    prompt's own length, as in lm-evaluation-harness (`_encode_pair`).
+
+    Args:
+        encoder: the tokenizer and its prompt style.
+        prompts: one per question.
+        prefixes: what `encode_prefixes` returned for them.
+        texts: the options of each question.
     """
-    counts = [len(some) for some in texts]
-    repeated = [prompt for prompt, count in zip(prompts, counts, strict=True) for _ in range(count)]
-    flat = iter(encode_completions(encoder, repeated, [text for some in texts for text in some]))
-    found = [[next(flat) for _ in range(count)] for count in counts]
+    repeated = []
+    flat_texts = []
+    for prompt, options in zip(prompts, texts, strict=True):
+        repeated += [prompt] * len(options)
+        flat_texts += options
+    flat = iter(encode_completions(encoder, repeated, flat_texts))
+    candidates = [[next(flat) for _ in options] for options in texts]
     if encoder.style != "lm_eval":
-        return found
+        return candidates
     whole = [prefix_text(encoder, prompt) for prompt in prompts]
-    joint = encode_texts(
-        encoder.tokenizer, [text + some[0] for text, some in zip(whole, texts, strict=True)]
-    )
+    first_options = [text + options[0] for text, options in zip(whole, texts, strict=True)]
+    joint = encode_texts(encoder.tokenizer, first_options)
     for number, (prefix, ids) in enumerate(zip(prefixes, joint, strict=True)):
-        # tokens reach over the border of prompt and option
-        if prefix + found[number][0] != [*encoder.leading_ids, *ids]:
-            each = encode_texts(encoder.tokenizer, [whole[number] + text for text in texts[number]])
-            found[number] = [[*encoder.leading_ids, *ids][len(prefix) :] for ids in each]
-    return found
+        if prefix + candidates[number][0] == [*encoder.leading_ids, *ids]:
+            continue
+        # A token reaches over the border of prompt and option.
+        each = encode_texts(encoder.tokenizer, [whole[number] + text for text in texts[number]])
+        candidates[number] = [[*encoder.leading_ids, *ids][len(prefix) :] for ids in each]
+    return candidates
 
 
 def encode_examples(
@@ -153,18 +170,24 @@ def encode_examples(
 
     Context is cut first, then the explanation, never question, options or answer. Passages become
     rows of at most `max_length` tokens, supervised from their second token on. Batches are
-    tokenized in threads, which is fastest where the library's own are off
-    (TOKENIZERS_PARALLELISM=false): beside those Python would wait for them, and they for Python.
+    tokenized in threads. This is fastest where the tokenizers library has no threads of its own
+    (TOKENIZERS_PARALLELISM=false): beside those, Python and the library would wait for each other.
 
-    Raises: DataError: a row without a known answer, or one that does not fit even without context
-        (unless `drop`).
+    Args:
+        encoder: the tokenizer and its prompt style.
+        examples: labelled examples.
+        max_length: the longest row in tokens.
+        drop: lists rows that cannot be used as removals instead of raising at the first.
+
+    Raises:
+        DataError: a row without a known answer, or one that does not fit even without context.
     """
 
     def encode(first: int) -> tuple[np.ndarray, list[str], list[int], list[int], list[Removal]]:
         rows, prompts, dropped = encode_batch(
             encoder, examples[first : first + BATCH], max_length, drop
         )
-        # token ids as Python integers take eight times the room of an array
+        # Token ids as Python integers take eight times the memory of an array.
         sizes = [len(ids) for _, ids in rows]
         ids = np.fromiter(
             itertools.chain.from_iterable(ids for _, ids in rows), np.int32, sum(sizes)
@@ -176,7 +199,8 @@ def encode_examples(
     prompt_lengths = []
     parts = []
     removals = []
-    threads = ThreadPoolExecutor(min(os.cpu_count() or 1, 8) + 1)  # more would wait for Python
+    # More threads would only wait for Python.
+    threads = ThreadPoolExecutor(min(os.cpu_count() or 1, 8) + 1)
     try:
         for ids, named, sizes, prompts, dropped in threads.map(
             encode, range(0, len(examples), BATCH)
@@ -200,7 +224,7 @@ def encode_examples(
 def encode_batch(
     encoder: Encoder, examples: list[Example], max_length: int, drop: bool
 ) -> tuple[list[tuple[str, list[int]]], list[int], list[Removal]]:
-    """(id, tokens) and prompt length of each row, and removals; see encode_examples."""
+    """Return (id, tokens) of each row, each row's prompt length, and removals."""
     prompts = [render(example, encoder.style, encoder.completion) for example in examples]
     prefixes = encode_prefixes(encoder, prompts)
     completions = encode_completions(
@@ -242,20 +266,19 @@ def encode_batch(
 
 
 def split_passage(encoder: Encoder, ids: list[int], max_length: int) -> list[list[int]]:
-    """BOS + text + end token, in rows of at most `max_length`; a piece of one token has nothing to
-    predict.
-    """
+    """Return BOS, text and end token in rows of at most `max_length` tokens."""
     ids = [*encoder.leading_ids, *ids, encoder.end_id]
-    return [
-        piece for i in range(0, len(ids), max_length) if len(piece := ids[i : i + max_length]) > 1
-    ]
+    pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
+    # A piece of one token has nothing to predict.
+    return [piece for piece in pieces if len(piece) > 1]
 
 
 def shorten(
     encoder: Encoder, example: MultipleChoice | OpenAnswer, max_length: int
 ) -> tuple[list[int], list[int]]:
-    """Cut context, then explanation, from the end until the row fits; -> (prefix, completion),
-    perhaps still too long.
+    """Cut the context, then the explanation, from the end until the row fits.
+
+    Returns the token ids of prefix and completion, which may still be too long.
     """
     context = "\n".join(example.context)
     explanation = getattr(example, "explanation", None) or ""
@@ -277,7 +300,7 @@ def shorten(
 
 
 def cut_tokens(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> str:
-    """Drop at least `count` tokens (and one character) from the end of a text."""
+    """Return a text without its last `count` tokens, and at least one character shorter."""
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
         "offset_mapping"
     ]

@@ -282,7 +282,7 @@ class BarChart:
 
     title: str
     models: list[tuple[str, str]]  # name and style
-    chance: str | None  # where a vertical line shows the accuracy of guessing
+    chance: str | None  # A vertical line here shows the accuracy of guessing.
     groups: list[BarGroup]
     folded: list[BarGroup]
 

@@ -397,17 +397,15 @@ class Session:
             if proven:
                 certain += names_of_rank
         if certain:
-            found = "the loss is not finite at the examples"
+            problem = "the loss is not finite at the examples"
         elif self.strategy.sharded:
-            found = "the loss is not finite in a batch of the examples"
+            problem = "the loss is not finite in a batch of the examples"
         else:
-            found = (
+            problem = (
                 "the loss is not finite in a batch, but is finite for each of its examples alone:"
             )
-        return (
-            f"step {step}: {found} {', '.join((certain or possible)[:10])}; look at these rows, or"
-            " lower training.lr"
-        )
+        names = ", ".join((certain or possible)[:10])
+        return f"step {step}: {problem} {names}; look at these rows, or lower training.lr"
 
     def is_finite_alone(self, table: TokenTable, row: int) -> bool:
         """Say whether the loss of one row is finite; not for a divided model."""

@@ -402,7 +402,7 @@ def test_compare_and_gate(whole, tmp_path):
 
 @pytest.mark.slow
 def test_two_hundred_thousand_predictions(tmp_path):
-    """Scoring, comparing and reporting: without torch, in seconds, within a gigabyte."""
+    """Scoring, comparing and reporting need no torch and less than a gigabyte."""
     chance = random.Random(0)
     run = tmp_path / "run" / "predictions"
     run.mkdir(parents=True)
@@ -435,7 +435,6 @@ def test_two_hundred_thousand_predictions(tmp_path):
                 }
                 row["gold"] = "ABCD"[i % 4]
                 file.write(json.dumps(row) + "\n")
-    began = time.monotonic()
     peaks = []
     for command in (
         ["eval/score.py", run / "tuned.jsonl"],
@@ -454,10 +453,7 @@ def test_two_hundred_thousand_predictions(tmp_path):
             "assert 'torch' not in sys.modules\n"
             "print('peak', read_peak_resident())"
         )
-        done = run_script("-c", watch, *command)
+        done = run_script("-c", watch, *command, cold=True)
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout.split()[-1]))
-    seconds = time.monotonic() - began
-    print(f"{seconds:.1f} s, {max(peaks) / 2**20:.0f} MiB")
     assert max(peaks) < 1 << 30
-    assert seconds < 60  # a bound for machines that do other things too; alone it is under 20 s

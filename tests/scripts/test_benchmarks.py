@@ -316,7 +316,7 @@ def test_latency_of_a_server(server, plain, monkeypatch, tmp_path):
     (loop,) = report["loops"]
     assert report["complete"]
     assert loop["short_answers"] == 0
-    assert 19 < loop["itl_ms"]["p50"] < 60
+    assert loop["itl_ms"]["p50"] > 19  # The server pauses 20 ms between pieces.
     assert loop["e2el_ms"]["p50"] >= 79
     assert loop["tpot_ms"]["mean"] == pytest.approx(
         (loop["e2el_ms"]["mean"] - loop["ttft_ms"]["mean"]) / 2

@@ -137,6 +137,20 @@ def test_loss_falls(finished):
     assert sum(values[-4:]) < sum(values[:4])
 
 
+# A step takes a fifth of a second at least: so a kill or a signal finds the training unfinished.
+SLOW = """
+import runpy, sys, time
+from medqlora.training import session
+update = session.Session.update
+def slow(self, lr):
+    time.sleep(0.2)
+    return update(self, lr)
+session.Session.update = slow
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments_and_resumed_equals_uninterrupted(finished, tmp_path):
     """kill -9, wherever it is (a save included), then --resume, until the run is through: the
@@ -145,25 +159,22 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(finished, tmp
     expected = losses(finished[0] / "run")
     chance = random.Random(int(os.environ.get("MEDQLORA_KILL_SEED", "0")))
     kills = 0
+    wanted = int(os.environ.get("MEDQLORA_KILLS", "3"))
     for _ in range(12):
         resume = ["--resume"] if (tmp_path / "run").exists() else []
         arguments = [*flags(tmp_path / "run", finished[0] / "cache"), *resume]
-        process = warm_processes.start(arguments, ROOT)
         log = tmp_path / "run" / "train_log.jsonl"
-        begun = time.time()
         seen = log.stat().st_size if log.exists() else 0
-        wanted = int(os.environ.get("MEDQLORA_KILLS", "3"))
         if kills < wanted:
-            while (
-                process.poll() is None
-                and time.time() - begun < 120
-                and (not log.exists() or log.stat().st_size <= seen)
-            ):
+            process = warm_processes.start(["-c", SLOW, *arguments], ROOT)
+            while process.poll() is None and (not log.exists() or log.stat().st_size <= seen):
                 time.sleep(0.02)
             time.sleep(chance.uniform(0, 1.2))
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL)
                 kills += 1
+        else:
+            process = warm_processes.start(arguments, ROOT)
         _, complaint = process.communicate()
         if process.returncode == 0:
             break
@@ -180,7 +191,7 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(finished, tmp
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_writes_a_checkpoint_and_resumes(finished, tmp_path, number):
     arguments = flags(tmp_path / "run", finished[0] / "cache", "--training.save_steps", "1000")
-    process = warm_processes.start(arguments, ROOT)
+    process = warm_processes.start(["-c", SLOW, *arguments], ROOT)
     log = tmp_path / "run" / "train_log.jsonl"
     while process.poll() is None and not log.exists():
         time.sleep(0.05)
