@@ -136,10 +136,12 @@ class Built:
 
     @property
     def vocabulary(self) -> int:
+        """Number of different tokens."""
         return self.model.config.get_text_config().vocab_size
 
     @property
     def layers(self) -> int:
+        """Number of decoder layers."""
         return self.model.config.get_text_config().num_hidden_layers
 
 

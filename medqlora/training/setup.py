@@ -68,14 +68,17 @@ class Setup:
 
     @property
     def device(self) -> torch.device:
+        """The device of this process."""
         return self.accelerator.device
 
     @property
     def is_local_main(self) -> bool:
+        """Whether this is the first process of its machine."""
         return self.accelerator.is_local_main_process
 
     @property
     def rank(self) -> int:
+        """Number of this process, from 0."""
         return self.accelerator.process_index
 
 

@@ -93,7 +93,8 @@ def replay_allocator(events: list[tuple[int, int]], expandable: bool = False) ->
             page = (SMALL_PAGE, LARGE_PAGE)[pool]
             segment = -1
             # The free block at the end of the segment is part of the block that grows from it.
-            size, offset = 0, ends[pool]
+            size = 0
+            offset = ends[pool]
             for last in free[pool]:
                 if last[2] + last[0] == ends[pool]:
                     size, _, offset = last

@@ -43,10 +43,12 @@ class TracedTrainer:
         return self.loss_model(**batch)
 
     def backward(self, loss: torch.Tensor) -> None:
+        """Compute the gradients in the phase "backward"."""
         self.tracker.phase = "backward"
         loss.backward()
 
     def accumulate(self, last: bool) -> contextlib.AbstractContextManager:
+        """Return an empty context: there is no other rank."""
         return contextlib.nullcontext()
 
 

@@ -48,25 +48,31 @@ def longest_sequence(
         return change(longer, "training", global_batch_tokens=tokens * ranks)
 
     def estimate(tokens: int) -> float:
+        """Return the peak bytes of a row, from forecasts of a few layers."""
         sizes = (tokens, tokens)
         estimate = Estimate(configure(tokens), architecture, target, sizes, labelled_of)
         return estimate.peak_at(tokens, mode)
 
     def forecast(tokens: int) -> Forecast:
+        """Return the forecast of a row, with all layers."""
         labelled = labelled_of(tokens)
         plan = forecast_plan(configure(tokens), architecture, target, tokens, mode, labelled)
         return plan.forecast
 
-    previous, length = 1024, 2048
-    previous_need, need = estimate(previous), estimate(length)
+    previous = 1024
+    previous_need = estimate(previous)
+    length = 2048
+    need = estimate(length)
     for _ in range(6):  # The memory of a row grows nearly linearly with its length.
         per_token = max(1.0, (need - previous_need) / (length - previous))
         guess = length + (target.memory - need) / per_token
         guess = int(min(guess, positions or guess)) // 16 * 16
         if guess < 16 or guess == length:
             break
-        previous, previous_need = length, need
-        length, need = guess, estimate(guess)
+        previous = length
+        previous_need = need
+        length = guess
+        need = estimate(length)
     per_token = max(1.0, (need - previous_need) / (length - previous))
     length = min(length, guess)
 

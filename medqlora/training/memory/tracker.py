@@ -61,6 +61,7 @@ class Batch:
 
     @property
     def tokens(self) -> int:
+        """Tokens of the whole micro-batch."""
         return sum(self.lengths)
 
 

@@ -116,11 +116,12 @@ class FullyShard:
                 weight.copy_(self.divide(values[name], weight))
 
     def read_states(self) -> dict[str, dict[str, Any]]:
-        return {
-            name: {key: self.gather(value) for key, value in self.optimizer.state[weight].items()}
-            for name, weight in self.weights.items()
-            if weight in self.optimizer.state
-        }
+        states = {}
+        for name, weight in self.weights.items():
+            if weight in self.optimizer.state:
+                state = self.optimizer.state[weight]
+                states[name] = {key: self.gather(value) for key, value in state.items()}
+        return states
 
     def write_states(self, states: dict[str, dict[str, Any]]) -> None:
         # load_state_dict knows parameters by their number, not by name. The only state without
