@@ -167,7 +167,9 @@ def verify(arguments: argparse.Namespace, metadata: dict, base: Path) -> None:
     bound = BOUNDS[dtype]
     if metadata.get("quantization") == "int8":
         bound = max(bound, INT8_BOUND)
-    if arguments.base_weights == "dequantized" and figures["mean_relative_error"] > bound:
+    # An error that is no number is above every bound.
+    within = figures["mean_relative_error"] <= bound
+    if arguments.base_weights == "dequantized" and not within:
         raise MergeError(
             f"the merged model in {arguments.output} is not the trained one: its mean logit error"
             f" {figures['mean_relative_error']:.1e} is above {bound:.0e}; do not use it, and"

@@ -70,7 +70,10 @@ def save_checkpoint(
     state: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Write the folder `step-N`, then delete all but the newest `keep` of these folders.
+    """Write the folder `step-N`, then delete all but `keep` of the folders up to step N.
+
+    Folders of later steps are damaged ones that a resumed run has passed over; they stay until
+    their step is written again.
 
     Args:
         folder: The run's folder of checkpoints.
@@ -118,7 +121,8 @@ def save_checkpoint(
             f"checkpoint {target} cannot be written: {error.strerror or error}; free some space on"
             " this disk and continue with --resume"
         ) from None
-    for old in list_checkpoints(folder)[keep:]:
+    up_to_now = [path for path in list_checkpoints(folder) if int(path.name[5:]) <= step]
+    for old in up_to_now[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 

@@ -194,11 +194,9 @@ def decide_step(setup: Setup, prepared: Prepared, memory: int) -> Decision:
     Raises:
         ForecastError: Something is `auto` and nothing fits.
     """
-    config = setup.config
-    training = config.training
-    if setup.resumed_packed_tokens and training.max_tokens_per_batch == "auto":
-        config = change(config, "training", max_tokens_per_batch=setup.resumed_packed_tokens)
     ranks = setup.strategy.ranks
+    config = keep_bins(setup.config, setup.resumed_packed_tokens, ranks)
+    training = setup.config.training
     target = TargetHardware(
         setup.device,
         setup.dtype,
@@ -237,6 +235,27 @@ def decide_step(setup: Setup, prepared: Prepared, memory: int) -> Decision:
         recomputed_layers=step.forecast.recomputed,
         attention_cost_bytes=attention_cost,
     )
+
+
+def keep_bins(config: Config, packed_tokens: int | None, ranks: int) -> Config:
+    """Fix the micro-batch of a resumed run to the bins that it was packed into.
+
+    Where the ranks cannot share a step evenly, the whole step is one bin and the forecast decides
+    how its rows are spread. There the configuration stays as it is: the forecast decides again, and
+    on the same machine as before.
+
+    Args:
+        packed_tokens: Tokens of the bins; None for a run that has not begun, or whose configuration
+            gives the micro-batch.
+    """
+    training = config.training
+    if packed_tokens is None or training.max_tokens_per_batch != "auto":
+        return config
+    largest = list_budgets(training, config.data.max_length, ranks)[0]
+    spread = training.global_batch_tokens % (largest * ranks) != 0
+    if spread and packed_tokens == training.global_batch_tokens:
+        return config
+    return change(config, "training", max_tokens_per_batch=packed_tokens)
 
 
 def forecast_recipe(

@@ -209,6 +209,29 @@ def test_command_verifies_and_refuses_another_base(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+NAN_LOGITS = """
+import runpy, sys
+from medqlora.model import merging
+compare = merging.compare_logits
+
+def spoil(reference, merged):
+    return compare(reference, [logits * float("nan") for logits in merged])
+
+merging.compare_logits = spoil
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_logits_that_are_no_numbers_are_refused(tmp_path):
+    make_adapter(make_base(tmp_path / "base"), tmp_path / "adapter", "nf4")
+    script = ROOT / "recipes" / "merge_adapter.py"
+    arguments = [script, "--adapter", tmp_path / "adapter", "--output", tmp_path / "merged"]
+    done = run_script("-c", NAN_LOGITS, *arguments)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "is not the trained one" in done.stderr
+
+
 MEASURE = """
 import sys
 from pathlib import Path

@@ -40,6 +40,19 @@ def test_round_trip_and_pruning(tmp_path):
     assert torch.equal(checkpoint.optimizer["state"][0]["exp_avg"], torch.ones(2))
 
 
+def test_pruning_spares_the_newest_where_later_ones_are_damaged(tmp_path):
+    """A run that has passed over damaged checkpoints writes smaller steps again."""
+    for step in (30, 40):
+        (save(tmp_path, step, keep=9) / "optimizer.pt").unlink()
+    for step in (10, 20):
+        save(tmp_path, step, keep=1)
+    checkpoint, warnings = load_newest(tmp_path)
+    assert checkpoint.state["step"] == 20
+    assert len(warnings) == 2
+    names = [path.name for path in list_checkpoints(tmp_path)]
+    assert names == ["step-40", "step-30", "step-20"]
+
+
 def flip(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1

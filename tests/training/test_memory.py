@@ -37,6 +37,7 @@ from medqlora.training.memory.sharding import divide
 from medqlora.training.memory.target import TargetHardware, parse_size, usable
 from medqlora.training.memory.tracker import GIB, META, Batch, ForecastError
 from medqlora.training.optimizers import make_optimizer
+from medqlora.training.planning import keep_bins
 from medqlora.training.setup import read_packed_tokens
 from medqlora.training.strategies.launch import Strategy
 from medqlora.training.trial import draw_lengths, make_table
@@ -909,6 +910,22 @@ def test_recipe_decides_by_forecast_and_a_resumed_run_keeps_its_micro_batches(tm
     done = run_script(*recipe, "--resume")
     assert done.returncode == 0, done.stderr
     assert json.loads(manifest.read_text())["step_plan"]["max_tokens_per_batch"] == 1024
+
+
+@pytest.mark.parametrize(
+    ("ranks", "packed_tokens", "kept"),
+    # Three ranks cannot share 8,192 tokens evenly: the whole step is a bin, and the forecast
+    # decides the micro-batch of the resumed run as it did before.
+    [(3, 8192, "auto"), (3, 2048, 2048), (1, 8192, 8192), (2, 4096, 4096), (2, None, "auto")],
+)
+def test_a_resumed_run_keeps_its_bins_or_decides_as_before(ranks, packed_tokens, kept):
+    config = make_config(
+        *("--training.max_tokens_per_batch", "auto", "--training.global_batch_tokens", "8192")
+    )
+    resumed = keep_bins(config, packed_tokens, ranks)
+    assert resumed.training.max_tokens_per_batch == kept
+    named = change(config, "training", max_tokens_per_batch=1024)
+    assert keep_bins(named, packed_tokens, ranks) is named
 
 
 def test_a_begun_run_is_packed_as_it_was_on_any_number_of_processes(tmp_path):

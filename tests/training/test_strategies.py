@@ -351,6 +351,10 @@ def test_what_cannot_train_is_refused_with_the_reason(tmp_path):
     assert "flops_profiler is not used" in refuse(
         ZERO3 | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
     )
+    file.write_text("[1]")
+    assert "expected a JSON object, got list" in refuse(
+        ZERO3 | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+    )
     file.write_text("{")
     assert "cannot be read" in refuse(ZERO3 | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)})
     file.write_text(

@@ -151,6 +151,10 @@ def read_deepspeed_file(file: str) -> dict[str, Any]:
         raise StrategyError(
             f"deepspeed_config_file {file} cannot be read: {error}; give a JSON file"
         ) from None
+    if not isinstance(given, dict):
+        raise StrategyError(
+            f"deepspeed_config_file {file}: expected a JSON object, got {type(given).__name__}"
+        )
     for key, value in given.items():
         unset = value == "auto" or (
             isinstance(value, dict) and value.get("enabled") in (False, "auto")
