@@ -17,7 +17,7 @@ from medqlora.batches.plan import choose_packing, list_budgets
 from medqlora.core.command import run_command, run_early
 from medqlora.core.config_loading import change, help_text, load_config
 from medqlora.core.environment import prefer_expandable_segments
-from medqlora.core.files import write_json_lines
+from medqlora.core.files import check_new, write_json_lines
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -51,6 +51,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     )
     arguments, overrides = parser.parse_known_args()
     load_config(arguments.config, overrides)
+    check_new(arguments.removed, "--removed")
     return arguments, overrides
 
 

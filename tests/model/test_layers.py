@@ -34,7 +34,7 @@ def run(model, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_lighter_layers_compute_the_same(architecture, dtype):
+def test_overridden_layers_compute_the_same(architecture, dtype):
     model = build_model(architecture).to(dtype).requires_grad_(False).model
     for name, parameter in model.named_parameters():
         if "norm" in name:

@@ -199,18 +199,18 @@ def test_loss_normalised_over_the_global_batch_does_not_depend_on_the_split():
     ).item() < 1e-5
 
 
-def test_lean_lora_forward_is_pefts():
-    """Values and gradients of the lean forward against PEFT's own, dropout off and on (same seed),
+def test_overridden_lora_forward_is_pefts():
+    """Values and gradients of the overridden forward against PEFT's own, dropout off and on (same seed),
     rsLoRA too.
     """
     for lora in ({}, {"variant": "rslora"}, {"dropout": 0.3}):
-        lean = adapted("llama", DOCUMENTS, **lora).train()
-        own = copy.deepcopy(lean)
+        ours = adapted("llama", DOCUMENTS, **lora).train()
+        own = copy.deepcopy(ours)
         for module in own.modules():
             module.__dict__.pop("forward", None)
         table = make_table()
         results = []
-        for model in (lean, own):
+        for model in (ours, own):
             torch.manual_seed(3)
             loss = AnswerLoss(model, 1024)(**make_batch(table, range(9), "varlen"))
             loss.backward()
