@@ -8,6 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 selection=(-m "not full")
 if [ "${1:-}" = --all ]; then
     selection=()
+    export MEDQLORA_KILLS="${MEDQLORA_KILLS:-4}"
     shift
 fi
 # shellcheck source=launch/install.sh

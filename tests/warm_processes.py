@@ -111,22 +111,22 @@ def server() -> Server:
 def start(
     arguments: list[str],
     cwd: Path,
-    environment: dict[str, str] | None = None,
+    env: dict[str, str] | None = None,
     join_outputs: bool = False,
 ) -> WarmProcess | subprocess.Popen:
     """Start `python ARGUMENTS`; `join_outputs` sends stderr where stdout goes."""
     arguments = list(map(str, arguments))
-    environment = dict(os.environ if environment is None else environment)
+    env = dict(os.environ if env is None else env)
     if os.environ.get("MEDQLORA_COLD") == "1":
         return subprocess.Popen(
             [sys.executable, *arguments],
             cwd=cwd,
-            env=environment,
+            env=env,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT if join_outputs else subprocess.PIPE,
             text=True,
         )
-    return server().start(arguments, cwd, environment, join_outputs)
+    return server().start(arguments, cwd, env, join_outputs)
 
 
 def start_ranks(

@@ -35,7 +35,7 @@ PYTHON = os.environ.get("MEDQLORA_VLLM_PYTHON") or (
     sys.executable if importlib.util.find_spec("vllm") else None
 )
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.full,
     pytest.mark.skipif(
         PYTHON is None, reason="vLLM is not here; set MEDQLORA_VLLM_PYTHON to a Python that has it"
     ),

@@ -100,7 +100,14 @@ def test_scores_equal_transformers(folder, method):
             assert row["predictions"]["raw"] == LETTERS[int(np.argmax(expected))]
 
 
-@pytest.mark.parametrize("task", ["medmcqa", "medqa", "pubmedqa"])
+@pytest.mark.parametrize(
+    "task",
+    [
+        "medmcqa",
+        pytest.param("medqa", marks=pytest.mark.full),
+        pytest.param("pubmedqa", marks=pytest.mark.full),
+    ],
+)
 def test_equal_to_the_reference_harness(task):
     """All questions of the three files in style lm_eval against what lm-evaluation-harness 0.4.13
     computed for them in float32 (bench/peers/lm_eval_scores.py --record): the same predictions,

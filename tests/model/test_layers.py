@@ -52,7 +52,7 @@ def test_overridden_layers_compute_the_same(architecture, dtype):
     assert after[2] < (1.0 if dtype is torch.float32 else 0.9) * before[2]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(
     shutil.which("g++") is None, reason="torch's compiler needs a C++ compiler on a CPU"
 )
@@ -84,7 +84,7 @@ assert 4 <= stats["unique_graphs"] <= 20, stats
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(
     shutil.which("g++") is None, reason="torch's compiler needs a C++ compiler on a CPU"
 )

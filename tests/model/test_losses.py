@@ -200,7 +200,7 @@ def test_loss_normalised_over_the_global_batch_does_not_depend_on_the_split():
 
 
 def test_overridden_lora_forward_is_pefts():
-    """Values and gradients of the overridden forward against PEFT's own, dropout off and on (same seed),
+    """Values and gradients of the override against PEFT's own, dropout off and on (same seed),
     rsLoRA too.
     """
     for lora in ({}, {"variant": "rslora"}, {"dropout": 0.3}):

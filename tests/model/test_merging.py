@@ -253,7 +253,7 @@ print(read_peak_resident() - before)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_memory_of_merging_a_sharded_gigabyte(tmp_path):
     """Peak resident memory under 600 MB above the interpreter's, for a 1 GB model in four
     shards.

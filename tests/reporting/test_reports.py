@@ -800,6 +800,7 @@ FOCUSED = """(() => { const e = document.activeElement;
            shown: box.bottom > 0 && box.top < innerHeight }; })()"""
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [1200, 360])
 def test_browser_shows_the_page(browser, page_file, width, dark):
@@ -839,6 +840,7 @@ def test_browser_shows_the_page(browser, page_file, width, dark):
     assert browser.evaluate(smallest) >= 10, "labels of a chart are too small to read"
 
 
+@pytest.mark.full
 def test_browser_keyboard(browser, page_file):
     browser.show(page_file, 1200, False)
     seen = []
@@ -857,6 +859,7 @@ def test_browser_keyboard(browser, page_file):
     assert browser.evaluate("document.activeElement.parentElement.open") is True
 
 
+@pytest.mark.full
 def test_browser_prints_in_light_colours(browser, page_file):
     browser.show(page_file, 1200, True)
     assert len(base64.b64decode(browser.call("Page.printToPDF")["data"])) > 20_000

@@ -43,7 +43,7 @@ def test_a_misspelt_flag_is_refused_before_torch_is_imported():
         "        assert stop.code == 2, script\n"
         "    assert 'torch' not in sys.modules, script\n"
     )
-    done = run_script("-c", code, *scripts)
+    done = run_script("-c", code, *scripts, cold=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -94,7 +94,7 @@ def test_goodput_objectives_without_meaning_are_refused(text):
 # ---- throughput ----------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_throughput_of_a_sweep(tmp_path):
     """Two cases run. The third cannot, and is recorded with its reason."""
     done = run_script(
@@ -393,7 +393,7 @@ def test_latency_refuses(flags, message, monkeypatch):
 # ---- data ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_data_stages(tmp_path):
     done = run_script(DATA, "--rows", "2000", "--json", tmp_path / "a.json")
     assert done.returncode == 0, done.stderr

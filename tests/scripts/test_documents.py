@@ -121,7 +121,6 @@ def run(tmp_path_factory):
     return folder / "run"
 
 
-@pytest.mark.slow
 def test_every_file_of_a_run_is_documented(run):
     section = read_section("outputs.md", "The run folder")
     section += read_section("outputs.md", "checkpoints/step-N/")
@@ -139,7 +138,6 @@ def test_every_file_of_a_run_is_documented(run):
     assert not undocumented(metadata, documented_keys("adapter/"))
 
 
-@pytest.mark.slow
 def test_the_environment_is_documented(run):
     environment = json.loads((run / "environment.json").read_text())
     base = environment.pop("base")
@@ -151,7 +149,6 @@ def test_the_environment_is_documented(run):
     assert not undocumented(decision, documented_keys("environment.json"))
 
 
-@pytest.mark.slow
 def test_the_metrics_of_a_run_are_documented(run):
     metrics = json.loads((run / "metrics.json").read_text())
     scores = documented_keys("Scores of multiple-choice questions")

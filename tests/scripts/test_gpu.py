@@ -30,12 +30,13 @@ def run(*arguments, **options):
     return run_script(
         *arguments,
         env=os.environ | {"PYTHONPATH": str(ROOT), "TORCHDYNAMO_DISABLE": "0"},
+        cold=True,
         **options,
     )
 
 
+@pytest.mark.full
 @pytest.mark.gpu
-@pytest.mark.slow
 def test_everything_works_on_this_machine(tmp_path):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     flags = ["--output", tmp_path / "found", "--device", device]

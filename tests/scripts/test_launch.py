@@ -4,10 +4,10 @@ import json
 import shutil
 import socket
 import subprocess
-import sys
 
 import pytest
 import torch
+import warm_processes
 import yaml
 from conftest import ROOT, real, run_inside, run_script
 from safetensors.torch import save_file
@@ -34,7 +34,6 @@ def preflight(output, *more, config=DEMO_YAML, accelerate=CONFIGS / "cpu.yaml"):
     return run_script(PREFLIGHT, *arguments)
 
 
-@pytest.mark.slow
 def test_preflight_of_the_demonstration(tmp_path):
     done = preflight(tmp_path / "run")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -77,7 +76,6 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_preflight_of_published_architectures_without_their_weights(tmp_path, name):
     """Eight GPUs under FSDP2, on real questions."""
@@ -140,7 +138,6 @@ def test_a_misspelt_key_is_said_before_anything_is_imported(tmp_path):
     assert not done.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_preflight_finds(tmp_path, mistake):
     overrides, changes, message = MISTAKES[mistake]
@@ -159,12 +156,11 @@ def free_port() -> int:
 
 
 def meet(*machines: list[str]) -> list[tuple[int, str]]:
-    """All machines' preflights at once; -> exit code and last line of each."""
+    """Start all machines' preflights at once; return exit code and last line of each."""
     port = free_port()
     started = [
-        subprocess.Popen(
+        warm_processes.start(
             [
-                sys.executable,
                 str(PREFLIGHT),
                 "--rendezvous",
                 f"127.0.0.1:{port}",
@@ -174,10 +170,8 @@ def meet(*machines: list[str]) -> list[tuple[int, str]]:
                 "6",
                 *more,
             ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=ROOT,
+            ROOT,
+            join_outputs=True,
         )
         for more in machines
     ]
@@ -187,7 +181,7 @@ def meet(*machines: list[str]) -> list[tuple[int, str]]:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_machines_meet_or_say_who_is_missing(tmp_path):
     for code, line in meet(["--machine_rank", "0"], ["--machine_rank", "1"]):
         assert code == 0

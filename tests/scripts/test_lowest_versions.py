@@ -23,7 +23,7 @@ MODULES = [
     "training/test_memory",
 ]
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.full,
     pytest.mark.skipif(
         PYTHON is None,
         reason="MEDQLORA_LOWEST_PYTHON names no Python with the lowest versions of setup.cfg",
@@ -64,9 +64,17 @@ def test_the_environment_holds_what_setup_cfg_promises():
 
 @pytest.mark.parametrize("module", MODULES)
 def test_the_same_tests_pass(module):
-    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{module}.py")
+    options = ("-q", "-p", "no:cacheprovider", "-m", "not full")
+    done = run("-m", "pytest", *options, f"tests/{module}.py")
     assert done.returncode == 0, done.stdout[-4000:]
     assert " passed" in done.stdout
+
+
+def test_compiled_layers_compute_the_same():
+    name = "tests/model/test_layers.py::test_compiled_layers_compute_the_same"
+    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", name)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "1 passed" in done.stdout
 
 
 def test_a_small_training(tmp_path):

@@ -67,7 +67,7 @@ def test_files_named_in_commands_exist():
                 assert (ROOT / word).exists(), f"{word} in: {command}"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_commands_run(tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(
@@ -102,7 +102,7 @@ def test_commands_run(tmp_path):
     assert tuned[0] > metrics["base"]["accuracy_ci95"][1]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_what_users_type_first(tmp_path):
     """Word for word, without a single argument."""
     copy = tmp_path / "copy"

@@ -18,7 +18,7 @@ MISSING = [
     name for name in ("slurmctld", "slurmd", "munged", "runuser") if shutil.which(name) is None
 ]
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.full,
     pytest.mark.skipif(
         bool(MISSING),
         reason=f"needs slurm-wlm and munge (Debian packages): no {', '.join(MISSING)} here",

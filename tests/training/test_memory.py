@@ -393,7 +393,7 @@ def test_optimizer_states_are_the_real_ones(optimizer):
     assert forecast == sum(tensor.untyped_storage().nbytes() for tensor in held.values())
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_measured_peak_is_near_the_predicted_one(tmp_path):
     """Real resident memory of a process that trains, above what it held before."""
     shape = SMALL | {
@@ -879,7 +879,6 @@ def test_json_has_the_contracts_keys(monkeypatch, tmp_path):
     )
 
 
-@pytest.mark.slow
 def test_recipe_decides_by_forecast_and_a_resumed_run_keeps_its_micro_batches(tmp_path):
     recipe = [
         ROOT / "recipes" / "sft_qlora.py",

@@ -92,7 +92,6 @@ FAILING = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mistake", FAILING)
 def test_mistake_ends_all_ranks_with_code_2_and_one_line_of_rank_0(tmp_path, mistake):
     more, environment, message = FAILING[mistake]
@@ -113,7 +112,6 @@ def test_mistake_ends_all_ranks_with_code_2_and_one_line_of_rank_0(tmp_path, mis
     assert not (tmp_path / "run" / "train_log.jsonl").exists()
 
 
-@pytest.mark.slow
 def test_different_packages_and_different_configurations_are_named(tmp_path):
     common = flags(tmp_path / "run", tmp_path / "cache")
     mixed = [[str(RECIPE), *common], ["-c", OTHER_TORCH, str(RECIPE), *common]]
@@ -140,7 +138,7 @@ except ProcessError as error:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("rank", [0, 1])
 def test_processes_that_never_come_are_not_waited_for_forever(rank):
     environment = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
@@ -181,7 +179,6 @@ time.sleep(0.5)
 """
 
 
-@pytest.mark.slow
 def test_others_wait_on_a_file_longer_than_a_collective_may_take(tmp_path):
     ranks = start_ranks([["-c", WAITING, str(tmp_path / "cache")]] * 2)
     codes, shown, errors = finish_ranks(ranks)
@@ -193,7 +190,6 @@ def test_others_wait_on_a_file_longer_than_a_collective_may_take(tmp_path):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-@pytest.mark.slow
 def test_failure_of_the_one_that_works_reaches_those_that_wait(tmp_path):
     codes, shown, errors = finish_ranks(
         start_ranks([["-c", WAITING, str(tmp_path / "cache"), "fail"]] * 2)
@@ -302,7 +298,6 @@ def uninterrupted(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
 def test_killed_rank_ends_the_job_and_is_named(uninterrupted, tmp_path):
     """The job ends long before a collective's timeout, which is half an hour."""
     rank = random.randrange(2)
@@ -317,7 +312,7 @@ def test_killed_rank_ends_the_job_and_is_named(uninterrupted, tmp_path):
     assert "SIGKILL" in root
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_elastic_restart_resumes_and_equals_the_uninterrupted_run(uninterrupted, tmp_path):
     """Two kills of a random rank; the launcher may restart no more often than --max_restarts."""
     rank = random.randrange(2)
@@ -334,9 +329,12 @@ def test_elastic_restart_resumes_and_equals_the_uninterrupted_run(uninterrupted,
     assert read_losses(tmp_path / "run") == read_losses(uninterrupted / "run")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "whom"), [(signal.SIGTERM, "launcher"), (signal.SIGUSR1, "one rank")]
+    ("number", "whom"),
+    [
+        pytest.param(signal.SIGTERM, "launcher", marks=pytest.mark.full),
+        (signal.SIGUSR1, "one rank"),
+    ],
 )
 def test_preemption_writes_a_checkpoint_and_resumes_alone(uninterrupted, tmp_path, number, whom):
     ranks = [0, 1] if whom == "launcher" else [1]
@@ -369,7 +367,6 @@ def interrupted(uninterrupted, tmp_path_factory):
     return folder / "run"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["full disk", "no folder"])
 def test_checkpoint_that_cannot_be_written_is_said_once_and_earlier_ones_stay(
     uninterrupted, interrupted, tmp_path, fault

@@ -28,7 +28,7 @@ from medqlora.training.strategies.launch import (
 )
 from medqlora.training.strategies.wrapping import gather_weights
 
-STEPS = 30
+STEPS = 20
 RECIPE = ROOT / "recipes" / "sft_qlora.py"
 CONFIGS = ROOT / "accelerate_configs"
 LAUNCHED = ("zero2", "fsdp2")  # the whole command of `accelerate launch`, once for each kind
@@ -42,11 +42,12 @@ FLAGS = (
     *("--training.max_steps", STEPS),
     *("--training.max_tokens_per_batch", "512"),
     *("--training.global_batch_tokens", "2048"),
-    *("--training.eval_steps", "15"),
-    *("--training.save_steps", "20"),
+    *("--training.eval_steps", "10"),
+    *("--training.save_steps", "14"),
     *("--model.dtype", "float32"),
 )
-TWO = ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2")
+QUICK = ("ddp", "zero3", "fsdp2")
+FULL = [pytest.param(name, marks=pytest.mark.full) for name in ("zero1", "zero2", "zero3_offload")]
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
 
@@ -59,7 +60,7 @@ def train(
     ranks: int = 2,
     launcher: bool = False,
 ) -> SimpleNamespace:
-    """Train 30 steps of the demonstration in float32, alone or under one of accelerate_configs/.
+    """Train some steps of the demonstration in float32, alone or under one of accelerate_configs/.
 
     Dropout belongs to the plan's micro-batches: within an epoch's full steps it is the same for any
     number of processes. `launcher` runs the whole command of `accelerate launch`; otherwise the
@@ -158,8 +159,7 @@ def runs(tmp_path_factory):
     return get
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", TWO)
+@pytest.mark.parametrize("strategy", [*QUICK, *FULL])
 def test_two_processes_train_like_one_on_nf4(runs, strategy):
     run = runs(strategy)
     check_same_training(run, runs("one"))
@@ -174,7 +174,7 @@ def test_two_processes_train_like_one_on_nf4(runs, strategy):
     assert len(json.loads((run / "metrics.json").read_text())["peak_memory_bytes_per_rank"]) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
 def test_two_processes_train_like_one_on_full_precision_with_recomputation_and_head_chunks(
     runs, strategy
@@ -182,9 +182,13 @@ def test_two_processes_train_like_one_on_full_precision_with_recomputation_and_h
     check_same_training(runs(strategy, "none"), runs("one", "none"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("saved_on", "resumed_on"), [("zero3", "one"), ("one", "fsdp2"), ("fsdp2", "zero2")]
+    ("saved_on", "resumed_on"),
+    [
+        ("zero3", "one"),
+        pytest.param("one", "fsdp2", marks=pytest.mark.full),
+        pytest.param("fsdp2", "zero2", marks=pytest.mark.full),
+    ],
 )
 def test_checkpoint_continues_under_another_strategy_and_number_of_processes(
     runs, tmp_path, saved_on, resumed_on
@@ -196,11 +200,11 @@ def test_checkpoint_continues_under_another_strategy_and_number_of_processes(
         resumed_on, tmp_path / "run", tmp_path / "cache", "--resume", "--model.quantization", "nf4"
     )
     check_success(done)
-    assert "resuming after step 20" in done.stdout
+    assert "resuming after step 14" in done.stdout
     check_same_training(tmp_path / "run", runs("one"))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_three_processes_divide_what_does_not_divide_and_resume(runs, tmp_path):
     """ZeRO-3 over 3 ranks pads every tensor; bfloat16 base and storage beside a float32 adapter, as
     on GPUs.
@@ -245,7 +249,7 @@ def test_three_processes_divide_what_does_not_divide_and_resume(runs, tmp_path):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_zero3_on_one_process_resumes(runs, tmp_path):
     short = [
         "--training.max_steps",
@@ -279,7 +283,6 @@ runpy.run_path({recipe!r}, run_name="__main__")
 """
 
 
-@pytest.mark.slow
 def test_wrong_gradients_are_refused_before_training(tmp_path):
     script = tmp_path / "wrong.py"
     script.write_text(WRONG.format(recipe=str(ROOT / "recipes" / "sft_qlora.py")))
@@ -435,8 +438,9 @@ ONE_MICRO_BATCH = (
 )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "ranks"), [("ddp", 3), ("zero3", 4)])
+@pytest.mark.parametrize(
+    ("strategy", "ranks"), [("ddp", 3), pytest.param("zero3", 4, marks=pytest.mark.full)]
+)
 def test_more_processes_than_micro_batches_train_the_same(
     one_micro_batch, tmp_path, strategy, ranks
 ):
@@ -454,7 +458,6 @@ def test_more_processes_than_micro_batches_train_the_same(
     assert evaluations == pytest.approx(expected_evaluations, rel=1e-3)
 
 
-@pytest.mark.slow
 def test_a_rank_without_a_row_counts_zero(one_micro_batch, tmp_path):
     """Two rows for three processes."""
     more = [*ONE_MICRO_BATCH, "--data.train.0.limit", "2", "--data.eval", "[]"]
