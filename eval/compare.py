@@ -1,16 +1,18 @@
-"""Compare prediction files of the same questions: exact McNemar test, paired bootstrap interval,
-per subject with Holm correction, and which questions were fixed or broken. Needs neither torch nor
+"""Compare prediction files of the same questions.
+
+The comparison has an exact McNemar test, a paired bootstrap interval, both also by subject with
+Holm's correction, and the questions that were fixed or broken. The command needs neither torch nor
 a GPU.
 
     python eval/compare.py base.jsonl tuned.jsonl --output comparison.json
 
-As a gate (a merge, another engine, another dtype must answer alike), every further file is held
-against the first:
+With a bound the command is a gate, which checks that a merge, another engine or another dtype
+answers alike. Every further file is compared with the first:
 
     python eval/compare.py adapter.jsonl merged.jsonl vllm.jsonl --max_disagreement 0.01 \\
         --max_mean_difference 0.05
 
-Exit code 1 where a bound is broken, 2 for files that cannot be compared.
+The exit code is 1 where a file breaks a bound, and 2 where files cannot be compared.
 """
 
 import argparse
@@ -27,13 +29,15 @@ from medqlora.core.files import check_new, write_json
 from medqlora.evaluation.comparison import compare_predictions
 from medqlora.evaluation.predictions import read_all_predictions
 
+# Where the output is no terminal, rich would take 80 columns and cut the table.
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
 
 def show(first: Path, second: Path, comparison: dict) -> None:
+    """Print the comparison of two files."""
     table = Table(title=escape(f"A {first}\nB {second}"), title_justify="left")
-    for column in (
-        "subject",
+    table.add_column("subject")
+    for heading in (
         "n",
         "A",
         "B",
@@ -44,7 +48,7 @@ def show(first: Path, second: Path, comparison: dict) -> None:
         "only A",
         "only B",
     ):
-        table.add_column(column, justify="left" if column == "subject" else "right")
+        table.add_column(heading, justify="right")
     for name, part in [("all", comparison), *comparison["per_subject"].items()]:
         low, high = part["difference_ci95"]
         table.add_row(
@@ -60,12 +64,20 @@ def show(first: Path, second: Path, comparison: dict) -> None:
             str(part["only_b_right"]),
         )
     console.print(table)
-    counts = {name: part["n"] for name, part in comparison["outcomes"].items() if name != "all"}
-    console.print(", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items()))
+    outcomes = [
+        f"{name.replace('_', ' ')} {part['n']}"
+        for name, part in comparison["outcomes"].items()
+        if name != "all"
+    ]
+    console.print(", ".join(outcomes))
 
 
 def check_bounds(first: Path, second: Path, agreement: dict, arguments: argparse.Namespace) -> bool:
-    """Print how alike two files are; False where a bound is broken."""
+    """Print how alike two files are, and return whether they keep the bounds.
+
+    Raises:
+        ConfigError: a bound is on log-probabilities, which the files do not have in common.
+    """
     differing = 1 - agreement["same_prediction"]
     mean = agreement.get("mean_logprob_difference")
     broken = arguments.max_disagreement is not None and differing > arguments.max_disagreement
@@ -76,17 +88,16 @@ def check_bounds(first: Path, second: Path, agreement: dict, arguments: argparse
                 " leave it out"
             )
         broken |= mean > arguments.max_mean_difference
-    distance = (
-        ""
-        if mean is None
-        else (
+    distance = ""
+    if mean is not None:
+        distance = (
             f", log-probabilities {mean:.4f} nats apart on average,"
             f" {agreement['max_logprob_difference']:.4f} at most"
         )
-    )
+    verdict = "FAILED" if broken else "ok"
     console.print(
-        f"{'FAILED' if broken else 'ok'}: {second} answers {differing:.2%} of the questions"
-        f" otherwise than {first}{distance}"
+        f"{verdict}: {second} answers {differing:.2%} of the questions otherwise than"
+        f" {first}{distance}"
     )
     return not broken
 
@@ -99,37 +110,40 @@ def main() -> int:
         "predictions",
         type=Path,
         nargs="+",
-        help="two files of eval/predict.py; more with the bounds",
+        help="two files of eval/predict.py; with a bound there may be more",
     )
     parser.add_argument(
         "--output",
         type=Path,
-        help="comparison file to write (.json); with more than two files, one object by file name",
+        help="comparison file to write (.json); with more than two files it holds one object for"
+        " each file after the first, by its name",
     )
     parser.add_argument(
         "--common",
         action="store_true",
-        help="compare the questions that stand in both files, where they differ",
+        help="compare the questions that stand in both files, although others stand in only one",
     )
     parser.add_argument(
-        "--any_prompt", action="store_true", help="compare although the prompts differ"
+        "--any_prompt",
+        action="store_true",
+        help="compare although the files were made with different prompts",
     )
     parser.add_argument(
         "--max_disagreement",
         type=float,
-        help="gate: share of questions that may be answered otherwise, as 0.01",
+        help="bound: largest share of questions that may be answered otherwise, e.g. 0.01",
     )
     parser.add_argument(
         "--max_mean_difference",
         type=float,
-        help="gate: mean distance of the options' log-probabilities in nats, as 0.05",
+        help="bound: largest mean distance of the options' log-probabilities in nats, e.g. 0.05",
     )
     arguments = parser.parse_args()
     gated = arguments.max_disagreement is not None or arguments.max_mean_difference is not None
     if len(arguments.predictions) < 2 or (len(arguments.predictions) > 2 and not gated):
         raise ConfigError(
-            f"got {len(arguments.predictions)} files; expected two, or more with --max_disagreement"
-            " or --max_mean_difference"
+            f"got {len(arguments.predictions)} prediction files; expected two, or more together"
+            " with --max_disagreement or --max_mean_difference"
         )
     check_new(arguments.output)
     first, *others = arguments.predictions
@@ -141,14 +155,13 @@ def main() -> int:
             rows[first], rows[path], arguments.common, arguments.any_prompt
         )
         comparisons[str(path)] = comparison
-        if not gated:
-            show(first, path, comparison)
-        else:
+        if gated:
             passed &= check_bounds(first, path, comparison["agreement"], arguments)
+        else:
+            show(first, path, comparison)
     if arguments.output:
-        write_json(
-            arguments.output, comparisons if len(others) > 1 else next(iter(comparisons.values()))
-        )
+        result = comparisons if len(others) > 1 else comparisons[str(others[0])]
+        write_json(arguments.output, result)
     return 0 if passed else 1
 
 

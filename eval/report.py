@@ -1,11 +1,14 @@
-"""Write a report on one or several runs: one HTML page with verdict, scores, charts and sample
-questions. Needs neither torch nor a GPU, only the files of the run folder.
+"""Write a report on one or several runs.
+
+The report is one HTML page with verdict, scores, charts and sample questions. The command needs
+neither torch nor a GPU, only the files of the run folders.
 
     python eval/report.py runs/mine --output report.html
     python eval/report.py runs/first runs/second --output both.html
 """
 
 import argparse
+import itertools
 import json
 import os
 from pathlib import Path
@@ -23,8 +26,9 @@ from medqlora.reporting.run_page import render_report
 from medqlora.reporting.runs import ReportError, Run
 from medqlora.reporting.scores import judge
 
-# what scores of metrics.json must have to be shown
-KEPT = {"n", "accuracy", "accuracy_ci95", "unparsed", "truncated"}
+# Scores in metrics.json are shown only where they have all of these keys.
+SCORE_KEYS = {"n", "accuracy", "accuracy_ci95", "unparsed", "truncated"}
+# The report names those of these files that a run folder does not have.
 PARTS = (
     "predictions/base.jsonl",
     "predictions/tuned.jsonl",
@@ -36,10 +40,10 @@ PARTS = (
 
 
 def find_predictions(folder: Path) -> list[Path]:
-    """Prediction files of a run folder.
+    """Return the prediction files of a run folder.
 
     Raises:
-        ReportError: not a folder, or one with neither predictions nor a log.
+        ReportError: it is not a folder, or one with neither predictions nor a log.
     """
     if not folder.is_dir():
         raise ReportError(
@@ -56,14 +60,22 @@ def find_predictions(folder: Path) -> list[Path]:
 
 
 def collect_run(name: str, folder: Path, predictions: dict[Path, Predictions]) -> Run:
-    """All that a run folder holds; scores of files that are not there are taken from
-    metrics.json.
+    """Read everything that a run folder holds.
+
+    The scores of prediction files that are not there are taken from metrics.json.
+
+    Args:
+        name: the run's name in the report.
+        folder: the run folder.
+        predictions: the rows of its prediction files, by path.
+
+    Raises:
+        ReportError: a file is not what a run writes.
     """
-    metrics = {
-        key: value
-        for key, value in read_tree(folder / "metrics.json").items()
-        if key not in ("base", "memory_bytes", "comparison") or isinstance(value, dict)
-    }
+    metrics = read_tree(folder / "metrics.json")
+    for key in ("base", "memory_bytes", "comparison"):
+        if not isinstance(metrics.get(key), dict):
+            metrics.pop(key, None)
     run = Run(
         name,
         metrics=metrics,
@@ -71,7 +83,6 @@ def collect_run(name: str, folder: Path, predictions: dict[Path, Predictions]) -
         config=read_text(folder / "config.yaml"),
     )
     run.rows = {path.stem: rows for path, rows in predictions.items()}
-    run.scores = {name: score_predictions(rows) for name, rows in run.rows.items()}
     run.missing = [part for part in PARTS if not (folder / part).is_file()]
     try:
         run.log = [row for row in read_lines(folder / LOG) if isinstance(row, dict)]
@@ -79,10 +90,12 @@ def collect_run(name: str, folder: Path, predictions: dict[Path, Predictions]) -
         raise ReportError(
             f"{folder / LOG} is not UTF-8; expected the log of recipes/sft_qlora.py"
         ) from None
-    kept = {"base": metrics.get("base") or {}, "tuned": metrics}
-    run.scores = {
-        name: scores for name, scores in kept.items() if scores.keys() >= KEPT
-    } | run.scores
+    for part, scores in (("base", metrics.get("base") or {}), ("tuned", metrics)):
+        if scores.keys() >= SCORE_KEYS:
+            run.scores[part] = scores
+    # Scores of prediction files that are there replace those of metrics.json.
+    for part, rows in run.rows.items():
+        run.scores[part] = score_predictions(rows)
     if {"base", "tuned"} <= set(run.rows):
         try:
             run.comparison = compare_predictions(run.rows["base"], run.rows["tuned"])
@@ -94,6 +107,7 @@ def collect_run(name: str, folder: Path, predictions: dict[Path, Predictions]) -
 
 
 def read_text(path: Path) -> str:
+    """Return the text of a file, which is empty where there is no file."""
     try:
         return path.read_text(encoding="utf-8") if path.is_file() else ""
     except (OSError, UnicodeDecodeError):
@@ -103,6 +117,7 @@ def read_text(path: Path) -> str:
 
 
 def read_tree(path: Path) -> dict[str, Any]:
+    """Return the object of a JSON file, which is empty where there is no file."""
     try:
         tree = json.loads(read_text(path) or "{}")
     except json.JSONDecodeError as error:
@@ -118,6 +133,7 @@ def read_tree(path: Path) -> dict[str, Any]:
 
 
 def check_output(path: Path) -> None:
+    """Raise ReportError where the report cannot be written to a new file."""
     if path.exists():
         raise ReportError(f"--output {path} exists; give a new file name")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
@@ -136,16 +152,12 @@ def main() -> None:
     arguments = parser.parse_args()
     check_output(arguments.output)
     paths = {folder: find_predictions(folder) for folder in arguments.runs}
-    rows = read_all_predictions([path for some in paths.values() for path in some])
+    rows = read_all_predictions(list(itertools.chain.from_iterable(paths.values())))
     names = [folder.resolve().name for folder in paths]
-    runs = [
-        collect_run(
-            name if names.count(name) == 1 else str(folder),
-            folder,
-            {path: rows[path] for path in some},
-        )
-        for name, (folder, some) in zip(names, paths.items(), strict=True)
-    ]
+    runs = []
+    for name, (folder, files) in zip(names, paths.items(), strict=True):
+        label = name if names.count(name) == 1 else str(folder)
+        runs.append(collect_run(label, folder, {path: rows[path] for path in files}))
     write_atomic(arguments.output, render_report(runs))
     console = Console(highlight=False, soft_wrap=True, markup=False)
     for run in runs:

@@ -1,5 +1,8 @@
-"""Score prediction files: accuracy with 95 % Wilson interval, per subject, calibration, position
-bias; text scores for open answers. Needs neither torch nor a GPU.
+"""Score prediction files.
+
+Multiple-choice questions get the accuracy with its 95 % Wilson interval, also by subject, and
+scores of calibration and of position bias. Open questions get text scores, and texts get their
+perplexity. The command needs neither torch nor a GPU.
 
     python eval/score.py predictions.jsonl [MORE.jsonl] --output metrics.json
 """
@@ -19,53 +22,68 @@ from medqlora.evaluation.predictions import PredictionError, read_all_prediction
 
 
 def show(path: Path, metrics: dict, console: Console) -> None:
+    """Print the scores of one file."""
     if "perplexity" in metrics:
         console.print(
             f"{path}: perplexity {metrics['perplexity']:.4f} over {metrics['tokens']} tokens of"
             f" {metrics['n']} texts"
         )
         return
-    names = ("exact_match", "f1", "rouge_l") if "f1" in metrics else ("accuracy",)
+    is_open = "f1" in metrics
+    keys = ["exact_match", "f1", "rouge_l"] if is_open else ["accuracy"]
+    headings = [key.replace("_", " ") for key in keys]
+    if not is_open:
+        headings.append("95 % interval")
     table = Table(title=escape(str(path)), title_justify="left")
-    for column in ("subject", "n", *names, *(["95 % interval"] if names == ("accuracy",) else [])):
-        table.add_column(
-            column.replace("_", " "), justify="left" if column == "subject" else "right"
-        )
+    table.add_column("subject")
+    for heading in ("n", *headings):
+        table.add_column(heading, justify="right")
     for name, scores in [("all", metrics), *metrics["per_subject"].items()]:
-        cells = [f"{scores[key]:.1%}" for key in names]
-        if names == ("accuracy",):
+        values = [f"{scores[key]:.1%}" for key in keys]
+        if not is_open:
             low, high = scores["accuracy_ci95"]
-            cells.append(f"{low:.1%} – {high:.1%}")
-        table.add_row(escape(name), str(scores["n"]), *cells)
+            values.append(f"{low:.1%} – {high:.1%}")
+        table.add_row(escape(name), str(scores["n"]), *values)
     console.print(table)
-    console.print(", ".join(describe(metrics)))
+    console.print(", ".join(list_notes(metrics)))
 
 
-def describe(metrics: dict) -> list[str]:
-    facts = [f"unparsed {metrics['unparsed']}"]
+def list_notes(metrics: dict) -> list[str]:
+    """Return the scores that do not stand in the table, each with its name."""
+    notes = [f"unparsed {metrics['unparsed']}"]
     if metrics["truncated"]:
-        facts.append(f"prompts cut to fit {metrics['truncated']}")
+        notes.append(f"prompts cut to fit {metrics['truncated']}")
     for key, name in (
         ("letter_mass", "letter mass"),
         ("ece", "calibration error"),
         ("brier", "Brier score"),
     ):
         if metrics.get(key) is not None:
-            facts.append(f"{name} {metrics[key]:.3f}")
+            notes.append(f"{name} {metrics[key]:.3f}")
     if metrics.get("near_ties"):
-        facts.append(f"answers within {NEAR_TIE} nats of another {metrics['near_ties']}")
+        notes.append(f"answers within {NEAR_TIE} nats of another {metrics['near_ties']}")
     if "flip_rate" in metrics.get("position_bias", {}):
-        facts.append(
+        notes.append(
             "answers that change with the order of options"
             f" {metrics['position_bias']['flip_rate']:.1%}"
         )
-    return facts
+    return notes
 
 
 def write_submission(path: Path, predictions: Path) -> None:
-    """MedMCQA's form for its hidden test: id and the number of the option, from 1."""
+    """Write MedMCQA's leaderboard file for its hidden test: ids, and options counted from 1.
+
+    Raises:
+        PredictionError: the predictions are not of multiple-choice questions, or a question has no
+            predicted option.
+    """
     rows = read_predictions(predictions, labelled=False)
-    if rows.kind != "choice" or None in rows.prediction:
+    if rows.kind != "choice":
+        raise PredictionError(
+            f"{predictions}: a submission is for multiple-choice questions; this file is of kind"
+            f" {rows.kind}"
+        )
+    if None in rows.prediction:
         raise PredictionError(
             f"{predictions}: a submission needs an option for every question;"
             f" {rows.prediction.count(None)} have none"
@@ -90,7 +108,7 @@ def main() -> None:
     parser.add_argument(
         "--submission",
         type=Path,
-        help="write a MedMCQA test submission (.csv) of the one file given instead of scoring",
+        help="do not score, but write the one file given as a MedMCQA test submission (.csv)",
     )
     arguments = parser.parse_args()
     console = Console(highlight=False, soft_wrap=True)

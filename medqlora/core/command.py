@@ -1,7 +1,7 @@
-"""The frame of every command: arguments are read before anything slow is imported, and a mistake of
-the user ends with one line and code 2.
+"""The frame of every command.
 
-This is the only room of the package that reads arguments and prints.
+Arguments are read before anything slow is imported. A mistake of the user ends with one line on
+stderr and exit code 2. No other module of the package reads arguments or prints.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from medqlora.core.errors import ConfigError, UserError
 
 Result = TypeVar("Result")
 Settings = TypeVar("Settings", bound=Section)
-MISTAKE = 2
-INTERRUPTED = 128 + 2  # as a shell reports SIGINT
+MISTAKE = 2  # the exit code for a mistake of the user
+INTERRUPTED = 128 + 2  # the exit code with which a shell reports SIGINT
 
 
 def run_command(main: Callable[[], int | None], interrupted: str = "") -> NoReturn:
     """Run a script's main function and exit with its code.
 
     Args:
-        main: returns an exit code; None is 0.
-        interrupted: what to say after Ctrl-C.
+        main: returns an exit code; None stands for 0.
+        interrupted: a line for stderr after Ctrl-C, where there is something to say.
     """
     try:
         code = main() or 0
@@ -51,12 +51,14 @@ def run_command(main: Callable[[], int | None], interrupted: str = "") -> NoRetu
 
 
 def run_early(read: Callable[[], Result], environ: Mapping[str, str] | None = None) -> Result:
-    """Return what `read` returns; a mistake ends the program. Scripts call it before slow imports.
+    """Return what `read` returns, or end the program with one line about a UserError.
+
+    Scripts call it before their slow imports.
 
     Args:
         read: reads and checks the command line.
-        environ: the environment of a launched process; the first process of each machine says the
-            mistake, the others end silently.
+        environ: the environment of a launched process. Only the first process of each machine
+            prints the line; the others end silently.
     """
     try:
         return read()
@@ -67,24 +69,27 @@ def run_early(read: Callable[[], Result], environ: Mapping[str, str] | None = No
 
 
 class SettingsParser(argparse.ArgumentParser):
-    """A parser whose mistakes are one line instead of the whole usage."""
+    """A parser that reports a mistake in one line, without the whole usage."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise ConfigError where argparse would print the usage and exit."""
         raise ConfigError(f"{message}; see --help")
 
 
 def read_settings(
     description: str, schema: type[Settings], groups: Mapping[str, type[Section]]
 ) -> Settings:
-    """Read a command line whose flags are a schema's keys, and --config's YAML of the same keys.
+    """Read a command line whose flags are the keys of a schema.
+
+    The YAML file of --config may have the same keys.
 
     Args:
         description: the script's docstring, for --help.
         schema: the settings.
-        groups: headings of --help; each has the keys that its own class declares.
+        groups: for each heading of --help the class whose own keys stand under it.
 
     Raises:
-        ConfigError: in one line, which key is wrong and what was expected.
+        ConfigError: a flag or key is unknown, or its value is not allowed. The message is one line.
     """
     parser = SettingsParser(
         usage="%(prog)s [--config FILE.yaml] [--key VALUE ...]",
@@ -93,7 +98,9 @@ def read_settings(
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, help="YAML file with the keys below; flags win")
+    parser.add_argument(
+        "--config", type=Path, help="YAML file with the keys below; a flag wins over the file"
+    )
     for heading, section in groups.items():
         group = parser.add_argument_group(heading)
         for name in section.__annotations__:
@@ -105,25 +112,26 @@ def read_settings(
         if not name.startswith("--"):
             raise ConfigError(f"argument {name}: expected --key VALUE; see --help")
         hint = suggest_key((name.removeprefix("--"),), schema)
-        raise ConfigError(
-            f"argument {name}: no such flag; {hint.replace('did you mean ', 'did you mean --')}"
-        )
+        hint = hint.replace("did you mean ", "did you mean --")
+        raise ConfigError(f"argument {name}: no such flag; {hint}")
     return load_settings(schema, flags.pop("config", None), flags)
 
 
 def add_flag(group: argparse._ArgumentGroup, name: str, field: FieldInfo) -> None:
-    """Add the flag of one key; its value is checked with the schema, not by argparse."""
+    """Add the flag of one key; the schema checks its value, not argparse."""
     text = " ".join((field.description or "").split()).replace("%", "%%")
     if field.annotation is bool:
         group.add_argument(f"--{name}", action="store_true", help=text)
         return
     choices = list_choices(field)
-    default = (
-        "" if field.default in (None, PydanticUndefined, {}) else f" (default {field.default})"
-    )
+    metavar = name.rpartition("_")[2].upper()
+    if choices:
+        metavar = "{" + ",".join(choices) + "}"
+    default = ""
     if field.is_required():
         default = " (required)"
-    metavar = "{" + ",".join(choices) + "}" if choices else name.rpartition("_")[2].upper()
+    elif field.default not in (None, PydanticUndefined, {}):
+        default = f" (default {field.default})"
     group.add_argument(f"--{name}", metavar=metavar, help=text + default)
 
 
@@ -140,7 +148,8 @@ def read_recipe(
         check: raises UserError for a configuration that this recipe does not take.
 
     Raises:
-        UserError: one line that says what is wrong with them.
+        UserError: a key is unknown, a value is not allowed, or `check` refuses the configuration.
+            The message is one line.
     """
     parser = argparse.ArgumentParser(
         description=description,
@@ -156,7 +165,9 @@ def read_recipe(
         help=f"YAML file ({default_text})",
     )
     parser.add_argument(
-        "--output_dir", type=Path, help="run folder (default: runs/NAME of the config)"
+        "--output_dir",
+        type=Path,
+        help="run folder to write (default: runs/NAME, where NAME is that of the YAML file)",
     )
     parser.add_argument(
         "--resume",

@@ -1,6 +1,7 @@
-"""One YAML file and command-line overrides become one configuration, or one line that says why not.
+"""From a YAML file and command-line overrides to a checked configuration.
 
-The resolved configuration is saved in the run folder and is itself valid input.
+A mistake in them becomes one line that says where it is. The resolved configuration is saved in the
+run folder and is itself valid input.
 """
 
 from __future__ import annotations
@@ -25,18 +26,27 @@ Settings = TypeVar("Settings", bound=Section)
 
 
 def change(config: Config, section: str, **values: Any) -> Config:
-    """The same configuration with some keys of a section replaced; not validated again."""
+    """Return the configuration with some keys of a section replaced, without validating it again.
+
+    Args:
+        config: the configuration.
+        section: name of the section.
+        values: new values by key.
+    """
     return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
-    """Read a YAML file, apply ``--section.key VALUE`` overrides, validate.
+    """Read a YAML file, apply overrides and validate the result.
 
-    Paths that begin with ./ or ../ in the file are relative to the file; on the command line, to
-    the working folder.
+    Args:
+        path: the YAML file. Paths in it that begin with ./ or ../ are relative to it.
+        overrides: arguments of the form ``--section.key VALUE`` or ``--section.key=VALUE``. Paths
+            in them are relative to the working folder.
 
     Raises:
-        ConfigError: one line with the file's line or the flag, and the nearest valid key.
+        ConfigError: the file cannot be read, a key is unknown, or a value is not allowed. The
+            message is one line, with the file's line or the flag.
     """
     tree, root = read_yaml(Path(path))
     flags = parse_overrides(list(overrides))
@@ -57,15 +67,25 @@ def load_settings(
         flags: the flags that were given, without those left at their default.
 
     Raises:
-        ConfigError: one line with the file's line or the flag, and the nearest valid key.
+        ConfigError: the file cannot be read, a key is unknown, or a value is not allowed. The
+            message is one line, with the file's line or the flag.
     """
-    tree, root = ({}, None) if path is None else read_yaml(Path(path))
+    tree: dict = {}
+    root = None
+    if path is not None:
+        tree, root = read_yaml(Path(path))
     locate = functools.partial(locate_value, [(name,) for name in flags], path, root)
     return validate(schema, tree | flags, locate)
 
 
 def read_yaml(path: Path) -> tuple[dict, yaml.Node | None]:
-    """Return a YAML file's mapping, its relative paths resolved, and its nodes for line numbers."""
+    """Return the mapping of a YAML file, and the nodes that know its line numbers.
+
+    Relative paths in the mapping are resolved.
+
+    Raises:
+        ConfigError: the file cannot be read, or does not hold a mapping in valid YAML.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         tree = yaml.safe_load(text) or {}
@@ -88,15 +108,35 @@ def read_yaml(path: Path) -> tuple[dict, yaml.Node | None]:
 def locate_value(
     flags: list[tuple[str, ...]], path: str | Path | None, root: yaml.Node | None, loc: tuple
 ) -> str:
-    """Say where the value at `loc` was given: the flag, or the file's line."""
-    for n in range(len(loc), 0, -1):
-        if any(flag[:n] == tuple(map(str, loc[:n])) for flag in flags):
-            return "--" + ".".join(map(str, loc[:n]))
-    return "command line" if path is None else f"{path} line {find_line(root, loc)}"
+    """Say where the value at `loc` was given: the flag, or the file's line.
+
+    Args:
+        flags: the keys of every flag that was given.
+        path: the YAML file, or None.
+        root: the root node of the file.
+        loc: the keys and list indices that lead to the value, as pydantic gives them.
+    """
+    names = tuple(map(str, loc))
+    # A flag may have set the value itself, or a section or list that holds it.
+    for length in range(len(names), 0, -1):
+        if any(flag[:length] == names[:length] for flag in flags):
+            return "--" + ".".join(names[:length])
+    if path is None:
+        return "command line"
+    return f"{path} line {find_line(root, loc)}"
 
 
 def validate(schema: type[Settings], tree: dict, locate: Callable[[tuple], str]) -> Settings:
-    """Make the typed settings; the first mistake becomes one line that names its place."""
+    """Make the typed settings of a mapping.
+
+    Args:
+        schema: the class of the settings.
+        tree: the mapping.
+        locate: says where the value at a place in the mapping was given.
+
+    Raises:
+        ConfigError: one line about the first mistake, with its place.
+    """
     try:
         return schema.model_validate(tree)
     except ValidationError as error:
@@ -104,7 +144,7 @@ def validate(schema: type[Settings], tree: dict, locate: Callable[[tuple], str])
 
 
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML; ``load_config`` of it gives an equal Config."""
+    """Return a configuration as YAML, from which ``load_config`` makes an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -120,16 +160,24 @@ def resolve_paths(node: Any, folder: Path) -> Any:
 
 
 def parse_overrides(arguments: list[str]) -> list[tuple[tuple[str, ...], Any]]:
-    """["--training.lr", "1e-4"] -> [(("training", "lr"), "1e-4")]; values are YAML."""
+    """Parse ["--training.lr", "1e-4"] into [(("training", "lr"), "1e-4")]; values are YAML.
+
+    Args:
+        arguments: flags with their values, as one argument (``--key=VALUE``) or as two. The list is
+            emptied.
+
+    Raises:
+        ConfigError: an argument is no such flag, or its value is missing or not valid YAML.
+    """
     parsed = []
     while arguments:
-        flag, _, value = arguments.pop(0).partition("=")
+        flag, equals, value = arguments.pop(0).partition("=")
         if not re.fullmatch(r"--[A-Za-z_]\w*(\.\w+)+", flag):
             raise ConfigError(
                 f"argument {flag!r}: expected --section.key VALUE, e.g. --training.lr 1e-4 (see"
                 " --help)"
             )
-        if not _:
+        if not equals:
             if not arguments or arguments[0].startswith("--"):
                 raise ConfigError(f"argument {flag}: no value; expected {flag} VALUE")
             value = arguments.pop(0)
@@ -143,16 +191,24 @@ def parse_overrides(arguments: list[str]) -> list[tuple[tuple[str, ...], Any]]:
 
 
 def set_key(tree: Any, keys: tuple[str, ...], value: Any) -> None:
+    """Set a value in nested mappings and lists; a mapping that is missing on the path is made.
+
+    Raises:
+        ConfigError: the keys lead into a plain value, or to an element that a list does not have.
+    """
     flag = "--" + ".".join(keys)
     for i, key in enumerate(keys):
         last = i == len(keys) - 1
         if isinstance(tree, list):
             if not key.isdigit() or int(key) >= len(tree):
-                raise ConfigError(f"argument {flag}: {key} is not an index below {len(tree)}")
+                raise ConfigError(
+                    f"argument {flag}: {key} is no index of this list, which has {len(tree)}"
+                    " elements; count them from 0"
+                )
             key = int(key)
         elif not isinstance(tree, dict):
             raise ConfigError(
-                f"argument {flag}: {'.'.join(keys[:i])} is a value, it has no key {key}"
+                f"argument {flag}: {'.'.join(keys[:i])} is a value, so it has no key {key}"
             )
         if last:
             tree[key] = value
@@ -163,15 +219,15 @@ def set_key(tree: Any, keys: tuple[str, ...], value: Any) -> None:
 
 
 def find_line(node: yaml.Node, loc: tuple) -> int:
-    """1-based line of the deepest part of `loc` that stands in the file."""
+    """Return the line of the deepest part of `loc` that stands in the file, counted from 1."""
     line = node.start_mark.line + 1 if node else 1
     for key in loc:
         if isinstance(node, yaml.MappingNode):
-            found = [(k, v) for k, v in node.value if k.value == str(key)]
-            if not found:
+            pairs = [pair for pair in node.value if pair[0].value == str(key)]
+            if not pairs:
                 break
-            line = found[0][0].start_mark.line + 1
-            node = found[0][1]
+            key_node, node = pairs[0]
+            line = key_node.start_mark.line + 1
         elif isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
             node = node.value[key]
             line = node.start_mark.line + 1
@@ -188,7 +244,9 @@ def describe(
     An unknown key goes before the first problem, because a misspelt key is also a missing one.
     """
     problems = error.errors()
-    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
+    problem = (unknown or problems)[0]
+    # Among the keys, pydantic names the types of a union that it has tried; they are left out.
     loc = tuple(
         part
         for part in problem["loc"]
@@ -202,7 +260,7 @@ def describe(
         return f"{locate(loc)}: {name} is missing; set it in the file or with --{name} VALUE"
     message = problem["msg"].removeprefix("Value error, ")
     if not loc:
-        return message if schema is not Config else f"config: {message}"
+        return f"config: {message}" if schema is Config else message
     got = problem["input"]
     if not isinstance(got, (str, int, float, bool, type(None))):
         got = type(got).__name__
@@ -223,13 +281,16 @@ def suggest_key(loc: tuple, schema: type[Section] = Config) -> str:
 
 
 def section_fields(loc: tuple, schema: type[Section] = Config) -> dict[str, FieldInfo]:
-    """Fields of the section at `loc`, following lists."""
+    """Return the fields of the section at `loc`; empty where there is no section.
+
+    Indices of lists are skipped, because all elements of a list are of one type.
+    """
     section = schema
     for part in loc:
         if isinstance(part, int):
             continue
         field = section.model_fields.get(part)
-        section = field and find_section(field)
+        section = None if field is None else find_section(field)
         if section is None:
             return {}
     return section.model_fields
@@ -253,8 +314,9 @@ def flatten_types(annotation: Any) -> typing.Iterator[Any]:
 
 
 def all_keys(schema: type[Section] = Config) -> dict[str, FieldInfo]:
-    """Return every key with its field, in order: `section.key`, or `key` where there are no
-    sections.
+    """Return every key with its field, in the order of the schema.
+
+    A key has the form `section.key`, or `key` in a schema without sections.
     """
     keys = {}
     for name, field in schema.model_fields.items():
@@ -277,10 +339,16 @@ def list_choices(field: FieldInfo) -> list[str]:
 
 
 def help_text() -> str:
-    """One entry per key: name, allowed values, default, meaning."""
+    """Return the text of --help about the configuration, with two lines for each key.
+
+    They say its name, allowed values, default and meaning.
+    """
     lines = []
     for key, field in all_keys().items():
-        choices = list_choices(field) if typing.get_origin(field.annotation) is Literal else []
+        # A field that takes other values too, such as a number or "auto", is shown as VALUE.
+        choices = []
+        if typing.get_origin(field.annotation) is Literal:
+            choices = list_choices(field)
         default = "required" if field.is_required() else f"default {field.default!r}"
         lines.append(f"  --{key} {'|'.join(choices) or 'VALUE'}  ({default})")
         lines.append(f"      {' '.join((field.description or '').split())}")

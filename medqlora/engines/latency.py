@@ -1,5 +1,8 @@
-"""Times of served requests -> the figures that `vllm bench serve` reports, by its definitions
-(vllm/benchmarks/serve.py): every piece of a stream is an arrival, also one without text."""
+"""From the times of served requests to the figures that `vllm bench serve` reports.
+
+The definitions are those of vllm/benchmarks/serve.py: every piece of a stream is an arrival, even
+one without text.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,13 @@ class LatencyError(UserError):
 
 @dataclass(frozen=True)
 class Served:
-    """One answered request. sent, arrivals: seconds on one clock, of the request and of each piece
-    of its answer; tokens: in the answer."""
+    """One answered request.
+
+    Attributes:
+        sent: time of the request, in seconds.
+        arrivals: times of the pieces of its answer, in seconds on the same clock; at least one.
+        tokens: number of tokens in the answer.
+    """
 
     sent: float
     arrivals: tuple[float, ...]
@@ -29,23 +37,26 @@ class Served:
 
     @property
     def ttft(self) -> float:
-        """Time to first token."""
+        """Time to first token, in seconds."""
         return self.arrivals[0] - self.sent
 
     @property
     def e2el(self) -> float:
-        """End-to-end latency."""
+        """End-to-end latency, in seconds."""
         return self.arrivals[-1] - self.sent
 
     @property
     def tpot(self) -> float | None:
-        """Time per output token after the first; None for a single token, which has none."""
-        return (self.e2el - self.ttft) / (self.tokens - 1) if self.tokens > 1 else None
+        """Time per output token after the first, in seconds; None for an answer of one token."""
+        if self.tokens < 2:
+            return None
+        return (self.e2el - self.ttft) / (self.tokens - 1)
 
     @property
     def itl(self) -> list[float]:
-        """Inter-token latencies: between two pieces of the answer, which hold a token each unless
-        the server joins some.
+        """Inter-token latencies: the seconds between two pieces of the answer.
+
+        A piece holds one token unless the server joins several.
         """
         return np.diff(self.arrivals).tolist()
 
@@ -53,62 +64,87 @@ class Served:
 def summarize(
     served: Sequence[Served], seconds: float, objectives: Mapping[str, float] | None = None
 ) -> dict:
-    """Rates over `seconds`, and mean and percentiles in milliseconds. objectives: most milliseconds
-    of ttft, tpot or e2el; goodput counts the requests that keep all of them."""
+    """Return rates over `seconds`, and mean and percentiles of each measure in milliseconds.
+
+    Args:
+        served: the answered requests.
+        seconds: time from the first request to the last answer.
+        objectives: the most milliseconds that a request may take by ttft, tpot or e2el. Goodput
+            counts the requests that keep all of them; it is None without objectives.
+    """
     objectives = objectives or {}
-    found = {
-        "ttft": [s.ttft for s in served],
-        "e2el": [s.e2el for s in served],
-        "tpot": [s.tpot for s in served if s.tpot is not None],
-        "itl": [gap for s in served for gap in s.itl],
+    times = {
+        "ttft": [request.ttft for request in served],
+        "e2el": [request.e2el for request in served],
+        "tpot": [request.tpot for request in served if request.tpot is not None],
+        "itl": [gap for request in served for gap in request.itl],
     }
-    good = [
-        all(1000 * (getattr(s, name) or 0.0) <= most for name, most in objectives.items())
-        for s in served
-    ]
+    good = sum(keeps_objectives(request, objectives) for request in served)
     return {
         "requests": len(served),
         "seconds": seconds,
         "requests_per_second": len(served) / seconds,
-        "output_tokens_per_second": sum(s.tokens for s in served) / seconds,
-        "goodput_requests_per_second": sum(good) / seconds if objectives else None,
-        **{f"{name}_ms": describe(found[name]) for name in MEASURES},
+        "output_tokens_per_second": sum(request.tokens for request in served) / seconds,
+        "goodput_requests_per_second": good / seconds if objectives else None,
+        **{f"{measure}_ms": describe(times[measure]) for measure in MEASURES},
     }
 
 
+def keeps_objectives(request: Served, objectives: Mapping[str, float]) -> bool:
+    """Whether a request took at most the milliseconds of every objective."""
+    for measure, most in objectives.items():
+        # An answer of one token has no time per further token, and keeps any bound on it.
+        seconds = getattr(request, measure) or 0.0
+        if not 1000 * seconds <= most:
+            return False
+    return True
+
+
 def describe(seconds: Sequence[float]) -> dict[str, float] | None:
-    """Mean and percentiles in milliseconds; None where there is nothing to describe."""
+    """Return mean and percentiles in milliseconds, or None where there are no values."""
     if not len(seconds):
         return None
     values = 1000 * np.asarray(seconds)
     return {
         "mean": float(values.mean()),
-        **{f"p{q}": float(np.percentile(values, q)) for q in PERCENTILES},
+        **{f"p{percent}": float(np.percentile(values, percent)) for percent in PERCENTILES},
     }
 
 
 def parse_objectives(texts: Sequence[str]) -> dict[str, float]:
-    """["ttft=500", "tpot=50"] -> milliseconds by measure.
+    """Read objectives such as ["ttft=500", "tpot=50"] into milliseconds by measure.
 
     Raises:
-        LatencyError: another measure, or no number.
+        LatencyError: the measure is another one, or the value is no positive number.
     """
-    found = {}
+    objectives = {}
     for text in texts:
-        name, _, value = text.partition("=")
+        measure, _equals, value = text.partition("=")
         try:
-            found[name] = float(value)
+            milliseconds = float(value)
         except ValueError:
-            found[name] = -1.0
-        if name not in ("ttft", "tpot", "e2el") or not 0 < found[name] < float("inf"):
+            milliseconds = -1.0
+        if measure not in ("ttft", "tpot", "e2el") or not 0 < milliseconds < float("inf"):
             raise LatencyError(
                 f"--goodput {text}: expected ttft=, tpot= or e2el= and milliseconds, e.g. ttft=500"
             )
-    return found
+        objectives[measure] = milliseconds
+    return objectives
 
 
 def draw_arrivals(count: int, rate: float, seed: int) -> np.ndarray:
-    """Seconds at which requests of a Poisson process arrive, float64 [count], stretched so that the
-    last is at count / rate: what is offered is the rate that was asked for."""
-    places = np.cumsum(np.random.default_rng(seed).exponential(1 / rate, count))
-    return places * (count / rate / places[-1])
+    """Draw the times at which the requests of a Poisson process are sent.
+
+    The times are stretched so that the last one is at count / rate. Without this the rate of the
+    drawn requests would differ by chance from the rate that was asked for.
+
+    Args:
+        count: number of requests.
+        rate: requests per second.
+        seed: of the random draws.
+
+    Returns:
+        Seconds from the start, float64 [count].
+    """
+    times = np.cumsum(np.random.default_rng(seed).exponential(1 / rate, count))
+    return times * (count / rate / times[-1])

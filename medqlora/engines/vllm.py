@@ -1,5 +1,6 @@
-"""The vLLM engine: offline batches with prefix caching, for a merged checkpoint or a base with a
-LoRA adapter.
+"""The vLLM engine: offline batches with prefix caching.
+
+It takes a merged checkpoint, or a base with a LoRA adapter.
 """
 
 from __future__ import annotations
@@ -14,17 +15,19 @@ from safetensors import safe_open
 
 from medqlora.engines.interface import EngineError, Request, Sampling, decode_answer
 
-LONG = 16  # tokens; a longer option costs less as part of the prompt than one request per token
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM allocates for
+# A longer option, in tokens, costs less as part of the prompt than one request for each token.
+LONG = 16
+# vLLM allocates for these ranks only.
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 class VllmEngine:
-    """vLLM's LLM, fed with token ids.
+    """vLLM's LLM, to which prompts are given as token ids.
 
-    Option log-probabilities come from `logprob_token_ids` (vLLM 0.16 and newer: one request per
-    question). Older versions can only be asked with `allowed_token_ids`: the ranking is the same,
-    but values are relative to the options, so that the letter mass is always 1; `exact` tells
-    which.
+    Option log-probabilities come from `logprob_token_ids` (vLLM 0.16 and newer), with one request
+    per question. Older versions offer `allowed_token_ids` only. Its ranking is the same, but its
+    values are relative to the options, so that the letter mass is always 1. The attribute `exact`
+    says whether the values are true log-probabilities.
     """
 
     name = "vllm"
@@ -41,11 +44,22 @@ class VllmEngine:
         seed: int = 0,
         prefix_caching: bool = True,
     ):
-        """dtype: auto, float32, bfloat16 or float16; gpu_memory: share of the card; max_length:
-        tokens a row may have; prefix_caching: off where repeated prompts are to be timed.
+        """Start vLLM.
 
-        Raises: EngineError: vLLM is not installed or does not start, a dtype or adapter it cannot
-            serve.
+        Args:
+            model: folder or hub id of a merged model or a base.
+            adapter: folder of a LoRA adapter in PEFT's format.
+            dtype: auto, float32, bfloat16 or float16.
+            revision: hub commit or tag of the model.
+            max_length: tokens that a row may have; by default the model's positions.
+            gpu_memory: share of the GPU's memory that vLLM takes, from 0 to 1.
+            tensor_parallel: GPUs over which each layer is divided.
+            seed: of vLLM's own random generator.
+            prefix_caching: False where repeated prompts are to be timed.
+
+        Raises:
+            EngineError: vLLM is not installed or does not start, or cannot serve the dtype or the
+                adapter.
         """
         if importlib.util.find_spec("vllm") is None:
             raise EngineError(
@@ -61,74 +75,66 @@ class VllmEngine:
         from vllm import LLM, SamplingParams
 
         self.exact = hasattr(SamplingParams(), "logprob_token_ids")
-        settings: dict[str, Any] = {} if self.exact else {"logprobs_mode": "processed_logprobs"}
-        rank = check_adapter_config(adapter) if adapter else 0
+        settings: dict[str, Any] = {}
+        if not self.exact:
+            settings["logprobs_mode"] = "processed_logprobs"
         if adapter:
-            settings |= {
-                "enable_lora": True,
-                "max_lora_rank": min(r for r in LORA_RANKS if r >= rank),
-            }
+            rank = check_adapter_config(adapter)
+            settings["enable_lora"] = True
+            settings["max_lora_rank"] = min(served for served in LORA_RANKS if served >= rank)
+        folder = Path(model).expanduser()
         try:
             self.llm = LLM(
-                model=str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model,
+                model=str(folder) if folder.is_dir() else model,
                 revision=revision,
                 dtype=dtype,
                 seed=seed,
+                # Scoring generates one token, which needs a position too.
                 max_model_len=None if max_length is None else max_length + 1,
                 gpu_memory_utilization=gpu_memory,
                 tensor_parallel_size=tensor_parallel,
                 enable_prefix_caching=prefix_caching,
+                # The model's own generation settings would make two engines disagree.
                 generation_config="vllm",
                 enforce_eager=not torch.cuda.is_available(),
                 disable_log_stats=True,
                 **settings,
             )
         except (ValueError, RuntimeError, OSError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
-            raise EngineError(f"--engine vllm: vLLM did not start with {model}: {reason}") from None
+            # The last line of a long text of vLLM says what is wrong.
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise EngineError(
+                f"--engine vllm: vLLM did not start with {model}: {lines[-1][:300]}"
+            ) from None
         self.lora = None
         self.adapters = adapter is not None
         if adapter:
             from vllm.lora.request import LoRARequest
 
             self.lora = LoRARequest("adapter", 1, str(adapter))
-            self.unproven = learned_anything(adapter)
+            self.unproven = has_learned_weights(adapter)
 
     def score(self, requests: Sequence[Request], shared: int = 0) -> list[list[float]]:
-        """See interface.Engine. Options of several tokens cost further requests; prefix caching
-        reads what is shared once.
+        """See interface.Engine.
+
+        An option of several tokens costs further requests. Prefix caching reads their common
+        beginning once, so `shared` is not used.
 
         Raises:
-            EngineError: the adapter changes nothing although it holds learned weights.
+            EngineError: the adapter changes nothing although it holds learned weights; this version
+                of vLLM cannot score options of several tokens; or vLLM refuses a request.
         """
         if self.lora is not None and self.unproven:
             self.prove_adapter(requests[:4])
         return self.score_with(requests, self.lora)
 
     def score_with(self, requests: Sequence[Request], lora: Any) -> list[list[float]]:
-        """One prompt for each text that tokens are asked after: a question's prefix, and what
-        options of several tokens add to it. Long options (texts) are scored as part of the prompt
-        instead, which vLLM cannot do with adapters enabled.
+        """Score with an adapter, or with the base where `lora` is None.
+
+        There is one prompt for each text after which tokens are needed: a question's prefix, and
+        the prefix with the first tokens of a longer option. Long options are scored as part of the
+        prompt instead, which vLLM cannot do with adapters enabled.
         """
-        asked: dict[tuple[int, ...], list[int]] = {}  # text -> tokens asked for after it
-        whole: list[tuple[int, int]] = []  # options scored as part of the prompt
-        for number, request in enumerate(requests):
-            for index, option in enumerate(request.options):
-                if len(option) > LONG and not self.adapters:
-                    whole.append((number, index))
-                    continue
-                for at, token in enumerate(option):
-                    asked.setdefault((*request.prefix, *option[:at]), []).append(token)
-        prompts = [list(text) for text in asked]
-        settings = [self.limit_to(sorted(set(tokens))) for tokens in asked.values()]
-        prompts += [
-            requests[number].prefix + requests[number].options[index][:-1]
-            for number, index in whole
-        ]
-        settings += [
-            self.limit_to([requests[number].options[index][-1]], prompt_logprobs=0)
-            for number, index in whole
-        ]
         if not self.exact and any(
             len(option) > 1 for request in requests for option in request.options
         ):
@@ -136,46 +142,58 @@ class VllmEngine:
                 "--engine vllm: this version cannot score options of several tokens; install vLLM"
                 " 0.16 or newer, or use --engine hf"
             )
+        next_tokens: dict[tuple[int, ...], list[int]] = {}  # text -> tokens to score after it
+        long_options: list[tuple[int, int]] = []  # (number of the request, index of the option)
+        for number, request in enumerate(requests):
+            for index, option in enumerate(request.options):
+                if len(option) > LONG and not self.adapters:
+                    long_options.append((number, index))
+                    continue
+                for offset, token in enumerate(option):
+                    text = (*request.prefix, *option[:offset])
+                    next_tokens.setdefault(text, []).append(token)
+        prompts = [list(text) for text in next_tokens]
+        settings = [self.make_settings(sorted(set(tokens))) for tokens in next_tokens.values()]
+        for number, index in long_options:
+            option = requests[number].options[index]
+            prompts.append(requests[number].prefix + option[:-1])
+            settings.append(self.make_settings([option[-1]], prompt_logprobs=0))
         outputs = self.run(prompts, settings, lora)
+        short_outputs = outputs[: len(next_tokens)]
         after = {
             text: output.outputs[0].logprobs[0]
-            for text, output in zip(asked, outputs[: len(asked)], strict=True)
+            for text, output in zip(next_tokens, short_outputs, strict=True)
         }
-        prompted = dict(zip(whole, outputs[len(asked) :], strict=True))
+        long_outputs = dict(zip(long_options, outputs[len(next_tokens) :], strict=True))
         scores = []
         for number, request in enumerate(requests):
             values = []
             for index, option in enumerate(request.options):
-                if (number, index) in prompted:
-                    output = prompted[number, index]
-                    start = len(request.prefix)
-                    value = sum(
-                        output.prompt_logprobs[start + at][token].logprob
-                        for at, token in enumerate(option[:-1])
-                    )
-                    values.append(value + output.outputs[0].logprobs[0][option[-1]].logprob)
+                if (number, index) in long_outputs:
+                    output = long_outputs[number, index]
+                    values.append(sum_long_option(output, len(request.prefix), option))
                 else:
                     values.append(
                         sum(
-                            after[(*request.prefix, *option[:at])][token].logprob
-                            for at, token in enumerate(option)
+                            after[(*request.prefix, *option[:offset])][token].logprob
+                            for offset, token in enumerate(option)
                         )
                     )
             scores.append(values)
         return scores
 
-    def limit_to(self, tokens: list[int], **more: Any) -> Any:
-        """Settings that give the log-probabilities of these tokens as the next one."""
+    def make_settings(self, tokens: list[int], **more: Any) -> Any:
+        """Return vLLM's settings for the log-probabilities of `tokens` as the next token."""
         from vllm import SamplingParams
 
-        known = (
-            {"logprob_token_ids": tokens}
-            if self.exact
-            else {"allowed_token_ids": tokens, "logprobs": len(tokens)}
-        )
-        return SamplingParams(max_tokens=1, temperature=0, detokenize=False, **known, **more)
+        if self.exact:
+            wanted = {"logprob_token_ids": tokens}
+        else:
+            wanted = {"allowed_token_ids": tokens, "logprobs": len(tokens)}
+        return SamplingParams(max_tokens=1, temperature=0, detokenize=False, **wanted, **more)
 
     def run(self, prompts: Sequence[list[int]], settings: list[Any], lora: Any) -> list[Any]:
+        """Return vLLM's outputs, one per prompt; what vLLM refuses becomes an EngineError."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
@@ -187,15 +205,17 @@ class VllmEngine:
             )
         except EngineDeadError:
             raise EngineError(
-                "--engine vllm: vLLM's engine process died, its own message stands above; try"
+                "--engine vllm: vLLM's engine process died, and its own message stands above; try"
                 " --engine hf"
             ) from None
         except ValueError as error:
             raise EngineError(f"--engine vllm: {str(error).splitlines()[0][:300]}") from None
 
     def prove_adapter(self, requests: Sequence[Request]) -> None:
-        """An adapter that vLLM loads but does not apply would pass as a tuned model: its scores are
-        the base's.
+        """Raise EngineError where the adapter changes no score.
+
+        Otherwise the base's scores would pass as those of a tuned model, because vLLM can load an
+        adapter without applying it.
         """
         base = self.score_with(requests, None)
         tuned = self.score_with(requests, self.lora)
@@ -207,7 +227,13 @@ class VllmEngine:
         self.unproven = False
 
     def generate(self, prefixes: Sequence[list[int]], sampling: Sampling) -> list[list[str]]:
-        """See interface.Engine. Sampled answers depend on the seed and the prompt's number."""
+        """See interface.Engine.
+
+        Sampled answers depend on the seed and on the prompt's place in `prefixes`.
+
+        Raises:
+            EngineError: vLLM refuses a prompt, or its engine process died.
+        """
         from vllm import SamplingParams
 
         settings = [
@@ -228,25 +254,44 @@ class VllmEngine:
         ]
 
 
+def sum_long_option(output: Any, start: int, option: list[int]) -> float:
+    """Return the log-probability of an option that was scored as part of the prompt.
+
+    Args:
+        output: vLLM's output for the prompt, which ends before the option's last token.
+        start: place of the option's first token in the prompt.
+        option: the option's token ids.
+    """
+    value = sum(
+        output.prompt_logprobs[start + offset][token].logprob
+        for offset, token in enumerate(option[:-1])
+    )
+    return value + output.outputs[0].logprobs[0][option[-1]].logprob
+
+
 def check_adapter_config(adapter: Path) -> int:
-    """-> rank. Raises EngineError for what vLLM does not serve."""
+    """Return the rank of an adapter.
+
+    Raises:
+        EngineError: vLLM does not serve such an adapter.
+    """
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    for key, what in (("use_dora", "DoRA"), ("modules_to_save", "modules_to_save")):
+    for key, feature in (("use_dora", "DoRA"), ("modules_to_save", "modules_to_save")):
         if config.get(key):
             raise EngineError(
-                f"--engine vllm: adapter {adapter} uses {what}, which vLLM does not serve; merge it"
-                " first (recipes/merge_adapter.py)"
+                f"--engine vllm: adapter {adapter} uses {feature}, which vLLM does not serve; merge"
+                " it first (recipes/merge_adapter.py)"
             )
     if config["r"] > LORA_RANKS[-1]:
         raise EngineError(
             f"--engine vllm: adapter {adapter} has rank {config['r']}, vLLM serves up to"
-            f" {LORA_RANKS[-1]}; merge it first"
+            f" {LORA_RANKS[-1]}; merge it first (recipes/merge_adapter.py)"
         )
     return config["r"]
 
 
-def learned_anything(adapter: Path) -> bool:
+def has_learned_weights(adapter: Path) -> bool:
     """Whether any B matrix differs from the zeros that training starts with."""
     with safe_open(adapter / "adapter_model.safetensors", framework="np") as weights:
-        # not a dict
+        # `weights` is not a dict: it can only be iterated over with keys().
         return any(weights.get_tensor(name).any() for name in weights.keys() if "lora_B" in name)  # noqa: SIM118

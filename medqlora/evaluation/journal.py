@@ -1,4 +1,8 @@
-"""Predictions as they come, in batches that a crash cannot damage."""
+"""A journal of finished predictions, which a crash cannot damage.
+
+Finished batches are appended to files in `FILE.parts/`, one line per batch. A line that a crash cut
+short is left out when the file is read.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +20,23 @@ from medqlora.evaluation.predictions import PredictionError
 
 
 def hash_id(id: str) -> int:
-    """A number of 60 bits that depends on the id alone, on every machine."""
+    """Return a number of 60 bits that depends on the id alone, on every machine."""
     return int(hashlib.sha256(id.encode()).hexdigest()[:15], 16)
 
 
 def split_into_batches(ids: Sequence[str], size: int) -> list[list[int]]:
-    """Split examples into batches by a hash of their ids: about `size` to twice as many in each.
+    """Split examples into batches by a hash of their ids.
 
-    A batch does not depend on the number of shards, nor on what was done before a crash. So neither
-    do its numbers: floating point sums depend on what is computed together.
+    A batch depends neither on the number of shards nor on what was done before a crash. Therefore
+    its scores do not depend on them either, although the rounding of a forward pass depends on the
+    rows that it computes.
+
+    Args:
+        ids: the examples' ids.
+        size: a batch has about `size` to twice as many examples.
+
+    Returns:
+        The indices into `ids` of each batch; a batch may be empty.
     """
     count = 1 << max(0, (len(ids) // size).bit_length() - 1)
     question_batches: list[list[int]] = [[] for _ in range(count)]
@@ -34,18 +46,29 @@ def split_into_batches(ids: Sequence[str], size: int) -> list[list[int]]:
 
 
 class Journal:
-    """Finished batches of one predictions file, from all shards.
+    """The finished batches of one predictions file, from all shards.
 
-    Use as a context manager; `append` is durable when it returns. Every shard writes to a file of
-    its own and reads all.
+    It is a context manager. Every shard writes to a file of its own and reads the files of all.
     """
 
     def __init__(self, output: Path, shard: int = 0, shards: int = 1):
+        """Choose the file of a shard; entering the context creates it.
+
+        Args:
+            output: the predictions file that will be written in the end.
+            shard: number of this shard, from 0.
+            shards: number of shards.
+        """
         self.folder = output.with_name(output.name + ".parts")
         self.path = self.folder / f"{shard}-of-{shards}.jsonl"
         self.file: IO[bytes] | None = None
 
     def __enter__(self) -> Journal:
+        """Open and lock this shard's file.
+
+        Raises:
+            PredictionError: the file cannot be written, or another process is writing it.
+        """
         try:
             self.folder.mkdir(exist_ok=True)
             self.file = self.path.open("ab")
@@ -61,17 +84,18 @@ class Journal:
                 f"{self.path}: another process is writing this shard; wait for it, or give another"
                 " --shard"
             ) from None
-        size = self.path.stat().st_size
-        whole = find_whole(self.path)
-        if whole < size:  # a line cut short by a kill or a full disk
-            self.file.truncate(whole)
+        # A kill or a full disk may have cut the last line short. A batch that was appended to it
+        # would be lost with it.
+        complete = measure_complete_lines(self.path)
+        if complete < self.path.stat().st_size:
+            self.file.truncate(complete)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
 
     def read(self) -> dict[str, dict[str, Any]]:
-        """Rows by their key, from every part."""
+        """Return the finished rows of all shards, by their key."""
         rows = {}
         for part in sorted(self.folder.glob("*.jsonl")):
             with part.open("rb") as file:
@@ -80,7 +104,12 @@ class Journal:
         return rows
 
     def append(self, rows: list[dict[str, Any]]) -> None:
-        """Raises PredictionError where the disk is full; what was appended before stays."""
+        """Append a finished batch; when this returns, it is safely on disk.
+
+        Raises:
+            PredictionError: the file cannot be written, as on a full disk. Earlier batches are
+                kept.
+        """
         start = self.file.tell()
         try:
             self.file.write(json.dumps(rows, ensure_ascii=False).encode() + b"\n")
@@ -95,25 +124,29 @@ class Journal:
             ) from None
 
     def finish(self, output: Path, rows: list[dict[str, Any]]) -> None:
-        """Write the finished file and remove the parts that it holds all rows of; two shards may do
-        so at once.
+        """Write the finished file, and remove every part whose rows all stand in it.
+
+        Two shards may do so at the same time.
         """
         write_atomic(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         keys = {row["key"] for row in rows}
         for part in self.folder.glob("*.jsonl"):
+            # Another shard may have removed the part in the meantime.
             with contextlib.suppress(OSError):
-                if all(
-                    line.strip() and parse_batch(line).keys() <= keys and parse_batch(line)
-                    for line in part.read_bytes().splitlines()
-                ):
+                batches = [parse_batch(line) for line in part.read_bytes().splitlines()]
+                # An empty batch stands for a line that could not be read, so the part is kept.
+                if all(batch and batch.keys() <= keys for batch in batches):
                     part.unlink(missing_ok=True)
+        # The folder stays where a part has other rows.
         with contextlib.suppress(OSError):
             self.folder.rmdir()
 
 
 def parse_batch(line: bytes) -> dict[str, dict[str, Any]]:
-    """Rows of a journal's line by their key; nothing for a line that is not whole (another shard's
-    in flight) or not ours.
+    """Return the rows of a journal's line by their key.
+
+    The result is empty for a line that another shard has not finished writing, or that is not a
+    batch of rows.
     """
     try:
         rows = json.loads(line)
@@ -122,7 +155,7 @@ def parse_batch(line: bytes) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def find_whole(path: Path) -> int:
-    """Bytes up to the end of the last complete line."""
+def measure_complete_lines(path: Path) -> int:
+    """Return the number of bytes up to the end of the last complete line."""
     content = path.read_bytes()
     return content.rfind(b"\n") + 1

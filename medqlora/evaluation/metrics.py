@@ -1,5 +1,6 @@
-"""Predictions -> scores with intervals, calibration, position bias; paired comparison of two
-models. Needs no torch.
+"""From predictions to scores with intervals, calibration and position bias.
+
+This module needs no torch.
 """
 
 from __future__ import annotations
@@ -15,12 +16,19 @@ from medqlora.evaluation.open_answers import score_open, score_passages
 from medqlora.evaluation.predictions import Predictions
 from medqlora.evaluation.statistics import wilson_interval
 
-# nats between the two best options: rounding in bfloat16 may turn such an answer over
+# Where the two best options lie less than this apart, in nats, rounding in bfloat16 may change
+# which of them is chosen.
 NEAR_TIE = 0.01
 
 
 def score_predictions(rows: Predictions) -> dict[str, Any]:
-    """All scores of one file; the keys depend on its kind (choice, open, text)."""
+    """Compute all scores of one predictions file.
+
+    The keys depend on the kind of its rows (choice, open or text); docs/outputs.md explains them.
+
+    Raises:
+        PredictionError: the rows are texts without a single token.
+    """
     if rows.kind == "text":
         return score_passages(rows)
     if rows.kind == "open":
@@ -39,24 +47,23 @@ def score_predictions(rows: Predictions) -> dict[str, Any]:
         "per_subject": group(rows.column("subject"), right),
     }
     for name in ("topic", "choice_type", "dataset"):
-        if len(set(rows.columns[name])) > 1 or (
-            name == "choice_type" and rows.columns[name][0] is not None
-        ):
+        several = len(set(rows.columns[name])) > 1
+        has_types = name == "choice_type" and rows.columns[name][0] is not None
+        if several or has_types:
             scores[f"per_{name}"] = group(rows.column(name), right)
     choices = {
         i: extra["predictions"] for i, extra in rows.extras.items() if "predictions" in extra
     }
-    if choices:  # cloze: by raw log-probability, per character, per token
-        names = next(iter(choices.values()))
-        hits = {
-            name: np.array([choice[name] == rows.gold[i] for i, choice in choices.items()])
-            for name in names
-        }
-        scores["per_normalization"] = {name: summarise(values) for name, values in hits.items()}
+    if choices:  # Only cloze scoring chooses by several normalizations.
+        scores["per_normalization"] = {}
+        for name in next(iter(choices.values())):
+            hits = [choice[name] == rows.gold[i] for i, choice in choices.items()]
+            scores["per_normalization"][name] = summarise(np.array(hits))
     return scores
 
 
 def summarise(right: np.ndarray) -> dict[str, Any]:
+    """Return number, accuracy and its interval of answers that are right or not, bool [n]."""
     n = len(right)
     hits = int(np.sum(right))
     return {
@@ -67,90 +74,110 @@ def summarise(right: np.ndarray) -> dict[str, Any]:
 
 
 def group(names: list[str], right: np.ndarray) -> dict[str, dict[str, Any]]:
-    """Accuracy of each group, by name."""
+    """Return number, accuracy and its interval of each group of answers.
+
+    Args:
+        names: the group of each answer.
+        right: whether each answer is right, bool [n].
+    """
     unique, codes = np.unique(np.array(names, dtype=object).astype(str), return_inverse=True)
     totals = np.bincount(codes)
     hits = np.bincount(codes, weights=right)
     return {
         str(name): {
-            "n": int(n),
-            "accuracy": float(k / n),
-            "accuracy_ci95": list(wilson_interval(int(k), int(n))),
+            "n": int(total),
+            "accuracy": float(hit / total),
+            "accuracy_ci95": list(wilson_interval(int(hit), int(total))),
         }
-        for name, n, k in zip(unique, totals, hits, strict=True)
+        for name, total, hit in zip(unique, totals, hits, strict=True)
     }
 
 
 def measure_calibration(
     confidence: np.ndarray, right: np.ndarray, bins: int = 10
 ) -> dict[str, Any]:
-    """Expected calibration error over equal-width bins (Guo et al., ICML 2017, eq. 3), its
-    reliability curve, and accuracy when only the most confident answers are kept (risk and
-    coverage: El-Yaniv & Wiener, JMLR 11, 2010).
+    """Compute calibration scores; all of them are None where no row has a confidence.
 
-    Rows of unknown confidence (NaN) are left out; all values are None where no row has one.
+    They are the expected calibration error over bins of equal width (Guo et al., ICML 2017, eq. 3),
+    its reliability curve, and the accuracy where only the most confident answers are kept (risk and
+    coverage, El-Yaniv & Wiener, JMLR 11, 2010).
+
+    Args:
+        confidence: probability of each prediction, float64 [rows]; rows with NaN are left out.
+        right: whether each prediction is right, bool [rows].
+        bins: number of bins from 0 to 1.
     """
     known = ~np.isnan(confidence)
     if not known.any():
         return {"ece": None, "reliability": None, "selective": None}
     confidence = confidence[known]
     right = right[known].astype(float)
-    place = np.minimum((confidence * bins).astype(int), bins - 1)
-    counts = np.bincount(place, minlength=bins)
-    means = np.bincount(place, confidence, bins), np.bincount(place, right, bins)
+    bin_numbers = np.minimum((confidence * bins).astype(int), bins - 1)
+    counts = np.bincount(bin_numbers, minlength=bins)
+    confidence_sums = np.bincount(bin_numbers, confidence, bins)
+    right_sums = np.bincount(bin_numbers, right, bins)
+    reliability = [
+        {
+            "from": b / bins,
+            "to": (b + 1) / bins,
+            "n": int(counts[b]),
+            "confidence": float(confidence_sums[b] / counts[b]),
+            "accuracy": float(right_sums[b] / counts[b]),
+        }
+        for b in range(bins)
+        if counts[b]
+    ]
+    # risk[k] is the error rate of the k + 1 most confident answers.
     order = np.argsort(-confidence, kind="stable")
     risk = 1 - np.cumsum(right[order]) / np.arange(1, len(right) + 1)
-    kept = {
-        f"{share:.0%}": max(1, math.ceil(share * len(right)))
-        for share in (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
-    }
+    accuracy_at_coverage = {}
+    for share in (0.1, 0.25, 0.5, 0.75, 0.9, 1.0):
+        kept = max(1, math.ceil(share * len(right)))
+        accuracy_at_coverage[f"{share:.0%}"] = float(1 - risk[kept - 1])
     return {
-        "ece": float(np.abs(means[0] - means[1]).sum() / len(right)),
-        "reliability": [
-            {
-                "from": b / bins,
-                "to": (b + 1) / bins,
-                "n": int(counts[b]),
-                "confidence": float(means[0][b] / counts[b]),
-                "accuracy": float(means[1][b] / counts[b]),
-            }
-            for b in range(bins)
-            if counts[b]
-        ],
+        "ece": float(np.abs(confidence_sums - right_sums).sum() / len(right)),
+        "reliability": reliability,
         "selective": {
             "area_under_risk_coverage": float(risk.mean()),
-            "accuracy_at_coverage": {share: float(1 - risk[n - 1]) for share, n in kept.items()},
+            "accuracy_at_coverage": accuracy_at_coverage,
         },
     }
 
 
 def option_probabilities(rows: Predictions) -> np.ndarray:
-    """Probabilities among the options [rows, options]; 0 where a row has fewer, NaN rows where it
-    has none.
+    """Return the probabilities of the options among each other, float64 [rows, options].
+
+    They are 0 where a row has fewer options, and NaN in rows without log-probabilities.
     """
     if rows.logprobs.shape[1] == 0:
         return np.full((len(rows), 1), np.nan)
     values = np.where(np.isnan(rows.logprobs), -np.inf, rows.logprobs)
+    # The largest value is subtracted so that not all exponentials underflow to 0.
     top = values.max(1, keepdims=True)
     weights = np.exp(values - np.where(np.isfinite(top), top, np.nan))
     return weights / weights.sum(1, keepdims=True)
 
 
 def brier_score(rows: Predictions) -> float | None:
-    """Mean squared distance between probabilities and the right answer, summed over options: 0 to 2
-    (Brier, Monthly Weather Review 78, 1950)."""
-    chances = option_probabilities(rows)
-    known = ~np.isnan(chances[:, 0])
+    """Compute the Brier score (Brier, Monthly Weather Review 78, 1950), from 0 to 2.
+
+    It is the mean over rows of the squared distance between probabilities and the right answer,
+    summed over options; None where no row has probabilities.
+    """
+    probabilities = option_probabilities(rows)
+    known = ~np.isnan(probabilities[:, 0])
     if not known.any():
         return None
-    truth = np.zeros_like(chances)
+    truth = np.zeros_like(probabilities)
     truth[np.arange(len(rows)), [LETTERS.index(gold) for gold in rows.gold]] = 1
-    return float(((chances - truth) ** 2).sum(1)[known].mean())
+    return float(((probabilities - truth) ** 2).sum(1)[known].mean())
 
 
 def measure_margins(rows: Predictions) -> dict[str, Any]:
-    """Nats between the best and the second option: its quartiles, and how many answers hang on less
-    than NEAR_TIE.
+    """Compute the margins between the best and the second option, in nats.
+
+    The result has their quartiles, and the number of answers with a margin below NEAR_TIE; both are
+    None where no row has two options with log-probabilities.
     """
     if rows.logprobs.shape[1] < 2:
         return {"margin_quartiles": None, "near_ties": None}
@@ -166,47 +193,50 @@ def measure_margins(rows: Predictions) -> dict[str, Any]:
 
 
 def measure_position_bias(rows: Predictions) -> dict[str, Any]:
-    """How often each letter is right, is predicted, and its mean probability; with permutations
-    also the share of questions whose answer changes with the order of options, and accuracy by the
-    position of the right option.
+    """Measure how much the letter of an option influences the answers.
+
+    For each letter the result says how often it is right, how often it is predicted, and its mean
+    probability. With permutations it also has the share of questions whose answer changes with the
+    order of the options, and the accuracy by the position of the right option.
     """
     gold = Counter(rows.gold)
-    chosen = Counter(p for p in rows.prediction if p is not None)
-    chances = option_probabilities(rows)
+    chosen = Counter(prediction for prediction in rows.prediction if prediction is not None)
+    probabilities = option_probabilities(rows)
     n = len(rows)
-    letters = sorted(set(gold) | set(chosen))
-    bias: dict[str, Any] = {
+    letters: dict[str, Any] = {
         letter: {
             "gold": gold[letter] / n,
             "predicted": chosen[letter] / n,
-            "mean_probability": column_mean(chances, LETTERS.index(letter)),
+            "mean_probability": column_mean(probabilities, LETTERS.index(letter)),
         }
-        for letter in letters
+        for letter in sorted(set(gold) | set(chosen))
     }
     permuted = {
         i: extra["permutations"] for i, extra in rows.extras.items() if "permutations" in extra
     }
     if not permuted:
-        return {"letters": bias}
+        return {"letters": letters}
     flips = 0
-    hits = {}
+    hits: dict[str, list[bool]] = {}
     for i, orders in permuted.items():
         answers = set()
         for order, logprobs in orders.items():
-            answer = order[
-                max(
-                    range(len(order)),
-                    key=lambda at: -math.inf if logprobs[at] is None else logprobs[at],
-                )
-            ]
+            values = [-math.inf if logprob is None else logprob for logprob in logprobs]
+            # `order` names the options by their letters in the file, so that answers to different
+            # orders are comparable. The position is where the option stands in this order.
+            answer = order[values.index(max(values))]
+            position = LETTERS[order.index(rows.gold[i])]
             answers.add(answer)
-            hits.setdefault(LETTERS[order.index(rows.gold[i])], []).append(answer == rows.gold[i])
+            hits.setdefault(position, []).append(answer == rows.gold[i])
         flips += len(answers) > 1
-    per_position = {letter: summarise(np.array(values)) for letter, values in sorted(hits.items())}
-    return {"letters": bias, "flip_rate": flips / len(permuted), "per_position": per_position}
+    per_position = {
+        position: summarise(np.array(values)) for position, values in sorted(hits.items())
+    }
+    return {"letters": letters, "flip_rate": flips / len(permuted), "per_position": per_position}
 
 
-def column_mean(chances: np.ndarray, column: int) -> float | None:
-    if column >= chances.shape[1] or np.isnan(chances[:, column]).all():
+def column_mean(probabilities: np.ndarray, column: int) -> float | None:
+    """Return the mean of a column without its NaN; None where nothing is known of it."""
+    if column >= probabilities.shape[1] or np.isnan(probabilities[:, column]).all():
         return None
-    return float(np.nanmean(chances[:, column]))
+    return float(np.nanmean(probabilities[:, column]))

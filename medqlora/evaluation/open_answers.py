@@ -1,4 +1,4 @@
-"""Scores of free text: exact match, F1, ROUGE-L, perplexity."""
+"""Scores of free text: exact match, F1, ROUGE-L and perplexity."""
 
 from __future__ import annotations
 
@@ -15,49 +15,50 @@ from medqlora.evaluation.statistics import mean_interval, wilson_interval
 
 
 def normalise_answer(text: str) -> str:
-    """SQuAD's: lower case, no punctuation, no articles, single spaces (Rajpurkar et al., EMNLP
-    2016; official script v1.1).
+    """Normalise a text as SQuAD does (Rajpurkar et al., EMNLP 2016; official script v1.1).
+
+    The result is in lower case, without punctuation and articles, and with single spaces.
     """
     text = "".join(character for character in text.lower() if character not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def token_f1(prediction: str, gold: str) -> float:
-    """Overlap of normalised words (SQuAD's F1)."""
-    a = normalise_answer(prediction).split()
-    b = normalise_answer(gold).split()
-    if not a or not b:
-        return float(a == b)
-    common = sum((Counter(a) & Counter(b)).values())
-    return 2 * common / (len(a) + len(b))
+    """Compute SQuAD's F1, the overlap of normalised words, from 0 to 1."""
+    predicted_words = normalise_answer(prediction).split()
+    gold_words = normalise_answer(gold).split()
+    if not predicted_words or not gold_words:
+        return float(predicted_words == gold_words)
+    common = sum((Counter(predicted_words) & Counter(gold_words)).values())
+    return 2 * common / (len(predicted_words) + len(gold_words))
 
 
 def score_open(rows: Predictions) -> dict[str, Any]:
-    """Exact match, token F1 and ROUGE-L (F-measure, with stemming off) of free text; an empty
-    answer counts as unparsed.
+    """Score free text by exact match, SQuAD's F1 and ROUGE-L, with 95 % intervals.
+
+    ROUGE-L is the F-measure of the longest common subsequence of words (Lin, ROUGE: A Package for
+    Automatic Evaluation of Summaries, 2004), without stemming. An empty answer counts as unparsed.
     """
+    # Multiple-choice questions are scored without the slow import of this package.
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"])
     texts = [prediction or "" for prediction in rows.prediction]
-    exact = np.array(
-        [
-            normalise_answer(text) == normalise_answer(gold)
-            for text, gold in zip(texts, rows.gold, strict=True)
-        ]
-    )
-    f1 = np.array([token_f1(text, gold) for text, gold in zip(texts, rows.gold, strict=True)])
-    rouge = np.array(
-        [
-            scorer.score(gold, text)["rougeL"].fmeasure
-            for text, gold in zip(texts, rows.gold, strict=True)
-        ]
-    )
-    names = np.array(rows.column("subject"))
-    subjects = {}
+    exact_values = []
+    f1_values = []
+    rouge_values = []
+    for text, gold in zip(texts, rows.gold, strict=True):
+        exact_values.append(normalise_answer(text) == normalise_answer(gold))
+        f1_values.append(token_f1(text, gold))
+        rouge_values.append(scorer.score(gold, text)["rougeL"].fmeasure)
+    exact = np.array(exact_values)
+    f1 = np.array(f1_values)
+    rouge = np.array(rouge_values)
+    subjects = np.array(rows.column("subject"))
+    per_subject = {}
     for name in sorted(set(rows.column("subject"))):
-        here = names == name
-        subjects[name] = {
+        here = subjects == name
+        per_subject[name] = {
             "n": int(here.sum()),
             "exact_match": float(exact[here].mean()),
             "f1": float(f1[here].mean()),
@@ -73,28 +74,38 @@ def score_open(rows: Predictions) -> dict[str, Any]:
         "rouge_l_ci95": mean_interval(rouge),
         "unparsed": sum(not text.strip() for text in texts),
         "truncated": rows.truncated,
-        "per_subject": subjects,
+        "per_subject": per_subject,
     }
 
 
 def score_passages(rows: Predictions) -> dict[str, Any]:
-    """Perplexity per token; per word and bits per byte, which models of different tokenizers
-    share.
+    """Compute the perplexity per token, the perplexity per word and the bits per byte of texts.
+
+    The last two are comparable between models with different tokenizers. They are None where the
+    rows have no words or bytes.
+
+    Raises:
+        PredictionError: there is no token in any row.
     """
-    if not sum(extra["tokens"] for extra in rows.extras.values()):
-        raise PredictionError(f"{rows.path}: holds no tokens; perplexity needs one")
-    total = {
-        key: sum(extra[key] for extra in rows.extras.values())
-        for key in ("logprob", "tokens", "bytes", "words")
-    }
+    total = {}
+    for key in ("logprob", "tokens", "bytes", "words"):
+        total[key] = sum(extra[key] for extra in rows.extras.values())
+    if not total["tokens"]:
+        raise PredictionError(
+            f"{rows.path}: no row has tokens; perplexity needs at least one, so give texts that"
+            " are longer"
+        )
+    word_perplexity = None
+    if total["words"]:
+        # The bound keeps the exponential within the range of a float.
+        word_perplexity = math.exp(min(700.0, -total["logprob"] / total["words"]))
+    bits_per_byte = None
+    if total["bytes"]:
+        bits_per_byte = -total["logprob"] / total["bytes"] / math.log(2)
     return {
         "n": len(rows),
         "tokens": total["tokens"],
         "perplexity": math.exp(-total["logprob"] / total["tokens"]),
-        "word_perplexity": (
-            math.exp(min(700.0, -total["logprob"] / total["words"])) if total["words"] else None
-        ),
-        "bits_per_byte": (
-            -total["logprob"] / total["bytes"] / math.log(2) if total["bytes"] else None
-        ),
+        "word_perplexity": word_perplexity,
+        "bits_per_byte": bits_per_byte,
     }

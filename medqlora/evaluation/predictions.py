@@ -1,9 +1,6 @@
-"""Prediction rows: what they hold, how they are read into columns, and a journal that a kill cannot
-damage.
+"""Prediction rows: what they hold, and how they are checked and read into columns.
 
-A predictions file is JSON lines, one row per example (keys in README). While it is being made,
-finished batches are appended to journals in `FILE.parts/`, one line per batch: a line is whole or
-it is not there.
+A predictions file is JSON lines, one row per example; docs/outputs.md explains every key.
 """
 
 from __future__ import annotations
@@ -26,7 +23,7 @@ from medqlora.data.examples import LETTERS
 
 
 class PredictionError(UserError):
-    """A predictions file or journal that cannot be used."""
+    """A predictions file or a journal that cannot be used."""
 
 
 KINDS = ("choice", "open", "text")
@@ -35,7 +32,7 @@ REQUIRED = {
     "open": ("id", "gold", "prediction"),
     "text": ("id", "logprob", "tokens"),
 }
-# of lower-cased text
+# The text is lower-cased before this is searched.
 NEGATION = re.compile(
     r"\b(?:not|no|never|none|neither|nor|except|false|incorrect|least|without)\b|n't\b"
 )
@@ -44,12 +41,27 @@ NUMBER = re.compile(r"\d")
 
 @dataclass
 class Predictions:
-    """The rows of one file as columns; entry i of each belongs to row i.
+    """The rows of one file as columns; entry i of each column belongs to row i.
 
-    logprobs float64 [rows, options]: natural log, NaN where a row has fewer options or none;
-    confidence float64 [rows]: the model's probability of its own prediction (among the options, or
-    its share of the votes), NaN where unknown; extras: rows that carry permutations, samples' votes
-    or cloze normalisations, by number; offsets [rows]: where the line starts.
+    Attributes:
+        path: the file.
+        kind: what the rows are: choice, open or text.
+        ids: the examples' ids.
+        columns: values by the name of the key (see COLUMNS); None where a row has none.
+        gold: right answers; None where the data hide them.
+        prediction: the model's answers; None where it named no option.
+        logprobs: log-probabilities of the options in nats, float64 [rows, options]; NaN where a row
+            has fewer options or none.
+        letter_mass: the letters' summed probabilities, float64 [rows]; NaN where unknown.
+        confidence: the model's probability of its own prediction among the options, or the
+            prediction's share of the votes, float64 [rows]; NaN where unknown.
+        truncated: how many rows have a prompt that was cut to fit.
+        extras: further values by row number, for the rows that have them: the keys of EXTRAS, or
+            the log-probability and the lengths of a text.
+        offsets: the byte at which each row's line starts.
+        length: words of each question.
+        negated: whether the question has a word such as "not" or "except".
+        numeric: whether the question has a digit.
     """
 
     path: Path
@@ -64,7 +76,7 @@ class Predictions:
     truncated: int = 0
     extras: dict[int, dict[str, Any]] = field(default_factory=dict)
     offsets: list[int] = field(default_factory=list)
-    length: list[int] = field(default_factory=list)  # words of the question
+    length: list[int] = field(default_factory=list)
     negated: list[bool] = field(default_factory=list)
     numeric: list[bool] = field(default_factory=list)
 
@@ -73,16 +85,21 @@ class Predictions:
 
     @property
     def right(self) -> np.ndarray:
-        """bool [rows]; a row without a prediction is wrong."""
+        """Whether each prediction is right, bool [rows]; a row without a prediction is wrong."""
         return np.array(
-            [p is not None and p == g for p, g in zip(self.prediction, self.gold, strict=True)],
+            [
+                prediction is not None and prediction == gold
+                for prediction, gold in zip(self.prediction, self.gold, strict=True)
+            ],
             bool,
         )
 
     def column(self, name: str) -> list[str]:
+        """Return a column with "none" in place of missing values."""
         return [value or "none" for value in self.columns[name]]
 
 
+# The type that a key's value must have where a row has the key.
 TYPES: dict[str, Any] = {
     "option_logprobs": dict,
     "options": list,
@@ -101,9 +118,14 @@ EXTRAS = ("permutations", "votes", "predictions")
 def read_predictions(path: Path, labelled: bool = True) -> Predictions:
     """Read and check a predictions file.
 
-    Raises: PredictionError: file and line of the first row that cannot be scored: not JSON, a key
-        missing, an id that is missing or stands twice, no label (where `labelled`), a letter
-        outside the options, a probability that is no number.
+    Args:
+        path: the file.
+        labelled: whether every row must have a label.
+
+    Raises:
+        PredictionError: the file cannot be read, or one of its rows cannot be scored: it is not
+            JSON, a key or the label is missing, its id is empty or stands twice, a letter is not
+            among the options, or a log-probability is no number. The message names the line.
     """
     try:
         file = path.open("rb")
@@ -116,8 +138,12 @@ def read_predictions(path: Path, labelled: bool = True) -> Predictions:
 
 
 def read_all_predictions(paths: Sequence[Path]) -> dict[Path, Predictions]:
-    """Several files, read beside each other: parsing takes nearly all of the time of every command
-    that reads them.
+    """Read several files, each in a process of its own.
+
+    Parsing takes nearly all of the time of every command that reads predictions.
+
+    Raises:
+        PredictionError: see read_predictions.
     """
     if len(paths) < 2:
         return {path: read_predictions(path) for path in paths}
@@ -126,15 +152,16 @@ def read_all_predictions(paths: Sequence[Path]) -> dict[Path, Predictions]:
 
 
 def collect_rows(rows: Iterable[dict[str, Any]], labelled: bool = True) -> Predictions:
-    """The same from rows in memory."""
+    """Check rows in memory and return their columns, as read_predictions does for a file."""
     return collect_lines(
         Path("predictions"), (json.dumps(row).encode() + b"\n" for row in rows), labelled
     )
 
 
 def collect_lines(path: Path, lines: Iterable[bytes], labelled: bool) -> Predictions:
-    found = Predictions(path, "choice", columns={name: [] for name in COLUMNS})
-    seen: dict[str, int] = {}
+    """Check the lines of a predictions file and return their columns."""
+    predictions = Predictions(path, "choice", columns={name: [] for name in COLUMNS})
+    seen: dict[str, int] = {}  # id -> line
     scores: list[list[float]] = []
     masses = []
     confidences = []
@@ -142,8 +169,8 @@ def collect_lines(path: Path, lines: Iterable[bytes], labelled: bool) -> Predict
     for number, line in enumerate(lines, 1):
         row = parse_line(path, number, line)
         if number == 1:
-            found.kind = row.get("kind", "choice")
-        problem = check_row(row, found.kind, labelled)
+            predictions.kind = row.get("kind", "choice")
+        problem = check_row(row, predictions.kind, labelled)
         if problem is None and row["id"] in seen:
             problem = (
                 f"id {row['id']} stands on line {seen[row['id']]} too; every question may stand"
@@ -152,43 +179,58 @@ def collect_lines(path: Path, lines: Iterable[bytes], labelled: bool) -> Predict
         if problem is not None:
             raise PredictionError(f"{path} line {number}: {problem}")
         seen[row["id"]] = number
-        found.ids.append(row["id"])
-        for name, values in found.columns.items():
+        predictions.ids.append(row["id"])
+        for name, values in predictions.columns.items():
             value = row.get(name)
             values.append(None if value is None else sys.intern(str(value)))
-        short = found.kind == "choice"
-        found.gold.append(sys.intern(row["gold"]) if short and row["gold"] else row.get("gold"))
-        found.prediction.append(
-            sys.intern(row["prediction"]) if short and row["prediction"] else row.get("prediction")
-        )
-        options = row.get("option_logprobs") or {}
-        letters = LETTERS[: len(row.get("options") or options)]
-        scores.append([options.get(letter, np.nan) for letter in letters] if options else [])
+        predictions.gold.append(read_answer(row, "gold", predictions.kind))
+        predictions.prediction.append(read_answer(row, "prediction", predictions.kind))
+        option_logprobs = row.get("option_logprobs") or {}
+        letters = LETTERS[: len(row.get("options") or option_logprobs)] if option_logprobs else ""
+        scores.append([option_logprobs.get(letter, np.nan) for letter in letters])
         masses.append(np.nan if row.get("letter_mass") is None else row["letter_mass"])
-        confidences.append(find_confidence(row, options))
-        found.truncated += bool(row.get("truncated"))
-        found.offsets.append(offset)
+        confidences.append(find_confidence(row, option_logprobs))
+        predictions.truncated += bool(row.get("truncated"))
+        predictions.offsets.append(offset)
         question = row.get("question") or ""
-        found.length.append(question.count(" ") + 1)
-        found.negated.append(NEGATION.search(question.lower()) is not None)
-        found.numeric.append(NUMBER.search(question) is not None)
-        extras = {key: row[key] for key in EXTRAS if row.get(key)}
-        if found.kind == "text":
+        predictions.length.append(question.count(" ") + 1)
+        predictions.negated.append(NEGATION.search(question.lower()) is not None)
+        predictions.numeric.append(NUMBER.search(question) is not None)
+        if predictions.kind == "text":
             extras = {key: row.get(key) or 0 for key in ("logprob", "tokens", "bytes", "words")}
+        else:
+            extras = {key: row[key] for key in EXTRAS if row.get(key)}
         if extras:
-            found.extras[number - 1] = extras
+            predictions.extras[number - 1] = extras
         offset += len(line)
-    if not found.ids:
+    if not predictions.ids:
         raise PredictionError(f"{path} is empty; expected one prediction per line")
-    found.logprobs = np.full((len(scores), max(map(len, scores))), np.nan)
-    for width in set(map(len, scores)):
-        rows = [i for i, values in enumerate(scores) if len(values) == width]
-        found.logprobs[rows, :width] = [scores[i] for i in rows]
-    found.letter_mass, found.confidence = np.array(masses), np.array(confidences)
-    return found
+    predictions.logprobs = stack_rows(scores)
+    predictions.letter_mass = np.array(masses)
+    predictions.confidence = np.array(confidences)
+    return predictions
+
+
+def read_answer(row: dict[str, Any], key: str, kind: str) -> str | None:
+    """Return a row's answer; equal letters become one object, which saves memory."""
+    answer = row.get(key)
+    if kind == "choice" and answer:
+        return sys.intern(answer)
+    return answer
+
+
+def stack_rows(rows: list[list[float]]) -> np.ndarray:
+    """Return rows of different lengths as float64 [rows, longest], with NaN after their ends."""
+    stacked = np.full((len(rows), max(map(len, rows))), np.nan)
+    # Rows of one length are copied at once, because one assignment per row would be slow.
+    for width in set(map(len, rows)):
+        numbers = [number for number, row in enumerate(rows) if len(row) == width]
+        stacked[numbers, :width] = [rows[number] for number in numbers]
+    return stacked
 
 
 def parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    """Return the row of a line, or raise PredictionError with the line's number."""
     try:
         row = json.loads(line)
     except UnicodeDecodeError:
@@ -206,7 +248,7 @@ def parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 
 def check_row(row: dict[str, Any], kind: str, labelled: bool) -> str | None:
-    """What is wrong with a row, or None."""
+    """Say what is wrong with a row; None where nothing is."""
     if row.get("kind", "choice") != kind or kind not in KINDS:
         return (
             f"kind is {row.get('kind')!r} in a file of kind {kind!r}; one file holds one kind of"
@@ -221,61 +263,87 @@ def check_row(row: dict[str, Any], kind: str, labelled: bool) -> str | None:
         if row.get(key) is not None and not isinstance(row[key], types):
             return f"{key} is {str(row[key])[:40]!r}; expected a row of eval/predict.py"
     if kind == "text":
-        bad = [
-            key
-            for key in ("logprob", "tokens")
-            if not isinstance(row[key], (int, float)) or row[key] != row[key]
-        ]
-        return f"{bad[0]} is {row[bad[0]]!r}; expected a number" if bad else None
+        for key in ("logprob", "tokens"):
+            if not is_number(row[key]):
+                return f"{key} is {row[key]!r}; expected a number"
+        return None
     if labelled and row["gold"] is None:
         return "no label (gold is null); a split with hidden answers cannot be scored"
     for key in ("gold", "prediction"):
         if row[key] is not None and not isinstance(row[key], str):
             return f"{key} is {row[key]!r}; expected a text or null"
-    options = row.get("option_logprobs") or {}
+    option_logprobs = row.get("option_logprobs") or {}
     if kind == "choice":
-        letters = (
-            LETTERS[: len(row["options"])] if row.get("options") else "".join(options) or LETTERS
-        )
+        letters = list_letters(row, option_logprobs)
         for key in ("gold", "prediction"):
             if row[key] is not None and row[key] not in list(letters):
                 return f"{key} is {row[key]!r}, which is not one of the options {letters}"
-    if options and row["prediction"] is not None and row["prediction"] not in options:
-        return f"prediction is {row['prediction']!r}, of which option_logprobs says nothing"
-    for order, values in (row.get("permutations") or {}).items():
-        shown = (
-            sorted(order) == list(LETTERS[: len(order)])
-            and isinstance(values, list)
-            and len(values) == len(order)
+    prediction = row["prediction"]
+    if option_logprobs and prediction is not None and prediction not in option_logprobs:
+        return (
+            f"prediction is {prediction!r}, which has no value in option_logprobs; expected a row"
+            " of eval/predict.py"
         )
-        if not shown or not all(
-            value is None or isinstance(value, (int, float)) for value in values
-        ):
+    for order, values in (row.get("permutations") or {}).items():
+        if not is_permutation(order, values):
             return (
                 f"permutations {order!r} is {str(values)[:40]}; expected a number for each letter"
                 " of an order"
             )
-    for letter, value in options.items():
-        if not isinstance(value, (int, float)) or value != value or value > 1e-3:
+    for letter, value in option_logprobs.items():
+        # Rounding may take a log-probability slightly over 0.
+        if not is_number(value) or value > 1e-3:
             return f"option_logprobs {letter} is {value!r}; expected a log-probability"
     return None
 
 
-def find_confidence(row: dict[str, Any], options: dict[str, float]) -> float:
+def is_number(value: Any) -> bool:
+    """Whether a value is a number other than NaN."""
+    return isinstance(value, (int, float)) and value == value
+
+
+def list_letters(row: dict[str, Any], option_logprobs: dict[str, float]) -> str:
+    """Return the letters that a row may name: those of its options, where it says what they are."""
+    if row.get("options"):
+        return LETTERS[: len(row["options"])]
+    return "".join(option_logprobs) or LETTERS
+
+
+def is_permutation(order: str, values: Any) -> bool:
+    """Whether `order` is an order of the first letters, with a number or null for each of them."""
+    if sorted(order) != list(LETTERS[: len(order)]):
+        return False
+    if not isinstance(values, list) or len(values) != len(order):
+        return False
+    return all(value is None or isinstance(value, (int, float)) for value in values)
+
+
+def find_confidence(row: dict[str, Any], option_logprobs: dict[str, float]) -> float:
+    """Return the probability of a row's prediction among its options, or its share of the votes.
+
+    NaN stands for a row without a prediction, or with neither log-probabilities nor votes.
+    """
     prediction = row.get("prediction")
     if prediction is None:
         return np.nan
-    if options:
-        top = max(options.values())
-        return math.exp(options[prediction] - top) / sum(
-            math.exp(value - top) for value in options.values()
-        )
+    if option_logprobs:
+        # The largest value is subtracted so that not all exponentials underflow to 0.
+        top = max(option_logprobs.values())
+        total = sum(math.exp(value - top) for value in option_logprobs.values())
+        return math.exp(option_logprobs[prediction] - top) / total
     votes = row.get("votes") or {}
-    return votes[prediction] / sum(votes.values()) if prediction in votes else np.nan
+    if prediction not in votes:
+        return np.nan
+    return votes[prediction] / sum(votes.values())
 
 
 def read_rows(path: Path, offsets: Sequence[int]) -> list[dict[str, Any]]:
-    """Whole rows again, by the offsets of `Predictions`."""
+    """Read whole rows again.
+
+    Args:
+        path: the predictions file.
+        offsets: the byte at which each row starts, from `Predictions.offsets`.
+    """
     rows = []
     with path.open("rb") as file:
         for offset in offsets:
