@@ -80,8 +80,8 @@ def write_submission(path: Path, predictions: Path) -> None:
     rows = read_predictions(predictions, labelled=False)
     if rows.kind != "choice":
         raise PredictionError(
-            f"{predictions}: a submission is for multiple-choice questions; this file is of kind"
-            f" {rows.kind}"
+            f"{predictions}: a submission needs predictions of kind choice, got {rows.kind}; give a"
+            " file of multiple-choice questions"
         )
     if None in rows.prediction:
         raise PredictionError(

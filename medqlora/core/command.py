@@ -27,8 +27,8 @@ from medqlora.core.errors import ConfigError, UserError
 
 Result = TypeVar("Result")
 Settings = TypeVar("Settings", bound=Section)
-MISTAKE = 2  # the exit code for a mistake of the user
-INTERRUPTED = 128 + 2  # the exit code with which a shell reports SIGINT
+MISTAKE = 2  # This is the exit code after a mistake of the user.
+INTERRUPTED = 128 + 2  # A shell reports a program that SIGINT ended in this form.
 
 
 def run_command(main: Callable[[], int | None], interrupted: str = "") -> NoReturn:

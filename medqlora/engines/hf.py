@@ -72,7 +72,7 @@ class HfEngine:
         self.nested = self.backend in ("varlen", "grouped") and self.can_nest()
         self.sharing = self.nested
 
-    # We do not use inference_mode, because compiled pieces would be made once more for its tensors.
+    # We do not use inference_mode, because torch would compile the model once more for its tensors.
     @torch.no_grad()
     def score(self, requests: Sequence[Request], shared: int = 0) -> list[list[float]]:
         """See interface.Engine.
@@ -390,17 +390,19 @@ def restrict_last_mlp(causal: torch.nn.Module, places: torch.Tensor) -> Iterator
     if not isinstance(mlp, torch.nn.Module):
         yield
         return
-    whole: list[torch.Tensor] = []  # the arguments of the MLP, [1, tokens, hidden]
+    all_inputs: list[torch.Tensor] = []  # The only element is [1, tokens, hidden].
 
     def select_places(module: torch.nn.Module, inputs: tuple) -> tuple:
-        whole[:] = inputs
+        """Keep the MLP's input, and let it run at the places only."""
+        all_inputs[:] = inputs
         return (inputs[0][:, places],)
 
     def restore_places(module: torch.nn.Module, inputs: tuple, out: Any) -> Any:
+        """Put the MLP's output back to the places, with zeros elsewhere."""
         # An output of another form, such as a tuple with a router's choice, is made for all tokens.
         if not isinstance(out, torch.Tensor):
-            return module.forward(*whole)
-        return torch.zeros_like(whole[0]).index_copy(1, places, out)
+            return module.forward(*all_inputs)
+        return torch.zeros_like(all_inputs[0]).index_copy(1, places, out)
 
     hooks = (
         mlp.register_forward_pre_hook(select_places),
@@ -534,7 +536,7 @@ def gather_logprobs(
 def own_attention(causal: torch.nn.Module) -> str:
     """Return the name of an attention function of transformers that this model can use."""
     softcap = getattr(causal.config.get_text_config(), "attn_logit_softcapping", None)
-    # sdpa has no softcap of the logits.
+    # The sdpa function ignores a softcap of the attention's logits.
     if softcap is not None or not getattr(causal, "_supports_sdpa", True):
         return "eager"
     return "sdpa"

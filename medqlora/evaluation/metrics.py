@@ -127,7 +127,7 @@ def measure_calibration(
         for b in range(bins)
         if counts[b]
     ]
-    # risk[k] is the error rate of the k + 1 most confident answers.
+    # Element k of the risk is the error rate of the k + 1 most confident answers.
     order = np.argsort(-confidence, kind="stable")
     risk = 1 - np.cumsum(right[order]) / np.arange(1, len(right) + 1)
     accuracy_at_coverage = {}

@@ -99,7 +99,7 @@ class Predictions:
         return [value or "none" for value in self.columns[name]]
 
 
-# The type that a key's value must have where a row has the key.
+# These are the types of values that a row may leave out.
 TYPES: dict[str, Any] = {
     "option_logprobs": dict,
     "options": list,
@@ -161,7 +161,7 @@ def collect_rows(rows: Iterable[dict[str, Any]], labelled: bool = True) -> Predi
 def collect_lines(path: Path, lines: Iterable[bytes], labelled: bool) -> Predictions:
     """Check the lines of a predictions file and return their columns."""
     predictions = Predictions(path, "choice", columns={name: [] for name in COLUMNS})
-    seen: dict[str, int] = {}  # id -> line
+    line_of_id: dict[str, int] = {}
     scores: list[list[float]] = []
     masses = []
     confidences = []
@@ -171,14 +171,14 @@ def collect_lines(path: Path, lines: Iterable[bytes], labelled: bool) -> Predict
         if number == 1:
             predictions.kind = row.get("kind", "choice")
         problem = check_row(row, predictions.kind, labelled)
-        if problem is None and row["id"] in seen:
+        if problem is None and row["id"] in line_of_id:
             problem = (
-                f"id {row['id']} stands on line {seen[row['id']]} too; every question may stand"
-                " once"
+                f"id {row['id']} stands on line {line_of_id[row['id']]} too; every question may"
+                " stand once"
             )
         if problem is not None:
             raise PredictionError(f"{path} line {number}: {problem}")
-        seen[row["id"]] = number
+        line_of_id[row["id"]] = number
         predictions.ids.append(row["id"])
         for name, values in predictions.columns.items():
             value = row.get(name)
