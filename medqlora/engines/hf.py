@@ -536,7 +536,7 @@ def gather_logprobs(
 def own_attention(causal: torch.nn.Module) -> str:
     """Return the name of an attention function of transformers that this model can use."""
     softcap = getattr(causal.config.get_text_config(), "attn_logit_softcapping", None)
-    # The sdpa function ignores a softcap of the attention's logits.
+    # The sdpa function does not support a softcap of the attention's logits.
     if softcap is not None or not getattr(causal, "_supports_sdpa", True):
         return "eager"
     return "sdpa"

@@ -184,15 +184,24 @@ class VllmEngine:
             scores.append(values)
         return scores
 
-    def make_settings(self, tokens: list[int], **more: Any) -> Any:
-        """Return vLLM's settings for the log-probabilities of `tokens` as the next token."""
+    def make_settings(self, tokens: list[int], prompt_logprobs: int | None = None) -> Any:
+        """Return vLLM's settings for the log-probabilities of `tokens` as the next token.
+
+        With `prompt_logprobs` 0 vLLM also gives the log-probability of each token of the prompt.
+        """
         from vllm import SamplingParams
 
         if self.exact:
             wanted = {"logprob_token_ids": tokens}
         else:
             wanted = {"allowed_token_ids": tokens, "logprobs": len(tokens)}
-        return SamplingParams(max_tokens=1, temperature=0, detokenize=False, **wanted, **more)
+        return SamplingParams(
+            max_tokens=1,
+            temperature=0,
+            detokenize=False,
+            prompt_logprobs=prompt_logprobs,
+            **wanted,
+        )
 
     def run(self, prompts: Sequence[list[int]], settings: list[Any], lora: Any) -> list[Any]:
         """Return vLLM's outputs, one per prompt; what vLLM refuses becomes an EngineError."""
