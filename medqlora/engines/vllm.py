@@ -142,10 +142,10 @@ class VllmEngine:
                 "--engine vllm: this version cannot score options of several tokens; install vLLM"
                 " 0.16 or newer, or use --engine hf"
             )
-        next_tokens: dict[
-            tuple[int, ...], list[int]
-        ] = {}  # A text has the tokens to score after it.
-        long_options: list[tuple[int, int]] = []  # These are numbers of requests and options.
+        # Tokens to score stand under the text that they follow, and long options as the number of
+        # their request and their own.
+        next_tokens: dict[tuple[int, ...], list[int]] = {}
+        long_options: list[tuple[int, int]] = []
         for number, request in enumerate(requests):
             for index, option in enumerate(request.options):
                 if len(option) > LONG and not self.adapters:
