@@ -3,6 +3,7 @@ of argv.
 """
 
 import ast
+import re
 import shutil
 import subprocess
 from graphlib import TopologicalSorter
@@ -131,3 +132,23 @@ def test_shellcheck_finds_nothing(path):
         ["shellcheck", "-x", "-s", "bash", str(path)], cwd=ROOT, capture_output=True, text=True
     )
     assert found.returncode == 0, found.stdout
+
+
+def test_the_table_of_contracts_names_every_test_file_and_its_tier():
+    tiers: dict[str, set[str]] = {}
+    for line in (ROOT / "tests" / "README.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("| ") and ".py`" in line:
+            for name in re.findall(r"`((?:\w+/)?test_\w+\.py)`", line):
+                tiers.setdefault(name, set()).add(line.rstrip(" |").rpartition("| ")[2])
+    files = {
+        str(path.relative_to(ROOT / "tests")): path for path in ROOT.glob("tests/**/test_*.py")
+    }
+    assert tiers.keys() == files.keys()
+    for name, path in files.items():
+        text = path.read_text(encoding="utf-8")
+        if "pytestmark" in text and "pytest.mark.full" in text:
+            assert tiers[name] == {"full"}, name
+        elif "pytest.mark.full" in text:
+            assert tiers[name] & {"full", "both"}, name
+        else:
+            assert tiers[name] == {"quick"}, name
