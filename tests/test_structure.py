@@ -146,9 +146,10 @@ def test_the_table_of_contracts_names_every_test_file_and_its_tier():
     assert tiers.keys() == files.keys()
     for name, path in files.items():
         text = path.read_text(encoding="utf-8")
-        if "pytestmark" in text and "pytest.mark.full" in text:
+        whole_file = re.search(r"^pytestmark = \[\n    pytest\.mark\.full,", text, re.MULTILINE)
+        if whole_file:
             assert tiers[name] == {"full"}, name
-        elif "pytest.mark.full" in text:
+        elif re.search(r"^@pytest\.mark\.full$|marks=pytest\.mark\.full\b", text, re.MULTILINE):
             assert tiers[name] & {"full", "both"}, name
         else:
             assert tiers[name] == {"quick"}, name
