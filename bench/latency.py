@@ -31,7 +31,6 @@ import sys
 import tempfile
 import time
 import urllib.request
-import warnings
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -40,7 +39,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from medqlora.core.command import run_command, run_early
+from medqlora.core.command import quiet_libraries, run_command, run_early
 from medqlora.core.config import DataEntry, Model
 from medqlora.core.environment import describe_environment, name_command, prefer_expandable_segments
 from medqlora.core.files import check_new, write_json
@@ -191,7 +190,6 @@ if __name__ == "__main__":
     prefer_expandable_segments(os.environ)
 
 import torch
-import transformers
 
 from medqlora.engines.hf import HfEngine, plain_generation
 from medqlora.evaluation.method import Method
@@ -210,9 +208,7 @@ Answer = Callable[[list[int]], Awaitable[Served]]
 
 def main() -> None:
     arguments = ARGUMENTS
-    warnings.simplefilter("ignore", FutureWarning)  # Libraries warn each other.
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    quiet_libraries()
     figures = {
         "command": name_command("bench/latency.py", sys.argv[1:]),
         "environment": describe_environment(),

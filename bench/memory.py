@@ -41,7 +41,7 @@ from rich.console import Console
 from rich.table import Table
 
 from medqlora.batches.plan import list_budgets, make_plan
-from medqlora.core.command import run_command, run_early
+from medqlora.core.command import quiet_libraries, run_command, run_early
 from medqlora.core.config import Config
 from medqlora.core.config_loading import change, load_config
 from medqlora.core.environment import describe_environment, name_command, prefer_expandable_segments
@@ -177,7 +177,6 @@ from medqlora.training.memory.target import (
     usable,
 )
 from medqlora.training.memory.tracker import GIB, ForecastError
-from medqlora.training.setup import quiet_libraries
 from medqlora.training.strategies.launch import Strategy, check_strategy, choose_storage
 from medqlora.training.trial import Trial, make_table
 
@@ -208,7 +207,8 @@ class Case:
 
 def main() -> None:
     arguments = ARGUMENTS
-    quiet_libraries(os.environ)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quiet_libraries()
     huggingface_hub.utils.logging.set_verbosity_error()
     config = load_config(arguments.config, OVERRIDES)
     if arguments.worker:

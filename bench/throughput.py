@@ -40,7 +40,7 @@ from rich.console import Console
 from rich.table import Table
 
 from medqlora.batches.plan import Plan, list_budgets, make_plan
-from medqlora.core.command import run_command, run_early
+from medqlora.core.command import quiet_libraries, run_command, run_early
 from medqlora.core.config import Config
 from medqlora.core.config_loading import change, load_config
 from medqlora.core.environment import (
@@ -147,7 +147,6 @@ from medqlora.training.memory.architectures import read_architecture
 from medqlora.training.memory.estimate import assume_labelled
 from medqlora.training.memory.planner import plan_step
 from medqlora.training.memory.target import TargetHardware, available_host, available_memory
-from medqlora.training.setup import quiet_libraries
 from medqlora.training.strategies.launch import Strategy, choose_storage
 from medqlora.training.trial import (
     StepTimes,
@@ -166,7 +165,8 @@ console = Console(highlight=False, soft_wrap=True)
 
 def main() -> None:
     arguments = ARGUMENTS
-    quiet_libraries(os.environ)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quiet_libraries()
     huggingface_hub.utils.logging.set_verbosity_error()
     if arguments.worker:
         write_json(arguments.worker, run_case(load_config(arguments.config, OVERRIDES), arguments))

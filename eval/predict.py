@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
-from medqlora.core.command import read_settings, run_command, run_early
+from medqlora.core.command import quiet_libraries, read_settings, run_command, run_early
 from medqlora.core.environment import prefer_expandable_segments
 from medqlora.core.files import hash_json
 from medqlora.evaluation.settings import (
@@ -64,7 +64,9 @@ INTERRUPTED = "interrupted; finished batches are kept, the same command goes on 
 
 
 def main(settings: EvaluationSettings) -> None:
-    quiet_libraries(settings)
+    warnings.showwarning = lambda message, *_: console.print(escape(str(message)), style="yellow")
+    if settings.api != "chat":  # A chat server needs no transformers, whose import takes seconds.
+        quiet_libraries()
     asking = prepare_asking(settings)
     method = choose_method(settings)
     questions, shared = prepare(settings, asking, method)
@@ -118,17 +120,6 @@ def main(settings: EvaluationSettings) -> None:
         ordered = [rows[key] for key in keys]
         journal.finish(settings.output, ordered)
     console.print(f"{len(ordered)} predictions in {settings.output}; {summarise(ordered)}")
-
-
-def quiet_libraries(settings: EvaluationSettings) -> None:
-    """Show warnings as one line each, and keep transformers' own messages and bars away."""
-    warnings.showwarning = lambda message, *_: console.print(escape(str(message)), style="yellow")
-    if settings.api == "chat":
-        return  # A chat server needs no transformers, which takes seconds to import.
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def prepare(

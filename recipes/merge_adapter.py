@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from medqlora.core.command import run_command, run_early
+from medqlora.core.command import quiet_libraries, run_command, run_early
 from medqlora.core.config import Model
 from medqlora.core.environment import prefer_expandable_segments
 
@@ -53,7 +53,6 @@ if __name__ == "__main__":
     prefer_expandable_segments(os.environ)
 
 import torch
-import transformers
 
 from medqlora.engines.hf import run_packed
 from medqlora.model.adapter import check_adapter, load_adapter, read_adapter_metadata
@@ -91,8 +90,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 def main() -> None:
     arguments = ARGUMENTS
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    quiet_libraries()
     if arguments.output.exists():
         raise MergeError(f"--output {arguments.output} exists; give a new folder")
     metadata = read_adapter_metadata(arguments.adapter)
@@ -182,7 +180,6 @@ def verify(arguments: argparse.Namespace, metadata: dict, base: Path) -> None:
         )
 
 
-@torch.inference_mode()
 def read_logits(
     settings: Model, adapter: Path | None, rows: list[list[int]], device: torch.device
 ) -> list[torch.Tensor]:
@@ -192,9 +189,11 @@ def read_logits(
     model.eval()
     causal = unwrap(model)
     logits = []
-    for row in rows:
-        hidden = run_packed(causal, backend, [row])
-        logits.append(compute_logits(causal, hidden[-1:])[0].cpu())
+    # The model is loaded outside of this, because overrides are proven with gradients.
+    with torch.no_grad():
+        for row in rows:
+            hidden = run_packed(causal, backend, [row])
+            logits.append(compute_logits(causal, hidden[-1:])[0].cpu())
     del model, causal
     gc.collect()
     return logits

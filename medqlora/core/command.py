@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -133,6 +134,18 @@ def add_flag(group: argparse._ArgumentGroup, name: str, field: FieldInfo) -> Non
     elif field.default not in (None, PydanticUndefined, {}):
         default = f" (default {field.default})"
     group.add_argument(f"--{name}", metavar=metavar, help=text + default)
+
+
+def quiet_libraries() -> None:
+    """Silence warnings between libraries and the progress bars of transformers.
+
+    transformers is imported here, so this is called after the arguments are checked.
+    """
+    import transformers
+
+    warnings.simplefilter("ignore", FutureWarning)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def read_recipe(

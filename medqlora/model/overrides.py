@@ -122,6 +122,8 @@ def apply_overrides(
     Returns:
         The number of methods that are replaced now, also by an earlier call.
     """
+    # Weights that are made in inference mode have no gradients, and every proof would fail.
+    assert not torch.is_inference_mode_enabled(), "a model is loaded in inference mode"
     modules = list(modules)
     changed = 0
     for override in overrides:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import transformers
 from accelerate import Accelerator
 from transformers import PretrainedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from medqlora.batches.plan import list_budgets
+from medqlora.core.command import quiet_libraries
 from medqlora.core.config import Config
 from medqlora.core.environment import MemoryMeter
 from medqlora.core.files import check_disk, hash_json
@@ -94,7 +93,9 @@ def start(
         AgreedError: A rank met an error of the user; every rank raises it.
         ProcessError: The processes do not find each other.
     """
-    quiet_libraries(environ)
+    # Rows are tokenized in threads of this package; the tokenizer's own threads would compete.
+    environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quiet_libraries()
     device = default_device()
     training = config.training
     log_with = None if training.log_with == "none" else training.log_with
@@ -154,15 +155,6 @@ def start(
         memory_before=meter.now(),
         local_ranks=int(environ.get("LOCAL_WORLD_SIZE") or 1),
     )
-
-
-def quiet_libraries(environ: MutableMapping[str, str]) -> None:
-    """Silence warnings between libraries, and the progress bars of transformers."""
-    # Rows are tokenized in threads of this package; the tokenizer's own threads would compete.
-    environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.simplefilter("ignore", FutureWarning)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def was_restarted(environ: Mapping[str, str]) -> bool:

@@ -389,8 +389,8 @@ def test_compare_and_gate(whole, tmp_path):
     assert taken.returncode == 2
     assert "exists; give a new file name" in taken.stderr
     for files, message in (
-        ([other], "got 1 files"),
-        ([other, other, whole], "got 3 files"),
+        ([other], "got 1 prediction files"),
+        ([other, other, whole], "got 3 prediction files"),
         ([other, TEST], "expected a row"),
     ):
         refused = run_script("eval/compare.py", *files)
