@@ -10,6 +10,7 @@ does every test if MEDQLORA_COLD=1.
 import array
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -229,4 +230,6 @@ def run(arguments: list[str]) -> None:
 if __name__ == "__main__":
     for package in PACKAGES:
         importlib.import_module(package)
+    # Objects of the packages are left alone by the garbage collector of every fork.
+    gc.freeze()
     run(serve(socket.socket(fileno=os.dup(0))))

@@ -95,6 +95,7 @@ def broken(tmp_path):
     return script
 
 
+@pytest.mark.full
 def test_a_failing_stage_stops_no_other(broken, tmp_path):
     done = run(
         broken,
