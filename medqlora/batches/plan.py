@@ -165,7 +165,8 @@ def spread_rows(
 def divide_step(
     lengths: np.ndarray, bins: list[np.ndarray], ranks: int, capacity: int
 ) -> list[np.ndarray]:
-    """Divide the bins of a step anew where the ranks cannot share them evenly.
+    """Divide the bins of a step anew where the ranks cannot share them evenly, or where a bin is
+    larger than a micro-batch.
 
     Args:
         lengths: The tokens of each row, int64.
@@ -177,7 +178,10 @@ def divide_step(
         The row numbers of a multiple of `ranks` micro-batches that hold the same rows. Where there
         are fewer rows than ranks, the last micro-batches are empty.
     """
-    if len(bins) % ranks == 0:
+    # An epoch's last step may have fewer bins, which the ranks could share, but a bin may be larger
+    # than a micro-batch. A rank that had to split one would run more micro-batches than the others.
+    even = len(bins) % ranks == 0
+    if even and all(lengths[members].sum() <= capacity for members in bins):
         return bins
     rows = np.concatenate(bins)
     rounds = max(1, -(-int(lengths[rows].sum()) // (ranks * capacity)))
