@@ -92,6 +92,7 @@ def save_checkpoint(
     target = folder / f"step-{step}"
     unfinished = folder / f".step-{step}.tmp"
     try:
+        # A run that was killed while it wrote may have left this folder.
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         # The data is serialized in memory first, because the libraries' own writers report a full
@@ -102,17 +103,21 @@ def save_checkpoint(
         (unfinished / "optimizer.pt").write_bytes(states.getbuffer())
         saved_state = json.dumps({**state, "step": step})
         (unfinished / "state.json").write_text(saved_state, encoding="utf-8")
+        # The manifest covers all files that are there by now. It cannot cover itself.
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": hash_file(path)}
             for path in sorted(unfinished.iterdir())
         }
         manifest = json.dumps({"step": step, "files": files}, indent=2)
         (unfinished / MANIFEST).write_text(manifest, encoding="utf-8")
+        # The contents must reach the disk before the new name does. Otherwise a power failure could
+        # leave a complete name with empty files.
         for path in unfinished.iterdir():
             sync(path)
         if target.exists():  # A damaged checkpoint of the same step may be there.
             shutil.rmtree(target)
         unfinished.rename(target)
+        # The new name itself stands in the parent folder.
         sync(folder)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -121,6 +126,8 @@ def save_checkpoint(
             f"checkpoint {target} cannot be written: {error.strerror or error}; free some space on"
             " this disk and continue with --resume"
         ) from None
+    # Old checkpoints go only after the new one is in place, so there is always one to continue
+    # from. The number in a name follows the five letters of `step-`.
     up_to_now = [path for path in list_checkpoints(folder) if int(path.name[5:]) <= step]
     for old in up_to_now[keep:]:
         shutil.rmtree(old, ignore_errors=True)
@@ -145,6 +152,7 @@ def find_problem(path: Path) -> str | None:
                 return f"{name} has {size} bytes, not {recorded['bytes']}"
             if hash_file(path / name) != recorded["sha256"]:
                 return f"{name} does not have its recorded hash"
+    # A manifest that is JSON of another form raises the last three.
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
@@ -166,6 +174,7 @@ def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
         checkpoint = Checkpoint(
             path=path,
             adapter=load_file(path / "adapter.safetensors"),
+            # With weights_only, torch runs no code that the file may contain.
             optimizer=torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu"),
             state=json.loads((path / "state.json").read_text(encoding="utf-8")),
         )

@@ -72,6 +72,7 @@ class Stage:
     def check(self, name: str, value: float, limit: float) -> None:
         """Record a number that must not exceed its limit; NaN fails."""
         self.checks.append(
+            # The comparison must be this way round: `not value > limit` would let NaN pass.
             {"name": name, "value": float(value), "limit": limit, "ok": bool(value <= limit)}
         )
         self.save()
@@ -129,11 +130,13 @@ class Stage:
         tokens = sum(lengths)
         return Config(
             model=Model(
+                # Nothing is loaded by this name: random weights of an architecture are made.
                 base="random",
                 quantization=quantization,
                 dtype=str(self.dtype).removeprefix("torch."),
             ),
             lora=Lora(dropout=dropout),
+            # The rows of choose_lengths are all equally long.
             data=Data(max_length=lengths[0]),
             training=Training(
                 max_tokens_per_batch=tokens,
@@ -153,10 +156,12 @@ class Stage:
         """Return the median seconds of one call of `function`, after two warm-up calls."""
         seconds = []
         for number in range(repeats + 2):
+            # A GPU works behind the program, so the clock is read only when all its work is done.
             self.synchronize()
             start = time.perf_counter()
             function()
             self.synchronize()
+            # The first calls may compile kernels and reserve memory.
             if number >= 2:
                 seconds.append(time.perf_counter() - start)
         return sorted(seconds)[len(seconds) // 2]
@@ -167,9 +172,10 @@ def relative_error(measured: torch.Tensor, expected: torch.Tensor) -> float:
 
     The result is infinite where `measured` has an entry that is not finite.
     """
-    measured = measured.detach().double().flatten()
-    expected = expected.detach().double().flatten()
+    measured = measured.detach().double().flatten()  # float64 [entries]
+    expected = expected.detach().double().flatten()  # float64 [entries]
     if not torch.isfinite(measured).all():
         return math.inf
     difference = torch.linalg.vector_norm(measured - expected)
+    # Without the lower bound, a right result of zeros would be 0 / 0, and NaN fails a check.
     return float(difference / torch.linalg.vector_norm(expected).clamp(min=1e-30))

@@ -24,7 +24,9 @@ def learning_rate(step: int, steps: int, training: Training) -> float:
     else:
         warmup = int(training.warmup_steps)
     if step < warmup:
+        # The first step already has a rate above zero, so no step is without effect.
         return training.lr * (step + 1) / warmup
+    # This fraction stays below 1 in the last step, so the decay reaches zero only after the run.
     done = (step - warmup) / max(1, steps - warmup)
     shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
     return training.lr * shape[training.scheduler]
@@ -71,6 +73,8 @@ def restore_pages(optimizer: torch.optim.Optimizer) -> None:
     for weight, states in optimizer.state.items():
         for name in ("state1", "state2"):
             if name in states:
+                # bitsandbytes pages only states of at least 100,000 entries, and get_state_buffer
+                # knows which.
                 paged = optimizer.get_state_buffer(weight, dtype=states[name].dtype)
                 paged.copy_(states[name])
                 states[name] = paged

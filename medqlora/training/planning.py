@@ -130,9 +130,11 @@ def plan_run(setup: Setup, show: Callable[[str], None]) -> Planned:
         report("planning")
         decided = decision.apply(config)
         ranks = setup.strategy.ranks
+        # Only the plan's name travels; every rank maps the plan itself from the cache.
         _, name = prepare_plan(decided, prepared, ranks, decision.packed_tokens)
         prepared_here.append(prepared)
         return {
+            # A single process keeps its rows in memory and needs no copy on disk.
             "prepared": save_prepared(data, prepared) if setup.strategy.ranks > 1 else "",
             "plan": name,
             "decision": asdict(decision),
@@ -141,6 +143,7 @@ def plan_run(setup: Setup, show: Callable[[str], None]) -> Planned:
     shared = share_once(Path(data.cache_dir).expanduser(), work, show)
     decision = Decision(**shared["decision"])
     with agree_on_errors():
+        # The run folder is made only now, so a mistake in the data leaves no folder behind.
         if setup.rank == 0:
             open_run(setup.output_dir, config)
         prepared = prepared_here[0] if prepared_here else load_prepared(data, shared["prepared"])
@@ -171,6 +174,7 @@ def find_checkpoint(setup: Setup) -> tuple[Checkpoint | None, list[str]]:
     with agree_on_errors():
         if setup.resume:
             checkpoint, damaged = load_newest(setup.output_dir / "checkpoints")
+    # gather may stand only where no rank can fail before it, so comparing has a block of its own.
     with agree_on_errors():
         steps = gather(checkpoint and checkpoint.state["step"])
         if len(set(steps)) > 1:
@@ -196,6 +200,7 @@ def decide_step(setup: Setup, prepared: Prepared, memory: int) -> Decision:
     """
     ranks = setup.strategy.ranks
     config = keep_bins(setup.config, setup.resumed_packed_tokens, ranks)
+    # This section is as the user wrote it: keep_bins may have replaced an `auto` in `config`.
     training = setup.config.training
     target = TargetHardware(
         setup.device,
@@ -216,6 +221,7 @@ def decide_step(setup: Setup, prepared: Prepared, memory: int) -> Decision:
     except Exception as error:
         if "auto" in (training.max_tokens_per_batch, training.gradient_checkpointing):
             raise
+        # A given max_tokens_per_batch leaves one size.
         tokens = list_budgets(config.training, config.data.max_length, ranks)[0]
         return Decision(
             max_tokens_per_batch=tokens,
@@ -251,6 +257,8 @@ def keep_bins(config: Config, packed_tokens: int | None, ranks: int) -> Config:
     training = config.training
     if packed_tokens is None or training.max_tokens_per_batch != "auto":
         return config
+    # This is the condition under which choose_packing takes the whole step as one bin. Both must
+    # agree, or a resumed run would be packed in other bins than its checkpoint was trained on.
     largest = list_budgets(training, config.data.max_length, ranks)[0]
     spread = training.global_batch_tokens % (largest * ranks) != 0
     if spread and packed_tokens == training.global_batch_tokens:
@@ -271,6 +279,8 @@ def forecast_recipe(
             target,
             lambda tokens: most_supervised(prepared.train, tokens),
         )
+    # Nothing is `auto` here, so there is one size.
     tokens = list_budgets(training, config.data.max_length, setup.strategy.ranks)[0]
+    # This is an upper bound, so the forecast holds for every micro-batch of the run.
     labelled = most_supervised(prepared.train, tokens)
     return forecast_plan(config, setup.architecture, target, tokens, checkpointing, labelled)

@@ -115,6 +115,7 @@ def join_group(environ: Mapping[str, str], cuda: bool, join: timedelta) -> None:
         wait_for_workers=not launcher_has_store,
         multi_tenant=True,
     )
+    # GROUP_WORLD_SIZE counts machines.
     if environ.get("GROUP_WORLD_SIZE", "1") == "1":
         restarts = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"start-{restarts}", store)
@@ -221,6 +222,7 @@ def share_once(
         AgreedError: The work failed, or a rank does not see the file of rank 0.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
+    # All ranks take rank 0's token, so none reads a file that an earlier start has left.
     token = gather(f"{time.time_ns():x}")[0]
     path = folder / f"shared-{token}.json"
     with agree_on_errors():

@@ -28,6 +28,8 @@ def describe_adapter(setup: Setup, planned: Planned, base: torch.nn.Module) -> d
     """Return the content of medqlora.json: the prompts of an adapter and the base it belongs to."""
     model = setup.config.model
     folder = resolve_base(model.base, model.revision)
+    # The hub's cache keeps a model in snapshots/COMMIT, so the folder's name is the exact revision
+    # even where the configuration names a branch or nothing.
     from_hub = folder.parent.name == "snapshots"
     return {
         "prompt_style": setup.encoder.style,
@@ -76,6 +78,7 @@ def describe_run(
         "strategy": setup.strategy.name,
         "attention": built.backend,
         "attention_reason": setup.attention.reason,
+        # These are the overrides that took effect on this model, not all that exist.
         "overrides": list_overrides(built.loss_model),
         "recomputed_layers": built.recomputed,
         "compiled": loaded.compiled,
@@ -99,6 +102,7 @@ def write_start(setup: Setup, planned: Planned, environment: dict[str, Any]) -> 
     again.
     """
     with agree_on_errors():
+        # A return inside the block still takes part in its agreement, which every rank must.
         if setup.rank != 0:
             return
         folder = setup.output_dir
@@ -106,6 +110,7 @@ def write_start(setup: Setup, planned: Planned, environment: dict[str, Any]) -> 
         removals = [asdict(removal) for removal in planned.prepared.removals]
         write_json_lines(folder / "removed.jsonl", removals)
         if setup.resume:
+            # A resumed run without a complete checkpoint begins anew, and the whole log is dropped.
             done = planned.checkpoint.state["step"] if planned.checkpoint else 0
             rewind_log(folder / LOG, done)
 
@@ -123,7 +128,10 @@ def write_checkpoint(session: Session, output_dir: Path, state: dict[str, Any]) 
         AgreedError: The adapter cannot be gathered, or the disk refused.
     """
     with agree_on_errors():
+        # gather_weights is collective. It checks only after all tensors are whole on every rank, so
+        # no rank fails while another waits.
         weights = gather_weights(session.trainer, session.built.shapes)
+    # Rank 0 alone writes the states, but reading them is collective.
     states = session.trainer.read_states()
     folder = output_dir / "checkpoints"
     with agree_on_errors():
@@ -132,7 +140,9 @@ def write_checkpoint(session: Session, output_dir: Path, state: dict[str, Any]) 
                 folder,
                 state["step"],
                 adapter_weights(session.built.model, weights),
+                # Some strategies return the live tensors of their optimizer.
                 {name: move_to_cpu(tensors) for name, tensors in states.items()},
+                # Which float16 steps overflow and are skipped depends on the loss scale.
                 state | {"loss_scale": session.trainer.read_scale()},
                 session.config.training.keep_checkpoints,
             )
@@ -169,6 +179,8 @@ def restore(session: Session, planned: Planned) -> None:
     if planned.checkpoint is None:
         return
     with agree_on_errors():
+        # load_states is collective. All ranks have read the same checkpoint, so its check fails on
+        # all of them or on none.
         load_states(session.trainer, planned.checkpoint.optimizer)
         if planned.checkpoint.state.get("loss_scale"):
             session.trainer.write_scale(planned.checkpoint.state["loss_scale"])

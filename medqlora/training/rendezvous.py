@@ -37,12 +37,14 @@ def meet(address: str, rank: int, machines: int, shared: Path | None, seconds: f
     this_machine = f"machine {rank} ({socket.gethostname()})"
     if not host or not port.isdigit():
         raise ProcessError(f"--rendezvous {address}: expected HOST:PORT, such as 10.0.0.1:29501")
+    # A plain connection is tried first, so that an unreachable address has its own message.
     if rank != 0 and not wait_for(lambda: can_connect(host, int(port)), seconds):
         raise ProcessError(
             f"{this_machine} cannot reach machine 0 at {address} within {seconds:.0f} s; check"
             " address, port and firewall, and that all machines were started"
         )
     try:
+        # The store opens before all machines are there, so the wait below can name a missing one.
         store = TCPStore(
             host,
             int(port),
@@ -56,6 +58,8 @@ def meet(address: str, rank: int, machines: int, shared: Path | None, seconds: f
             " machine 0's address and a free port"
         ) from None
     token = f"{time.time_ns():x}"
+    # The token tells this meeting from an earlier one, whose file may lie in the folder. The file
+    # is written before the token is announced, so whoever has the token may expect the file.
     if shared is not None and rank == 0:
         write_atomic(shared / "meeting.json", json.dumps(token))
     if rank == 0:
@@ -64,6 +68,7 @@ def meet(address: str, rank: int, machines: int, shared: Path | None, seconds: f
     if rank != 0 and shared is not None:
         # The problem goes to all machines instead of being raised here, so that all of them end
         # with it.
+        # The call waits until machine 0 has set the token.
         expected = store.get("token").decode()
         problem = find_problem(shared / "meeting.json", expected, this_machine, seconds)
     description = {"host": socket.gethostname(), "versions": read_versions(), "problem": problem}
@@ -76,9 +81,11 @@ def meet(address: str, rank: int, machines: int, shared: Path | None, seconds: f
                 f" check that it was started with --machine_rank {other}"
             )
         descriptions.append(json.loads(store.get(f"machine-{other}")))
+    # TCPStore.add returns the new value, so adding 0 reads the counter.
     store.add("left", 1)
     if rank == 0:  # The store lives in this process, so it must not end before all have read it.
         wait_for(lambda: store.add("left", 0) >= machines, seconds)
+    # Every machine compares the same descriptions, so all of them end with the same error.
     compare_machines(descriptions)
     packages = hash_json(descriptions[0]["versions"])[:8]
     return f"{this_machine}: {machines} machine(s) met at {address}, packages {packages}"

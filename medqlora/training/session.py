@@ -84,6 +84,7 @@ def load(
         if architecture is None:
             base, backend = load_base(config.model, device, storage)
         else:
+            # load_base chooses the attention backend itself, and make_base does not.
             dtype = choose_dtype(config.model.dtype, device)
             base = make_base(architecture, config.model, device, dtype, storage)
             backend = choose_backend(config.model.attention, device, dtype, base.config).backend
@@ -151,9 +152,12 @@ def build(loaded: Loaded, config: Config) -> Built:
     Raises:
         ModelError: The adapter does not fit the base (attach_adapter).
     """
+    # attach_adapter puts its layers into loaded.base, which is the same base from here on.
     model = attach_adapter(loaded.base, config.lora, config.training.seed)
     recomputed = set_checkpointing(loaded.base, config.training.gradient_checkpointing)
     loss_model = AnswerLoss(model, config.training.loss_chunk_tokens)
+    # A strategy may leave an empty or divided tensor in the place of a parameter. Here all of them
+    # still have their whole shapes.
     shapes = {name: weight.shape for name, weight in trainable(model).items()}
     return Built(model, loss_model, loaded.backend, recomputed, shapes)
 
@@ -173,9 +177,12 @@ def run_micro_batch(
     Returns:
         The summed loss over the supervised tokens of the batch, float32 [], without the factor.
     """
+    # The forward pass stands inside the context too: DDP decides in it whether the backward pass
+    # sends gradients.
     with trainer.accumulate(last):
         loss = trainer(**batch)
         trainer.backward(loss if factor == 1 else loss * factor)
+    # The losses wait for the end of the step. Their graphs must not wait with them.
     return loss.detach()
 
 
@@ -221,6 +228,8 @@ class Session:
         self.rank = rank
         # Tokens of a micro-batch. They become fewer when memory runs out.
         self.budget = training.max_tokens_per_batch
+        # The trainer makes the optimizer itself, because a strategy may replace the parameters
+        # first. An optimizer of the old ones would update nothing that trains.
         self.trainer: Trainer = wrap(
             strategy,
             built.loss_model,
@@ -275,6 +284,7 @@ class Session:
         """
         while True:
             planned = plan.micro_batches(step, self.rank, self.strategy.ranks)
+            # The plan never changes: micro-batches over a lowered budget are split in each step.
             batches = cap_batches(table.lengths, planned, self.budget)
             gradients = self.try_batches(table, plan, step, batches, targets)
             if gradients is not None:
@@ -294,6 +304,8 @@ class Session:
         The local variables and the traceback of the error do so, and they end with this function.
         """
         ranks = self.strategy.ranks
+        # Scoring and evaluation leave the model in eval mode, which has no dropout and no
+        # recomputation.
         self.trainer.module.train()
         losses = []
         data_seconds = 0.0
@@ -309,10 +321,13 @@ class Session:
                 data_seconds += time.perf_counter() - start
                 # The dropout of a micro-batch depends on its number in the plan alone, so a resumed
                 # run need not restore the state of a random generator.
+                # The step has bits 16 to 39 and the micro-batch those below, so no two seeds of a
+                # run are equal.
                 seed = (self.config.training.seed << 40) + (step << 16)
                 torch.manual_seed(seed + number * ranks + self.rank)
                 last = number == len(batches) - 1
                 loss = run_micro_batch(self.trainer, batch, factor, last)
+                # A row that stands in for none must not count in the reported loss either.
                 losses.append(loss if len(rows) else torch.zeros_like(loss))
         except torch.OutOfMemoryError:
             return None
@@ -325,9 +340,11 @@ class Session:
                 f"out of memory on rank {self.rank} with micro-batches of {self.budget} tokens;"
                 f" start a new run with training.max_tokens_per_batch below {self.budget}"
             )
+        # Micro-batches that went through have left gradients, which would count twice.
         self.trainer.drop_gradients()
         gc.collect()  # Objects of autograd refer to each other in cycles.
         if self.device.type == "cuda":
+            # The cached blocks have the sizes of the failed attempt.
             torch.cuda.empty_cache()
         self.budget //= 2
 
@@ -350,8 +367,8 @@ class Session:
 
         Both travel in one message. A flag tells the other ranks that this one was asked to stop.
         """
-        total = torch.stack(losses).sum().float()
-        sums = torch.stack([total, torch.tensor(flag, device=self.device)])
+        total = torch.stack(losses).sum().float()  # float32 []
+        sums = torch.stack([total, torch.tensor(flag, device=self.device)])  # float32 [2]
         if self.strategy.ranks > 1:
             torch.distributed.all_reduce(sums)
         return sums[0].item(), sums[1].item()
@@ -361,13 +378,16 @@ class Session:
         """Return the mean loss per supervised token over a whole table; collective."""
         ranks = self.strategy.ranks
         self.trainer.module.eval()
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros((), device=self.device)  # float32 []
+        # fit_bins takes no row over its capacity, and a budget that was halved may be below a row.
         bins = fit_bins(table.lengths, max(self.budget, int(table.lengths.max())))
         # A divided model needs every rank in each forward pass. Where fewer batches than ranks are
         # left, the remaining ranks repeat the last batch, which they do not count.
         for first in range(0, len(bins), ranks):
             index = first + self.rank
             rows = bins[min(index, len(bins) - 1)]
+            # The call goes through the trainer: only the strategy's wrapper gathers divided
+            # weights.
             loss = self.trainer(**self.make_batch(table, rows, bins[first : first + ranks]))
             total += loss if index < len(bins) else 0
         if ranks > 1:
@@ -394,6 +414,7 @@ class Session:
         names = [table.names[row] for row in failing or suspects]
         certain: list[str] = []
         possible: list[str] = []
+        # A rank whose losses are all finite takes part too, because gather is collective.
         for proven, names_of_rank in gather((bool(failing), names)):
             possible += names_of_rank
             if proven:
@@ -412,4 +433,5 @@ class Session:
     def is_finite_alone(self, table: TokenTable, row: int) -> bool:
         """Say whether the loss of one row is finite; not for a divided model."""
         batch = self.make_batch(table, np.array([row]))
+        # Other ranks make no such call, so it must not go through the strategy's wrapper.
         return bool(torch.isfinite(self.built.loss_model(**batch)))

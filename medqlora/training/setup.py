@@ -103,6 +103,7 @@ def start(
         environ, device.type == "cuda", log_with=log_with, project_dir=output_dir
     )
     if training.deterministic:
+        # Without this variable, torch refuses matrix products on a GPU in deterministic mode.
         environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         # torch fills new memory only to reveal reads of uninitialized values, which takes time.
@@ -114,6 +115,7 @@ def start(
     # Only the machine whose process died counts a restart, so the ranks must agree on it.
     resume = any(gather(resume or was_restarted(environ)))
     model = config.model
+    # No collective operation may stand in this block, because any rank may fail at any line of it.
     with agree_on_errors():
         dtype = choose_dtype(model.dtype, device)
         check_hardware(model, device, dtype)
@@ -122,15 +124,18 @@ def start(
         architecture = read_model_config(model.base, model.revision, model.trust_remote_code)
         check_length(architecture, config.data.max_length)
         attention = choose_backend(model.attention, device, dtype, architecture)
+        # This call only refuses a global batch that cannot be divided.
         list_budgets(training, config.data.max_length, strategy.ranks)
         base_parameters, adapter_parameters = count_parameters(architecture, config.lora)
         tokenizer = load_tokenizer(model.base, model.revision, model.trust_remote_code)
         encoder = make_encoder(tokenizer, config.data.prompt_style, config.data.completion)
         packed_tokens = read_packed_tokens(output_dir, config) if resume else None
+    # check_versions is collective. In a block of its own, no rank can fail before it.
     with agree_on_errors():
         check_versions(hash_json(config.model_dump(mode="json")))
     with agree_on_errors():
         if accelerator.is_main_process:
+            # Nothing is written yet: plan_run makes the run folder after the data.
             check_run(output_dir, config, resume)
             check_disk(
                 output_dir,

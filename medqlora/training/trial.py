@@ -42,6 +42,7 @@ def draw_lengths(rows: int, longest: int, seed: int) -> np.ndarray:
     The log-normal distribution, of mean 97, follows the first 3,006 rows of MedMCQA with a chat
     prompt and the tokenizer of Llama 3. Lengths are cut to the range from 32 to `longest`.
     """
+    # The mean of a log-normal distribution is exp(mu + sigma^2 / 2), here exp(4.575) = 97.
     return np.random.default_rng(seed).lognormal(4.45, 0.5, rows).clip(32, longest).astype(np.int64)
 
 
@@ -54,7 +55,9 @@ def make_table(lengths: np.ndarray, labelled: int, vocabulary: int, seed: int) -
         vocabulary: Number of different tokens.
     """
     ids = np.random.default_rng(seed).integers(vocabulary, size=int(lengths.sum()), dtype=np.int32)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    offsets = np.concatenate([[0], np.cumsum(lengths)])  # int64 [rows + 1]
+    # The first token of a row is never supervised. In a packed batch its prediction would come from
+    # the row before it.
     prompt_lengths = np.maximum(1, lengths - labelled).astype(np.int32)
     names = [f"row-{number}" for number in range(len(lengths))]
     return TokenTable(ids, offsets, prompt_lengths, names)
@@ -113,11 +116,13 @@ class Trial:
 
     def step(self, table: TokenTable, plan: Plan, number: int) -> StepTimes:
         """Take one step of the plan as the recipe does, and time it."""
+        # The clock is read only when the GPU has done all earlier work.
         self.synchronize()
         start = time.perf_counter()
         rows = plan.rows_of(number)
         targets = int(table.supervised[rows].sum())
         gradients = self.session.accumulate(table, plan, number, targets)
+        # The recipe waits for the loss in every step, so this wait belongs to a step's time.
         total, _ = self.session.sum_over_ranks(gradients.losses)
         self.session.update(self.session.config.training.lr)
         self.synchronize()
@@ -144,8 +149,11 @@ def count_flops(trial: Trial, recomputed: int) -> float:
     total = 0
     for layer in find_layers(unwrap(trial.model)):
         for module in layer.modules():
+            # The quantized layers of bitsandbytes are subclasses of Linear. Their weight is packed,
+            # so its shape says nothing, but these two numbers hold.
             if isinstance(module, torch.nn.Linear):
                 total += module.in_features * module.out_features
+    # A frozen weight needs no gradient of its own, which would be another 2 operations.
     return (4 + 2 * recomputed / trial.layers) * total
 
 
@@ -172,6 +180,7 @@ def find_peak(
             if re.search(rf"\b{key}\b", name) and dtype is not torch.float32:
                 return rate, "data sheet, dense 16-bit"
         return None, "unknown; give --peak_tflops"
+    # The product of two n x n matrices takes 2 n^3 operations. The first of them may be slow.
     matrix = torch.randn(2048, 2048).to(dtype)
     seconds = []
     for _ in range(4):

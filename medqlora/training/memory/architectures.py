@@ -45,7 +45,7 @@ def forecast_serving(
     for kind in kinds:
         slides = window and kind == "sliding_attention"
         positions += min(tokens, window) if slides else tokens
-    keys_and_values = positions * 2 * heads * width * dtype.itemsize
+    keys_and_values = positions * 2 * heads * width * dtype.itemsize  # 2: keys and values
     return {"weights": tracker.total, "keys_and_values": keys_and_values}
 
 
@@ -63,6 +63,7 @@ def read_architecture(base: str, shipped: Path, revision: str | None = None) -> 
     """
     path = Path(base).expanduser()
     files = {path.stem: path for path in sorted(shipped.glob("*.json"))}
+    # A file of the user goes before a shipped file of the same name.
     if (path / "config.json").is_file():
         return parse_architecture(path / "config.json")
     if path.suffix == ".json":

@@ -46,6 +46,7 @@ def make_batch(config: Config, tokens: int, labelled: int, accumulated: bool) ->
     lengths = [longest]
     if config.data.packing:
         lengths = [longest] * (tokens // longest)
+        # A shorter row fills the rest, because the largest micro-batch is the one to forecast.
         if tokens % longest:
             lengths.append(tokens % longest)
     return Batch(tuple(lengths), min(labelled, sum(lengths)), accumulated)
@@ -97,6 +98,7 @@ def forecast_plan(
         AttentionError: The attention backend does not run on the target hardware.
     """
     backend = backend or target.choose_attention(config, architecture).backend
+    # From the second micro-batch of a step on, gradients are there while activations are highest.
     accumulated = config.training.global_batch_tokens > tokens * target.strategy.ranks
     batch = make_batch(config, tokens, labelled, accumulated)
     chosen = change(
@@ -114,6 +116,7 @@ def with_layers(architecture: PretrainedConfig, count: int) -> PretrainedConfig:
     text = small.get_text_config()
     text.num_hidden_layers = count
     if isinstance(getattr(text, "layer_types", None), list):
+        # transformers demands one entry per layer. The pattern begins as in the whole model.
         text.layer_types = (text.layer_types * count)[:count]
     return small
 
@@ -160,6 +163,7 @@ class Estimate:
                 labelled = self.labelled_of(tokens)
                 plan = forecast_plan(self.config, architecture, self.target, tokens, mode, labelled)
                 peaks.append(plan.forecast.peak)
+            # With c bytes outside and p per layer, two = c + 2 p and four = c + 4 p.
             two, four = peaks
             self.costs[tokens, mode] = (two - (four - two), (four - two) / 2)
         return self.costs[tokens, mode]
@@ -171,6 +175,8 @@ class Estimate:
     def learn(self, plan: StepPlan) -> None:
         """Take the ratio of reserve to peak from a forecast of all layers."""
         ratio = self.target.needs(plan.forecast) / plan.forecast.peak
+        # The least ratio rules out the fewest plans. Those that it lets pass are forecast with all
+        # layers before one is taken.
         self.reserve_ratio = ratio if self.reserve_ratio is None else min(self.reserve_ratio, ratio)
 
     def peak(self, tokens: int, mode: str) -> float:
@@ -193,6 +199,7 @@ class Estimate:
         recomputed = int(mode.removeprefix("first_"))
         outside, per_kept_layer = self.forecast_costs(size, "none")
         _, per_recomputed_layer = self.forecast_costs(size, "full")
+        # No mixture needs less than full recomputation, whose peak may lie at another moment.
         return max(
             outside
             + (self.layers - recomputed) * per_kept_layer

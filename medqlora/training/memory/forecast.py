@@ -85,14 +85,18 @@ def forecast_step(
     tracker = Tracker(text.vocab_size, place)
     base = make_base(architecture, config.model, place, dtype, storage)
     if place.type == "meta" and wants_compiling(device, config.training.compile):
+        # Compiled kernels keep no intermediate results; those of the plain ones would be counted.
         outline_kernels(base)
     if config.training.gradient_checkpointing == "offload" and device.type == "cpu":
+        # On a CPU, set_checkpointing recomputes all layers and offloads nothing.
         config = change(config, "training", gradient_checkpointing="full")
+    # The context makes the adapter on the device of the forecast as well.
     with place:
         built = build(Loaded(base, backend, compiled=False), config)
     model = built.model
     trainer = TracedTrainer(built.loss_model.train(), tracker)
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # The weights were made before the tracker watched, so they are entered one by one.
     sort_resident(tracker, base, model)
     at_loading = dict(tracker.now)
     tracker.phase = "before the step"
@@ -106,6 +110,7 @@ def forecast_step(
         if batch.accumulated:
             weight.grad = torch.zeros_like(weight)
             tracker.follow(weight.grad, "gradients")
+        # The tracker takes a weight's new gradient for one of activations until this hook moves it.
         weight.register_post_accumulate_grad_hook(
             lambda parameter: tracker.follow(parameter.grad, "gradients")
         )
@@ -200,12 +205,12 @@ def make_states(
     for weight in weights:
         size = weight.numel()
         if optimizer == "adamw" or size < 4_096:
-            states += [torch.empty(size, device=META) for _ in range(2)]
+            states += [torch.empty(size, device=META) for _ in range(2)]  # float32 [size]
             continue
         paged = optimizer != "adamw_8bit" and device.type == "cuda" and size >= 100_000
         if not paged:
             states += [torch.empty(size, dtype=torch.uint8, device=META) for _ in range(2)]
-        states += [torch.empty(-(-size // 256), device=META) for _ in range(2)]
+        states += [torch.empty(-(-size // 256), device=META) for _ in range(2)]  # float32 [blocks]
     return states
 
 
@@ -217,7 +222,9 @@ def make_inputs(
     The documents of the batch are located as the attention backend on `device` needs them.
     """
     ends = torch.tensor(batch.lengths).cumsum(0).tolist()
-    cu_seqlens = torch.tensor([0, *ends], dtype=torch.int32)
+    cu_seqlens = torch.tensor([0, *ends], dtype=torch.int32)  # int32 [rows + 1]
+    # The GPU need not be in this machine, so the meta device takes its place. `on_gpu` then tells
+    # the attention which kernels to forecast.
     document_device = device if device.type == "cpu" else META
     documents = locate_documents(cu_seqlens, max(batch.lengths), document_device, backend)
     moved = {

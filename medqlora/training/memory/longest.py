@@ -59,6 +59,7 @@ def longest_sequence(
         plan = forecast_plan(configure(tokens), architecture, target, tokens, mode, labelled)
         return plan.forecast
 
+    # Two lengths give the first slope in bytes per token.
     previous = 1024
     previous_need = estimate(previous)
     length = 2048
@@ -83,11 +84,14 @@ def longest_sequence(
             break
         too_long = length
         shorter = length - (target.needs(all_layers, short=True) - target.memory) / per_token
+        # The pinned memory of the host may be the tighter limit.
         if all_layers.host > target.host:
             shorter = min(shorter, length * target.host / all_layers.host)
+        # Each round shortens the row by 16 at least, so the loop ends.
         length = min(length - 16, int(shorter) // 16 * 16)
     if length < 16:
         return None
+    # Where the first length fits, rows of at most a tenth more are tried.
     too_long = too_long or min(positions or sys.maxsize, length + length // 10 + 32)
     # The reserve of the allocator grows in steps, so the linear search may have ended too low.
     for _ in range(4):

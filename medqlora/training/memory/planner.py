@@ -54,6 +54,7 @@ def plan_step(
             labelled_of(sizes[0]),
         )
     if training.gradient_checkpointing == "auto":
+        # Their order matters: the first is the fastest, and the last needs the least memory.
         modes = list_checkpointing(architecture, target.device)
     else:
         modes = {training.gradient_checkpointing: (0.0, False)}
@@ -63,6 +64,7 @@ def plan_step(
     )
     if target.holds(fastest.forecast):
         return fastest
+    # Neither smaller micro-batches nor recomputation make the loaded base smaller.
     if fastest.forecast.loaded > target.memory:
         raise ForecastError(
             f"memory: the base alone needs {fastest.forecast.loaded / GIB:.2f} GiB,"
@@ -77,6 +79,8 @@ def plan_step(
     options.sort(key=lambda option: option[0])
     passed_over = []
     for _, size, mode in options:
+        # A given recomputation leaves few options. Each of them gets a forecast of all layers,
+        # which is slower than an estimate and exact.
         if len(modes) > 1 and estimate.needs(size, mode) > target.memory:
             if estimate.peak(size, mode) <= target.memory:
                 passed_over.append((size, mode))
@@ -91,6 +95,7 @@ def plan_step(
         plan = forecast_plan(config, architecture, target, size, mode, labelled_of(size))
         if target.holds(plan.forecast):
             return plan
+    # The last resort is a step in which the allocator returns memory, which takes time.
     last = forecast_plan(
         config, architecture, target, sizes[-1], list(modes)[-1], labelled_of(sizes[-1])
     )
@@ -131,6 +136,7 @@ def cost_of_attention(
         or target.choose_attention(config, architecture).backend != "grouped"
     ):
         return None
+    # A backend that is named is forecast without being asked whether it runs on this GPU.
     with_kernel = forecast_plan(
         config, architecture, target, plan.tokens, plan.checkpointing, labelled, backend="varlen"
     )
@@ -167,10 +173,12 @@ def suggest(
 ) -> str:
     """Say in an error message what would fit: another micro-batch, or else shorter rows."""
     free = change(config, "training", max_tokens_per_batch="auto", gradient_checkpointing="auto")
+    # A row of 1 token lets list_budgets return also the sizes that hold no row of data.max_length.
     sizes = list_budgets(free.training, 1, target.strategy.ranks)
     mode = least_memory(target.device)
     holding_a_row = [size for size in sizes if size >= config.data.max_length]
     if holding_a_row:
+        # The sizes come largest first.
         smallest = holding_a_row[-1]
         labelled = labelled_of(smallest)
         plan = forecast_plan(config, architecture, target, smallest, mode, labelled)

@@ -56,6 +56,7 @@ def divide(forecast: Forecast, strategy: Strategy) -> Forecast:
     parts = dict(forecast.by_category)
     if ranks == 1:
         return forecast
+    # Gradients are float32 under every strategy.
     gradients = 4 * forecast.trainable
     parts["gradients"] = gradients
     if strategy.name != "ddp":
@@ -65,7 +66,10 @@ def divide(forecast: Forecast, strategy: Strategy) -> Forecast:
     if strategy.sharded:
         parts["workspace"] += 2 * forecast.largest
     for name in DIVIDED.get(strategy.name, ALL_DIVIDED):
+        # Division rounds up, because the fullest GPU counts.
         parts[name] = -(-parts[name] // ranks)
+    # The parts are those at the undivided step's peak. The divided step is assumed to have its peak
+    # at the same moment.
     peak = sum(parts.values())
     change = peak - forecast.peak
     phases = {}
@@ -94,6 +98,7 @@ def sort_resident(tracker: Tracker, base: torch.nn.Module, model: torch.nn.Modul
     ends = {id(part.weight) for part in (base.get_input_embeddings(), base.get_output_embeddings())}
     for parameter in model.parameters():
         constants = list_constants(parameter)
+        # The constants are neither parameters nor buffers, so no other loop here meets them.
         for tensor in constants:
             tracker.follow(tensor, "quantization state")
         if constants:

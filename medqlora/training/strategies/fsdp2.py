@@ -36,10 +36,12 @@ class FullyShard:
         layers = find_layers(causal)
         embed = causal.get_input_embeddings()
         head = causal.get_output_embeddings()
+        # A parameter may belong to one unit only, and a tied weight would belong to two.
         units = [*layers] if embed.weight is head.weight else [embed, *layers, head]
         divided = set()
         for unit in units:
             divided.update(id(parameter) for parameter in unit.parameters())
+        # The outermost module would divide whatever no unit has, unless it is told to ignore it.
         whole = {parameter for parameter in loss_model.parameters() if id(parameter) not in divided}
         offload_policy = CPUOffloadPolicy() if strategy.settings.get("offload") else OffloadPolicy()
         options = {
@@ -47,12 +49,15 @@ class FullyShard:
             "reshard_after_forward": strategy.settings.get("reshard_after_forward", True),
             "offload_policy": offload_policy,
         }
+        # fully_shard must be called for inner modules before the module around them.
         for unit in units:
             fully_shard(unit, **options)
         self.wrapped = fully_shard(loss_model, **options, ignored_params=whole)
         self.module = loss_model
         self.max_grad_norm = max_grad_norm
         self.device = device
+        # fully_shard has put divided parameters in the place of the old ones. The optimizer must
+        # get the new ones, so they are listed only now.
         self.weights = trainable(loss_model.model)
         self.optimizer = create_optimizer(self.weights.values())
 
@@ -60,6 +65,7 @@ class FullyShard:
         return self.wrapped(**batch)
 
     def accumulate(self, last: bool):
+        # Until the last micro-batch, each rank adds up whole gradients of its own rows.
         self.wrapped.set_requires_gradient_sync(last)
         return contextlib.nullcontext()
 
@@ -92,6 +98,7 @@ class FullyShard:
         """Return a whole tensor on the host, so that only one at a time is whole on the GPU."""
         tensor = tensor.detach()
         if hasattr(tensor, "full_tensor"):
+            # An offloaded part lies on the host, and the mesh gathers on its own device.
             tensor = tensor.to(self.device).full_tensor()
         return tensor.cpu()
 

@@ -66,17 +66,20 @@ def open_session(
     ranks = strategy.ranks
     rows = choose_rows(table, ranks)
     targets = int(table.supervised[rows].sum())
-    own_row = rows[setup.rank : setup.rank + 1]
+    own_row = rows[setup.rank : setup.rank + 1]  # int64 [1]
     batch = move_batch(collate(table, own_row), built.backend, setup.device)
+    # Each call of a divided head gathers it from all ranks, so they must make equally many.
     if strategy.sharded:
         most = int(table.supervised[rows].max())
         batch["chunks"] = count_chunks(most, config.training.loss_chunk_tokens)
+    # The reference needs the whole model, and the session divides it.
     initial_weights = fill_zero_weights(built.model, seed)
     reference = compute_reference(built.loss_model, batch, targets, seed)
     session = Session(built, config, strategy, setup.device, setup.dtype, setup.rank)
     measured = measure_gradients(session.trainer, batch, targets, ranks, seed)
     with agree_on_errors():
         error = compare_gradients(reference, measured, setup.dtype, strategy)
+    # The run begins from the weights before the noise, which a checkpoint may have set.
     session.trainer.write_weights(initial_weights)
     return session, GradientCheck(error, time.perf_counter() - start)
 
@@ -87,6 +90,7 @@ def choose_rows(table: TokenTable, ranks: int) -> np.ndarray:
     Returns:
         Row numbers, int64 [ranks].
     """
+    # A stable sort chooses the same rows on every rank.
     rows = np.argsort(table.lengths, kind="stable")[:ranks]
     return rows[np.arange(ranks) % len(rows)]
 
@@ -121,9 +125,11 @@ def measure_gradients(
     Returns:
         Whole gradients by parameter name, float32.
     """
+    # This is the seed of compute_reference, so both passes draw the same dropout.
     torch.manual_seed(seed)
     trainer.module.train()
     run_micro_batch(trainer, batch, ranks / targets, last=True)
+    # A strategy may return its own buffers, which drop_gradients clears.
     gradients = {name: value.clone() for name, value in trainer.read_gradients().items()}
     trainer.drop_gradients()
     return gradients
@@ -140,6 +146,9 @@ def compute_reference(
     torch.manual_seed(seed)
     loss_model.train()
     weights = trainable(loss_model.model)
+    # autograd.grad leaves weight.grad alone, so no gradient is there when the strategy takes over.
+    # Strategies average over ranks where this function sums; measure_gradients therefore multiplies
+    # the loss by the number of ranks.
     gradients = torch.autograd.grad(loss_model(**batch) / targets, list(weights.values()))
     gradients = [gradient.contiguous() for gradient in gradients]  # all_reduce demands it.
     for gradient in gradients:
@@ -170,6 +179,7 @@ def compare_gradients(
     largest_name = ""
     for name, expected in reference.items():
         gradient = measured[name].to(expected.device)
+        # NaN would pass: no comparison with it is true.
         error = math.inf
         if gradient.shape == expected.shape and bool(torch.isfinite(gradient).all()):
             scale = expected.abs().max().clamp_min(1e-12)

@@ -66,6 +66,7 @@ def read_strategy(environ: Mapping[str, str], ranks: int) -> Strategy:
         StrategyError: The recipe does not support the engine, or a DeepSpeed file sets a key that
             the recipe owns.
     """
+    # Parallelism can be set beside any other engine, so it is looked at first.
     if is_true(environ, "ACCELERATE_USE_MEGATRON_LM") or is_true(
         environ, "ACCELERATE_USE_PARALLELISM_CONFIG"
     ):
@@ -83,6 +84,7 @@ def read_strategy(environ: Mapping[str, str], ranks: int) -> Strategy:
             )
         settings = {
             "offload": is_true(environ, "FSDP_OFFLOAD_PARAMS"),
+            # The value is a text here, and only `false` turns off what FSDP2 does by default.
             "reshard_after_forward": (
                 environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false"
             ),
@@ -115,6 +117,7 @@ def launch_environ(accelerate_config: dict[str, Any]) -> dict[str, str]:
     elif kind == "FSDP":
         given = accelerate_config.get("fsdp_config") or {}
         environ["ACCELERATE_USE_FSDP"] = "true"
+        # The keys of this section already begin with fsdp_, as the variables do.
         environ |= {key.upper(): str(value).lower() for key, value in given.items()}
     elif kind == "MEGATRON_LM":
         environ["ACCELERATE_USE_MEGATRON_LM"] = "true"
@@ -134,6 +137,7 @@ def read_zero(environ: Mapping[str, str], ranks: int) -> Strategy:
             device = environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE", "none")
             if device != "none":
                 settings[f"offload_{part}"] = {"device": device}
+    # The device may be named at any depth of the settings.
     if "nvme" in json.dumps(settings):
         raise StrategyError("accelerate config: offloading to nvme is not supported; use cpu")
     if settings.get("stage") not in (1, 2, 3):
@@ -156,6 +160,7 @@ def read_deepspeed_file(file: str) -> dict[str, Any]:
             f"deepspeed_config_file {file}: expected a JSON object, got {type(given).__name__}"
         )
     for key, value in given.items():
+        # `auto` and a section that is not enabled say nothing against the recipe.
         unset = value == "auto" or (
             isinstance(value, dict) and value.get("enabled") in (False, "auto")
         )
@@ -164,6 +169,7 @@ def read_deepspeed_file(file: str) -> dict[str, Any]:
                 f"deepspeed_config_file {file}: {key} is the recipe's to say; remove it (see"
                 " training.* and model.dtype)"
             )
+        # A key that nobody reads would look as if it were obeyed.
         if key not in (*RECIPE_KEYS, *USED_KEYS):
             raise StrategyError(
                 f"deepspeed_config_file {file}: {key} is not used; remove it (only"
@@ -185,12 +191,15 @@ def check_strategy(
         StrategyError: The message gives the reason and a combination that trains.
     """
     precision = environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    # A precision that agrees is let through. It changes nothing, because no model is handed to
+    # Accelerator.prepare, which would set up autocast.
     if precision not in ("no", "") and PRECISION.get(precision) is not dtype:
         raise StrategyError(
             f"accelerate config: mixed_precision {precision}, but the recipe computes in"
             f" {str(dtype).removeprefix('torch.')} (model.dtype); set mixed_precision: 'no', the"
             " recipe owns the dtype"
         )
+    # Each rank has the whole model here, so none of the cases below arises.
     if strategy.name in ("one", "ddp"):
         return
     if dtype is torch.float16:

@@ -33,6 +33,7 @@ class Replicated:
         self.max_grad_norm = max_grad_norm
         self.weights = trainable(loss_model.model)
         self.optimizer = create_optimizer(self.weights.values())
+        # A scaler that is not enabled passes losses, gradients and steps on unchanged.
         self.scaler = torch.amp.GradScaler(device.type, enabled=scale)
         self.wrapped = loss_model
         if strategy.ranks > 1:
@@ -40,6 +41,8 @@ class Replicated:
             # torch 2.13 renamed the option `broadcast_buffers`.
             renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters
             buffer_option = "forward_sync_buffers" if renamed else "broadcast_buffers"
+            # Buffers are not sent: those of the frozen base are the same on all ranks. Gradients
+            # are views of DDP's buckets, so they exist once; sharding.divide counts on it.
             self.wrapped = ddp(
                 loss_model,
                 device_ids=[device.index] if device.type == "cuda" else None,
@@ -61,8 +64,10 @@ class Replicated:
     def step(self, lr: float) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        # max_grad_norm is meant for unscaled gradients, so unscaling comes before clipping.
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), self.max_grad_norm)
+        # The scaler skips the update where a gradient was not finite.
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -72,12 +77,14 @@ class Replicated:
         self.optimizer.zero_grad()
 
     def read_gradients(self) -> dict[str, torch.Tensor]:
+        # These gradients are still scaled: only step unscales them.
         return {
             name: weight.grad.detach() / self.scaler.get_scale()
             for name, weight in self.weights.items()
         }
 
     def read_weights(self) -> dict[str, torch.Tensor]:
+        # These are the live tensors, which the next step changes.
         return {name: weight.detach() for name, weight in self.weights.items()}
 
     def write_weights(self, values: dict[str, torch.Tensor]) -> None:

@@ -29,11 +29,13 @@ def wrap(
         max_grad_norm: The gradients are clipped to this global norm.
         dtype: The dtype of computing; the loss is scaled for float16.
     """
+    # The whole model is on one device until a strategy divides or offloads it.
     device = next(loss_model.parameters()).device
     if strategy.name.startswith("zero"):
         return Zero(strategy, loss_model, create_optimizer, max_grad_norm)
     if strategy.name == "fsdp2":
         return FullyShard(strategy, loss_model, create_optimizer, max_grad_norm, device)
+    # check_strategy has refused float16 under the strategies above, so they have no loss scaling.
     return Replicated(
         strategy, loss_model, create_optimizer, max_grad_norm, device, scale=dtype is torch.float16
     )
@@ -48,6 +50,8 @@ def gather_weights(trainer: Trainer, shapes: dict[str, torch.Size]) -> dict[str,
     Raises:
         StrategyError: A tensor is missing, has another shape, or has an entry that is not finite.
     """
+    # Every rank has whole tensors after this call and finds the same problem in them. ZeRO-3 has
+    # handed out empty tensors without an error, which would be saved as an adapter.
     values = trainer.read_weights()
     for name, shape in shapes.items():
         value = values.get(name)
@@ -81,4 +85,5 @@ def load_states(trainer: Trainer, states: dict[str, dict[str, Any]]) -> None:
             f"the optimizer states of the checkpoint do not fit this adapter: only {place} has"
             f" {differing[0]}; start a new run without --resume"
         )
+    # Nothing is set before all names are known to fit.
     trainer.write_states(states)

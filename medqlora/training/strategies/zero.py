@@ -52,6 +52,8 @@ class Zero:
             )
         # DeepSpeed's default bucket takes 2 GB. One that holds all gradients is enough.
         bucket = {"reduce_bucket_size": sum(map(torch.numel, self.weights.values()))}
+        # The caller scales the loss and says which micro-batch is the last, so DeepSpeed must count
+        # no accumulation of its own and divide nothing by it.
         settings = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
