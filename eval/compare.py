@@ -35,6 +35,7 @@ console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isat
 
 def show(first: Path, second: Path, comparison: dict) -> None:
     """Print the comparison of two files."""
+    # rich would take brackets in a file's name for styles.
     table = Table(title=escape(f"A {first}\nB {second}"), title_justify="left")
     table.add_column("subject")
     for heading in (
@@ -59,6 +60,7 @@ def show(first: Path, second: Path, comparison: dict) -> None:
             f"{100 * part['difference']:+.1f}",
             f"{100 * low:+.1f} to {100 * high:+.1f}",
             f"{part['mcnemar_p']:.2g}",
+            # Only the subjects are corrected for their number; the first row is one test.
             f"{part['holm_p']:.2g}" if "holm_p" in part else "",
             str(part["only_a_right"]),
             str(part["only_b_right"]),
@@ -79,6 +81,7 @@ def check_bounds(first: Path, second: Path, agreement: dict, arguments: argparse
         ConfigError: a bound is on log-probabilities, which the files do not have in common.
     """
     differing = 1 - agreement["same_prediction"]
+    # Files of generated answers have no log-probabilities, and no distance.
     mean = agreement.get("mean_logprob_difference")
     broken = arguments.max_disagreement is not None and differing > arguments.max_disagreement
     if arguments.max_mean_difference is not None:
@@ -145,6 +148,7 @@ def main() -> int:
             f"got {len(arguments.predictions)} prediction files; expected two, or more together"
             " with --max_disagreement or --max_mean_difference"
         )
+    # This is checked before the files are read, which takes nearly all of the time.
     check_new(arguments.output)
     first, *others = arguments.predictions
     rows = read_all_predictions(arguments.predictions)
@@ -156,12 +160,14 @@ def main() -> int:
         )
         comparisons[str(path)] = comparison
         if gated:
+            # Every file is checked, so that one call names all that fail.
             passed &= check_bounds(first, path, comparison["agreement"], arguments)
         else:
             show(first, path, comparison)
     if arguments.output:
         result = comparisons if len(others) > 1 else comparisons[str(others[0])]
         write_json(arguments.output, result)
+    # run_command keeps 2 for files that cannot be compared.
     return 0 if passed else 1
 
 

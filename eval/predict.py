@@ -64,6 +64,7 @@ INTERRUPTED = "interrupted; finished batches are kept, the same command goes on 
 
 
 def main(settings: EvaluationSettings) -> None:
+    # Python's own form would add a file name and a line of source.
     warnings.showwarning = lambda message, *_: console.print(escape(str(message)), style="yellow")
     if settings.api != "chat":  # A chat server needs no transformers, whose import takes seconds.
         quiet_libraries()
@@ -72,13 +73,17 @@ def main(settings: EvaluationSettings) -> None:
     questions, shared = prepare(settings, asking, method)
     run_key = hash_run(settings, asking, method)
     keys = [entry.key(run_key) for entry in questions]
+    # A finished command that is given again loads no model.
     if settings.output.exists():
         check_finished(settings.output, keys)
         return
     shard, shards = (int(part) for part in settings.shard.split("/"))
     ids = [entry.example.id for entry in questions]
+    # All questions are split into batches before a shard takes its own. A batch is thus the same
+    # for every number of shards, and its rounding too.
     question_batches = split_into_batches(ids, BATCH_SIZE[settings.engine])[shard::shards]
     with Journal(settings.output, shard, shards) as journal:
+        # The parts may also hold rows of other settings, which this output must not take.
         done = set(journal.read()) & set(keys)
         if done:
             console.print(
@@ -86,6 +91,7 @@ def main(settings: EvaluationSettings) -> None:
             )
         left = sum(keys[number] not in done for batch in question_batches for number in batch)
         if left:
+            # The settings hold the variable's name only, so the key itself is never written.
             key = os.environ.get(settings.api_key_variable)
             engine = open_engine(settings, asking, method.seed, key)
             name = "+".join(str(part) for part in (settings.model, settings.adapter) if part)
@@ -117,6 +123,8 @@ def main(settings: EvaluationSettings) -> None:
                 f" {settings.output}"
             )
             return
+        # Rows stand in the order of the questions, so the bytes do not depend on who finished
+        # first.
         ordered = [rows[key] for key in keys]
         journal.finish(settings.output, ordered)
     console.print(f"{len(ordered)} predictions in {settings.output}; {summarise(ordered)}")

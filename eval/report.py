@@ -73,6 +73,7 @@ def collect_run(name: str, folder: Path, predictions: dict[Path, Predictions]) -
         ReportError: a file is not what a run writes.
     """
     metrics = read_tree(folder / "metrics.json")
+    # A value of another form, as in a file that was edited, counts as missing.
     for key in ("base", "memory_bytes", "comparison"):
         if not isinstance(metrics.get(key), dict):
             metrics.pop(key, None)
@@ -150,12 +151,15 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="run folders")
     parser.add_argument("--output", type=Path, required=True, help="page to write (.html)")
     arguments = parser.parse_args()
+    # This is checked before the files are read, which takes nearly all of the time.
     check_output(arguments.output)
     paths = {folder: find_predictions(folder) for folder in arguments.runs}
+    # The files of all runs are read together, each in a process of its own.
     rows = read_all_predictions(list(itertools.chain.from_iterable(paths.values())))
     names = [folder.resolve().name for folder in paths]
     runs = []
     for name, (folder, files) in zip(names, paths.items(), strict=True):
+        # Folders of one name are told apart by their paths.
         label = name if names.count(name) == 1 else str(folder)
         runs.append(collect_run(label, folder, {path: rows[path] for path in files}))
     write_atomic(arguments.output, render_report(runs))

@@ -23,6 +23,7 @@ from medqlora.evaluation.predictions import PredictionError, read_all_prediction
 
 def show(path: Path, metrics: dict, console: Console) -> None:
     """Print the scores of one file."""
+    # The keys of the scores tell the kind of the file.
     if "perplexity" in metrics:
         console.print(
             f"{path}: perplexity {metrics['perplexity']:.4f} over {metrics['tokens']} tokens of"
@@ -58,6 +59,7 @@ def list_notes(metrics: dict) -> list[str]:
         ("ece", "calibration error"),
         ("brier", "Brier score"),
     ):
+        # A file without log-probabilities has None here.
         if metrics.get(key) is not None:
             notes.append(f"{name} {metrics[key]:.3f}")
     if metrics.get("near_ties"):
@@ -77,6 +79,7 @@ def write_submission(path: Path, predictions: Path) -> None:
         PredictionError: the predictions are not of multiple-choice questions, or a question has no
             predicted option.
     """
+    # The hidden test has no labels.
     rows = read_predictions(predictions, labelled=False)
     if rows.kind != "choice":
         raise PredictionError(
@@ -89,6 +92,7 @@ def write_submission(path: Path, predictions: Path) -> None:
             f" {rows.prediction.count(None)} have none"
         )
     lines = [
+        # MedMCQA's own files count options from 1.
         f"{id},{LETTERS.index(letter) + 1}"
         for id, letter in zip(rows.ids, rows.prediction, strict=True)
     ]
@@ -122,6 +126,7 @@ def main() -> None:
         write_submission(arguments.submission, arguments.predictions[0])
         console.print(f"submission for {arguments.predictions[0]} in {arguments.submission}")
         return
+    # This is checked before the files are read, which takes nearly all of the time.
     check_new(arguments.output)
     metrics = {
         str(path): score_predictions(rows)
@@ -130,6 +135,7 @@ def main() -> None:
     for path in arguments.predictions:
         show(path, metrics[str(path)], console)
     if arguments.output:
+        # The scores of one file stand at the top level, those of several under the files' names.
         write_json(arguments.output, metrics if len(metrics) > 1 else next(iter(metrics.values())))
 
 

@@ -13,6 +13,7 @@ def main() -> None:
     setup = configparser.ConfigParser()
     setup.read(Path(__file__).parent.parent / "setup.cfg")
     for requirement in setup["options"]["install_requires"].split():
+        # An upper bound stands behind a comma.
         name, _, lowest = requirement.partition(",")[0].partition(">=")
         print(f"{name}=={lowest}" if lowest else name)
 

@@ -84,6 +84,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
             raise ConfigError(
                 "expected --config FILE and --accelerate_config FILE, or --rendezvous HOST:PORT"
             )
+        # The result is not kept: this call refuses mistakes before the slow imports.
         load_config(arguments.config, overrides)
     return arguments, overrides
 
@@ -157,6 +158,7 @@ def main() -> None:
     results = {True: "[green]ok", False: "[red]FAILED", None: "[yellow]not checked"}
     failed = 0
     for check in run_checks(arguments, OVERRIDES):
+        # None is no failure, since this machine could not tell.
         failed += check.passed is False
         text = check.text.replace("[", "\\[")  # rich would take a bracket for a style.
         table.add_row(check.name, results[check.passed], text)
@@ -233,6 +235,8 @@ def attempt(name: str, function: Callable[[], tuple[Any, str]]) -> tuple[Check, 
     """
     try:
         value, text = function()
+    # A UserError is a mistake that the user can correct. Any other exception is a fault of this
+    # code and ends the program.
     except UserError as error:
         return Check(name, False, str(error)), None
     except Unchecked as reason:
@@ -295,6 +299,7 @@ def read_launch(path: Path) -> tuple[Launch, str]:
             f"{path}: num_processes {ranks} is not a multiple of num_machines {machines}; it counts"
             " the processes of all machines"
         )
+    # YAML reads a bare NO as false.
     if str(tree.get("distributed_type")).upper() in ("NO", "FALSE") and ranks > 1:
         raise ConfigError(
             f"{path}: num_processes is {ranks}, but distributed_type NO starts one process; use"
@@ -327,6 +332,8 @@ def check_processes(launch: Launch) -> tuple[None, str]:
 
 def check_dtypes(config: Config, launch: Launch) -> tuple[Precision, str]:
     """Check the dtype of computing against the hardware and the strategy."""
+    # The two steps are taken here, so this is the device of this machine; `forecast` takes that of
+    # the training.
     device = default_device()
     dtype = choose_dtype(config.model.dtype, device)
     check_hardware(config.model, device, dtype)
@@ -362,6 +369,7 @@ def check_data(config: Config, model: BaseModel) -> tuple[Prepared, str]:
         for entry in tree["data"][role]:
             entry["limit"] = min(entry["limit"] or ROWS, ROWS)
     with tempfile.TemporaryDirectory() as folder:
+        # The tables of these few rows are of no later use, so they go with the folder.
         tree["data"]["cache_dir"] = folder
         prepared = prepare(Config.model_validate(tree), model.encoder)
         table = prepared.train
@@ -384,6 +392,7 @@ def check_data(config: Config, model: BaseModel) -> tuple[Prepared, str]:
 
 def check_places(config: Config, output_dir: Path, model: BaseModel | None) -> tuple[None, str]:
     """Check that the run folder and the cache can be written, and that the disk has space."""
+    # A run of the same configuration may be there already, to be resumed.
     check_run(output_dir, config, resume=True)
     parameters = model.adapter_parameters if model is not None else 0
     size = size_of_checkpoints(parameters, config.training.keep_checkpoints)
@@ -392,6 +401,7 @@ def check_places(config: Config, output_dir: Path, model: BaseModel | None) -> t
         (output_dir, "--output_dir"),
         (Path(config.data.cache_dir).expanduser(), "data.cache_dir"),
     ):
+        # The folder may not exist yet, so its nearest existing parent is tried.
         existing = next(parent for parent in [place, *place.absolute().parents] if parent.exists())
         try:
             with tempfile.TemporaryFile(dir=existing):
@@ -422,11 +432,13 @@ def forecast(
         choose_storage(launch.strategy, config.model.quantization, dtype),
         launch.strategy,
         memory,
+        # The processes of a machine share its host memory.
         available_host(launch.local_ranks or 1) if gpu else sys.maxsize,
         expandable=segments_expand(),
     )
     training = config.training
     undecided = "auto" in (training.gradient_checkpointing, training.max_tokens_per_batch)
+    # Without a bound the planner would recompute nothing, but the least memory is asked for.
     if not gpu and training.gradient_checkpointing == "auto":
         config = change(config, "training", gradient_checkpointing="full")
     try:
@@ -434,6 +446,7 @@ def forecast(
             config,
             model.architecture,
             target,
+            # The head computes supervised positions only, so their largest number is needed.
             lambda tokens: most_supervised(prepared.train, tokens),
         )
     except UnknownForecast as error:
@@ -470,6 +483,7 @@ def check_rendezvous(launch: Launch, arguments: argparse.Namespace) -> tuple[Non
     try:
         address = socket.gethostbyname(str(host))
         if rank == 0:
+            # The port is closed again at once; opening it shows that nothing else uses it.
             with socket.create_server((address, int(port))):
                 return None, f"{host}:{port} is free on this machine"
     except OSError as error:
@@ -496,6 +510,7 @@ def take_two_steps(
     with tempfile.TemporaryDirectory() as folder:
         try:
             small = shrink(model.architecture)
+            # The model goes through a folder, so it is loaded and quantized as in a training.
             AutoModelForCausalLM.from_config(small, dtype=torch.float32).save_pretrained(folder)
         # The code of an architecture may refuse the sizes of a narrow model.
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -504,6 +519,7 @@ def take_two_steps(
                 f" {' '.join(str(error).split())[:120]}"
             ) from None
         changed = change(config, "model", base=folder, revision=None)
+        # There is no forecast for the small model, so auto has nothing to decide by.
         if config.training.gradient_checkpointing == "auto":
             changed = change(changed, "training", gradient_checkpointing="full")
         rows = np.arange(min(8, len(table.lengths)))
@@ -513,12 +529,15 @@ def take_two_steps(
     isolation = prove_isolation(loaded, precision.dtype)
     built = build(loaded, changed)
     session = Session(built, changed, Strategy("one"), precision.device, precision.dtype)
+    # The ids of the real tokenizer go beyond the small vocabulary.
     table = replace(table, ids=table.ids % built.vocabulary)
     targets = int(table.supervised[rows].sum())
     ends = np.array([0, len(rows)])
+    # The plan has one step of one micro-batch, which is taken twice.
     plan = Plan(rows=rows, bins=ends, steps=np.array([0, 1]), epochs=np.ones(1))
     figures = []
     for _ in range(2):
+        # The figures alternate: the loss per supervised token in nats, then the gradient's norm.
         gradients = session.accumulate(table, plan, 0, targets)
         total, _ = session.sum_over_ranks(gradients.losses)
         figures += [total / targets, session.trainer.step(config.training.lr)]
@@ -544,8 +563,9 @@ def shrink(config: PretrainedConfig) -> PretrainedConfig:
         "intermediate_size": 256,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 64,
+        "head_dim": 64,  # 4 heads of width 64 fill the hidden size.
         "vocab_size": 512,
+        # Special tokens must lie in the small vocabulary too.
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 2,

@@ -113,6 +113,7 @@ TEMPLATE = Path(__file__).parent / "slurm_train.sbatch"
 def main() -> None:
     arguments = ARGUMENTS
     overrides = OVERRIDES
+    # A mistake is refused here, and not after hours in the queue.
     config = load_config(arguments.config, overrides)
     ranks = arguments.nodes * arguments.gpus_per_node
     if min(arguments.nodes, arguments.gpus_per_node) < 1:
@@ -137,13 +138,17 @@ def main() -> None:
     dtype = DTYPES.get(config.model.dtype, DTYPES["bfloat16"])
     check_strategy(read_strategy(environ, ranks), config, dtype, environ)
     batch = describe_batch(config.training, config.data.max_length, ranks)
+    # The job passes --resume, so a run of the same configuration may be there already.
     check_run(arguments.output_dir, config, resume=True)
     note = describe(arguments, ranks, batch, overrides)
+    # The note sets the script's arguments, so it must stand above all that reads them. The template
+    # must keep this line, or the arguments would be lost without a word.
     script = fill(arguments).replace("set -euo pipefail\n", f"set -euo pipefail\n{note}", 1)
     if arguments.dry_run:
         print(script, end="")
         return
     try:
+        # sbatch takes the script from its standard input, so no file is left behind.
         done = subprocess.run(
             ["sbatch", "--parsable"], input=script, capture_output=True, text=True, check=True
         )
@@ -164,6 +169,7 @@ def main() -> None:
 
 def fill(arguments: argparse.Namespace) -> str:
     """Return the template with the directives of this job."""
+    # A directive with None is taken out of the template and left to the cluster.
     directives = {
         "job-name": arguments.job_name or arguments.config.stem,
         "nodes": str(arguments.nodes),
@@ -198,6 +204,7 @@ def describe(arguments: argparse.Namespace, ranks: int, batch: str, overrides: l
         "--output_dir",
         str(arguments.output_dir),
     ]
+    # Arguments are quoted for bash, because paths may hold spaces.
     return (
         f"# {ranks} processes = {arguments.nodes} node(s) x {arguments.gpus_per_node}; {batch}\n"
         f"export MEDQLORA_PROCESSES_PER_NODE={arguments.gpus_per_node}\n"

@@ -99,6 +99,7 @@ def main() -> None:
         raise MergeError(
             f"--adapter {arguments.adapter}: its metadata names no base; give the base with --base"
         )
+    # The recorded revision is one of the hub; a folder has none.
     revision = None if Path(base_id).is_dir() else metadata.get("revision")
     config = read_model_config(base_id, revision)
     check_adapter(arguments.adapter, config)
@@ -193,8 +194,9 @@ def read_logits(
     with torch.no_grad():
         for row in rows:
             hidden = run_packed(causal, backend, [row])
-            logits.append(compute_logits(causal, hidden[-1:])[0].cpu())
+            logits.append(compute_logits(causal, hidden[-1:])[0].cpu())  # float32 [vocab]
     del model, causal
+    # The next model needs this memory now, and not when Python next looks for cycles.
     gc.collect()
     return logits
 

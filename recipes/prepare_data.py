@@ -50,6 +50,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         help="file (.jsonl) to write every removed row and its reason to (default: none)",
     )
     arguments, overrides = parser.parse_known_args()
+    # The result is not kept: this call only refuses mistakes, and main reads the file again.
     load_config(arguments.config, overrides)
     check_new(arguments.removed, "--removed")
     return arguments, overrides
@@ -97,6 +98,7 @@ def main() -> None:
     if arguments.removed:
         write_json_lines(arguments.removed, [asdict(removal) for removal in prepared.removals])
     table = prepared.train
+    # `plan.bins` holds borders, which are one more than the micro-batches.
     bins = len(plan.bins) - 1
     placed = int(table.lengths[plan.rows].sum())
     supervised = int((table.lengths - table.prompt_lengths).sum())
@@ -109,6 +111,7 @@ def main() -> None:
         ids = table.ids[table.offsets[row] : table.offsets[row + 1]].tolist()
         prompt_length = int(table.prompt_lengths[row])
         console.rule(table.names[row])
+        # No line ends between the two parts, just as no token stands between them in the row.
         console.print(tokenizer.decode(ids[:prompt_length]), end="", markup=False)
         console.print(tokenizer.decode(ids[prompt_length:]), style="bold", markup=False)
 

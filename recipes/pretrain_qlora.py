@@ -32,6 +32,8 @@ def check_text(config: Config) -> None:
 def main() -> None:
     run_early(lambda: read_recipe(__doc__, None, check_text), os.environ)
     recipe = Path(__file__).with_name("sft_qlora.py")
+    # The process is replaced and not joined by a child, so its id, its signals and the launcher's
+    # variables stay.
     os.execv(sys.executable, [sys.executable, str(recipe), *sys.argv[1:]])
 
 

@@ -57,6 +57,7 @@ class HfEngine:
         self.max_length = getattr(config, "max_position_embeddings", None)
         self.max_tokens = max_tokens or choose_budget(config, self.device)
         self.shared_ids: list[int] = []
+        # These are keys and values by layer, [1, kv heads, shared tokens, width] each.
         self.shared_states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.isolated = True
         try:
@@ -66,9 +67,11 @@ class HfEngine:
                 "this model's attention mixes packed rows; each row runs alone, which is slow",
                 stacklevel=2,
             )
+            # Each pass has one row from here on, so plain causal attention is right.
             self.backend = "sdpa"
             self.isolated = False
             self.causal.set_attn_implementation(own_attention(self.causal))
+        # Our own backends alone take a tree of segments.
         self.nested = self.backend in ("varlen", "grouped") and self.can_nest()
         self.sharing = self.nested
 
@@ -84,12 +87,15 @@ class HfEngine:
             EngineError: a row is longer than the model's positions, or one request alone does not
                 fit into memory.
         """
+        # A recipe scores the model that it trains, whose dropout must be off here.
         self.model.eval()
         self.check_lengths(requests)
         if not self.isolated:
             return [self.score_alone(request) for request in requests]
         scores = [[0.0] * len(request.options) for request in requests]
         sharing = self.choose_sharing(requests, shared)
+        # Requests that continue the common beginning run apart from the others, because a tree has
+        # one prefix for all of its segments.
         for shares in (True, False):
             members = [number for number, value in enumerate(sharing) if value is shares]
             if not members:
@@ -99,6 +105,7 @@ class HfEngine:
                 [count_tokens(requests[number], skip, self.nested) for number in members],
                 dtype=np.int64,
             )
+            # A bin must hold the largest request, because fit_bins takes none over its capacity.
             capacity = max(self.max_tokens, int(sizes.max()))
             for indices in fit_bins(sizes, capacity):
                 numbers = [members[index] for index in indices]
@@ -115,6 +122,7 @@ class HfEngine:
         # A long question may have been cut from the left, so that it begins otherwise.
         beginnings = Counter(tuple(request.prefix[:shared]) for request in requests)
         common = list(beginnings.most_common(1)[0][0])
+        # At least one token must be left to read, because its hidden state predicts the answer.
         sharing = [
             len(request.prefix) > shared and request.prefix[:shared] == common
             for request in requests
@@ -181,6 +189,8 @@ class HfEngine:
         run_backbone(self.causal, [ids], [0], {"documents": replace(tree, record=states)})
         self.shared_ids = ids
         self.shared_states = states
+        # A layer that does not come through the attention interface would ignore the shared keys
+        # without a word.
         alone = self.run_pack([example], 0)
         after = self.run_pack([example], len(ids))
         error = abs(np.array(alone[0]) - np.array(after[0])).max()
@@ -221,6 +231,7 @@ class HfEngine:
         """Score requests in one forward pass, after a common beginning of `shared` tokens."""
         segments, parents, starts, targets = lay_out(requests, shared, self.nested)
         lengths = [len(segment) for segment in segments]
+        # Both are int64 [targets].
         places = torch.tensor([target.place for target in targets], device=self.device)
         tokens = torch.tensor([target.token for target in targets], device=self.device)
         with restrict_last_mlp(self.causal, places.unique()):
@@ -258,8 +269,12 @@ class HfEngine:
             )
         config = make_generation_config(sampling)
         answers: list[list[str]] = [[] for _ in prefixes]
+        # The longest prompts come first: pad_left relies on it, and memory runs out early if at
+        # all.
         order = sorted(range(len(prefixes)), key=lambda i: -len(prefixes[i]))
+        # transformers repeats each prompt `samples` times, so a call has rows * samples rows.
         rows = max(1, self.max_tokens // (longest * sampling.samples))
+        # The seed is set once, so that later groups of rows continue the draws of the first.
         torch.manual_seed(sampling.seed)
         with plain_generation(self.causal):
             while order:
@@ -285,6 +300,8 @@ class HfEngine:
                     rows //= 2
                     torch.cuda.empty_cache()
                     continue
+                # `out` is int64 [prompts * samples, width + new tokens]; a prompt's samples are
+                # adjacent.
                 order = order[rows:]
                 for row, tokens in enumerate(out[:, width:].tolist()):
                     answers[chosen[row // sampling.samples]].append(decode_answer(tokens, sampling))
@@ -298,12 +315,14 @@ def make_generation_config(sampling: Sampling) -> GenerationConfig:
         drawing = {
             "do_sample": True,
             "temperature": sampling.temperature,
+            # These two values switch the filters off, so the whole distribution is drawn from.
             "top_k": 0,
             "top_p": 1.0,
         }
     return GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         eos_token_id=list(sampling.stop_ids),
+        # Rows that end early are filled with a stop token, at which decode_answer cuts.
         pad_token_id=sampling.stop_ids[0],
         num_return_sequences=sampling.samples,
         **drawing,
@@ -312,6 +331,7 @@ def make_generation_config(sampling: Sampling) -> GenerationConfig:
 
 def pad_left(rows: list[list[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return token ids and attention mask, int64 [rows, width]; the first row is the longest."""
+    # New tokens are appended at the right, so each prompt's last token must stand there.
     width = len(rows[0])
     ids = torch.full((len(rows), width), padding)
     mask = torch.zeros_like(ids)
@@ -334,6 +354,7 @@ def run_packed(causal: torch.nn.Module, backend: str, documents: list[list[int]]
     """
     lengths = [len(document) for document in documents]
     batch = {
+        # Variable-length kernels take these offsets as int32, [documents + 1].
         "cu_seqlens": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
         "max_seqlen": max(lengths),
     }
@@ -356,12 +377,16 @@ def run_backbone(
         Hidden states in the model's dtype, [tokens of all segments, hidden].
     """
     device = find_device(causal)
+    # int64 [tokens]
     ids = torch.tensor([i for segment in segments for i in segment], device=device)
+    # Positions count within a document and not over the packed row.
     positions = [
         torch.arange(start, start + len(segment))
         for start, segment in zip(starts, segments, strict=True)
     ]
-    position_ids = torch.cat(positions).to(device)
+    position_ids = torch.cat(positions).to(device)  # int64 [tokens]
+    # No mask and no cache may be given: with either one, transformers lets packed rows see each
+    # other without a word.
     return backbone_of(causal)(
         input_ids=ids[None],
         position_ids=position_ids[None],
@@ -395,13 +420,15 @@ def restrict_last_mlp(causal: torch.nn.Module, places: torch.Tensor) -> Iterator
     def select_places(module: torch.nn.Module, inputs: tuple) -> tuple:
         """Keep the MLP's input, and let it run at the places only."""
         all_inputs[:] = inputs
-        return (inputs[0][:, places],)
+        return (inputs[0][:, places],)  # [1, places, hidden]
 
     def restore_places(module: torch.nn.Module, inputs: tuple, out: Any) -> Any:
         """Put the MLP's output back to the places, with zeros elsewhere."""
         # An output of another form, such as a tuple with a router's choice, is made for all tokens.
         if not isinstance(out, torch.Tensor):
+            # The module itself would run these hooks again.
             return module.forward(*all_inputs)
+        # Hidden states elsewhere lack this MLP's part from here on and must not be read.
         return torch.zeros_like(all_inputs[0]).index_copy(1, places, out)
 
     hooks = (
@@ -432,6 +459,7 @@ def choose_budget(config: Any, device: torch.device) -> int:
 
 def count_tokens(request: Request, shared: int, nested: bool) -> int:
     """Return the number of tokens that `lay_out` makes of a request."""
+    # This must agree with lay_out, or packs grow over the budget.
     longer = [len(option) - 1 for option in request.options if len(option) > 1]
     if nested:
         return len(request.prefix) - shared + sum(longer)
@@ -523,12 +551,14 @@ def gather_logprobs(
         places: the place before each token to score, int64 [targets].
         tokens: the ids of these tokens, int64 [targets].
     """
-    unique, inverse = torch.unique(places, return_inverse=True)
+    unique, inverse = torch.unique(places, return_inverse=True)  # int64 [places], int64 [targets]
     values = torch.empty(len(tokens), dtype=torch.float32, device=hidden.device)
     for start in range(0, len(unique), HEAD_ROWS):
+        # float32 [at most HEAD_ROWS, vocab]
         logits = compute_logits(causal, hidden[unique[start : start + HEAD_ROWS]])
         here = ((inverse >= start) & (inverse < start + HEAD_ROWS)).nonzero().flatten()
         rows = inverse[here] - start
+        # This is log_softmax at the needed tokens, without its copy of all logits.
         values[here] = logits[rows, tokens[here]] - logits.logsumexp(-1)[rows]
     return values.tolist()
 

@@ -48,6 +48,7 @@ class Served:
     @property
     def tpot(self) -> float | None:
         """Time per output token after the first, in seconds; None for an answer of one token."""
+        # The first token's time is TTFT, so the rest is divided by one token less.
         if self.tokens < 2:
             return None
         return (self.e2el - self.ttft) / (self.tokens - 1)
@@ -77,6 +78,7 @@ def summarize(
         "ttft": [request.ttft for request in served],
         "e2el": [request.e2el for request in served],
         "tpot": [request.tpot for request in served if request.tpot is not None],
+        # The gaps of all answers are pooled, so a long answer counts more than a short one.
         "itl": [gap for request in served for gap in request.itl],
     }
     good = sum(keeps_objectives(request, objectives) for request in served)
@@ -95,6 +97,7 @@ def keeps_objectives(request: Served, objectives: Mapping[str, float]) -> bool:
     for measure, most in objectives.items():
         # An answer of one token has no time per further token, and keeps any bound on it.
         seconds = getattr(request, measure) or 0.0
+        # Times are in seconds and objectives in milliseconds.
         if not 1000 * seconds <= most:
             return False
     return True
@@ -124,6 +127,8 @@ def parse_objectives(texts: Sequence[str]) -> dict[str, float]:
             milliseconds = float(value)
         except ValueError:
             milliseconds = -1.0
+        # A request has many inter-token latencies, so itl is no objective. NaN fails the
+        # comparison.
         if measure not in ("ttft", "tpot", "e2el") or not 0 < milliseconds < float("inf"):
             raise LatencyError(
                 f"--goodput {text}: expected ttft=, tpot= or e2el= and milliseconds, e.g. ttft=500"
@@ -146,5 +151,6 @@ def draw_arrivals(count: int, rate: float, seed: int) -> np.ndarray:
     Returns:
         Seconds from the start, float64 [count].
     """
+    # The gaps of a Poisson process are exponential, with a mean of 1 / rate seconds.
     times = np.cumsum(np.random.default_rng(seed).exponential(1 / rate, count))
     return times * (count / rate / times[-1])

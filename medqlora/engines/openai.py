@@ -57,6 +57,8 @@ class Connection:
                 "--engine openai: the openai package is not installed here; pip install"
                 " 'medqlora[openai]'"
             ) from None
+        # Without a key the client would take the one in OPENAI_API_KEY, or refuse to start; a
+        # server that asks for none gets a word in its place.
         self.client = openai.OpenAI(
             base_url=server, api_key=key or "none", timeout=timeout, max_retries=retries
         )
@@ -83,6 +85,8 @@ class Connection:
 
         try:
             answer = endpoint(model=self.model, **body)
+        # The order matters: a timeout is a kind of APIConnectionError, and a refused key is a kind
+        # of APIStatusError.
         except openai.APITimeoutError:
             raise EngineError(
                 f"server {self.server} did not answer in {self.client.timeout} s,"
@@ -115,6 +119,7 @@ class Connection:
 
     def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
         """Return function(item) of each item, with `concurrency` calls at a time."""
+        # Threads are enough, because they wait for the network. Results keep the items' order.
         with ThreadPoolExecutor(self.concurrency) as threads:
             return list(threads.map(function, items))
 
@@ -128,6 +133,7 @@ class Connection:
         # " A" and "A" are two tokens; the likelier one counts as the letter's.
         for token, logprob in top:
             best[token.strip()] = max(logprob, best.get(token.strip(), -np.inf))
+        # An absent option is less likely than those named, which is all that is known of it.
         return [best.get(text.strip(), np.nan) for text in texts]
 
 
@@ -151,6 +157,8 @@ class CompletionsEngine:
         """See interface.Engine; the server caches what prompts have in common by itself."""
         if self.scoring is None and requests:
             first = requests[0]
+            # The trial has options of one token: longer ones go through echo, which would hide
+            # whether ids works.
             self.scoring = self.choose_scoring(
                 Request(first.prefix, [[option[0]] for option in first.options])
             )
@@ -160,6 +168,9 @@ class CompletionsEngine:
     def choose_scoring(self, request: Request) -> str:
         """Return the most exact method that the server answers this request with."""
         for name, score in (("ids", self.score_by_ids), ("echo", self.score_by_echo)):
+            # Other errors pass through: a server that cannot be reached is no reason for a less
+            # exact method. A server that ignores the wanted ids answers with other keys, which
+            # shows as NaN.
             with contextlib.suppress(RefusedError):
                 if not np.isnan(score(request)).any():
                     return name
@@ -169,6 +180,7 @@ class CompletionsEngine:
         if any(len(option) > 1 for option in request.options):
             return self.score_by_echo(request)
         wanted = [option[0] for option in request.options]
+        # Tokens are named by id in the answer, because two tokens may have the same text.
         answer = self.connection.complete(
             prompt=request.prefix,
             max_tokens=1,
@@ -187,6 +199,8 @@ class CompletionsEngine:
                 prompt=ids, max_tokens=1, temperature=0, logprobs=1, echo=True
             )
             values = getattr(answer.choices[0].logprobs, "token_logprobs", None) or []
+            # The generated token may follow those of the prompt. Another number shows that the
+            # server did not read our ids, and the sum would be over other tokens.
             if not len(ids) <= len(values) <= len(ids) + 1:
                 raise RefusedError(
                     f"server {self.connection.server} answers {len(values)} log-probabilities for"
@@ -209,6 +223,7 @@ class CompletionsEngine:
         def ask(prefix: list[int]) -> list[str]:
             answer = self.connection.complete(
                 prompt=prefix,
+                # This parameter is not OpenAI's own, so it travels in extra_body.
                 extra_body={"stop_token_ids": list(sampling.stop_ids)},
                 **request_sampling(sampling),
             )
@@ -250,6 +265,7 @@ class ChatEngine:
 
         def ask(messages: list[dict[str, str]]) -> list[str]:
             answer = self.connection.chat(messages=messages, **request_sampling(sampling))
+            # A message without content counts as an empty answer.
             return [choice.message.content or "" for choice in answer.choices]
 
         return self.connection.map(ask, prefixes)

@@ -129,8 +129,11 @@ def prepare_asking(settings: RunSettings) -> Asking:
             prompts that the adapter was trained with.
     """
     if settings.engine == "openai":
+        # Predictions are kept under a hash of the identity. Two models with one identity would
+        # continue each other's predictions.
         identity = {"server": settings.server, "model": settings.model}
         if settings.api == "chat":
+            # A chat server tokenizes by itself, so no length is known here.
             encoder = MessageEncoder(settings.completion or "letter")
             return Asking(encoder, {}, None, identity)
         source = settings.tokenizer or settings.model
@@ -145,6 +148,7 @@ def prepare_asking(settings: RunSettings) -> Asking:
     if settings.adapter:
         metadata = check_adapter(settings.adapter, config)
     else:
+        # This holds only how the model is asked: merged weights are not quantized.
         metadata = read_merged_metadata(settings.model)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if settings.max_length and positions and settings.max_length > positions:
@@ -160,6 +164,7 @@ def prepare_asking(settings: RunSettings) -> Asking:
         "dtype": str(choose_dtype(loading.dtype, default_device())),
     }
     encoder = open_encoder(settings, settings.model, metadata)
+    # Who names a style or a completion wants other prompts than those of the training.
     asked_otherwise = settings.prompt_style or settings.completion
     if settings.adapter and metadata and not asked_otherwise:
         check_prompts(encoder, settings.adapter, metadata)
@@ -179,6 +184,7 @@ def open_encoder(settings: RunSettings, source: str, metadata: dict[str, Any]) -
 
 def check_prompts(encoder: Encoder, adapter: Path, metadata: dict[str, Any]) -> None:
     """Refuse a tokenizer whose prompts are not those of the adapter's training."""
+    # The fingerprint is made of token ids, so it also notices a changed chat template.
     if fingerprint(encoder) != metadata["prompt_sha256"]:
         raise ConfigError(
             f"--adapter {adapter}: this tokenizer does not give the prompts that the adapter was"
@@ -195,6 +201,7 @@ def describe_loading(settings: RunSettings, metadata: dict[str, Any]) -> Model:
         quantization = "none"
         dtype = settings.dtype
     else:
+        # An adapter belongs to the weights that its training multiplied with.
         quantization = metadata.get("quantization", "none")
         dtype = metadata.get("dtype", "auto")
     return Model(
@@ -219,6 +226,7 @@ def open_engine(settings: RunSettings, asking: Asking, seed: int, key: str | Non
     Raises:
         EngineError: an engine that cannot run here.
     """
+    # Each engine is imported where it is used, because the packages of the others may be missing.
     if settings.engine == "openai":
         from medqlora.engines.openai import ChatEngine, CompletionsEngine, Connection
 
@@ -236,6 +244,8 @@ def open_engine(settings: RunSettings, asking: Asking, seed: int, key: str | Non
     if settings.engine == "vllm":
         from medqlora.engines.vllm import VllmEngine
 
+        # VllmEngine takes unquantized weights only. An adapter that was trained on a quantized base
+        # therefore stands on the original one here.
         return VllmEngine(
             settings.model,
             settings.adapter,

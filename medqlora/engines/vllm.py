@@ -77,6 +77,7 @@ class VllmEngine:
         self.exact = hasattr(SamplingParams(), "logprob_token_ids")
         settings: dict[str, Any] = {}
         if not self.exact:
+            # These log-probabilities are taken after all tokens but the allowed ones are masked.
             settings["logprobs_mode"] = "processed_logprobs"
         if adapter:
             rank = check_adapter_config(adapter)
@@ -148,20 +149,25 @@ class VllmEngine:
         long_options: list[tuple[int, int]] = []
         for number, request in enumerate(requests):
             for index, option in enumerate(request.options):
+                # Log-probabilities of the prompt switch prefix caching off for their request, which
+                # only a long option is worth.
                 if len(option) > LONG and not self.adapters:
                     long_options.append((number, index))
                     continue
                 for offset, token in enumerate(option):
                     text = (*request.prefix, *option[:offset])
+                    # Options that begin alike have texts in common, and each text is asked once.
                     next_tokens.setdefault(text, []).append(token)
         prompts = [list(text) for text in next_tokens]
         settings = [self.make_settings(sorted(set(tokens))) for tokens in next_tokens.values()]
         for number, index in long_options:
             option = requests[number].options[index]
             prompts.append(requests[number].prefix + option[:-1])
+            # The prompt ends before the last token, which is scored as the next one.
             settings.append(self.make_settings([option[-1]], prompt_logprobs=0))
         outputs = self.run(prompts, settings, lora)
         short_outputs = outputs[: len(next_tokens)]
+        # Each generated position has a dict from token ids to log-probabilities.
         after = {
             text: output.outputs[0].logprobs[0]
             for text, output in zip(next_tokens, short_outputs, strict=True)
@@ -208,6 +214,7 @@ class VllmEngine:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
+            # Prompts are token ids and not text, so that every engine reads the same input.
             return self.llm.generate(
                 [{"prompt_token_ids": ids} for ids in prompts],
                 settings,
@@ -252,8 +259,10 @@ class VllmEngine:
                 n=sampling.samples,
                 temperature=sampling.temperature,
                 max_tokens=sampling.max_new_tokens,
+                # decode_answer makes the texts, so all engines cut and decode alike.
                 detokenize=False,
                 stop_token_ids=list(sampling.stop_ids),
+                # With one seed, equal prompts would get equal answers.
                 seed=sampling.seed + number,
             )
             for number in range(len(prefixes))
@@ -303,6 +312,7 @@ def check_adapter_config(adapter: Path) -> int:
 
 def has_learned_weights(adapter: Path) -> bool:
     """Whether any B matrix differs from the zeros that training starts with."""
+    # LoRA starts with B = 0, and such an adapter rightly changes no score.
     with safe_open(adapter / "adapter_model.safetensors", framework="np") as weights:
         # `weights` is not a dict: it can only be iterated over with keys().
         return any(weights.get_tensor(name).any() for name in weights.keys() if "lora_B" in name)  # noqa: SIM118

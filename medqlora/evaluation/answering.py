@@ -53,6 +53,7 @@ def predict(
         done: keys of rows that exist; their questions are not asked again.
     """
     by_subject = questions and FORMATS[questions[0].example.dataset].fewshot_by_subject
+    # The prompt's fingerprint covers worked examples only where all questions share them.
     fixed = method.fewshot == "fixed" and questions and not by_subject
     common = {
         "prompt_sha256": describe_prompt(encoder, method, questions[0].shots if fixed else ()),
@@ -64,6 +65,8 @@ def predict(
         question_batches = split_into_batches(ids, BATCH_SIZE[engine.name])
     for question_batch in question_batches:
         keyed = [(questions[number].key(run_key), questions[number]) for number in question_batch]
+        # The journal keeps whole batches. A batch of the same questions is therefore skipped or
+        # computed as a whole, and its rounding does not depend on a crash.
         keyed = [(key, entry) for key, entry in keyed if key not in done]
         if not keyed:
             continue
@@ -82,6 +85,7 @@ def generate_rows(
     method: Method,
 ) -> list[dict[str, Any]]:
     """Let the model write its answers and read them."""
+    # The seed belongs to the batch and not to its turn, so shards and restarts draw alike.
     sampling = Sampling(
         method.max_new_tokens,
         temperature=method.temperature,
@@ -92,6 +96,8 @@ def generate_rows(
         tokenizer = encoder.tokenizer
         sampling = replace(
             sampling,
+            # A chat template may end a turn with another token than EOS; either one ends an answer.
+            # The first one also fills up short rows.
             stop_ids=(encoder.end_id, *{tokenizer.eos_token_id} - {encoder.end_id}),
             decode=functools.partial(tokenizer.decode, skip_special_tokens=True),
         )
@@ -107,6 +113,7 @@ def score_rows(
 ) -> list[dict[str, Any]]:
     """Ask for the options' log-probabilities and read them."""
     requests = [request for entry in entries for request in entry.requests]
+    # One flat list of requests goes to the engine, which packs those of all questions together.
     scores = iter(engine.score(requests, shared))
     rows = []
     for entry in entries:
@@ -138,6 +145,8 @@ def answer_letters(
     method = Method()
     questions, shared = prepare_questions(encoder, examples, method, (), max_length)
     ids = [example.id for example in examples]
+    # All examples are split into batches before the parts are taken, so a row has the same
+    # neighbours for every n.
     question_batches = split_into_batches(ids, BATCH_SIZE[engine.name])[part[0] :: part[1]]
     rows = {}
     for batch in predict(engine, encoder, questions, shared, method, name, question_batches):
@@ -156,11 +165,13 @@ def read_option_scores(
     n = len(entry.example.options)
     letters = LETTERS[:n]
     table = np.array(values).reshape(len(entry.orders), n)  # [orders, position]
-    by_option = np.empty_like(table)
+    by_option = np.empty_like(table)  # [orders, option]
     for number, order in enumerate(entry.orders):
+        # Position p of an order shows option order[p].
         by_option[number, list(order)] = table[number]
-    logprobs = by_option[0]
+    logprobs = by_option[0]  # [options]
     if len(table) > 1:
+        # Probabilities are averaged in logarithms, where small ones do not underflow.
         logprobs = np.logaddexp.reduce(by_option, axis=0) - math.log(len(table))
     known = {
         letter: float(value)
@@ -171,6 +182,7 @@ def read_option_scores(
     row["option_logprobs"] = known
     row["prediction"] = max(known, key=known.get) if known else None
     row["letter_mass"] = None
+    # The texts of cloze scoring are no letters and have no mass.
     if known and method.scoring == "letters":
         row["letter_mass"] = float(np.exp(list(known.values())).sum())
     if len(entry.orders) > 1:
@@ -197,6 +209,7 @@ def describe_orders(entry: PreparedQuestion, table: np.ndarray) -> dict[str, lis
 def normalize_cloze(entry: PreparedQuestion, logprobs: np.ndarray) -> dict[str, str]:
     """Return the letter that each normalization predicts; of equal values the first one."""
     options = entry.example.options
+    # A longer text has more factors below one, for which a division makes up.
     lengths = {
         "raw": [1] * len(options),
         "character": [len(option) for option in options],
@@ -225,6 +238,7 @@ def read_texts(
             "letter_mass": None,
         }
     parsed = [parse_answer(text, entry.example.options, encoder.completion) for text in texts]
+    # A text that names no option has no vote; it is never taken for a letter.
     votes = Counter(LETTERS[index] for index in parsed if index is not None)
     row = describe_example(entry, "choice") | {
         "text": texts[0],
@@ -243,6 +257,7 @@ def read_passage(entry: PreparedQuestion, values: list[float]) -> dict[str, Any]
     return describe_example(entry, "text") | {
         "logprob": sum(values),
         "tokens": sum(len(request.options[0]) for request in entry.requests),
+        # These two do not depend on the tokenizer, so models can be compared by them.
         "bytes": len(text.encode()),
         "words": len(text.split()),
     }

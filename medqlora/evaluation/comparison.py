@@ -31,6 +31,7 @@ def compare_paired(
     n = len(a)
     only_a = int((a & ~b).sum())
     only_b = int((b & ~a).sum())
+    # int64 [resamples, 3]: only a right, only b right, other
     counts = np.random.default_rng(seed).multinomial(
         n, [only_a / n, only_b / n, 1 - (only_a + only_b) / n], resamples
     )
@@ -71,11 +72,13 @@ def align(
             " both, or compare the shared ones with --common"
         )
     for i, j in pairs:
+        # Equal ids do not prove equal questions: options in another order have another label.
         if a.gold[i] != b.gold[j]:
             raise PredictionError(
                 f"id {a.ids[i]} has label {a.gold[i]} in {a.path} and {b.gold[j]} in {b.path}; the"
                 " files are of different data"
             )
+    # A difference of prompts would pass for a difference of models.
     prompts = set(a.columns["prompt_sha256"]), set(b.columns["prompt_sha256"])
     if prompts[0] != prompts[1] and not any_prompt:
         shown = [", ".join(sorted(str(digest)[:12] for digest in some)) for some in prompts]
@@ -84,7 +87,7 @@ def align(
             " use one prompt style, or compare all the same with --any_prompt"
         )
     first, second = zip(*pairs, strict=True)
-    return np.array(first), np.array(second)
+    return np.array(first), np.array(second)  # int64 [pairs] each
 
 
 def compare_predictions(
@@ -105,7 +108,7 @@ def compare_predictions(
                 " predictions"
             )
     first, second = align(a, b, common, any_prompt)
-    right_a = a.right[first]
+    right_a = a.right[first]  # bool [pairs]
     right_b = b.right[second]
     result = compare_paired(right_a, right_b)
     subjects = np.array(a.column("subject"), dtype=object)[first]
@@ -113,6 +116,7 @@ def compare_predictions(
         str(name): compare_paired(right_a[subjects == name], right_b[subjects == name])
         for name in sorted(set(subjects))
     }
+    # Among many subjects some differ by chance alone, which the correction accounts for.
     adjusted = adjust_holm([part["mcnemar_p"] for part in parts.values()])
     result["per_subject"] = {
         name: part | {"holm_p": p} for (name, part), p in zip(parts.items(), adjusted, strict=True)
@@ -144,6 +148,7 @@ def describe_outcomes(
     groups = {
         "subject": np.array(a.column("subject"), dtype=object)[rows],
         "choice_type": np.array(a.column("choice_type"), dtype=object)[rows],
+        # A length that equals an edge falls into the group up to it.
         "length": np.array(bounds, dtype=object)[np.searchsorted(edges, words)],
         "negation": np.where(np.array(a.negated)[rows], "negated", "plain"),
         "numbers": np.where(np.array(a.numeric)[rows], "with numbers", "without numbers"),
@@ -180,14 +185,17 @@ def measure_agreement(
     The result is the share of equal predictions, and how far the options' log-probabilities lie
     apart, in nats.
     """
+    # Two answers that could not be read (None) count as equal.
     same = [a.prediction[i] == b.prediction[j] for i, j in zip(first, second, strict=True)]
     agreement: dict[str, Any] = {
         "same_prediction": float(np.mean(same)),
         "different_predictions": int(len(same) - sum(same)),
     }
+    # Files without log-probabilities have no columns here.
     if a.logprobs.shape[1] and a.logprobs.shape[1] == b.logprobs.shape[1]:
         with np.errstate(invalid="ignore"):  # Two impossible options (-inf) have no distance.
-            distance = np.abs(a.logprobs[first] - b.logprobs[second])
+            distance = np.abs(a.logprobs[first] - b.logprobs[second])  # [pairs, options]
+        # An option that one of the two does not know is NaN and is left out.
         if not np.isnan(distance).all():
             agreement |= {
                 "mean_logprob_difference": float(np.nanmean(distance)),

@@ -77,6 +77,7 @@ class Journal:
                 f"{self.path} cannot be written: {error.strerror}; choose another --output"
             ) from None
         try:
+            # The lock ends with its process, so one that was killed blocks nobody.
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self.file.close()
@@ -110,6 +111,7 @@ class Journal:
             PredictionError: the file cannot be written, as on a full disk. Earlier batches are
                 kept.
         """
+        # A batch that was written in part is taken off again, or the next one would join its line.
         start = self.file.tell()
         try:
             self.file.write(json.dumps(rows, ensure_ascii=False).encode() + b"\n")

@@ -12,7 +12,7 @@ from medqlora.core.errors import UserError
 from medqlora.data.examples import Example, MultipleChoice, OpenAnswer, Passage
 from medqlora.prompts.styles import find_harness
 
-MAX_PERMUTATIONS = 120
+MAX_PERMUTATIONS = 120  # Five options have 5! = 120 orders.
 
 
 class ScoringError(UserError):
@@ -67,7 +67,10 @@ def check_method(examples: Sequence[Example], method: Method, style: str) -> Non
     Raises:
         ScoringError: one line with what to do.
     """
+    # This check comes first, because the others look at the first example only.
     check_kinds(examples, method)
+    # A prompt that is completed by an option's text does not list the options by letters, so their
+    # order changes nothing in it.
     shows_options = style != "lm_eval" or find_harness(examples[0]).answer != "text"
     if method.permutations != 1 and not (method.scoring == "letters" and shows_options):
         raise ScoringError(

@@ -34,6 +34,7 @@ def score_predictions(rows: Predictions) -> dict[str, Any]:
     if rows.kind == "open":
         return score_open(rows)
     right = rows.right
+    # A mean over all rows would be NaN where a single one lacks its mass.
     known = ~np.isnan(rows.letter_mass)
     scores = {
         **summarise(right),
@@ -82,7 +83,7 @@ def group(names: list[str], right: np.ndarray) -> dict[str, dict[str, Any]]:
     """
     unique, codes = np.unique(np.array(names, dtype=object).astype(str), return_inverse=True)
     totals = np.bincount(codes)
-    hits = np.bincount(codes, weights=right)
+    hits = np.bincount(codes, weights=right)  # float64 [groups]
     return {
         str(name): {
             "n": int(total),
@@ -112,6 +113,7 @@ def measure_calibration(
         return {"ece": None, "reliability": None, "selective": None}
     confidence = confidence[known]
     right = right[known].astype(float)
+    # A confidence of exactly 1 belongs to the last bin.
     bin_numbers = np.minimum((confidence * bins).astype(int), bins - 1)
     counts = np.bincount(bin_numbers, minlength=bins)
     confidence_sums = np.bincount(bin_numbers, confidence, bins)
@@ -128,6 +130,7 @@ def measure_calibration(
         if counts[b]
     ]
     # Element k of the risk is the error rate of the k + 1 most confident answers.
+    # Ties keep the order of the file, so the same file gives the same curve.
     order = np.argsort(-confidence, kind="stable")
     risk = 1 - np.cumsum(right[order]) / np.arange(1, len(right) + 1)
     accuracy_at_coverage = {}
@@ -135,6 +138,7 @@ def measure_calibration(
         kept = max(1, math.ceil(share * len(right)))
         accuracy_at_coverage[f"{share:.0%}"] = float(1 - risk[kept - 1])
     return {
+        # A bin's weight n_b / n times its gap of means is its gap of sums over n.
         "ece": float(np.abs(confidence_sums - right_sums).sum() / len(right)),
         "reliability": reliability,
         "selective": {
@@ -154,6 +158,8 @@ def option_probabilities(rows: Predictions) -> np.ndarray:
     values = np.where(np.isnan(rows.logprobs), -np.inf, rows.logprobs)
     # The largest value is subtracted so that not all exponentials underflow to 0.
     top = values.max(1, keepdims=True)
+    # A row without any value has a top of -inf. As NaN it makes the row NaN without the warning
+    # that -inf minus -inf gives.
     weights = np.exp(values - np.where(np.isfinite(top), top, np.nan))
     return weights / weights.sum(1, keepdims=True)
 
@@ -168,7 +174,7 @@ def brier_score(rows: Predictions) -> float | None:
     known = ~np.isnan(probabilities[:, 0])
     if not known.any():
         return None
-    truth = np.zeros_like(probabilities)
+    truth = np.zeros_like(probabilities)  # [rows, options]
     truth[np.arange(len(rows)), [LETTERS.index(gold) for gold in rows.gold]] = 1
     return float(((probabilities - truth) ** 2).sum(1)[known].mean())
 
@@ -181,7 +187,9 @@ def measure_margins(rows: Predictions) -> dict[str, Any]:
     """
     if rows.logprobs.shape[1] < 2:
         return {"margin_quartiles": None, "near_ties": None}
+    # [rows, options], the most likely option first
     best = np.sort(np.where(np.isnan(rows.logprobs), -np.inf, rows.logprobs), 1)[:, ::-1]
+    # A row with fewer than two known options has -inf in second place.
     known = np.isfinite(best[:, 1])
     margins = best[known, 0] - best[known, 1]
     if not len(margins):

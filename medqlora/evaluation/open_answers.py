@@ -19,6 +19,7 @@ def normalise_answer(text: str) -> str:
 
     The result is in lower case, without punctuation and articles, and with single spaces.
     """
+    # The order is that of the official script: punctuation goes before the articles.
     text = "".join(character for character in text.lower() if character not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
@@ -27,9 +28,12 @@ def token_f1(prediction: str, gold: str) -> float:
     """Compute SQuAD's F1, the overlap of normalised words, from 0 to 1."""
     predicted_words = normalise_answer(prediction).split()
     gold_words = normalise_answer(gold).split()
+    # Two empty texts agree fully; an empty one and another have nothing in common.
     if not predicted_words or not gold_words:
         return float(predicted_words == gold_words)
+    # A repeated word counts as often as both texts have it.
     common = sum((Counter(predicted_words) & Counter(gold_words)).values())
+    # This is 2PR / (P + R), where P = common / predicted and R = common / gold.
     return 2 * common / (len(predicted_words) + len(gold_words))
 
 
@@ -87,6 +91,7 @@ def score_passages(rows: Predictions) -> dict[str, Any]:
     Raises:
         PredictionError: there is no token in any row.
     """
+    # Sums are made before the division, so that each token counts the same in every text.
     total = {}
     for key in ("logprob", "tokens", "bytes", "words"):
         total[key] = sum(extra[key] for extra in rows.extras.values())
@@ -101,6 +106,7 @@ def score_passages(rows: Predictions) -> dict[str, Any]:
         word_perplexity = math.exp(min(700.0, -total["logprob"] / total["words"]))
     bits_per_byte = None
     if total["bytes"]:
+        # The last division turns nats into bits.
         bits_per_byte = -total["logprob"] / total["bytes"] / math.log(2)
     return {
         "n": len(rows),

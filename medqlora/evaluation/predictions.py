@@ -147,12 +147,14 @@ def read_all_predictions(paths: Sequence[Path]) -> dict[Path, Predictions]:
     """
     if len(paths) < 2:
         return {path: read_predictions(path) for path in paths}
+    # Threads would wait for each other, because parsing JSON holds the interpreter's lock.
     with ProcessPoolExecutor(min(len(paths), os.cpu_count() or 1)) as pool:
         return dict(zip(paths, pool.map(read_predictions, paths), strict=True))
 
 
 def collect_rows(rows: Iterable[dict[str, Any]], labelled: bool = True) -> Predictions:
     """Check rows in memory and return their columns, as read_predictions does for a file."""
+    # Rows in memory go through JSON, so that they pass the very checks of a file.
     return collect_lines(
         Path("predictions"), (json.dumps(row).encode() + b"\n" for row in rows), labelled
     )
@@ -169,6 +171,7 @@ def collect_lines(path: Path, lines: Iterable[bytes], labelled: bool) -> Predict
     for number, line in enumerate(lines, 1):
         row = parse_line(path, number, line)
         if number == 1:
+            # The first row decides what the file holds; check_row refuses any other kind.
             predictions.kind = row.get("kind", "choice")
         problem = check_row(row, predictions.kind, labelled)
         if problem is None and row["id"] in line_of_id:
@@ -182,10 +185,13 @@ def collect_lines(path: Path, lines: Iterable[bytes], labelled: bool) -> Predict
         predictions.ids.append(row["id"])
         for name, values in predictions.columns.items():
             value = row.get(name)
+            # A column repeats a few values many times; interned, each is one object.
             values.append(None if value is None else sys.intern(str(value)))
         predictions.gold.append(read_answer(row, "gold", predictions.kind))
         predictions.prediction.append(read_answer(row, "prediction", predictions.kind))
         option_logprobs = row.get("option_logprobs") or {}
+        # Values are taken by their letters, so the order of keys in the file does not matter. A
+        # letter without a value is NaN and keeps its column.
         letters = LETTERS[: len(row.get("options") or option_logprobs)] if option_logprobs else ""
         scores.append([option_logprobs.get(letter, np.nan) for letter in letters])
         masses.append(np.nan if row.get("letter_mass") is None else row["letter_mass"])
@@ -193,6 +199,7 @@ def collect_lines(path: Path, lines: Iterable[bytes], labelled: bool) -> Predict
         predictions.truncated += bool(row.get("truncated"))
         predictions.offsets.append(offset)
         question = row.get("question") or ""
+        # Spaces stand for words here, because only groups of lengths are made of them.
         predictions.length.append(question.count(" ") + 1)
         predictions.negated.append(NEGATION.search(question.lower()) is not None)
         predictions.numeric.append(NUMBER.search(question) is not None)
@@ -202,6 +209,7 @@ def collect_lines(path: Path, lines: Iterable[bytes], labelled: bool) -> Predict
             extras = {key: row[key] for key in EXTRAS if row.get(key)}
         if extras:
             predictions.extras[number - 1] = extras
+        # Lines are bytes and not text, so that read_rows can seek to these offsets.
         offset += len(line)
     if not predictions.ids:
         raise PredictionError(f"{path} is empty; expected one prediction per line")
@@ -249,6 +257,7 @@ def parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 def check_row(row: dict[str, Any], kind: str, labelled: bool) -> str | None:
     """Say what is wrong with a row; None where nothing is."""
+    # The kind is checked first, because the other checks depend on it.
     if row.get("kind", "choice") != kind or kind not in KINDS:
         return (
             f"kind is {row.get('kind')!r} in a file of kind {kind!r}; one file holds one kind of"
@@ -276,9 +285,11 @@ def check_row(row: dict[str, Any], kind: str, labelled: bool) -> str | None:
     if kind == "choice":
         letters = list_letters(row, option_logprobs)
         for key in ("gold", "prediction"):
+            # A list is searched, because the string "ABCD" would also hold "" and "AB".
             if row[key] is not None and row[key] not in list(letters):
                 return f"{key} is {row[key]!r}, which is not one of the options {letters}"
     prediction = row["prediction"]
+    # find_confidence looks the prediction's own value up.
     if option_logprobs and prediction is not None and prediction not in option_logprobs:
         return (
             f"prediction is {prediction!r}, which has no value in option_logprobs; expected a row"
@@ -299,6 +310,7 @@ def check_row(row: dict[str, Any], kind: str, labelled: bool) -> str | None:
 
 def is_number(value: Any) -> bool:
     """Whether a value is a number other than NaN."""
+    # NaN is the only number that differs from itself.
     return isinstance(value, (int, float)) and value == value
 
 
@@ -344,6 +356,7 @@ def read_rows(path: Path, offsets: Sequence[int]) -> list[dict[str, Any]]:
         path: the predictions file.
         offsets: the byte at which each row starts, from `Predictions.offsets`.
     """
+    # Predictions keeps neither questions nor options, so they are read again where they are needed.
     rows = []
     with path.open("rb") as file:
         for offset in offsets:

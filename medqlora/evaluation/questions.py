@@ -45,11 +45,13 @@ class PreparedQuestion:
     def sort(self, scores: list[list[float]]) -> list[float]:
         """Bring the scores of each request into the order of `places`."""
         places = itertools.chain(*self.places)
+        # The keys are places over all orders, the values log-probabilities.
         by_place = dict(zip(places, itertools.chain(*scores), strict=True))
         return [by_place[place] for place in range(len(by_place))]
 
     def key(self, run_key: str) -> str:
         """Return a hash of everything that the question's prediction row depends on."""
+        # Token ids, or messages, stand for template, style and worked examples at once.
         ids = [[request.prefix, request.options] for request in self.requests]
         return hashlib.sha256(
             json.dumps([run_key, describe_example(self, ""), ids]).encode()
@@ -91,6 +93,7 @@ def prepare_questions(
         return [prepare_passage(encoder, example, max_length) for example in examples], 0
     completion = choose_completion(encoder, method)
     shots = choose_shots(encoder, examples, method, pool, completion)
+    # `prompts` and `variants` are flat: they have one entry per question and order.
     questions = []
     prompts = []
     variants = []
@@ -102,6 +105,7 @@ def prepare_questions(
             prompt = render(variant, encoder.style, completion)
             prompts.append(replace(prompt, shots=some))
             variants.append(variant)
+    # Options are encoded together further down, because the tokenizer works in batches.
     texts: list[list[str]] = [[] for _ in variants]
     if method.scoring != "generate":
         texts = [candidates(variant, encoder.style, completion) for variant in variants]
@@ -109,6 +113,7 @@ def prepare_questions(
         add_messages(questions, prompts, texts)
         return questions, 0
     add_token_ids(encoder, questions, variants, prompts, texts, method, max_length)
+    # A prompt that was cut from the left no longer begins as the others do.
     whole = [entry.requests[0].prefix for entry in questions if not entry.truncated]
     return questions, count_common(whole)
 
@@ -122,6 +127,7 @@ def add_messages(
         for order in range(len(entry.orders)):
             options = texts[number]
             entry.requests.append(ChatRequest(make_messages(prompts[number]), options))
+            # Order k of n options has the places from k * n on.
             entry.places.append([order * len(options) + i for i in range(len(options))])
             number += 1
 
@@ -172,6 +178,7 @@ def choose_completion(encoder: Encoder | MessageEncoder, method: Method) -> str:
     """Return the completion that prompts are rendered for under this scoring method."""
     if method.scoring == "cloze":
         return "cloze"
+    # A letter can be scored only where the answer begins with one.
     if method.scoring == "letters" and encoder.completion not in ("letter", "letter_text"):
         return "letter"
     return encoder.completion
@@ -195,6 +202,7 @@ def choose_orders(example: Example, method: Method) -> list[tuple[int, ...]]:
         raise ScoringError(
             f"{example.id}: {wanted} orders of {n} options; ask for at most {MAX_PERMUTATIONS}"
         )
+    # Every order is a rotation of exactly one that begins with option 0, so none comes twice.
     first_of_round = ((0, *rest) for rest in itertools.permutations(range(1, n)))
     orders = (order[k:] + order[:k] for order in first_of_round for k in range(n))
     return list(itertools.islice(orders, wanted))
@@ -204,6 +212,7 @@ def reorder(example: Example, order: tuple[int, ...]) -> Example:
     """Return the example with its options in another order, and its answer's new position."""
     if not order or order == tuple(range(len(order))):
         return example
+    # `order` leads from the new position to the old number, so the way back is a search.
     answer = None if example.answer is None else order.index(example.answer)
     return replace(example, options=tuple(example.options[i] for i in order), answer=answer)
 
@@ -230,6 +239,7 @@ def fit_request(
     # The last token of an option is never read, so a prompt and an option may have one more.
     room = max_length + 1
     if method.scoring == "generate":
+        # Each generated token needs a position, and there is no unread last token.
         room -= method.max_new_tokens + 1
     if len(prefix) + longest <= room:
         return [(prefix, every)], False
@@ -241,6 +251,8 @@ def fit_request(
         return parts, True
     context = "\n".join(getattr(example, "context", ()))
     while context and len(prefix) + longest > room:
+        # The shorter text is tokenized anew and may still be too long. Each turn takes at least one
+        # character, so the loop ends.
         context = cut_tokens(encoder.tokenizer, context, len(prefix) + longest - room)
         shorter = render(
             example, encoder.style, choose_completion(encoder, method), context=context
@@ -263,11 +275,13 @@ def prepare_passage(encoder: Encoder, passage: Passage, max_length: int | None) 
     """
     ids = encode_text(encoder.tokenizer, passage.text)
     tokens = [*(encoder.leading_ids[-1:] or (encoder.end_id,)), *ids]
-    width = max_length or len(tokens)
+    width = max_length or len(tokens)  # tokens that the model reads at once
     requests = []
+    # The first token is given and not scored.
     done = 1
     while done < len(tokens):
         end = min(done + width, len(tokens))
+        # A window of `width` tokens ends before the last scored one, which is not read.
         requests.append(Request(tokens[max(0, end - 1 - width) : done], [tokens[done:end]]))
         done = end
     return PreparedQuestion(passage, [()], requests, False, [[i] for i in range(len(requests))])

@@ -51,6 +51,7 @@ class QuestionSettings(Section):
         try:
             find_format(value)
         except DataError as error:
+            # pydantic catches a ValueError and reports it with the key.
             raise ValueError(str(error)) from None
         return value
 
@@ -124,6 +125,7 @@ def choose_method(settings: EvaluationSettings) -> Method:
     if settings.scoring is None:
         kind = find_format(settings.format)
         values["scoring"] = kind.scoring
+        # The harness scores some datasets, such as HeadQA, by the options' texts.
         if settings.prompt_style == "lm_eval" and kind.harness.answer == "cloze":
             values["scoring"] = "cloze"
     return Method(**values)
@@ -163,6 +165,7 @@ def read_questions(settings: QuestionSettings, style: str) -> tuple[list[Example
     )
     examples, removals = read_examples(entry, choose_split(settings), settings.drop_invalid)
     left_out = [f"{removal.source}: {removal.reason}" for removal in removals]
+    # Predictions are keyed and paired by id, so a repeated one would hide a question.
     first_source: dict[str, str] = {}
     unique = []
     for example in examples:
@@ -179,6 +182,7 @@ def read_questions(settings: QuestionSettings, style: str) -> tuple[list[Example
 
 def read_pool(settings: QuestionSettings, style: str) -> list[Example]:
     """Read the examples that worked examples are taken from."""
+    # The limit is not passed on, because it bounds the questions and not the pool.
     entry = DataEntry(
         format=settings.format,
         path=settings.fewshot_path or settings.path,
@@ -187,6 +191,7 @@ def read_pool(settings: QuestionSettings, style: str) -> list[Example]:
         columns=settings.columns,
     )
     split = settings.fewshot_split or FORMATS[settings.format].fewshot_split
+    # An invalid row only makes the pool smaller, while leaving a question out changes a score.
     examples, _ = read_examples(entry, split, drop_invalid=True)
     return clean_texts(examples, style)
 

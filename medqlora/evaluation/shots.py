@@ -28,6 +28,7 @@ def choose_shots(
     if method.num_fewshot == 0:
         return [()] * len(examples)
     labelled = [shot for shot in pool if getattr(shot, "answer", None) is not None]
+    # A worked example that is asked itself would give its answer away.
     usable, _ = decontaminate(labelled, examples)
     if len(usable) < method.num_fewshot:
         raise ScoringError(
@@ -43,8 +44,11 @@ def choose_shots(
     elif FORMATS[examples[0].dataset].fewshot_by_subject:
         chosen = choose_by_subject(examples, usable, method.num_fewshot)
     else:
+        # A generator of its own makes the draw depend on the seed and the usable examples alone.
+        # All questions share one list, which an engine can then read once.
         drawn = random.Random(method.seed).sample(range(len(usable)), method.num_fewshot)
         chosen = [drawn] * len(examples)
+    # A worked example is rendered once, however many questions it stands before.
     rendered = {}
     for number in sorted({number for some in chosen for number in some}):
         rendered[number] = render(usable[number], encoder.style, completion)
@@ -79,6 +83,7 @@ def find_nearest(pool: list[str], questions: list[str], k: int) -> list[list[int
 
     index = bm25s.BM25()
     index.index(bm25s.tokenize(pool, stopwords="en", show_progress=False), show_progress=False)
+    # int [questions, k], the most similar text first
     numbers, _ = index.retrieve(
         bm25s.tokenize(questions, stopwords="en", show_progress=False),
         k=k,

@@ -93,6 +93,7 @@ class Axes:
     def place(self, x: float, y: float) -> tuple[float, float]:
         """Return the pixels of a point."""
         right = (x - self.x_range[0]) / (self.x_range[1] - self.x_range[0])
+        # The y axis of SVG points down.
         down = (self.y_range[1] - y) / (self.y_range[1] - self.y_range[0])
         return LEFT + right * (WIDTH - LEFT - RIGHT), TOP + down * (HEIGHT - TOP - BOTTOM)
 
@@ -154,6 +155,7 @@ def choose_axes(
     if x_range is None:
         # A single point stands at the left end of a frame of width one.
         x_range = (min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1)
+    # The frame grows to the outer ticks in y only; in x it ends with the data.
     x_ticks = [tick for tick in x_ticks if x_range[0] <= tick <= x_range[1]]
     return Axes(x_range, y_range or (y_ticks[0], y_ticks[-1]), x_ticks, y_ticks, form)
 
@@ -164,9 +166,11 @@ def make_ticks(low: float, high: float, wanted: int = 4) -> list[float]:
         low, high = (low - 1, high + 1) if low else (0.0, 1.0)
     rough = (high - low) / wanted
     unit = 10.0 ** math.floor(math.log10(rough))
+    # The small terms here keep rounding from choosing a longer step or adding a tick.
     step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= rough * 0.999)
     first = math.floor(low / step + 1e-9)
     last = math.ceil(high / step - 1e-9)
+    # Rounding to 12 digits makes 3 * 0.1 equal 0.3.
     return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
@@ -204,6 +208,7 @@ def draw_line(line: Line, place: Place) -> list[Path]:
             ends = f"M{left - 3:.1f} {top:.1f}h6M{left - 3:.1f} {bottom:.1f}h6"
             shapes.append(Path(f"M{left:.1f} {bottom:.1f}V{top:.1f}{ends}", f"whisker {style}"))
     elif line.spread:
+        # The outline runs along the upper bounds and back along the lower ones.
         upper = [place(x, high) for x, _, high in line.spread]
         lower = [place(x, low) for x, low, _ in reversed(line.spread)]
         shapes.append(Path(connect(upper + lower) + "Z", f"band {style}"))
@@ -297,9 +302,11 @@ def bar_chart(
         groups: model -> group -> its n, accuracy and accuracy_ci95.
         chance: accuracy of guessing, or None.
     """
+    # The last model, which is the tuned one where there are two, orders the groups.
     last = list(groups.values())[-1]
 
     def rank(name: str) -> tuple[float, str]:
+        # Groups that the last model lacks come after all others.
         return (-last[name]["accuracy"] if name in last else 1, name)
 
     drawn = []

@@ -24,6 +24,7 @@ from medqlora.reporting.rendering import Table
 from medqlora.reporting.runs import Run
 from medqlora.reporting.scores import LEVEL
 
+# comparison.describe_outcomes names at most 20 ids, so larger numbers here show no more.
 SAMPLES = {"broken": 20, "both_wrong": 20, "fixed": 10}  # questions shown in full, by outcome
 SUMMARY = 110  # characters of a question that stand on its folded line
 
@@ -42,6 +43,7 @@ def show_worst(run: Run, shown: int = 10) -> list[dict[str, Any]]:
         return []
     name = run.shown[-1]
     subjects = run.scores[name]["per_subject"]
+    # The name breaks ties, so the same run gives the same page.
     lowest = sorted(subjects.items(), key=lambda item: (item[1]["accuracy"], item[0]))[:shown]
     rows = [
         [subject, f"{score['n']:,}", percent(score["accuracy"]), interval(score["accuracy_ci95"])]
@@ -120,6 +122,7 @@ def show_samples(run: Run) -> list[dict[str, Any]]:
             label, meaning = OUTCOMES[key]
             chosen.append((label, meaning, outcomes[key]["ids"][:limit], outcomes[key]["n"]))
     else:
+        # Without two files to compare, the wrong answers of one are shown.
         here = here[-1:]
         rows = run.rows[here[0]]
         wrong = np.flatnonzero(~rows.right)
@@ -147,7 +150,9 @@ def find_rows(
         return {}
     wanted = set(ids)
     offsets = [rows.offsets[number] for number, id in enumerate(rows.ids) if id in wanted]
+    # These rows stand in the file's order, so the result is looked up by id.
     whole = read_rows(rows.path, offsets)
+    # float64 [rows, options]; the columns are those of the longest of these rows only
     chances = option_probabilities(collect_rows(whole))
     return {row["id"]: (row, chance) for row, chance in zip(whole, chances, strict=True)}
 
@@ -209,6 +214,7 @@ def show_sample(answers: list[tuple[str, dict[str, Any], np.ndarray]]) -> Sample
         summary = question[:SUMMARY].rsplit(" ", 1)[0] + " …"
     texts = first.get("options") or [""] * len(first.get("option_logprobs") or {})
     options = []
+    # LETTERS has more entries than a question has options.
     for position, (letter, text) in enumerate(zip(LETTERS, texts, strict=False)):
         shown = [show_answer(row, chances, position) for _, row, chances in answers]
         options.append(ShownOption(letter, cut(text), letter == first["gold"], shown))

@@ -10,7 +10,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 TEMPLATES = Environment(
     loader=PackageLoader("medqlora.reporting"),
+    # Questions and answers may hold markup, which must not become part of the page.
     autoescape=True,
+    # A misspelt name in a template is an error and not an empty text.
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,

@@ -56,6 +56,8 @@ def render_report(runs: Sequence[Run]) -> str:
 
     The same runs give the same bytes.
     """
+    # Nothing about the time or the machine of rendering may stand on the page, or its bytes would
+    # change.
     several = len(runs) > 1
     pages = []
     for position, run in enumerate(runs, 1):
@@ -101,6 +103,7 @@ def show_files(run: Run) -> list[Table]:
     answers = []
     texts = []
     for name, scores in run.scores.items():
+        # The keys of the scores tell the kind of the file.
         if "accuracy" in scores:
             accuracy = [percent(scores["accuracy"]), interval(scores["accuracy_ci95"])]
             choices.append([name, f"{scores['n']:,}", *accuracy, number(scores.get("ece"))])
@@ -130,6 +133,7 @@ def show_files(run: Run) -> list[Table]:
 def show_environment(run: Run) -> dict[str, Any] | None:
     """Return what the run was made with: the main values, the whole list and the configuration."""
     environment = run.environment
+    # Any of these keys may be missing in the file of an older version.
     base = environment.get("base") or {}
     main = [
         ("base model", base.get("base")),
@@ -141,6 +145,7 @@ def show_environment(run: Run) -> dict[str, Any] | None:
         ("commit", shorten(environment.get("git_commit"))),
         ("hardware", describe_hardware(environment.get("hardware") or {})),
     ]
+    # More than one fingerprint shows that the models were asked differently.
     prompts = {digest[:12] for digest in list_values(run, "prompt_sha256")}
     main.append(("prompt fingerprint of the predictions", ", ".join(sorted(prompts))))
     main.append(("answered by engine", ", ".join(sorted(list_values(run, "engine")))))
@@ -195,12 +200,14 @@ def overview(runs: Sequence[Run]) -> dict[str, Any]:
         "peak memory",
         "tokens/s",
     ]
+    # These are the ids that render_report gives the runs.
     links = [f"#run-{position}" for position in range(1, len(runs) + 1)]
     return {"table": Table("All runs", head, rows, texts=2, links=links), "reasons": reasons}
 
 
 def describe_row(run: Run, against: str) -> list[str]:
     """Return a run's cells in the table of all runs."""
+    # `shown` holds names of multiple-choice files only, which all have an accuracy.
     accuracy = {name: percent(run.scores[name]["accuracy"]) for name in run.shown}
     tuned = "–"
     if "tuned" in run.shown:
@@ -209,6 +216,7 @@ def describe_row(run: Run, against: str) -> list[str]:
     if run.comparison:
         bounds = interval_points(run.comparison["difference_ci95"])
         change = f"{points(run.comparison['difference'])} ({bounds})"
+    # metrics.json is written last, so a run that did not finish has none.
     peak = (run.metrics.get("memory_bytes") or {}).get("peak")
     return [
         run.name,
@@ -230,6 +238,7 @@ def compare_with_first(first: Run, other: Run) -> tuple[str, str | None]:
     if "tuned" not in first.rows or "tuned" not in other.rows:
         return "–", "one of them has no predictions/tuned.jsonl"
     try:
+        # Runs on other questions or prompts are not comparable; the page then says why.
         comparison = compare_predictions(first.rows["tuned"], other.rows["tuned"])
     except PredictionError as error:
         return "–", f"eval/compare.py: {error}"

@@ -49,6 +49,7 @@ class Run:
         They are base and tuned. Where neither exists, it is the first one.
         """
         choices = [name for name, scores in self.scores.items() if "accuracy" in scores]
+        # The tuned model comes last, which charts and tables rely on.
         return [name for name in ("base", "tuned") if name in choices] or choices[:1]
 
 
@@ -64,6 +65,7 @@ def flatten(tree: Any, name: str = "") -> list[list[str]]:
     if isinstance(tree, dict):
         entries = list(tree.items())
     elif isinstance(tree, list):
+        # Entries of a list are named by their number, as in gpus.0.name.
         entries = list(enumerate(tree))
     else:
         entries = []

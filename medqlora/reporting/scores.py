@@ -51,6 +51,8 @@ def judge(run: Run) -> Verdict:
         f" interval {points(low)} to {points(high)}, exact McNemar p"
         f" {p_text(comparison['mcnemar_p'])})."
     )
+    # The interval comes from a bootstrap and the test is exact, so near the level they may
+    # disagree.
     if not (low > 0 or high < 0) or comparison["mcnemar_p"] >= LEVEL:
         sentence = f"No difference was shown: tuned answers {figures}"
         return Verdict("even", "No difference shown", sentence)
@@ -87,6 +89,7 @@ def describe_single(run: Run) -> str:
     return " ".join(sentences)
 
 
+# Every file that eval/report.py looks for (PARTS) must have an entry here.
 LOST = {
     "predictions/base.jsonl": "the base is not scored here",
     "predictions/tuned.jsonl": "the tuned model is not scored here",
@@ -116,6 +119,7 @@ def describe_missing(run: Run) -> list[Note]:
         notes.append(Note(name, f" is missing: {lost}."))
     kept = run.metrics.get("accuracy")
     scored = run.scores.get("tuned", {}).get("accuracy")
+    # Both numbers are ratios of the same counts, so the tolerance is for rounding only.
     if isinstance(kept, float) and scored is not None and abs(kept - scored) > 1e-9:
         text = (
             f" says {percent(kept)} for the tuned model, its predictions give {percent(scored)};"
@@ -169,8 +173,11 @@ def show_scores(run: Run) -> dict[str, Any] | None:
         return None
     scores = [run.scores[name] for name in run.shown]
     rows = [[label, *map(measure, scores)] for label, measure, _ in MEASURES]
+    # Guessing is computed from the rows and not from the scores, so it cannot stand in MEASURES.
+    # Its place is after the accuracy and its interval.
     rows.insert(3, ["by guessing", *(percent(guessing(run.rows.get(name))) for name in run.shown)])
     meanings = [(label, meaning) for label, _, meaning in MEASURES if meaning]
+    # The number of questions has no meaning here, so the place is one less.
     meanings.insert(2, ("by guessing", "accuracy of answers drawn by lot"))
     return {"table": Table("Scores", ["", *run.shown], rows), "meanings": meanings}
 
@@ -179,7 +186,7 @@ def guessing(rows: Predictions | None) -> float | None:
     """Return the accuracy of a random choice among each question's options."""
     if rows is None or not rows.logprobs.shape[1]:
         return None
-    options = (~np.isnan(rows.logprobs)).sum(1)
+    options = (~np.isnan(rows.logprobs)).sum(1)  # int64 [rows], the options that are known
     return float((1 / options).mean()) if options.all() else None
 
 
@@ -212,14 +219,17 @@ def show_confidence(run: Run) -> dict[str, Any] | None:
     for name in known:
         bins = run.scores[name]["reliability"]
         points = [(b["confidence"], b["accuracy"]) for b in bins]
+        # A bin holds its accuracy and n; their product is the number of right answers.
         spread = [
             (b["confidence"], *wilson_interval(round(b["accuracy"] * b["n"]), b["n"])) for b in bins
         ]
         calibration.append(Line(name, points, spread, marks=True))
         kept = run.scores[name]["selective"]["accuracy_at_coverage"]
+        # The keys are shares in percent, such as "25%".
         points = [(float(share.rstrip("%")) / 100, accuracy) for share, accuracy in kept.items()]
         selective.append(Line(name, points, marks=True))
         for b in bins:
+            # No line breaks at this space.
             bounds = f"{100 * b['from']:.0f}–{100 * b['to']:.0f}\u00a0%"
             numbers = [f"{b['n']:,}", percent(b["confidence"]), percent(b["accuracy"])]
             rows.append([bounds, name, *numbers])
@@ -266,6 +276,7 @@ def show_positions(run: Run) -> dict[str, Any] | None:
     rows = []
     for letter in sorted({letter for bias in biases.values() for letter in bias["letters"]}):
         counts = [bias["letters"].get(letter, empty) for bias in biases.values()]
+        # How often a letter is right depends on the questions, so the first model's count is shown.
         row = [letter, percent(counts[0]["gold"])]
         for count in counts:
             row += [percent(count["predicted"]), percent(count["mean_probability"])]

@@ -43,6 +43,7 @@ class TrainingDisplay(AbstractContextManager):
         self.console = console
         self.setup = setup
         self.steps = len(planned.plan)
+        # Trackers take flat values, so each section of the configuration becomes a text.
         settings = planned.config.model_dump(mode="json")
         setup.accelerator.init_trackers(
             "medqlora", config={key: str(value) for key, value in settings.items()}
@@ -55,6 +56,7 @@ class TrainingDisplay(AbstractContextManager):
             TimeRemainingColumn(),
             TextColumn("{task.fields[figures]}"),
         )
+        # A bar that is redrawn would fill the output file of a job; log_step prints lines there.
         hidden = not self.writes or not console.is_terminal
         self.progress = Progress(*columns, console=console, disable=hidden)
         self.task = self.progress.add_task("training", total=self.steps, completed=done, figures="")
@@ -69,6 +71,7 @@ class TrainingDisplay(AbstractContextManager):
     def say(self, text: str) -> None:
         """Print a text above the progress bar."""
         if self.writes:
+            # Only the bar's own console prints without breaking the bar.
             self.progress.console.print(text)
 
     def log(self, row: dict[str, Any]) -> None:
@@ -89,6 +92,7 @@ class TrainingDisplay(AbstractContextManager):
         )
         done = row["step"]
         self.progress.update(self.task, completed=done, figures=figures)
+        # A training of fewer than ten steps would divide by zero without the lower bound.
         due = done % max(1, self.steps // 10) == 0 or done == self.steps
         if self.writes and not self.console.is_terminal and due:
             self.console.print(f"step {done}/{self.steps}  {figures}")
@@ -108,6 +112,7 @@ def describe_planned(setup: Setup, planned: Planned) -> Iterator[Table | str]:
     for reason, count in count_reasons(prepared.removals).items():
         yield f"removed {count:,}: {reason} (listed in {setup.output_dir / 'removed.jsonl'})"
     yield describe_batch(setup.config.training, setup.config.data.max_length, setup.strategy.ranks)
+    # Rank 0's part of the first step stands for all.
     batches = len(planned.plan.micro_batches(0, 0, setup.strategy.ranks))
     evaluated = len(prepared.eval.lengths) if prepared.eval else 0
     yield (
@@ -138,6 +143,7 @@ def tabulate_mixture(mixture: list[dict[str, Any]]) -> Table:
 
 def describe_decision(decision: Decision) -> str:
     """Describe the micro-batch, the recomputation, and the forecast memory of a step."""
+    # A console prints these texts, so [yellow] is rich's markup and not part of them.
     if decision.no_forecast is not None:
         return f"[yellow]the memory of a step cannot be forecast: {decision.no_forecast}"
     text = (
@@ -203,6 +209,8 @@ def compare_scores(base: list[dict], tuned: list[dict]) -> tuple[dict[str, Any],
     tuned_columns = collect_rows(tuned)
     before = score_predictions(base_columns)
     after = score_predictions(tuned_columns)
+    # compare_paired pairs answers by their place and does not check the ids: both lists must hold
+    # the same questions in the same order.
     comparison = compare_paired(base_columns.right, tuned_columns.right)
     table = Table(title="accuracy on the test questions", title_justify="left")
     for column in ("", "n", "base", "95 % interval", "tuned", "95 % interval"):
@@ -237,6 +245,7 @@ def add_accuracies(table: Table, name: str, base: dict, tuned: dict) -> None:
 
 def describe_memory(memory: dict[str, int], device: torch.device) -> str:
     """Describe the memory in bytes that was measured at several moments of a training."""
+    # On a CPU the whole process is measured, libraries included.
     kind = "GPU memory, allocated" if device.type == "cuda" else "memory of this process, resident"
     sizes = [f"{name} {value / 2**20:,.0f} MiB" for name, value in memory.items()]
     return f"{kind}: {', '.join(sizes)}"

@@ -25,6 +25,7 @@ def show_training(run: Run) -> dict[str, Any] | None:
         ),
         line_chart(
             "Peak memory so far, GiB",
+            # The factor turns bytes into GiB.
             [curve("", run.log, "peak_memory_bytes", 2**-30)],
             from_zero=True,
         ),
@@ -65,6 +66,7 @@ def curve(
         scale: multiplies each value.
         marks: marks each point.
     """
+    # Rows of evaluations lack the columns of steps, and the other way round.
     points = [
         (row["step"], row[key] * scale)
         for row in log
@@ -72,7 +74,9 @@ def curve(
     ]
     if len(points) <= POINTS:
         return Line(name, points, marks=marks)
+    # Rounding up keeps the number of parts within POINTS.
     size = -(-len(points) // POINTS)
+    # float64 [at most size, 2] each: step, value
     parts = [np.array(points[start : start + size], float) for start in range(0, len(points), size)]
     means = [(part[:, 0].mean(), part[:, 1].mean()) for part in parts]
     ranges = [(part[:, 0].mean(), part[:, 1].min(), part[:, 1].max()) for part in parts]
@@ -92,5 +96,6 @@ def best_loss(run: Run) -> str | None:
 
 def speed(run: Run) -> str | None:
     """Return the median of the steps' tokens per second, as text."""
+    # A few slow steps do not move the median, as they would move a mean.
     speeds = [row["tokens_per_second"] for row in run.log if has_number(row, "tokens_per_second")]
     return f"{np.median(speeds):,.0f}" if speeds else None

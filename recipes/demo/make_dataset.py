@@ -155,6 +155,7 @@ def choose_tables(full: bool) -> tuple[list, dict]:
     if full:
         return RANGES, PAIRS
     ranges = [row for row in RANGES if row[0] in DEMO_RANGES]
+    # A question needs three wrong options of its kind, so four pairs are the least.
     return ranges, {subject: (stems, pairs[:5]) for subject, (stems, pairs) in PAIRS.items()}
 
 
@@ -163,6 +164,8 @@ def make_value_question(rng: random.Random, ranges: list) -> dict:
     name, unit, low, high, decimals, low_term, high_term = rng.choice(ranges)
     width = high - low
     kind = rng.choice(["low", "normal", "high"])
+    # A tenth of the range is left out at each limit, so that rounding seldom crosses it. Half the
+    # lower limit bounds low values, which keeps them above zero.
     span = {
         "low": (max(low - width, low * 0.5), low - 0.1 * width),
         "normal": (low + 0.1 * width, high - 0.1 * width),
@@ -174,6 +177,7 @@ def make_value_question(rng: random.Random, ranges: list) -> dict:
     is_kind = {"low": rounded < low, "normal": low <= rounded <= high, "high": rounded > high}
     if not is_kind[kind]:  # Rounding has moved the value across a limit of the range.
         return make_value_question(rng, ranges)
+    # The fourth option is a term of another measurement.
     other = rng.choice(list_other_terms(ranges, name))
     stem = rng.choice(VALUE_STEMS).format(
         age=rng.randint(18, 90), person=rng.choice(PEOPLE), name=name, value=value, unit=unit
@@ -189,6 +193,7 @@ def list_other_terms(ranges: list, name: str) -> list[str]:
     terms = []
     for row in ranges:
         if row[0] != name:
+            # The last two columns are the terms for a low and for a high value.
             terms += row[5:]
     return terms
 
@@ -275,6 +280,7 @@ def make_row(
         "opb": options[1],
         "opc": options[2],
         "opd": options[3],
+        # MedMCQA's own files count the right option from 1.
         "cop": options.index(right) + 1,
         "exp": explanation,
         "subject_name": subject,
@@ -300,8 +306,10 @@ def main() -> None:
         help="make questions from all tables, half of them about measurements (default: a part)",
     )
     arguments = parser.parse_args()
+    # The test split is drawn first, so another size of train leaves its questions as they are.
     sizes = {"test": 600, "validation": 300, "train": 4000}
     ranges, kinds = choose_tables(arguments.full)
+    # Every draw moves this one generator. A further draw anywhere changes all later questions.
     rng = random.Random(arguments.seed)
     seen = set()
     arguments.output_dir.mkdir(parents=True, exist_ok=True)

@@ -77,12 +77,14 @@ def train_tokenizer(data_dir: Path) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=1536,
         special_tokens=["<|pad|>", "<|end|>"],
+        # Every byte is in the vocabulary, so no text is unknown.
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     texts = []
     for line in (data_dir / "train.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         texts.append(" ".join(str(row[key]) for key in ("question", "opa", "opb", "opc", "opd")))
+    # Repetition makes these pieces frequent enough to become tokens of their own.
     texts += ["\nA. \nB. \nC. \nD. \nQuestion: \nContext: \nAnswer: A B C D"] * 200
     texts += [" " + " ".join(EVERYDAY)] * 20 + [". ".join(TEMPLATES)] * 50
     tokenizer.train_from_iterator(texts, trainer)
@@ -145,6 +147,8 @@ class World:
         """Make a question about a pair; return it and its options, the right one first."""
         kind = rng.choice(self.kinds)
         key, right = rng.choice(kind)
+        # Wrong options come from the same ten pairs, as those of the demonstration come from one
+        # subject.
         wrong = rng.sample([value for _, value in kind if value != right], 3)
         question = rng.choice(PAIR_TEMPLATES).format(
             key=key, thing=rng.choice(EVERYDAY), age=rng.randint(18, 90)
@@ -156,6 +160,7 @@ class World:
         key, low, high, decimals, under, over = rng.choice(self.ranges)
         width = high - low
         place = rng.randrange(3)
+        # Spans and terms must have the same order: under, over, as usual.
         span = [
             (max(low - width, low * 0.5), low - 0.1 * width),
             (high + 0.1 * width, high + width),
@@ -239,6 +244,8 @@ def make_batch(
     prompt_ids = tokenizer(prompts)["input_ids"]
     texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     encoded = tokenizer(texts, padding=True, return_tensors="pt")
+    # The prompt's tokens must begin those of the whole text. They do, because the answer's space
+    # begins a token in this tokenizer.
     last = torch.tensor([len(ids) - 1 for ids in prompt_ids])
     return encoded["input_ids"], encoded["attention_mask"], last, torch.tensor(asks_letter)
 
@@ -261,11 +268,12 @@ def compute_loss(
     # The attention is causal, so no token sees the padding on the right.
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
     logits = model.lm_head(hidden)  # [rows, length, vocabulary]
-    is_token = mask[:, 1:] == 1
+    # Logits at one position predict the next token, so the labels are shifted by one.
+    is_token = mask[:, 1:] == 1  # bool [rows, length - 1]
     loss_of_all = F.cross_entropy(logits[:, :-1][is_token], ids[:, 1:][is_token])
     rows = torch.arange(len(ids))
-    answer_logits = logits[rows, last]
-    answers = ids[rows, last + 1]
+    answer_logits = logits[rows, last]  # [rows, vocabulary]
+    answers = ids[rows, last + 1]  # int64 [rows]
     accuracy = (answer_logits.argmax(-1) == answers)[asks_letter].float().mean().item()
     return F.cross_entropy(answer_logits, answers) + 0.3 * loss_of_all, accuracy
 
@@ -280,6 +288,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
             num_hidden_layers=4,
             num_attention_heads=4,
             num_key_value_heads=4,
+            # This is the tokenizer's model_max_length.
             max_position_embeddings=512,
             tie_word_embeddings=True,
             rms_norm_eps=1e-5,
@@ -322,6 +331,7 @@ def main() -> None:
     words = read_words(arguments.data_dir)
     if arguments.stage == "facts":
         tokenizer = AutoTokenizer.from_pretrained(arguments.output_dir)
+        # The file holds bfloat16 weights, but training goes on in float32.
         model = LlamaForCausalLM.from_pretrained(arguments.output_dir, dtype=torch.float32)
     else:
         tokenizer = train_tokenizer(arguments.data_dir)
@@ -354,6 +364,8 @@ def main() -> None:
         recent_accuracy = 0.98 * recent_accuracy + 0.02 * accuracy
         longest = 3 if recent_accuracy > 0.85 else longest
         if step % 250 == 0:
+            # A generator of its own draws the same questions at every check, and leaves the draws
+            # of the training alone.
             batch = make_batch(random.Random(2), words, tokenizer, 300, longest, world)
             with torch.no_grad():
                 _, held_out = compute_loss(model, *batch)
@@ -363,6 +375,7 @@ def main() -> None:
                 flush=True,
             )
             arguments.output_dir.mkdir(parents=True, exist_ok=True)
+            # A copy is converted, because `to` changes a module in place.
             copy.deepcopy(model).to(torch.bfloat16).save_pretrained(arguments.output_dir)
             tokenizer.save_pretrained(arguments.output_dir)
 
