@@ -70,6 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--peer", action="store_true", help="run TRL's preparation too")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
+    # The script calls itself with these two flags, once for each contestant.
     parser.add_argument("--contestant", choices=list(CONTESTANTS), help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -93,9 +94,11 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.contestant:
         figures = CONTESTANTS[arguments.contestant](arguments)
+        # The peak counts from the start of the process, so both sides count their libraries too.
         figures["peak_memory_bytes"] = read_peak_resident()
         write_json(arguments.work / f"{arguments.contestant}.json", figures)
         return
+    # "ours" times the stages one by one. "whole" times what the recipe calls, with its cache.
     names = ["ours", "whole"]
     if arguments.peer:
         names += ["trl", "trl2"]
@@ -121,6 +124,7 @@ def main() -> None:
 
 def run(name: str, work: Path) -> dict:
     """Run one contestant in a process of its own -> its figures."""
+    # The child gets the same command line, so all contestants have the same tokenizer and packs.
     command = [sys.executable, __file__, *sys.argv[1:], f"--contestant={name}", f"--work={work}"]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
@@ -135,17 +139,22 @@ def make_rows(path: Path, count: int) -> None:
     """
     rng = np.random.default_rng(0)
     syllables = SYLLABLES.split()
+    # The words have ranks, and a word is drawn in proportion to 1 / rank (Zipf's law). As in
+    # natural text, a tokenizer meets a few words very often.
     words = np.array(["".join(rng.choice(syllables, n)) for n in rng.integers(1, 5, 20_000)])
-    popularity = 1 / np.arange(1, len(words) + 1)
+    popularity = 1 / np.arange(1, len(words) + 1)  # float64 [words]
     popularity /= popularity.sum()
 
     def draw_texts(lengths: np.ndarray) -> list[str]:
         drawn = rng.choice(words, int(lengths.sum()), p=popularity)
         return [" ".join(part) for part in np.split(drawn, np.cumsum(lengths)[:-1])]
 
+    # A log-normal length has the mean exp(mu + sigma^2 / 2). These give about the numbers of words
+    # that the docstring names.
     questions = draw_texts(rng.lognormal(2.4, 0.6, count).clip(4, 150).astype(int))
     options = [draw_texts(rng.lognormal(0.9, 0.7, count).clip(1, 30).astype(int)) for _ in "abcd"]
     explanations = draw_texts(rng.lognormal(3.7, 0.8, count).clip(5, 400).astype(int))
+    # MedMCQA's own files count the right option from 1.
     answers = rng.integers(1, 5, count)
     subjects = rng.choice(SUBJECTS, count)
     explained = rng.random(count) < 2 / 3
@@ -178,6 +187,8 @@ def configure(arguments: argparse.Namespace):
     # The recipes set this too, because rows are tokenized in our threads.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     entry = {"format": "medmcqa", "path": str(arguments.work / "rows.jsonl")}
+    # The last flags undo what the demonstration sets for its few rows: its small packing window and
+    # its limit of steps. A global batch of one micro-batch makes every pack a step.
     config = load_config(
         ROOT / "recipes" / "configs" / "demo.yaml",
         [
@@ -245,6 +256,7 @@ def prepare_whole(arguments: argparse.Namespace) -> dict:
 
     config, encoder = configure(arguments)
     began = time.perf_counter()
+    # The cache's folder is new and "ours" writes none, so nothing is read from an earlier run.
     prepared = prepare(config, encoder)
     plan, _ = prepare_plan(config, prepared, 1)
     seconds = time.perf_counter() - began
@@ -259,6 +271,8 @@ def prepare_whole(arguments: argparse.Namespace) -> dict:
 
 def to_prompt(row: dict) -> dict:
     """A MedMCQA row -> the prompt and completion that our side renders."""
+    # These texts must be those of the style plain with letter_text. Otherwise the two sides would
+    # tokenize different texts and the times would not compare.
     options = "\n".join(f"{letter}. {row[f'op{letter.lower()}']}" for letter in "ABCD")
     answer = "ABCD"[row["cop"] - 1]
     return {
@@ -283,8 +297,11 @@ def prepare_trl(arguments: argparse.Namespace) -> dict:
         num_hidden_layers=1,
         num_attention_heads=2,
     )
+    # None makes the rows in the main process.
     workers = 2 if arguments.contestant == "trl2" else None
+    # Imports and the tokenizer are loaded before the clock starts, on both sides.
     began = time.perf_counter()
+    # datasets returns what it has prepared before, so each contestant has a cache of its own.
     rows = load_dataset(
         "json",
         data_files=str(arguments.work / "rows.jsonl"),
@@ -309,6 +326,7 @@ def prepare_trl(arguments: argparse.Namespace) -> dict:
         ),
     )
     seconds = time.perf_counter() - began
+    # SFTTrainer has prepared its data when it is made, so no step is taken.
     packs = trainer.train_dataset["input_ids"]
     return {
         "seconds": seconds,
@@ -341,6 +359,7 @@ def show(results: dict, rows: int) -> None:
         f" {whole['packs']:,} packs"
     )
     if "trl" in results:
+        # TRL's better time counts, so the ratio is the one that is less in our favour.
         one = results["trl"]
         two = results["trl2"]
         best = one if one["seconds"] <= two["seconds"] else two

@@ -115,6 +115,8 @@ def main() -> int:
     stages = choose_stages(arguments)
     check_device(arguments.device)
     check_output(arguments.output)
+    # A process that outlives its stage may still write there. Then the folder cannot be removed,
+    # which must not cost the results.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         results = run_stages(stages, arguments, Path(folder))
     show(results)
@@ -130,18 +132,21 @@ def run_stages(stages: list[Plan], arguments: argparse.Namespace, folder: Path) 
     """
     minutes = arguments.minutes
     if not minutes:
+        # The other stages fit nine minutes. The two optional ones add as long as they may take.
         minutes = 9 + sum(stage.limit for stage in stages if stage in (PEERS, MULTI)) / 60
     environ = make_environ(arguments.device, folder)
     began = time.monotonic()
     results = {}
     for stage in stages:
         left = 60 * minutes - (time.monotonic() - began)
+        # A stage begins if its estimate fits. It may then use what time is left, up to its limit.
         if stage.seconds > left:
             reason = f"needs about {stage.seconds} s, {left:.0f} s are left"
             results[stage.name] = {"status": "skipped", "reason": reason}
         else:
             limit = min(stage.limit, max(left, stage.seconds))
             results[stage.name] = run_stage(stage, arguments, environ, limit)
+        # The file is written after every stage, so an interrupted run keeps what it has found.
         report = {"device": arguments.device, "minutes": minutes, "stages": results}
         write_json(arguments.output / RESULTS, report)
         print(describe(stage.name, results[stage.name]), flush=True)
@@ -149,9 +154,12 @@ def run_stages(stages: list[Plan], arguments: argparse.Namespace, folder: Path) 
 
 
 def make_environ(device: str, folder: Path) -> dict[str, str]:
+    # The project is not installed on a bare machine, so the stages find it by this path.
     paths = [str(ROOT)]
     if os.environ.get("PYTHONPATH"):
         paths.append(os.environ["PYTHONPATH"])
+    # The stages share the folders of compiled kernels, so none is compiled twice. The folders are
+    # new, so no kernel of an earlier run is taken.
     environ = os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
         "TMPDIR": str(folder),
@@ -159,6 +167,7 @@ def make_environ(device: str, folder: Path) -> dict[str, str]:
         "TRITON_CACHE_DIR": str(folder / "triton"),
     }
     if device == "cpu":
+        # An empty list hides every GPU, because a rehearsal must not touch one.
         environ["CUDA_VISIBLE_DEVICES"] = ""
     return environ
 
@@ -174,6 +183,7 @@ def choose_stages(arguments: argparse.Namespace) -> list[Plan]:
     for name in names:
         if name not in known:
             raise ConfigError(f"--stages {name}: no such stage; there are {', '.join(known)}")
+    # This form of the comparison also refuses NaN.
     if arguments.minutes is not None and not arguments.minutes > 0:
         raise ConfigError(f"--minutes {arguments.minutes}: expected more than 0")
     stages = [known[name] for name in names]
@@ -190,6 +200,7 @@ def check_device(device: str) -> None:
     Raises:
         ConfigError: torch sees no GPU.
     """
+    # Importing torch takes seconds, so the flags have been checked before this.
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
@@ -216,6 +227,7 @@ def check_output(folder: Path) -> None:
 
 def make_command(stage: Plan, arguments: argparse.Namespace, output: Path) -> list[str]:
     if stage is PEERS:
+        # A bare machine has no data but those of the demonstration.
         demo = ROOT / "recipes" / "demo"
         rows, shape = (300, "74m") if arguments.device == "cpu" else (4000, "1b")
         script = ROOT / "bench" / "peers" / "sft.py"
@@ -255,6 +267,7 @@ def run_stage(
     """Run one stage to its end or its limit -> its result, also where it did not get far."""
     output = arguments.output / f"{stage.name}.json"
     began = time.monotonic()
+    # In a session of its own the stage leads a process group, which can be killed as a whole.
     process = subprocess.Popen(
         make_command(stage, arguments, output),
         env=environ,
@@ -271,10 +284,12 @@ def run_stage(
         printed, _ = process.communicate()
         status = "out of time"
     except KeyboardInterrupt:
+        # Ctrl-C reaches this process alone, because the stage is in another session.
         os.killpg(process.pid, 9)
         raise
     write_log(arguments.output / LOG, stage.name, printed)
     findings = read_findings(output)
+    # The scripts of --peers and --multi exit with 0 whatever they measured, so their checks decide.
     if status == "passed" and not all(check["ok"] for check in findings.get("checks", [])):
         status = "failed"
     result = {
@@ -284,6 +299,7 @@ def run_stage(
         **findings,
     }
     if status != "passed":
+        # gpu.json must explain a failure by itself, because the log may be left on the machine.
         result["last_lines"] = printed.decode(errors="replace").strip().splitlines()[-12:]
     return result
 
@@ -295,6 +311,8 @@ def read_findings(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     file.unlink()
+    # Stages write checks themselves. Figures of bench/strategies.py are checked here, and those of
+    # bench/peers/sft.py have no limits.
     return tree if "checks" in tree else {"figures": tree, "checks": check_strategies(tree)}
 
 
@@ -305,6 +323,7 @@ def check_strategies(tree: dict[str, Any]) -> list[dict[str, Any]]:
         if name == "one":
             continue
         value = row["loss_difference"]
+        # A difference that is NaN fails, because no comparison with NaN is true.
         check = {"name": f"{name}: largest relative difference of a loss", "value": value}
         checks.append(check | {"limit": LOSS_LIMIT, "ok": value <= LOSS_LIMIT})
     return checks

@@ -23,6 +23,7 @@ from medqlora.core.errors import ConfigError
 
 MOST_BYTES = 64 * 2**20
 PYTHON = "3.12"
+# A wheel is taken if its tag is one of these, so all tags that the packages use are named.
 PLATFORMS = (
     "manylinux_2_28_x86_64",
     "manylinux_2_27_x86_64",
@@ -31,6 +32,8 @@ PLATFORMS = (
     "manylinux2014_x86_64",
     "any",
 )
+# pip resolves no dependencies here, so pydantic's own stand in the list, pydantic-core in the very
+# version that pydantic asks for.
 NEEDED = (
     "bitsandbytes==0.50.2",
     "pydantic==2.14.4",
@@ -98,6 +101,7 @@ def cut_down(wheel: Path) -> None:
             if name.startswith("libbitsandbytes_") and name not in LIBRARIES:
                 continue
             target.writestr(entry, source.read(entry))
+    # The name is taken over only when the new file is complete.
     aside.replace(wheel)
 
 

@@ -160,6 +160,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         )
     if arguments.seed < 0:
         raise LatencyError(f"--seed {arguments.seed}: expected 0 or more")
+    # Both raise for a value that is not allowed. They are called again where it is used.
     list_loads(arguments)
     parse_objectives(arguments.goodput)
 
@@ -175,6 +176,7 @@ def parse_levels(flag: str, text: str, whole: bool) -> list[float]:
     try:
         levels = [float(part) for part in text.split(",")] if text else []
     except ValueError:
+        # NaN fails the comparison below, which then reports the flag.
         levels = [math.nan]
     for level in levels:
         if not 0 < level < math.inf or (whole and not level.is_integer()):
@@ -203,6 +205,7 @@ START_SECONDS = 600  # A server may take so long to load.
 
 console = Console(highlight=False, soft_wrap=True)
 
+# An Answer takes the token ids of a prompt.
 Answer = Callable[[list[int]], Awaitable[Served]]
 
 
@@ -219,6 +222,7 @@ def main() -> None:
         sizes = measure_sizes([arguments.model, *arguments.sizes])
         save(arguments, figures | {"sizes": sizes})
         return
+    # Scoring asks one half of the prompts alone and the other half in one batch.
     loops = 2 if arguments.scoring else len(list_loads(arguments))
     requests, distinct = read_questions(arguments, loops)
     mean = sum(len(request.prefix) for request in requests) / len(requests)
@@ -265,6 +269,7 @@ def load_hf(arguments: argparse.Namespace) -> tuple[torch.nn.Module, str]:
     dtype = arguments.dtype
     if dtype == "nf4":
         quantization = "nf4"
+        # nf4 names how weights are stored, and the dtype of computing is chosen as usual.
         dtype = "auto"
     model = Model(base=arguments.model, quantization=quantization, dtype=dtype)
     return load_base(model, default_device())
@@ -283,6 +288,7 @@ def make_scorer(arguments: argparse.Namespace, requests: list[Request]) -> Engin
             arguments.model,
             None,
             dtype=arguments.dtype,
+            # vLLM counts the one token that it answers too.
             max_length=max(len(request.prefix) for request in requests) + 1,
             prefix_caching=False,
         )
@@ -302,6 +308,7 @@ def time_scoring(engine: Engine, requests: list[Request]) -> dict:
     seconds = []
     for request in alone:
         began = time.perf_counter()
+        # No shared beginning is named, so each prompt is read as a whole.
         engine.score([request])
         seconds.append(time.perf_counter() - began)
     began = time.perf_counter()
@@ -353,9 +360,11 @@ def answer_with_hf(arguments: argparse.Namespace) -> Iterator[Answer]:
     @torch.inference_mode()
     def generate(prompt: list[int], sent: float) -> Served:
         cache = None
-        tokens = torch.tensor([prompt], device=device)
+        tokens = torch.tensor([prompt], device=device)  # int64 [1, prompt tokens], later [1, 1]
         arrivals = []
+        # An end token does not end the loop, so all answers are equally long.
         for _ in range(arguments.output_tokens):
+            # The head runs at the last position only: out.logits is [1, 1, vocab].
             out = base(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = out.past_key_values
             tokens = out.logits[:, -1:].argmax(-1)
@@ -368,6 +377,7 @@ def answer_with_hf(arguments: argparse.Namespace) -> Iterator[Answer]:
 
         async def answer(prompt: list[int]) -> Served:
             loop = asyncio.get_running_loop()
+            # The time is read here and not in the thread, so a wait in the queue counts as latency.
             return await loop.run_in_executor(queue, generate, prompt, time.perf_counter())
 
         yield answer
@@ -381,6 +391,7 @@ def serve_vllm(arguments: argparse.Namespace, longest: int) -> Iterator[str]:
         longest: tokens of the longest prompt.
     """
     with socket.socket() as free:
+        # The system names a free port. Another program could take it before the server does.
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     flags = [
@@ -393,11 +404,14 @@ def serve_vllm(arguments: argparse.Namespace, longest: int) -> Iterator[str]:
         "--no-enable-prefix-caching",
     ]
     if not torch.cuda.is_available():
+        # Without a GPU there are no CUDA graphs to capture.
         flags.append("--enforce-eager")
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
         with log.open("w") as file:
             command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags]
+            # Ctrl-C reaches this process alone, because the server is in another session. It is
+            # ended below.
             server = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
         try:
             wait_until_healthy(server, port, log)
@@ -416,6 +430,7 @@ def wait_until_healthy(server: subprocess.Popen, port: int, log: Path) -> None:
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
             return
+        # urllib's errors are OSErrors, also that of a server that answers with an error code.
         except OSError:
             time.sleep(0.5)
     lines = [line for line in log.read_text(errors="replace").splitlines() if "Error" in line]
@@ -463,11 +478,13 @@ class Client:
             except self.openai.BadRequestError:
                 if not self.optional:
                     raise
+                # A dict keeps its order, so ignore_eos is given up before the count of tokens.
                 del self.optional[next(iter(self.optional))]
 
     async def answer(self, prompt: list[int]) -> Served:
         # Making a connection takes a while, and it belongs to the event loop that uses it.
         if self.connection is None:
+            # A request that is sent again would be measured as one slow answer, hence no retries.
             self.connection = self.openai.AsyncOpenAI(
                 base_url=self.address, api_key=self.key, max_retries=0, timeout=600
             )
@@ -478,6 +495,8 @@ class Client:
         ended = False
         try:
             async for piece in await self.open_stream(prompt):
+                # Every piece is an arrival, even one without text, as in vLLM's own benchmark. The
+                # piece that brings the count of tokens has no choices and is none.
                 if piece.choices:
                     arrivals.append(time.perf_counter())
                     text += piece.choices[0].text or ""
@@ -495,11 +514,13 @@ class Client:
                 f"server {self.address} broke off an answer: {type(error).__name__} {error}; look"
                 " at its log"
             ) from None
+        # A broken stream may end like a complete one. Only the reason for the end tells them apart.
         if not ended:
             raise LatencyError(
                 f"server {self.address} broke off an answer after {len(arrivals)} pieces, without a"
                 " reason for its end; look at its log"
             )
+        # A server that counts no tokens leaves only the text to count.
         counted = max(1, len(self.tokenizer.encode(text, add_special_tokens=False)))
         return Served(sent, tuple(arrivals), tokens or counted)
 
@@ -523,6 +544,7 @@ async def time_loops(
     """Run each load on its own prompts, after two answers that do not count. Its figures are saved
     as soon as they are there.
     """
+    # These two load kernels and open connections.
     for _ in range(2):
         await answer(prompts[-1])
     count = arguments.requests
@@ -530,6 +552,8 @@ async def time_loops(
     for number, (kind, level) in enumerate(list_loads(arguments)):
         chosen = prompts[number * count : (number + 1) * count]
         served, seconds = await time_loop(answer, chosen, kind, level, arguments.seed)
+        # Rates of short answers do not compare with those of full ones, so their number is
+        # recorded.
         short = sum(one.tokens < arguments.output_tokens for one in served)
         summary = summarize(served, seconds, objectives)
         figures["loops"].append({kind: level} | summary | {"short_answers": short})
@@ -546,12 +570,14 @@ async def time_loop(
     if kind == "rate":
 
         async def arrive(prompt: list[int], at: float) -> Served:
+            # Requests have absolute times, so one that is sent late does not shift those after it.
             await asyncio.sleep(max(0.0, began + at - time.perf_counter()))
             return await answer(prompt)
 
         arrivals = draw_arrivals(len(prompts), level, seed)
         tasks = [arrive(prompt, at) for prompt, at in zip(prompts, arrivals, strict=True)]
     else:
+        # A request is sent when its turn comes, so a wait at the gate is no part of its latency.
         gate = asyncio.Semaphore(int(level))
 
         async def wait_for_turn(prompt: list[int]) -> Served:
@@ -623,8 +649,10 @@ def count_bytes(base: torch.nn.Module) -> int:
     """
     tensors = [*base.parameters(), *base.buffers()]
     for parameter in base.parameters():
+        # The constants of 4-bit weights are no buffers of the module.
         tensors += list_constants(parameter)
     storages = [tensor.untyped_storage() for tensor in tensors]
+    # The address of a storage is its key, so tied weights fall together.
     sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
     return sum(sizes.values())
 

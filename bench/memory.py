@@ -49,6 +49,7 @@ from medqlora.core.errors import ConfigError
 from medqlora.core.files import check_new, check_picture, write_json
 
 DEMO = Path(__file__).parent.parent / "recipes" / "configs" / "demo.yaml"
+# The keys are the values of --strategy, and the values are the names in accelerate_configs/.
 STRATEGIES = {"ddp": "ddp", "zero1": "zero1", "zero2": "zero2", "zero3": "zero3", "fsdp": "fsdp2"}
 
 
@@ -68,7 +69,9 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         type=Path,
         help="with --measure: picture of memory over time (.png or .svg; needs matplotlib)",
     )
+    # A measurement calls this script again and names the file for its figures here.
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    # Flags that are not known here are keys of the recipe, which load_config checks.
     arguments, overrides = parser.parse_known_args()
     load_config(arguments.config, overrides)
     check_arguments(arguments)
@@ -217,6 +220,7 @@ def main() -> None:
     began = time.perf_counter()
     architecture = read_architecture(config.model.base, ARCHITECTURES, config.model.revision)
     target = choose_target(config, arguments)
+    # A row beyond the model's positions is refused before any forecast is made.
     check_length(architecture, config.data.max_length)
     case = Case(config, architecture, target, arguments.supervised)
     if arguments.serve:
@@ -246,6 +250,7 @@ def main() -> None:
 def choose_target(config: Config, arguments: argparse.Namespace) -> TargetHardware:
     """The hardware that the flags describe; without --fit its memory has no bound."""
     here = "cuda" if torch.cuda.is_available() else "cpu"
+    # A forecast is about a GPU unless --device says otherwise; a measurement runs on what is here.
     device = torch.device(arguments.device or (here if arguments.measure else "cuda"))
     if arguments.measure and device.type != here:
         raise ConfigError(
@@ -258,6 +263,7 @@ def choose_target(config: Config, arguments: argparse.Namespace) -> TargetHardwa
             " --measure"
         )
     capability = parse_capability(arguments.capability)
+    # What auto means depends on the capability: a T4 computes in float16.
     dtype = choose_dtype(config.model.dtype, device, capability)
     name = STRATEGIES[arguments.strategy or "ddp"] if arguments.gpus > 1 else "one"
     strategy = Strategy(name, arguments.gpus)
@@ -300,6 +306,7 @@ def predict(case: Case) -> dict:
     training = case.config.training
     mode = "full" if training.gradient_checkpointing == "auto" else training.gradient_checkpointing
     ranks = case.target.strategy.ranks
+    # Of the sizes that auto allows, the last one is the smallest.
     tokens = list_budgets(training, case.config.data.max_length, ranks)[-1]
     supervised = case.supervised(tokens)
     plan = forecast_plan(case.config, case.architecture, case.target, tokens, mode, supervised)
@@ -344,7 +351,8 @@ def show(plan: StepPlan, target: TargetHardware) -> None:
             table.add_row(name, f"{value / GIB:.2f}", f"{value / forecast.peak:.0%}")
     table.add_row("[bold]peak", f"[bold]{forecast.peak / GIB:.2f}", "")
     if target.device.type == "cuda":
-        reserved = target.needs(forecast, plan.short)
+        reserved = target.needs(forecast, plan.short)  # bytes
+        # This is usable() (target.py) solved for the size of the GPU.
         total = (reserved + CONTEXT + KERNELS) / (1 - MARGIN)
         table.add_row("reserved by the allocator", f"{reserved / GIB:.2f}", "")
         table.add_row("CUDA context and kernels (assumed)", f"{(CONTEXT + KERNELS) / GIB:.2f}", "")
@@ -384,6 +392,7 @@ def fit(case: Case, size: str) -> dict:
     """Search what a GPU of this size can train: the fastest plan for the recipe's rows, and the
     longest row.
     """
+    # What the recipe says for these two keys is searched for instead.
     config = change(
         case.config, "training", max_tokens_per_batch="auto", gradient_checkpointing="auto"
     )
@@ -412,6 +421,7 @@ def fit(case: Case, size: str) -> dict:
         plan.checkpointing,
     )
     if longest:
+        # The step of the longest rows consists of one row on each process.
         step = longest * target.strategy.ranks
         print_recipe("for the longest rows", longest, step, longest, mode)
     return collect(plan, target) | {
@@ -481,6 +491,7 @@ def measure(figures: dict, arguments: argparse.Namespace) -> dict:
     """Train the predicted step in a process of its own -> figures that join the prediction's."""
     measured = run_worker(figures, arguments)
     predicted = figures["predicted_peak_bytes"]
+    # A negative error means that the forecast was too low.
     error = (predicted - measured["peak"]) / measured["peak"]
     meaning = "resident, above what the process held before"
     if measured["device"] == "cuda":
@@ -512,6 +523,8 @@ def run_worker(figures: dict, arguments: argparse.Namespace) -> dict:
             f"--steps={arguments.steps}",
             f"--worker={output}",
             *OVERRIDES,
+            # The last of equal flags wins, so the worker takes exactly the step that was forecast,
+            # also where the recipe says auto.
             f"--training.max_tokens_per_batch={figures['max_tokens_per_batch']}",
             f"--training.gradient_checkpointing={figures['gradient_checkpointing']}",
         ]
@@ -539,6 +552,7 @@ def measure_here(config: Config, arguments: argparse.Namespace) -> dict:
     """Load, train --steps steps, and return how memory went."""
     device = default_device()
     architecture = read_architecture(config.model.base, ARCHITECTURES, config.model.revision)
+    # Random weights have the same sizes, so the memory of a model that is not here is measured too.
     folder = Path(config.model.base).expanduser()
     has_weights = folder.is_dir() and any(folder.glob("*.safetensors"))
     small = AutoConfig.for_model(
@@ -559,6 +573,7 @@ def measure_here(config: Config, arguments: argparse.Namespace) -> dict:
     supervised = arguments.supervised or assume_labelled(config, tokens)
     take_steps(trial, config, tokens, supervised, arguments.steps)
     del trial
+    # This phase shows what stays when the model is gone.
     timeline.mark("after")
     return timeline.finish() | {"device": device.type, "random_weights": not has_weights}
 
@@ -569,13 +584,14 @@ def take_steps(trial: Trial, config: Config, tokens: int, supervised: int, steps
     """
     training = config.training
     micro_batches = training.global_batch_tokens // training.max_tokens_per_batch
-    lengths = np.array(make_batch(config, tokens, 1, True).lengths)
+    lengths = np.array(make_batch(config, tokens, 1, True).lengths)  # int64 [rows]
     table = make_table(
         np.tile(lengths, micro_batches),
         max(1, math.ceil(supervised / len(lengths))),
         trial.vocabulary,
         training.seed,
     )
+    # The table holds the rows of one step, so an epoch is a step.
     plan = make_plan(
         table.lengths,
         capacity=tokens,
@@ -597,7 +613,8 @@ class Timeline:
         self.device = device
         self.process = psutil.Process()
         self.began = time.perf_counter()
-        self.start = self.read()
+        self.start = self.read()  # bytes
+        # Both hold seconds since the beginning; points also hold bytes above the start.
         self.points: list[tuple[float, int]] = []
         self.marks: list[tuple[float, str]] = []
         self.ended = threading.Event()
@@ -610,6 +627,7 @@ class Timeline:
         return self.process.memory_info().rss
 
     def sample(self) -> None:
+        # There are 2 ms between samples, so on a CPU a shorter peak can be missed.
         while not self.ended.wait(0.002):
             self.points.append((time.perf_counter() - self.began, self.read() - self.start))
 
@@ -632,6 +650,7 @@ class Timeline:
             # torch counts its peaks between two samples too.
             peak = torch.cuda.max_memory_allocated()
             reserved = torch.cuda.max_memory_reserved()
+        # A phase ends where the next one begins.
         ends = [at for at, _ in self.marks[1:]] + [math.inf]
         phases = {}
         for (began, phase), ended in zip(self.marks, ends, strict=True):
@@ -657,12 +676,14 @@ class Timeline:
 def draw(timeline: dict, predicted: int, path: Path) -> None:
     import matplotlib
 
+    # Agg needs no display.
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     seconds = [at for at, _ in timeline["points"]]
     memory = [value / GIB for _, value in timeline["points"]]
     height = predicted / GIB
+    # The names of the phases stand in the space above the curve.
     top = max(height, *memory) * 1.25
     figure, axes = plt.subplots(figsize=(8, 3.5), layout="constrained")
     axes.fill_between(seconds, memory, alpha=0.3, linewidth=0)

@@ -199,7 +199,7 @@ def count_traffic(
     if gpus == 1:
         return 0.0, 0.0, 0
     share = (gpus - 1) / gpus
-    gradient = 4.0 * shape.forecast.trainable
+    gradient = 4.0 * shape.forecast.trainable  # bytes, in float32
     layers = shape.forecast.layers
     if strategy == "hsdp":
         local = min(gpus, per_machine)
@@ -228,6 +228,8 @@ def predict_seconds(shape: Shape, cluster: Cluster, strategy: str, gpus: int, to
     of an unsharded base overlap with the backward pass, which is two thirds of the computation,
     except for the last bucket. The gather of ZeRO-1 and ZeRO-2 overlaps with nothing.
     """
+    # A weight takes 2 operations per token in the forward pass, 2 for the gradient of its input and
+    # 2 in the recomputation.
     compute = 6 * shape.linear_weights * tokens / cluster.flops
     inside, between, calls = count_traffic(shape, strategy, gpus, cluster.per_machine)
     # One ring has the whole machine's network; the rings of hsdp share it.
@@ -298,6 +300,7 @@ def row(gpus: int, entries: list[str]) -> str:
 
 def describe(shape: Shape, cluster: Cluster, strategy: str, gpus: int, tokens: int) -> str:
     memory = predict_memory(shape, strategy, gpus, cluster.per_machine)
+    # usable() already leaves out the context, which must not count twice.
     if memory - CONTEXT > usable(int(cluster.memory), CUDA):
         return f"– (needs {memory / 1e9:.0f} GB)"
     return f"{predict_seconds(shape, cluster, strategy, gpus, tokens):.2f} s, {memory / 1e9:.0f} GB"

@@ -64,6 +64,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--json", type=Path, help="file for the figures")
     arguments, overrides = parser.parse_known_args()
     check_new(arguments.json, "--json")
+    # A wrong key is reported here and not after the first trainings.
     load_config(arguments.config, overrides)
     return arguments, overrides
 
@@ -80,6 +81,7 @@ def main() -> None:
         ]
     runs = {}
     with tempfile.TemporaryDirectory() as folder:
+        # One process always runs, because the others are compared with it.
         for strategy in dict.fromkeys(["one", *arguments.strategies]):
             print(f"{strategy} …", file=sys.stderr)
             runs[strategy] = run(strategy, arguments, overrides, Path(folder))
@@ -103,6 +105,7 @@ def run(
             "accelerate.commands.launch",
             f"--config_file={ROOT / 'accelerate_configs' / f'{strategy}.yaml'}",
             f"--num_processes={arguments.processes}",
+            # With port 0 the launcher looks for a free one.
             "--main_process_port=0",
         ]
     command += [
@@ -112,6 +115,7 @@ def run(
         "--data.test=[]",
         f"--data.cache_dir={folder / 'cache'}",
         f"--training.max_steps={arguments.steps}",
+        # The number of steps ends a training, and the data must not run out before.
         "--training.epochs=1000",
         *overrides,
     ]
@@ -120,6 +124,7 @@ def run(
         raise StrategyRunError(f"{strategy} failed:\n{done.stderr[-1500:]}")
     rows = [json.loads(line) for line in (output / "train_log.jsonl").read_text().splitlines()]
     return {
+        # Rows without a loss are those of evaluations.
         "steps": [row for row in rows if "loss" in row],
         "environment": json.loads((output / "environment.json").read_text()),
         "metrics": json.loads((output / "metrics.json").read_text()),
@@ -143,11 +148,14 @@ def compare(run: dict[str, Any], one: dict[str, Any]) -> dict[str, Any]:
 
 
 def largest_difference(rows: list[dict], others: list[dict], key: str) -> float:
+    # Step by step the rows are the same, whatever the number of processes. Any difference comes
+    # from the strategy.
     pairs = zip(rows, others, strict=True)
     return max(abs(row[key] - other[key]) / other[key] for row, other in pairs)
 
 
 def median_speed(rows: list[dict]) -> float:
+    # The median is not moved by the few steps that compile or save.
     return sorted(row["tokens_per_second"] for row in rows)[len(rows) // 2]
 
 
@@ -162,6 +170,7 @@ def show(rows: dict[str, dict], arguments: argparse.Namespace) -> None:
     for column in columns:
         table.add_column(column, justify="right")
     for strategy, row in rows.items():
+        # One process divides nothing and has no such check.
         check = row["gradient_check"]
         peak = max(row["peak_memory_bytes_per_rank"]) / 2**20
         table.add_row(

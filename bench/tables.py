@@ -20,6 +20,7 @@ from medqlora.core.errors import ConfigError
 from medqlora.core.files import write_atomic
 
 RESULTS = Path(__file__).parent / "results"
+# Measured figures stand in a folder of their machine. Forecasts are the same everywhere.
 MACHINE = RESULTS / "cpu-2-cores"
 PREDICTED = RESULTS / "predicted"
 GIB = 2**30
@@ -65,6 +66,7 @@ def table_sft() -> Iterator[str]:
     for path in sorted(MACHINE.glob("sft_*.json")):
         recorded = read(path)
         for name, result in recorded["results"].items():
+            # The recorded names have no versions. These are the ones that were compared.
             full_name = name.replace("trl", "TRL 1.16")
             row = [
                 recorded["settings"]["dtype"],
@@ -80,6 +82,7 @@ def table_sft() -> Iterator[str]:
 def table_data() -> Iterator[str]:
     results = read(MACHINE / "data_smollm2.json")["results"]
     ours = results["whole"]
+    # trl2 is TRL with two worker processes.
     trl = results["trl"]
     rows = [
         [
@@ -117,6 +120,7 @@ def table_measured() -> Iterator[str]:
 
 def table_throughput() -> Iterator[str]:
     results = read(MACHINE / "throughput_demo.json")["cases"]
+    # The first case of a sweep is what the others are compared with.
     first = results[0]["real_tokens_per_second"]
     rows = []
     for result in results:
@@ -136,6 +140,7 @@ def table_lm_eval() -> Iterator[str]:
     for path in sorted(MACHINE.glob("lm_eval_*.json")):
         recorded = read(path)
         settings = recorded["settings"]
+        # Each file records a single task.
         (found,) = recorded["results"]
         memory = found["peak_memory_ratio"]
         rows.append(
@@ -172,6 +177,7 @@ def read_gpus() -> dict[str, dict]:
 
 
 def gpu_table(head: list[str], rows: list[list[str]]) -> Iterator[str]:
+    # A page has its table before any GPU has been recorded.
     return markdown(head, rows or [[NOT_YET, *[""] * (len(head) - 1)]])
 
 
@@ -253,10 +259,12 @@ def table_fit() -> Iterator[str]:
     """What bench/memory.py --fit says for each shape and GPU."""
     results = [read(path) for path in sorted(PREDICTED.glob("fit_*.json"))]
     sizes = {result["card"] for result in results}
+    # As text, 12GiB would stand before 8GiB.
     sizes = sorted(sizes, key=lambda size: float(size.removesuffix("GiB")))
     fits = {(result["model"], result["card"]): describe_fit(result) for result in results}
     rows = []
     for model in sorted({result["model"] for result in results}):
+        # A field stays empty where no forecast is recorded, as where the model does not fit.
         rows.append([model, *(fits.get((model, size), "") for size in sizes)])
     return markdown(["", *(WITH_SCREEN.get(size, size) for size in sizes)], rows)
 
@@ -283,6 +291,7 @@ def table_published() -> Iterator[str]:
     rows = []
     for claim, published, name in MEMORY_CLAIMS:
         result = read(PREDICTED / f"{name}.json")
+        # The claims are in GB, which are 10^9 bytes here.
         needed = (result["predicted_peak_bytes"] + result["context_bytes"]) / 1e9
         rows.append([claim, published, f"{needed:.1f} GB with the CUDA context"])
     for size, published in LENGTH_CLAIMS.items():
@@ -338,6 +347,8 @@ def fill(page: Path) -> tuple[str, str]:
             ) from None
         return f"<!-- table {name} -->\n{lines}\n<!-- end of {name} -->"
 
+    # The closing marker must have the name of the opening one, so a lost marker cannot swallow the
+    # next table.
     pattern = r"<!-- table (\w+) -->\n.*?<!-- end of \1 -->"
     return text, re.sub(pattern, replace, text, flags=re.DOTALL)
 
@@ -355,6 +366,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.write and not arguments.check:
         raise ConfigError("expected --write PAGE or --check PAGE")
+    # The pages are checked before any is written.
     for page in arguments.check:
         before, after = fill(page)
         if before != after:

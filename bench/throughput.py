@@ -98,6 +98,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments, overrides = parser.parse_known_args()
     check_arguments(arguments)
+    # All cases are read before the first one runs, so a wrong value does not end a long sweep.
     for flags in list_cases(arguments.sweep):
         config = load_config(arguments.config, [*overrides, *to_flags(flags)])
         list_budgets(config.training, config.data.max_length, 1)
@@ -124,6 +125,7 @@ def list_cases(sweeps: list[str]) -> list[dict[str, str]]:
         if not equals or "." not in key or not all(values.split(",")):
             raise ConfigError(f"--sweep {text}: expected section.key=value,value")
         swept.append([(key, value) for value in values.split(",")])
+    # Without sweeps this is one empty case.
     return [dict(case) for case in itertools.product(*swept)]
 
 
@@ -174,6 +176,7 @@ def main() -> None:
     cases = list_cases(arguments.sweep)
     for case in cases:
         model = load_config(arguments.config, [*OVERRIDES, *to_flags(case)]).model
+        # An unknown model is reported before the first case runs.
         read_architecture(model.base, ARCHITECTURES, model.revision)
     results = []
     try:
@@ -210,11 +213,13 @@ def start_case(arguments: argparse.Namespace, case: dict[str, str]) -> dict:
         ]
         if arguments.peak_tflops:
             flags.append(f"--peak_tflops={arguments.peak_tflops}")
+        # The last of equal flags wins, so a swept value stands behind the one for all cases.
         command = [sys.executable, __file__, *flags, *OVERRIDES, *to_flags(case)]
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         if done.returncode == 0 and output.is_file():
             return {"case": case} | json.loads(output.read_text(encoding="utf-8"))
         lines = done.stderr.strip().splitlines()
+        # The system kills a process that fills the memory, which leaves no text on stderr.
         reason = lines[-1] if lines else f"killed by signal {-done.returncode}; out of memory?"
         return {"case": case, "error": reason[:300]}
 
@@ -223,6 +228,7 @@ def run_case(config: Config, arguments: argparse.Namespace) -> dict:
     """Load, train, and return the figures of the timed steps."""
     device = default_device()
     meter = MemoryMeter(cuda=device.type == "cuda")
+    # On a CPU the libraries are already resident. On a GPU only tensors count, and there are none.
     before = 0 if device.type == "cuda" else meter.now()
     began = time.perf_counter()
     architecture = read_architecture(config.model.base, ARCHITECTURES, config.model.revision)
@@ -233,6 +239,7 @@ def run_case(config: Config, arguments: argparse.Namespace) -> dict:
     load_seconds = time.perf_counter() - began
     table, plan = make_rows(config, arguments, trial.vocabulary)
     began = time.perf_counter()
+    # The timed steps continue the plan where the warm-up ends, so no row is seen twice.
     for step in range(arguments.warm_up):
         trial.step(table, plan, step)
     warm_up_seconds = time.perf_counter() - began
@@ -252,6 +259,7 @@ def run_case(config: Config, arguments: argparse.Namespace) -> dict:
         **summarize(steps, trial, arguments.peak_tflops),
         "load_seconds": load_seconds,
         "warm_up_seconds": warm_up_seconds,
+        # The peak counts from the start of the process, so loading is part of it.
         "peak_memory_bytes": meter.read_peak() - before,
         "loss": steps[-1].loss,
     }
@@ -259,9 +267,10 @@ def run_case(config: Config, arguments: argparse.Namespace) -> dict:
 
 def summarize(steps: list[StepTimes], trial: Trial, peak_tflops: float | None) -> dict:
     """Rates of the timed steps, and the utilisation of the device."""
-    seconds = np.array([step.seconds for step in steps])
+    seconds = np.array([step.seconds for step in steps])  # [steps]
     total = seconds.sum()
     tokens = sum(step.tokens for step in steps)
+    # FLOPs per token times tokens per second are FLOPs per second.
     flops = count_flops(trial, trial.recomputed) * tokens / total
     peak, source = find_peak(trial.device, trial.dtype, peak_tflops)
     return {
@@ -289,6 +298,7 @@ def resolve_auto(config: Config, architecture: PretrainedConfig, device: torch.d
     if "auto" not in (training.max_tokens_per_batch, training.gradient_checkpointing):
         return config
     dtype = choose_dtype(config.model.dtype, device)
+    # A case is one process, whatever the recipe is launched with.
     strategy = Strategy("one")
     target = TargetHardware(
         device,
@@ -316,6 +326,7 @@ def make_rows(
     longest = config.data.max_length
     steps = arguments.warm_up + arguments.steps
     full = arguments.lengths == "full"
+    # The mean of a thousand draws tells how many rows the steps need.
     mean = longest if full else draw_lengths(1_000, longest, training.seed).mean()
     # The rows' mean differs from the expected one, so more are made than the steps need.
     count = int(1.2 * (steps + 1) * training.global_batch_tokens / mean) + 1
@@ -369,6 +380,7 @@ def show(results: list[dict]) -> None:
             f"{result['recomputed_layers']} of {result['layers']}",
             f"{result['warm_up_seconds']:.1f}",
         )
+    # A pipe has no width of its own, so a table gets enough for its columns.
     Console(highlight=False, width=None if sys.stdout.isatty() else 180).print(table)
     first = next((result for result in results if "error" not in result), None)
     if first:
@@ -384,6 +396,7 @@ def show(results: list[dict]) -> None:
 def draw(results: list[dict], path: Path) -> None:
     import matplotlib
 
+    # Agg needs no display.
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -33,7 +33,7 @@ SHAPE = LlamaConfig(
     bos_token_id=1,
     eos_token_id=2,
 )
-LENGTHS = np.array([70, 33, 120, 9, 64, 64])
+LENGTHS = np.array([70, 33, 120, 9, 64, 64])  # tokens of each row, int64 [rows]
 # The vector of all gradients may have these relative errors. int8 also rounds the layers' inputs to
 # 8 bits.
 LIMITS = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 8e-2}
@@ -111,6 +111,7 @@ def read_gradients(stage: Stage, loaded: Loaded, config: Config, mode: str) -> t
     """All gradients of a seeded adapter in one vector; the adapter is taken off again."""
     for layer in loaded.base.model.layers:  # An earlier mode may have set this.
         layer.gradient_checkpointing = False
+    # A is drawn from training.seed, so all modes and the dense model get the same adapter.
     built = build(loaded, change(config, "training", gradient_checkpointing=mode))
     # A fresh adapter's B is zero, and so would be the gradients of A.
     generator = torch.Generator().manual_seed(1)
@@ -122,7 +123,9 @@ def read_gradients(stage: Stage, loaded: Loaded, config: Config, mode: str) -> t
     built.loss_model.train()
     built.loss_model(**batch).backward()
     trained = [weight for weight in built.model.parameters() if weight.requires_grad]
+    # The adapter's weights are float32 on every base, so this is a float32 vector.
     gradients = torch.cat([weight.grad.flatten() for weight in trained])
+    # This takes the adapter's layers out of the base, which the next mode begins from.
     built.model.unload()
     return gradients
 

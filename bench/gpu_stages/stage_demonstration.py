@@ -28,6 +28,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         entry = {"format": "medmcqa", "path": str(DATA), "limit": questions}
+        # Dropout is on, because its masks must also be the same after a resume. A checkpoint at
+        # every quarter leaves one that is complete when the run is killed after its half.
         flags = [
             f"--data.cache_dir={work / 'cache'}",
             f"--training.max_steps={steps}",
@@ -53,6 +55,8 @@ def main() -> int:
 
 def compare_losses(stage: Stage, whole: dict[int, dict], resumed: dict[int, dict]) -> None:
     pairs = [(row["loss"], resumed[step]["loss"]) for step, row in whole.items()]
+    # Equal bits are recorded and not demanded, because not every GPU kernel has a deterministic
+    # form.
     stage.figure("resumed run equal to the bit", all(a == b for a, b in pairs))
     largest = max(abs(a - b) / a for a, b in pairs)
     stage.check("largest relative difference of a loss after resuming", largest, 1e-2)
@@ -81,6 +85,7 @@ def read_rows(path: Path) -> list[dict]:
 def read_steps(output: Path) -> dict[int, dict]:
     path = output / "train_log.jsonl"
     rows = read_rows(path) if path.is_file() else []
+    # Rows without a loss are those of evaluations.
     return {row["step"]: row for row in rows if "loss" in row}
 
 
@@ -97,6 +102,7 @@ def run(stage: Stage, name: str, command: list[str], environ: dict[str, str]) ->
         stage.figure(f"{name}: output", (done.stdout[-1500:] + done.stderr[-2500:]).splitlines())
     stage.check(f"{name}: exit code", done.returncode, 0)
     if done.returncode:
+        # The later commands need the files of this one.
         sys.exit(stage.finish())
     return done.stdout
 
@@ -106,6 +112,8 @@ def train(
 ) -> dict[int, dict]:
     printed = run(stage, name, launch(output, flags), environ)
     if "--resume" in flags:
+        # A run that begins anew without a word would give the same losses, and the comparison would
+        # prove nothing.
         stage.check("nothing was resumed", float("resuming after step" not in printed), 0)
     steps = read_steps(output)
     rates = sorted(row["tokens_per_second"] for row in steps.values())
@@ -126,14 +134,18 @@ def kill_in_the_middle(
     )
     deadline = time.perf_counter() + WAIT
     while process.poll() is None and time.perf_counter() < deadline:
+        # The kill falls into some later step, at no particular point.
         if max(read_steps(output), default=0) >= step:
             break
         time.sleep(0.05)
     ended = process.poll()
     if ended is None:
+        # The list is complete before the first is killed, because the children of a dead process
+        # can no longer be found through it.
         for child in [process, *psutil.Process(process.pid).children(recursive=True)]:
             child.kill()
     process.wait()
+    # A run that ended by itself leaves nothing to resume.
     stage.check("the run that was to be killed had ended by itself", float(ended is not None), 0)
 
 
@@ -158,8 +170,10 @@ def merge_and_score(stage: Stage, work: Path, questions: int, environ: dict[str,
         f"--output={output}",
     ]
     run(stage, "predict", predict, environ)
+    # The resumed run continued in the folder of the killed one, so its answers lie there.
     answers = read_answers(work / "killed" / "predictions" / "tuned.jsonl")
     merged_answers = read_answers(output)
+    # Merged and unmerged weights round differently, so answers at a tie may change.
     changed = sum(answers[key] != merged_answers[key] for key in answers) / len(answers)
     limit = 0.2 if stage.small else 0.05  # After few steps many answers are near ties.
     stage.check("share of answers that the merged model changes", changed, limit)

@@ -21,7 +21,7 @@ from medqlora.training.gpu_stage import Stage
 from medqlora.training.session import load
 
 ARCHITECTURES = Path(__file__).parent.parent / "architectures"
-LAYERS = 8
+LAYERS = 8  # Llama-3-8B has 32, all alike.
 
 
 def main() -> int:
@@ -48,18 +48,22 @@ def score(stage: Stage, engine: HfEngine) -> None:
     """Questions of 60 to 180 tokens after 600 shared ones; four options of one or two tokens."""
     count, shared = (12, 64) if stage.small else (384, 600)
     rng = np.random.default_rng(0)
+    # Ids from 3 to 399 are in the vocabulary of both shapes and are no special tokens.
     beginning = rng.integers(3, 400, shared).tolist()
     requests = []
     for _ in range(count):
         question = rng.integers(3, 400, int(rng.integers(60, 180))).tolist()
         requests.append(Request(beginning + question, [[10], [11], [12, 13], [14, 15]]))
     scores = {}
+    # The first round loads the kernels and reads the shared beginning; its rate is no measure. With
+    # length 0 every request reads its whole prompt.
     for name, length in (("warm-up", shared), ("shared", shared), ("plain", 0)):
         stage.synchronize()
         began = time.perf_counter()
-        scores[name] = np.array(engine.score(requests, length))
+        scores[name] = np.array(engine.score(requests, length))  # [requests, options]
         stage.synchronize()
         stage.figure(f"{name}: questions per second", count / (time.perf_counter() - began))
+    # The engine itself allows a log-probability to change by so many nats (engines/hf.py).
     stage.check(
         "shared beginning against plain, log-probabilities",
         float(abs(scores["shared"] - scores["plain"]).max()),
@@ -74,6 +78,7 @@ def generate(stage: Stage, engine: HfEngine) -> None:
     lengths = []
 
     def decode(ids: list[int]) -> str:
+        # The engine decodes every answer once, so its tokens can be counted here.
         lengths.append(len(ids))
         return ""
 

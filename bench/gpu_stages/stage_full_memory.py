@@ -24,10 +24,12 @@ from medqlora.training.gpu_stage import Stage
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "recipes" / "demo"
+# This share is meant to be too small for a whole micro-batch and large enough for half of one.
 SHARE = 0.75
 # One of these two runs before the recipe. The first bounds the process's memory; the second raises
 # the error where a micro-batch has too many tokens.
 BOUND = "torch.cuda.set_per_process_memory_fraction({share})"
+# The second one lets a forecast pass, which calls the same method on the meta device.
 RAISE = """
 from medqlora.model import head_loss
 plain = head_loss.AnswerLoss.forward
@@ -53,10 +55,13 @@ def main() -> int:
         if stage.small:
             before = RAISE.format(tokens=tokens // 2)
         else:
+            # torch takes the bound as a fraction of the GPU, and it applies to what the allocator
+            # reserves and not to what tensors hold.
             most = max(row["peak_reserved_bytes"] for row in whole)
             total = torch.cuda.get_device_properties(0).total_memory
             before = BOUND.format(share=SHARE * most / total)
         halved = train(stage, "halved", work, tokens, before)
+    # Halving changes the order of sums but not the rows of a step, so the losses must stay.
     loss = largest_difference(whole, halved, "loss")
     stage.check("largest relative difference of a loss", loss, 2e-2)
     # A gradient that the failed step left behind would show here.
@@ -92,6 +97,7 @@ def make_model(folder: Path, small: bool) -> None:
         )
     torch.manual_seed(0)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    # The shape is new and the vocabulary is not, so the tokenizer fits.
     for path in (DEMO / "base").iterdir():
         if path.name.startswith(("tokenizer", "special_tokens", "chat_template")):
             shutil.copy(path, folder)
@@ -105,6 +111,8 @@ def train(stage: Stage, name: str, work: Path, tokens: int, before: str) -> list
         before: code that runs first.
     """
     entry = {"format": "medmcqa", "path": str(DEMO / "data" / "train.jsonl"), "limit": 3000}
+    # The global batch is one micro-batch and nothing is recomputed. A step's activations then fill
+    # the memory, and halving is the only way out.
     flags = [
         f"--model.base={work / 'base'}",
         f"--data.train={json.dumps([entry])}",
@@ -131,6 +139,7 @@ def train(stage: Stage, name: str, work: Path, tokens: int, before: str) -> list
     if done.returncode:
         stage.figure(f"{name}: output", (done.stdout[-1500:] + done.stderr[-2500:]).splitlines())
         sys.exit(stage.finish())
+    # One halving is expected where memory is bounded, and none elsewhere.
     halvings = done.stdout.count("out of memory: micro-batches of")
     stage.check(f"{name}: halvings over or under what is expected", abs(halvings - bool(before)), 0)
     return [json.loads(line) for line in (work / name / "train_log.jsonl").read_text().splitlines()]

@@ -28,6 +28,7 @@ from medqlora.training.gpu_stage import Stage, relative_error
 LIMITS = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 HEADS = 32
 KV_HEADS = 8
+# The attention function looks up the keys and values of a shared beginning by this number.
 LAYER = torch.nn.Module()
 LAYER.layer_idx = 0
 
@@ -44,6 +45,7 @@ def main() -> int:
             for window in (None, 100):
                 check_attention(stage, backend, dtype, width, window, None)
             check_shared_beginning(stage, backend, dtype, width)
+        # The variable-length kernel has no softcap, so only grouped is tried with one.
         check_attention(stage, "grouped", dtype, width, None, 30.0)
     for dtype in dtypes:
         check_compiled(stage, dtype)
@@ -68,6 +70,7 @@ def draw(stage: Stage, dtype: torch.dtype, *shape: int) -> torch.Tensor:
 
 def widen(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """Copies in float64 that take gradients."""
+    # Without detach the gradients would flow on into the tensors that are checked.
     return [tensor.detach().double().requires_grad_() for tensor in tensors]
 
 
@@ -98,12 +101,14 @@ def attend_reference(
         key, value: [kv heads, keys, width].
         allowed: bool [queries, keys].
     """
+    # Each key head serves this many query heads.
     groups = query.shape[0] // key.shape[0]
-    key = key.repeat_interleave(groups, dim=0)
+    key = key.repeat_interleave(groups, dim=0)  # [heads, keys, width]
     value = value.repeat_interleave(groups, dim=0)
-    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5  # [heads, queries, keys]
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
+    # The mask comes after the softcap, whose tanh would make minus infinity a finite score.
     weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1)
     return (weights @ value).transpose(0, 1)
 
@@ -117,9 +122,11 @@ def check_attention(
     softcap: float | None,
 ) -> None:
     """Packed documents of unlike length, forward and backward."""
+    # Unlike lengths give the backend grouped several groups. A document of one token is the edge.
     lengths = [120, 7, 64, 1, 129] if stage.small else [700, 7, 64, 1, 129, 512]
     tokens = sum(lengths)
     ends = [0, *itertools.accumulate(lengths)]
+    # Each is [1, heads or kv heads, tokens, width].
     inputs = [
         draw(stage, dtype, 1, heads, tokens, width).requires_grad_()
         for heads in (HEADS, KV_HEADS, KV_HEADS)
@@ -130,14 +137,17 @@ def check_attention(
     output, _ = attend_documents(
         LAYER, *inputs, None, sliding_window=window, softcap=softcap, documents=documents
     )
-    weights = torch.randn_like(output)
+    # Random weights make each output count differently, so no error can cancel in the sum.
+    weights = torch.randn_like(output)  # [1, tokens, heads, width]
     gradients = torch.autograd.grad((output * weights).sum(), inputs)
     wide = widen(*inputs)
     parts = []
     for first, last in itertools.pairwise(ends):
         place = torch.arange(last - first, device=stage.device)
-        distance = place[:, None] - place[None]
+        distance = place[:, None] - place[None]  # [queries, keys], positive for earlier keys
+        # A window counts the query's own token.
         allowed = (distance >= 0) & (distance < (window or len(place)))
+        # Each is [heads or kv heads, tokens of the document, width].
         document = [tensor[0, :, first:last] for tensor in wide]
         parts.append(attend_reference(*document, allowed, softcap))
     expected = torch.cat(parts)[None]
@@ -159,6 +169,7 @@ def check_attention(
 def check_shared_beginning(stage: Stage, backend: str, dtype: torch.dtype, width: int) -> None:
     """Questions after a shared beginning, with options that continue them."""
     lengths = [70, 3, 2, 45, 4, 1]
+    # Segments 1 and 2 continue segment 0; 4 and 5 continue segment 3.
     parents = [None, 0, 0, None, 3, 3]
     shared = 33
     tokens = sum(lengths)
@@ -167,10 +178,10 @@ def check_shared_beginning(stage: Stage, backend: str, dtype: torch.dtype, width
     value = draw(stage, dtype, 1, KV_HEADS, tokens, width)
     shared_key = draw(stage, dtype, 1, KV_HEADS, shared, width)
     shared_value = draw(stage, dtype, 1, KV_HEADS, shared, width)
-    cache = {0: (shared_key, shared_value)}
+    cache = {0: (shared_key, shared_value)}  # by layer
     tree = locate_prefix_tree(lengths, parents, stage.device, cache, shared, backend)
     output, _ = attend_documents(LAYER, query, key, value, None, documents=tree)
-    keys = torch.cat([shared_key, key], dim=2)[0].double()
+    keys = torch.cat([shared_key, key], dim=2)[0].double()  # [kv heads, shared + tokens, width]
     values = torch.cat([shared_value, value], dim=2)[0].double()
     parts = []
     start = 0
@@ -178,6 +189,8 @@ def check_shared_beginning(stage: Stage, backend: str, dtype: torch.dtype, width
         lengths, itertools.pairwise(tree.cu_keys.tolist()), strict=True
     ):
         seen = tree.sources[first:last]
+        # A segment's queries belong to the last of its keys, so they stand at the end of the
+        # square.
         place = torch.arange(len(seen), device=stage.device)
         allowed = place[len(seen) - length :, None] >= place[None]
         queries = query[0, :, start : start + length].double()
@@ -197,7 +210,9 @@ def check_compiled(stage: Stage, dtype: torch.dtype) -> None:
     except Exception as error:  # noqa: BLE001
         stage.figure("no compiler", " ".join(str(error).split())[:300])
         return
-    weight = torch.rand(width, device=stage.device).to(dtype) + 0.5
+    weight = torch.rand(width, device=stage.device).to(dtype) + 0.5  # [width]
+    # A single token runs without the compiler. The other numbers must all be right in the one
+    # kernel that is compiled for any number.
     for tokens in (17, 1, 256, 1000):
         x = draw(stage, dtype, tokens, width)
         up = draw(stage, dtype, tokens, width)
@@ -223,7 +238,8 @@ def check_norm(
         offset: whether 1 is added to the weight, as Gemma does.
     """
     eps = 1e-6
-    output, scale = kernels.normalise(x, weight, eps, offset)
+    # A norm's weight is frozen, so only its input has a gradient.
+    output, scale = kernels.normalise(x, weight, eps, offset)  # [tokens, width], [tokens, 1]
     gradient = kernels.normalise_backward(g, x, scale, weight, offset)
     (wide,) = widen(x)
     normalised = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
@@ -262,17 +278,19 @@ def check_gate(
 def check_head(stage: Stage, dtype: torch.dtype) -> None:
     """The fused head and cross entropy, with and without softcap."""
     head = torch.nn.Linear(256, 4_000, bias=False, device=stage.device, dtype=dtype)
+    # HeadLoss makes the gradient of its input only, which is right for a frozen head.
     head.requires_grad_(False)
     torch.nn.init.normal_(head.weight, std=0.05)
     targets = torch.randint(4_000, (50,), device=stage.device)
-    hidden = draw(stage, dtype, 50, 256).requires_grad_()
+    hidden = draw(stage, dtype, 50, 256).requires_grad_()  # [labelled, hidden]
     for cap in (None, 5.0):
         loss = HeadLoss.apply(hidden, head, targets, 1.0, cap)
         (gradient,) = torch.autograd.grad(loss, hidden)
         (wide,) = widen(hidden)
-        logits = wide @ head.weight.double().t()
+        logits = wide @ head.weight.double().t()  # [labelled, vocab], float64
         if cap:
             logits = cap * torch.tanh(logits / cap)
+        # HeadLoss sums over positions; whoever calls it divides.
         expected = F.cross_entropy(logits, targets, reduction="sum")
         (wanted,) = torch.autograd.grad(expected, wide)
         case = name(dtype, cap and f"softcap {cap}")
@@ -290,8 +308,10 @@ def check_dropout(stage: Stage, dtype: torch.dtype) -> None:
     output = DroppedLinear.apply(x, weight, 0.1)
     g = torch.randn_like(output)
     gradients = torch.autograd.grad((output * g).sum(), (x, weight))
+    # From the same state draw_seed draws the seed again that apply has drawn, so this is the mask
+    # of the call above.
     torch.manual_seed(5)
-    kept = draw_kept(x, 0.1, draw_seed())
+    kept = draw_kept(x, 0.1, draw_seed())  # bool [tokens, in]
     wide, wide_weight = widen(x, weight)
     expected = F.linear(wide * kept / 0.9, wide_weight)
     wanted = torch.autograd.grad((expected * g.double()).sum(), (wide, wide_weight))
@@ -301,6 +321,7 @@ def check_dropout(stage: Stage, dtype: torch.dtype) -> None:
     check_gradients(
         stage, "dropout's gradient of the", case, names, gradients, wanted, LIMITS[dtype]
     )
+    # By chance the share of 128,000 values deviates by about 0.001.
     dropped = (~kept).float().mean().item()
     stage.check(f"dropout's share less 0.1, {case}", abs(dropped - 0.1), 0.01)
 

@@ -40,8 +40,10 @@ def check_optimizer(stage: Stage, optimizer: str) -> None:
     resumed = make_trainer(stage, optimizer)
     for step in range(3):
         take_step(whole, step)
+    # A step changes states in place, so both trainers continue only after the copy is made.
     resumed.write_states(save_and_load(whole.read_states()))
     resumed.write_weights(whole.read_weights())
+    # Both take the step with the same gradients, so any difference comes from saving and loading.
     take_step(whole, 3)
     take_step(resumed, 3)
     differences = [
@@ -98,6 +100,7 @@ def take_step(trainer: Replicated, number: int) -> None:
 
 def count_paged(trainer: Replicated) -> int:
     states = trainer.optimizer.state.values()
+    # bitsandbytes marks its paged tensors with the attribute is_paged.
     values = [value for state in states for value in state.values()]
     return sum(bool(getattr(value, "is_paged", False)) for value in values)
 

@@ -25,6 +25,7 @@ LAYERS = 8
 LONGEST = 25
 # A kernel has the first kind with a word that the name of the kernel or of its operation holds.
 KINDS = (
+    # This kind stands first, because gemm_4bit would also count as a matrix product.
     ("dequantization", ("dequant", "gemm_4bit", "quantiz")),
     ("attention", ("flash", "fmha", "attention", "varlen")),
     (
@@ -59,6 +60,7 @@ def main() -> int:
     plan = make_plan(table.lengths, capacity=tokens, global_tokens=tokens, epochs=1, seed=0)
     for number in range(3):
         trial.step(table, plan, number)
+    # The profiler slows the host down, so the length of a step is taken from one without it.
     unprofiled = trial.step(table, plan, 3).seconds
     on_gpu = stage.device.type == "cuda"
     activities = [ProfilerActivity.CPU]
@@ -71,6 +73,7 @@ def main() -> int:
     stage.figure(
         "seconds", {"step": unprofiled, "busy": busy, "by_kind": dict(by_kind.most_common())}
     )
+    # Kernel times and step times are those of different steps, so the difference may fall below 0.
     stage.figure("idle share", max(0.0, 1 - busy / unprofiled))
     stage.figure("launches", launches)
     stage.figure(
@@ -93,6 +96,7 @@ def collect(events, rank: int, on_gpu: bool) -> tuple[Counter, Counter, int]:
     launches = 0
     for event in events:
         if on_gpu:
+            # The profiler counts microseconds.
             timed = [(kernel.name, kernel.duration / 1e6) for kernel in event.kernels]
         else:
             timed = [(event.name, event.self_cpu_time_total / 1e6)]
@@ -108,6 +112,7 @@ def classify(name: str, shapes: list, rank: int) -> str:
     kinds = [kind for kind, words in KINDS if any(word in name for word in words)]
     if not kinds:
         return "pointwise and other"
+    # A product in which a matrix has the adapter's rank as a dimension is one of the adapter's.
     matrices = [shape for shape in shapes if isinstance(shape, (list, tuple)) and len(shape) == 2]
     if kinds[0] == "matrix products" and any(rank in shape for shape in matrices):
         return "adapter's products"

@@ -55,15 +55,18 @@ def main() -> int:
     plan = make_plan(table.lengths, capacity=tokens, global_tokens=tokens, epochs=1, seed=0)
     base = unwrap(trial.model)
     for case in ("none", "full", "offload", "none, not compiled"):
+        # The mode none leaves layers as they are, so the case before must be undone here.
         for layer in find_layers(base):
             layer.gradient_checkpointing = False
         recomputed = set_checkpointing(base, case.partition(",")[0])
         if "not compiled" in case:
+            # This case is the last one, because nothing puts the compiled functions back.
             for module in base.modules():
                 if hasattr(module, "kernels"):
                     module.kernels = Kernels()
         try:
             stage.figure(case, measure(stage, trial, table, plan, recomputed))
+        # Whether a case fits is a finding; the other cases go on.
         except torch.OutOfMemoryError:
             stage.figure(f"{case}: out of memory", True)
     return stage.finish()
@@ -72,6 +75,7 @@ def main() -> int:
 def measure(stage: Stage, trial: Trial, table: TokenTable, plan: Plan, recomputed: int) -> dict:
     """Rates and peak memory of the trial's steps with so many layers recomputed."""
     if stage.device.type == "cuda":
+        # Peaks are those of one case, so blocks of the case before are returned first.
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     steps = [trial.step(table, plan, number) for number in range(WARM_UP + STEPS)]

@@ -48,11 +48,13 @@ def main() -> None:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+    # Every call makes the same weights.
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=max(len(tokenizer), LEAST_VOCABULARY[arguments.shape]),
         **SHAPES[arguments.shape],
         max_position_embeddings=8192,
+        # Both originals use the embeddings as their head.
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -30,10 +30,13 @@ def main() -> None:
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             else:
+                # Linux resets the peak of resident memory so.
                 Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
             tokens = 0
             supervised = 0
             for pack in train_dataloader.dataset:
+                # In the mask of a neat pack each document has its own number from 1, and padding
+                # has 0.
                 tokens += sum(place != 0 for place in pack["attention_mask"])
                 supervised += sum(label != -100 for label in pack["labels"])
             figures["tokens"] = tokens
@@ -43,6 +46,7 @@ def main() -> None:
             figures["times"].append(time.perf_counter())
 
         def on_log(self, args, state, control, logs=None, **_):
+            # The summary at the end has no loss of a step.
             if "loss" in logs:
                 figures["losses"].append(float(logs["loss"]))
 

@@ -57,6 +57,8 @@ def read_shots(arguments: argparse.Namespace, task: str) -> list[MultipleChoice]
 
 
 def draw_order(count: int) -> list[int]:
+    # This must be the draw of medqlora/evaluation/shots.py with seed 0. With another order the two
+    # sides would read different prompts.
     return random.Random(0).sample(range(count), count)
 
 
@@ -66,6 +68,7 @@ def to_harness(example: MultipleChoice) -> dict:
         return {
             "question": example.question,
             **dict(zip(("opa", "opb", "opc", "opd"), example.options, strict=True)),
+            # The hub's copy counts options from 0, as Example.answer does.
             "cop": example.answer,
         }
     if example.dataset == "medqa":
@@ -95,15 +98,19 @@ def read_harness_task(task: str, file: Path, shots: list[MultipleChoice]) -> dic
         exec((folder / f"{module}.py").read_text(encoding="utf-8"), namespace)
         return namespace[function]
 
+    # A constructor is registered for a whole class, so the class is our own.
     class Loader(yaml.SafeLoader):
         pass
 
     Loader.add_constructor("!function", load_function)
     config = yaml.load((folder / f"{task}.yaml").read_text(encoding="utf-8"), Loader)
+    # These keys belong to the hub's dataset and its splits, which a local file does not have.
     unused = ("dataset_name", "training_split", "validation_split", "should_decontaminate")
     for key in (*unused, "doc_to_decontamination_query"):
         config.pop(key, None)
     return config | {
+        # The task's prompt functions and metrics stay as they are; only the source of its rows is
+        # replaced.
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(file)}},
         "test_split": "test",
@@ -150,13 +157,16 @@ def run_harness(
         tasks=[read_harness_task(task, file, shots)],
         task_manager=manager,
         log_samples=True,
+        # Bootstrapped errors are not compared, and their time would count.
         bootstrap_iters=0,
         num_fewshot=len(shots),
     )
     seconds = time.perf_counter() - began
+    # The rows of both sides must stand in the order of the questions.
     samples = sorted(result["samples"][f"{task}_local"], key=lambda sample: sample["doc_id"])
     return {
         "seconds": seconds,
+        # A response is a log-likelihood with a flag that says whether it is the greedy choice.
         "logprobs": [[pair[0] for pair in sample["filtered_resps"]] for sample in samples],
         "accuracy": result["results"][f"{task}_local"]["acc,none"],
     }
@@ -176,6 +186,7 @@ def run_ours(
     engine = make_engine(arguments)
     longest = arguments.max_length
     if not longest:
+        # Without --max_length a prompt may fill the model's positions.
         longest = read_model_config(model).get_text_config().max_position_embeddings
     encoder = make_encoder(load_tokenizer(model), "lm_eval")
     # prepare_questions draws an order of its own. It gets the shots such that its draw gives back
@@ -184,6 +195,7 @@ def run_ours(
     order = draw_order(len(shots))
     shots = [shots[order.index(i)] for i in range(len(shots))]
     method = Method(num_fewshot=len(shots))
+    # The model is loaded before the clock starts, as on the other side.
     began = time.perf_counter()
     questions, shared = prepare_questions(encoder, examples, method, shots, longest)
     with Journal(work / f"{task}-predictions.jsonl") as journal:
@@ -191,6 +203,7 @@ def run_ours(
             journal.append(batch)
         rows = {row["id"]: row for row in journal.read().values()}
     seconds = time.perf_counter() - began
+    # The journal holds the rows by batch.
     rows = [rows[example.id] for example in examples]
     return {
         "seconds": seconds,
@@ -221,8 +234,8 @@ def compare(task: str, engine: str, results: dict[str, dict]) -> dict:
     harness = results["harness"]
     ours = results["ours"]
     theirs = np.array(harness["logprobs"])  # [questions, options]
-    logprobs = np.array(ours["logprobs"])
-    ranked = np.sort(theirs, axis=1)
+    logprobs = np.array(ours["logprobs"])  # [questions, options]
+    ranked = np.sort(theirs, axis=1)  # [questions, options], ascending
     memory = None  # vLLM's memory is that of another process.
     if engine == "hf":
         memory = ours["peak_memory_bytes"] / harness["peak_memory_bytes"]
@@ -232,8 +245,10 @@ def compare(task: str, engine: str, results: dict[str, dict]) -> dict:
         "accuracy": harness["accuracy"],
         "accuracy_ours": ours["accuracy"],
         "different_predictions": int((theirs.argmax(1) != logprobs.argmax(1)).sum()),
+        # Where this is larger than twice the difference below, no prediction can differ.
         "smallest_margin": float((ranked[:, -1] - ranked[:, -2]).min()),
         "max_logprob_difference": float(abs(theirs - logprobs).max()),
+        # Both sides answer the same questions, so rates have the inverse ratio of seconds.
         "questions_per_second_ratio": harness["seconds"] / ours["seconds"],
         "peak_memory_ratio": memory,
     }
@@ -307,6 +322,7 @@ def main() -> None:
         run = run_harness if arguments.side == "harness" else run_ours
         examples = read_task(arguments, arguments.task)
         figures = run(arguments, arguments.task, examples, arguments.work)
+        # It is the peak of the whole process, loading included, on both sides.
         figures["peak_memory_bytes"] = read_peak_resident()
         (arguments.work / f"{arguments.side}.json").write_text(json.dumps(figures))
         return
@@ -340,6 +356,7 @@ def run_sides(task: str) -> dict[str, dict]:
     """Run each side in a process of its own -> its figures."""
     results = {}
     with tempfile.TemporaryDirectory() as folder:
+        # A new process holds the memory of its own side alone.
         for side in SIDES:
             flags = [*sys.argv[1:], f"--side={side}", f"--task={task}", f"--work={folder}"]
             command = [sys.executable, __file__, *flags]

@@ -45,6 +45,8 @@ from medqlora.core.files import check_new, write_json
 RECIPE = Path(__file__).parents[2] / "recipes" / "sft_qlora.py"
 WARM_UP = 2  # steps that the rate leaves out
 MEASURED = 100  # rows on which the trained adapters are compared
+# The part of a name before the comma is a key of RUNS. The value is the recomputation. TRL stands
+# first, because ratios are taken to it from the first result on.
 CONTESTANTS = {
     "trl, full recomputation": "full",
     "trl, none": "none",
@@ -143,6 +145,7 @@ def find_versions(interpreter: str | None) -> dict[str, str]:
                 " llamafactory==0.9.5 in an environment of its own"
             ) from None
         versions["llamafactory"] = done.stdout.strip()
+    # The package is looked for without importing it, which would take seconds.
     if importlib.util.find_spec("trl") is None:
         raise ConfigError("trl is not installed here; pip install trl==1.16.0")
     versions["trl"] = version("trl")
@@ -181,6 +184,7 @@ def main() -> None:
         (arguments.work / f"{arguments.contestant}.json").write_text(json.dumps(figures))
         return
     if DEVICE.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None:
+        # compete runs the contestants whose trainer has a version here.
         VERSIONS["trl with liger"] = version("liger-kernel")
     with tempfile.TemporaryDirectory() as folder:
         results = compete(arguments, Path(folder))
@@ -213,9 +217,11 @@ def compete(arguments: argparse.Namespace, work: Path) -> dict[str, dict]:
     settings |= {"data": arguments.data.name, "tokenizer": arguments.tokenizer.name}
     results: dict[str, dict] = {}
     names = [name for name in CONTESTANTS if name.partition(",")[0] in (*VERSIONS, "ours")]
+    # Contestants take turns, so that a machine that grows slower does so for all of them.
     for name in names * arguments.repetitions:
         figures = start(name, work)
         rates = [*results.get(name, {}).get("rates", []), figures["tokens_per_second"]]
+        # The rate is the median of all repetitions; losses and memory are those of the last one.
         results[name] = figures | {
             "rates": rates,
             "tokens_per_second": statistics.median(rates),
@@ -274,6 +280,7 @@ def to_flags(arguments: argparse.Namespace, recompute: str) -> list[str]:
         "--data.eval=[]",
         "--data.test=[]",
         f"--training.epochs={arguments.epochs}",
+        # A micro-batch is a step, so no trainer's way of accumulating gradients plays a part.
         "--training.max_tokens_per_batch=2048",
         "--training.global_batch_tokens=2048",
         "--training.lr=2e-4",
@@ -290,6 +297,7 @@ def read_config(arguments: argparse.Namespace, recompute: str) -> Config:
 
 
 def read_encoder(config: Config) -> Encoder:
+    # These are the style and completion of to_flags.
     return make_encoder(AutoTokenizer.from_pretrained(config.model.base), "plain", "letter_text")
 
 
@@ -303,6 +311,7 @@ def compute_rate(tokens: int, times: list[float], steps: int) -> float:
     """
     # Every step holds a nearly full pack, so tokens are divided over steps evenly.
     part = (len(times) - WARM_UP) / steps
+    # The clock starts where the last step of the warm-up ended.
     return tokens * part / (times[-1] - times[WARM_UP - 1])
 
 
@@ -313,6 +322,7 @@ def measure_loss(model: torch.nn.Module, table: TokenTable) -> float:
     rows = list(range(min(MEASURED, len(table.lengths))))
     total = 0.0
     for row in rows:
+        # A row that is alone needs no packing: every attention takes its tokens for one document.
         batch = move_batch(collate(table, np.array([row])), "sdpa", DEVICE)
         total += loss_model(**batch).item()
     return total / int(table.supervised[rows].sum())
@@ -327,6 +337,7 @@ def measure_adapter(config: Config, adapter: Path, table: TokenTable) -> float:
 
 def run_ours(arguments: argparse.Namespace, recompute: str) -> dict:
     output = arguments.work / f"run-{recompute}"
+    # The recipe reads its arguments from here, as when it is started by hand.
     sys.argv = [str(RECIPE), f"--output_dir={output}", *to_flags(arguments, recompute)]
     try:
         runpy.run_path(str(RECIPE), run_name="__main__")
@@ -335,8 +346,10 @@ def run_ours(arguments: argparse.Namespace, recompute: str) -> dict:
             raise
     rows = [json.loads(line) for line in (output / "train_log.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "loss" in row]
+    # The log has the tokens and the rate of each step, hence its seconds.
     timed = steps[WARM_UP:]
     seconds = sum(step["tokens"] / step["tokens_per_second"] for step in timed)
+    # The peak is read before another model is loaded to measure the adapter.
     peak = MemoryMeter(DEVICE.type == "cuda").read_peak()
     config = read_config(arguments, recompute)
     return {
@@ -370,6 +383,7 @@ def run_trl(arguments: argparse.Namespace, recompute: str, liger: bool = False) 
     config = read_config(arguments, recompute)
     table = prepare_table(config)
     trainer = make_trl_trainer(arguments, config, table, Clock(), liger)
+    # A batch is one pack, and a pack is one step.
     steps = len(trainer.get_train_dataloader()) * arguments.epochs
     trainer.train()
     if not calls:
@@ -377,6 +391,7 @@ def run_trl(arguments: argparse.Namespace, recompute: str, liger: bool = False) 
             f"trl {version('trl')} does not ask for its compact head as 1.16 does; pip install"
             " trl==1.16.0"
         )
+    # The peak is read before the loss is measured, which takes memory of its own.
     peak = MemoryMeter(DEVICE.type == "cuda").read_peak()
     tokens = int(table.lengths.sum()) * arguments.epochs
     return {
@@ -394,6 +409,7 @@ def make_trl_trainer(
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from trl import SFTConfig, SFTTrainer
 
+    # This is how our side quantizes too: NF4 with double quantization.
     dtype = DTYPES[arguments.dtype]
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -419,6 +435,7 @@ def make_trl_trainer(
         args=SFTConfig(
             output_dir=str(arguments.work / "trl"),
             packing=True,
+            # With packing this is the length of a pack.
             max_length=config.training.max_tokens_per_batch,
             per_device_train_batch_size=1,
             completion_only_loss=True,
@@ -447,7 +464,7 @@ def to_dataset(table: TokenTable):
     for row, prompt in enumerate(table.prompt_lengths.tolist()):
         ids = table.ids[table.offsets[row] : table.offsets[row + 1]].tolist()
         rows.append(ids)
-        masks.append([0] * prompt + [1] * (len(ids) - prompt))
+        masks.append([0] * prompt + [1] * (len(ids) - prompt))  # The completion is supervised.
     return Dataset.from_dict({"input_ids": rows, "completion_mask": masks})
 
 
@@ -463,6 +480,7 @@ def run_llamafactory(arguments: argparse.Namespace, recompute: str) -> dict:
     settings = folder / "settings.json"
     output = folder / "figures.json"
     settings.write_text(json.dumps(choose_settings(arguments, config, folder)), encoding="utf-8")
+    # Its interpreter has other versions of the libraries, so nothing is shared but files.
     driver = Path(__file__).with_name("llamafactory_train.py")
     command = [arguments.llamafactory, driver, settings, output]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -474,6 +492,7 @@ def run_llamafactory(arguments: argparse.Namespace, recompute: str) -> dict:
     table = prepare_table(config)
     tokens = int(table.lengths.sum())
     supervised = int(table.supervised.sum())
+    # Rates compare only if no template or cutoff added or removed a token.
     if (figures["tokens"], figures["supervised"]) != (tokens, supervised):
         raise ConfigError(
             f"LLaMA-Factory trained on {figures['tokens']:,} tokens, {figures['supervised']:,}"
@@ -496,6 +515,7 @@ def write_rows(config: Config, folder: Path) -> None:
     rows = []
     for example in examples:
         prompt = render(example, encoder.style, encoder.completion)
+        # The template "empty" is asked for below, so the end token must be part of the answer.
         answer = prompt.completion + encoder.tokenizer.eos_token
         rows.append({"instruction": prompt.user, "input": "", "output": answer})
     (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
@@ -520,6 +540,7 @@ def choose_settings(arguments: argparse.Namespace, config: Config, folder: Path)
         "dataset": "rows",
         "dataset_dir": str(folder),
         "template": "empty",
+        # With packing this is the length of a pack. Neat packing keeps its documents apart.
         "cutoff_len": training.max_tokens_per_batch,
         "packing": True,
         "neat_packing": True,
