@@ -140,7 +140,7 @@ def train(stage: Stage, name: str, work: Path, tokens: int, before: str) -> list
         stage.figure(f"{name}: output", (done.stdout[-1500:] + done.stderr[-2500:]).splitlines())
         sys.exit(stage.finish())
     # One halving is expected where memory is bounded, and none elsewhere.
-    halvings = done.stdout.count("out of memory: micro-batches of")
+    halvings = done.stdout.count("out of memory: training continues with micro-batches of")
     stage.check(f"{name}: halvings over or under what is expected", abs(halvings - bool(before)), 0)
     return [json.loads(line) for line in (work / name / "train_log.jsonl").read_text().splitlines()]
 
