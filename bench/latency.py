@@ -193,7 +193,8 @@ if __name__ == "__main__":
 
 import torch
 
-from medqlora.engines.hf import HfEngine, plain_generation
+from medqlora.engines.hf import HfEngine
+from medqlora.engines.packed_passes import plain_generation
 from medqlora.evaluation.method import Method
 from medqlora.evaluation.questions import prepare_questions
 from medqlora.model.base import load_base, load_tokenizer

@@ -54,7 +54,7 @@ if __name__ == "__main__":
 
 import torch
 
-from medqlora.engines.hf import run_packed
+from medqlora.engines.packed_passes import run_packed
 from medqlora.model.adapter import check_adapter, load_adapter, read_adapter_metadata
 from medqlora.model.base import load_base, load_tokenizer, read_model_config, unwrap
 from medqlora.model.hardware import choose_dtype, default_device

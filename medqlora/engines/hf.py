@@ -8,25 +8,30 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
 
 from medqlora.batches.plan import fit_bins
 from medqlora.engines.interface import EngineError, Request, Sampling, decode_answer
+from medqlora.engines.packed_passes import (
+    make_generation_config,
+    own_attention,
+    pad_left,
+    plain_generation,
+    restrict_last_mlp,
+    run_backbone,
+    run_packed,
+)
+from medqlora.engines.packed_requests import count_tokens, gather_logprobs, lay_out
 from medqlora.model.attention.backends import AttentionError
-from medqlora.model.attention.packed_batch import find_device, packing_arguments, verify_isolation
+from medqlora.model.attention.packed_batch import find_device, verify_isolation
 from medqlora.model.attention.tree import locate_prefix_tree
 from medqlora.model.base import backbone_of, unwrap
-from medqlora.model.head_loss import compute_logits
 
-# The head computes this many positions at a time, which bounds the memory of the logits.
-HEAD_ROWS = 128
 # Reading a shorter common beginning again, in tokens, costs less than keeping its keys and values.
 WORTH_SHARING = 32
 # The largest relative difference that packing may make in hidden states, because it changes the
@@ -308,140 +313,6 @@ class HfEngine:
         return answers
 
 
-def make_generation_config(sampling: Sampling) -> GenerationConfig:
-    """Return transformers' settings for `sampling`; temperature 0 is greedy."""
-    drawing = {}
-    if sampling.temperature > 0:
-        drawing = {
-            "do_sample": True,
-            "temperature": sampling.temperature,
-            # These two values switch the filters off, so the whole distribution is drawn from.
-            "top_k": 0,
-            "top_p": 1.0,
-        }
-    return GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
-        eos_token_id=list(sampling.stop_ids),
-        # Rows that end early are filled with a stop token, at which decode_answer cuts.
-        pad_token_id=sampling.stop_ids[0],
-        num_return_sequences=sampling.samples,
-        **drawing,
-    )
-
-
-def pad_left(rows: list[list[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return token ids and attention mask, int64 [rows, width]; the first row is the longest."""
-    # New tokens are appended at the right, so each prompt's last token must stand there.
-    width = len(rows[0])
-    ids = torch.full((len(rows), width), padding)
-    mask = torch.zeros_like(ids)
-    for number, row in enumerate(rows):
-        ids[number, width - len(row) :] = torch.tensor(row)
-        mask[number, width - len(row) :] = 1
-    return ids, mask
-
-
-def run_packed(causal: torch.nn.Module, backend: str, documents: list[list[int]]) -> torch.Tensor:
-    """Run the model without its head on several documents in one packed forward pass.
-
-    Args:
-        causal: a transformers causal LM.
-        backend: its attention backend.
-        documents: the token ids of each.
-
-    Returns:
-        Hidden states in the model's dtype, [tokens of all documents, hidden].
-    """
-    lengths = [len(document) for document in documents]
-    batch = {
-        # Variable-length kernels take these offsets as int32, [documents + 1].
-        "cu_seqlens": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
-        "max_seqlen": max(lengths),
-    }
-    packing = packing_arguments(backend, batch, find_device(causal))
-    return run_backbone(causal, documents, [0] * len(documents), packing)
-
-
-def run_backbone(
-    causal: torch.nn.Module, segments: list[list[int]], starts: list[int], packing: dict[str, Any]
-) -> torch.Tensor:
-    """Run the model without its head on segments that stand side by side in one row.
-
-    Args:
-        causal: a transformers causal LM.
-        segments: the token ids of each segment.
-        starts: the position of each segment's first token.
-        packing: arguments of the attention that tell it where the segments are.
-
-    Returns:
-        Hidden states in the model's dtype, [tokens of all segments, hidden].
-    """
-    device = find_device(causal)
-    # int64 [tokens]
-    ids = torch.tensor([i for segment in segments for i in segment], device=device)
-    # Positions count within a document and not over the packed row.
-    positions = [
-        torch.arange(start, start + len(segment))
-        for start, segment in zip(starts, segments, strict=True)
-    ]
-    position_ids = torch.cat(positions).to(device)  # int64 [tokens]
-    # No mask and no cache may be given: with either one, transformers lets packed rows see each
-    # other without a word.
-    return backbone_of(causal)(
-        input_ids=ids[None],
-        position_ids=position_ids[None],
-        attention_mask=None,
-        use_cache=False,
-        **packing,
-    ).last_hidden_state[0]
-
-
-@contextmanager
-def restrict_last_mlp(causal: torch.nn.Module, places: torch.Tensor) -> Iterator[None]:
-    """Run the last layer's MLP at `places` only, and let its output be zero elsewhere.
-
-    Nothing after the last attention mixes positions, so the other ones are not needed. This saves a
-    layer's MLP, 6 to 9 % of a pass through a model of 8 to 13 layers. A layer without an `mlp` is
-    left as it is.
-
-    Args:
-        causal: a transformers causal LM.
-        places: positions in the packed row, int64 [places].
-    """
-    layers = getattr(backbone_of(causal), "layers", None)
-    mlp = None
-    if isinstance(layers, torch.nn.ModuleList):
-        mlp = getattr(layers[-1], "mlp", None)
-    if not isinstance(mlp, torch.nn.Module):
-        yield
-        return
-    all_inputs: list[torch.Tensor] = []  # The only element is [1, tokens, hidden].
-
-    def select_places(module: torch.nn.Module, inputs: tuple) -> tuple:
-        """Keep the MLP's input, and let it run at the places only."""
-        all_inputs[:] = inputs
-        return (inputs[0][:, places],)  # [1, places, hidden]
-
-    def restore_places(module: torch.nn.Module, inputs: tuple, out: Any) -> Any:
-        """Put the MLP's output back to the places, with zeros elsewhere."""
-        # An output of another form, such as a tuple with a router's choice, is made for all tokens.
-        if not isinstance(out, torch.Tensor):
-            # The module itself would run these hooks again.
-            return module.forward(*all_inputs)
-        # Hidden states elsewhere lack this MLP's part from here on and must not be read.
-        return torch.zeros_like(all_inputs[0]).index_copy(1, places, out)
-
-    hooks = (
-        mlp.register_forward_pre_hook(select_places),
-        mlp.register_forward_hook(restore_places),
-    )
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def choose_budget(config: Any, device: torch.device) -> int:
     """Return how many tokens a forward pass may have.
 
@@ -455,136 +326,3 @@ def choose_budget(config: Any, device: torch.device) -> int:
     intermediate = getattr(config, "intermediate_size", 4 * config.hidden_size)
     bytes_per_token = 4 * (8 * config.hidden_size + 3 * intermediate)
     return int(np.clip(0.4 * free_bytes / bytes_per_token, 2_048, 131_072))
-
-
-def count_tokens(request: Request, shared: int, nested: bool) -> int:
-    """Return the number of tokens that `lay_out` makes of a request."""
-    # This must agree with lay_out, or packs grow over the budget.
-    longer = [len(option) - 1 for option in request.options if len(option) > 1]
-    if nested:
-        return len(request.prefix) - shared + sum(longer)
-    single = len(request.options) > len(longer)
-    return single * len(request.prefix) + sum(len(request.prefix) + extra for extra in longer)
-
-
-class Target(NamedTuple):
-    """A token whose log-probability is needed.
-
-    Attributes:
-        place: place in the packed row of the position before the token.
-        token: the token's id.
-        request: number of the request that it belongs to.
-        option: number of the option in that request.
-    """
-
-    place: int
-    token: int
-    request: int
-    option: int
-
-
-def lay_out(
-    requests: list[Request], shared: int, nested: bool
-) -> tuple[list[list[int]], list[int | None], list[int], list[Target]]:
-    """Lay requests out as the segments of one packed row.
-
-    A prefix is one segment, and an option of several tokens continues it in a segment of its own.
-    Where segments cannot be `nested`, such an option has a row with the prefix repeated. An
-    option's last token is not part of the row, because nothing after it is needed.
-
-    Args:
-        requests: prompts with their options.
-        shared: how many tokens of each prefix have been read before and are left out.
-        nested: whether a segment may continue another one.
-
-    Returns:
-        The token ids of each segment, the number of the segment that it continues (or None), the
-        position of its first token, and the tokens to score.
-    """
-    segments: list[list[int]] = []
-    parents: list[int | None] = []
-    starts: list[int] = []
-    targets: list[Target] = []
-    total = 0
-
-    def add(ids: list[int], parent: int | None, start: int) -> int:
-        """Add a segment, and return the place of its last token in the packed row."""
-        nonlocal total
-        segments.append(ids)
-        parents.append(parent)
-        starts.append(start)
-        total += len(ids)
-        return total - 1
-
-    for number, request in enumerate(requests):
-        single = [i for i, option in enumerate(request.options) if len(option) == 1]
-        prefix_end = parent = None
-        if nested or single:
-            prefix_end = add(request.prefix[shared:], None, shared)
-            parent = len(segments) - 1
-            targets += [Target(prefix_end, request.options[i][0], number, i) for i in single]
-        for i, option in enumerate(request.options):
-            if len(option) < 2:
-                continue
-            if nested:
-                last = add(option[:-1], parent, len(request.prefix))
-            else:
-                last = add(request.prefix + option[:-1], None, 0)
-            before_first = last - len(option) + 1
-            for offset, token in enumerate(option):
-                # A nested option's first token follows the prefix, which is another segment.
-                place = prefix_end if nested and offset == 0 else before_first + offset
-                targets.append(Target(place, token, number, i))
-    return segments, parents, starts, targets
-
-
-def gather_logprobs(
-    causal: torch.nn.Module, hidden: torch.Tensor, places: torch.Tensor, tokens: torch.Tensor
-) -> list[float]:
-    """Return the log-probability of each token after its place, in nats.
-
-    The head computes each place once, however many tokens follow it.
-
-    Args:
-        causal: a transformers causal LM.
-        hidden: hidden states of the packed row, [tokens, hidden].
-        places: the place before each token to score, int64 [targets].
-        tokens: the ids of these tokens, int64 [targets].
-    """
-    unique, inverse = torch.unique(places, return_inverse=True)  # int64 [places], int64 [targets]
-    values = torch.empty(len(tokens), dtype=torch.float32, device=hidden.device)
-    for start in range(0, len(unique), HEAD_ROWS):
-        # float32 [at most HEAD_ROWS, vocab]
-        logits = compute_logits(causal, hidden[unique[start : start + HEAD_ROWS]])
-        here = ((inverse >= start) & (inverse < start + HEAD_ROWS)).nonzero().flatten()
-        rows = inverse[here] - start
-        # This is log_softmax at the needed tokens, without its copy of all logits.
-        values[here] = logits[rows, tokens[here]] - logits.logsumexp(-1)[rows]
-    return values.tolist()
-
-
-def own_attention(causal: torch.nn.Module) -> str:
-    """Return the name of an attention function of transformers that this model can use."""
-    softcap = getattr(causal.config.get_text_config(), "attn_logit_softcapping", None)
-    # The sdpa function does not support a softcap of the attention's logits.
-    if softcap is not None or not getattr(causal, "_supports_sdpa", True):
-        return "eager"
-    return "sdpa"
-
-
-@contextmanager
-def plain_generation(causal: torch.nn.Module) -> Iterator[None]:
-    """Generate with an attention function of transformers and without the model's own settings.
-
-    Our attention backends do not take left padding. Settings that a model brings along, such as a
-    repetition penalty or top-p, would be added to ours, and two engines would disagree.
-    """
-    attention = causal.config._attn_implementation
-    settings = causal.generation_config
-    causal.set_attn_implementation(own_attention(causal))
-    causal.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        causal.set_attn_implementation(attention)
-        causal.generation_config = settings

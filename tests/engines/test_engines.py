@@ -11,9 +11,10 @@ import torch
 from conftest import ARCHITECTURES, build_model
 from replying_server import Server
 
-from medqlora.engines.hf import HfEngine, count_tokens, lay_out
+from medqlora.engines.hf import HfEngine
 from medqlora.engines.interface import ChatRequest, EngineError, Request, Sampling
 from medqlora.engines.openai import ChatEngine, CompletionsEngine, Connection
+from medqlora.engines.packed_requests import count_tokens, lay_out
 from medqlora.model.attention.documents import DOCUMENTS
 
 RANDOM = np.random.default_rng(0)

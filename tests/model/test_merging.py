@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from medqlora.core.config import Lora, Model
-from medqlora.engines.hf import run_packed
+from medqlora.engines.packed_passes import run_packed
 from medqlora.model.adapter import adapter_weights, attach_adapter, load_adapter, save_adapter
 from medqlora.model.base import load_base, unwrap
 from medqlora.model.head_loss import compute_logits
