@@ -38,6 +38,7 @@ def attach_adapter(model: torch.nn.Module, lora: Lora, seed: int) -> PeftModel:
     Raises:
         ModelError: The base has no layer of a target's name.
     """
+    # PEFT draws the factors A from torch's global generator, so this seed alone decides them.
     torch.manual_seed(seed)
     targets = lora.target_modules
     if not isinstance(targets, str):
@@ -52,6 +53,7 @@ def attach_adapter(model: torch.nn.Module, lora: Lora, seed: int) -> PeftModel:
         use_dora=lora.variant == "dora",
     )
     try:
+        # PEFT casts adapter weights to float32 by default (autocast_adapter_dtype).
         adapted = get_peft_model(model, settings)
     except ValueError as error:
         raise ModelError(
@@ -68,6 +70,7 @@ def replace_layer_methods(model: PeftModel) -> None:
     """
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
+        # forward_lora recognises this class and then stores a seed instead of the dropped input.
         for name, dropout in layer.lora_dropout.items():
             if isinstance(dropout, torch.nn.Dropout):
                 layer.lora_dropout[name] = SeededDropout(dropout.p)
@@ -85,12 +88,15 @@ def adapter_weights(
             the model's own by default.
     """
     state = get_peft_model_state_dict(model, state_dict=values)
+    # safetensors writes contiguous tensors only.
     return {key: value.detach().cpu().contiguous() for key, value in state.items()}
 
 
 def name_parameters(model: PeftModel, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return tensors of adapter_weights by the names of the model's parameters."""
     named = trainable(model)
+    # PEFT's keys lack the name of the adapter. The parameters themselves go through PEFT's renaming
+    # here, and their identity tells which key belongs to which name.
     names = {id(parameter): name for name, parameter in named.items()}
     keys = get_peft_model_state_dict(model, state_dict=named)
     return {names[id(parameter)]: weights[key] for key, parameter in keys.items()}
@@ -102,6 +108,8 @@ def restore_adapter(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
     Raises:
         ModelError: A tensor is missing, surplus or of another shape.
     """
+    # PEFT loads with strict=False, which passes over missing and surplus tensors, so they are
+    # looked for here.
     expected = get_peft_model_state_dict(model)
     mismatched = sorted(set(expected) ^ set(weights))
     if not mismatched:
@@ -120,6 +128,7 @@ def load_adapter(model: torch.nn.Module, folder: Path) -> PeftModel:
     Raises:
         ModelError: The folder holds no adapter, or one for another base.
     """
+    # PEFT changes the model in place, so an adapter for another base is refused first.
     check_adapter(folder, model.config)
     with warnings.catch_warnings():
         # PEFT only warns of a tensor that is missing; restore_adapter refuses it.
@@ -168,6 +177,8 @@ def check_adapter(folder: Path, config: PretrainedConfig) -> dict[str, Any]:
         ModelError: The adapter was trained on another base.
     """
     metadata = read_adapter_metadata(folder)
+    # An adapter of another program has no hash; its shapes are compared where it is loaded or
+    # merged.
     if metadata and metadata["architecture_sha256"] != architecture_hash(config):
         raise ModelError(
             f"adapter {folder} was trained on {metadata['base']}; this base has another"
@@ -211,7 +222,9 @@ def write_adapter_files(
     folder: Path, model: PeftModel, metadata: dict[str, Any], weights: dict[str, torch.Tensor]
 ) -> None:
     """Write the three files of an adapter aside, then move each to its place."""
+    # The folder aside lies on the same file system, where os.replace is one atomic step.
     aside = folder.with_name(f".{folder.name}.tmp")
+    # A write that was killed may have left such a folder.
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     # The writer of safetensors reports a full disk as an error of the format, so its bytes are
@@ -223,7 +236,10 @@ def write_adapter_files(
     (aside / "medqlora.json").write_text(
         json.dumps({**metadata, "weights_sha256": digest}, indent=2) + "\n", encoding="utf-8"
     )
+    # A rename cannot replace a folder that has content, so the files move one by one.
     folder.mkdir(exist_ok=True)
+    # The metadata moves last. Until then its old hash does not fit the new weights, and
+    # read_adapter_metadata refuses the pair.
     for name in ("adapter_config.json", "adapter_model.safetensors", "medqlora.json"):
         os.replace(aside / name, folder / name)
     aside.rmdir()

@@ -29,6 +29,7 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
 
 def backbone_of(causal: torch.nn.Module) -> torch.nn.Module:
     """Return the model without its head; adapters belong to it."""
+    # transformers names the attribute here; it is "model" in Llama and "transformer" in GPT-2.
     return getattr(causal, causal.base_model_prefix)
 
 
@@ -62,6 +63,7 @@ def read_model_config(
                 f"model {base}: no .safetensors file; convert the weights (pickled weights are not"
                 " loaded)"
             )
+    # A hub id has one slash at most and does not begin like a path.
     elif base.startswith((".", "/", "~")) or base.count("/") > 1:
         raise ModelError(
             f"model {base}: no such folder; give an existing folder or a hub id (owner/name)"
@@ -153,12 +155,15 @@ def load_base(
         ModelError: The model cannot be used (see check_hardware and read_model_config).
         AttentionError: The attention backend cannot run (see choose_backend).
     """
+    # What can be refused without the weights is refused before the long download and loading.
     dtype = choose_dtype(model.dtype, device)
     check_hardware(model, device, dtype)
     config = read_model_config(model.base, model.revision, model.trust_remote_code)
     backend = choose_backend(model.attention, device, dtype, config).backend
     folder = Path(model.base).expanduser()
     try:
+        # use_safetensors also refuses pickled weights of the hub, which read_model_config does not
+        # see.
         loaded = AutoModelForCausalLM.from_pretrained(
             folder if folder.is_dir() else model.base,
             revision=model.revision,
@@ -190,14 +195,18 @@ def freeze(base: torch.nn.Module, model: Model, dtype: torch.dtype) -> None:
         model: The configuration's section.
         dtype: The compute dtype.
     """
+    # The replaced norms, head and LoRA layers compute no gradients of the base's weights, so every
+    # one of them must be frozen.
     base.requires_grad_(False)
     if model.upcast_embeddings:
         for embedding in (base.get_input_embeddings(), base.get_output_embeddings()):
             embedding.to(torch.float32)
+    # This precedes every evaluation, because the first one would repack the weights for good.
     keep_quantized_layout(base)
     if model.quantization == "int8":
         # bitsandbytes would warn at every matrix product that its input is cast to float16.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    # Overrides come last, because each is proven on the weights and dtypes of the training.
     apply_overrides(base.modules(), BASE_OVERRIDES, dtype)
 
 

@@ -39,8 +39,10 @@ def normalise(
         The normalised x, [..., width] in x's dtype; and 1 / sqrt(mean(x^2) + eps), which the
         backward pass needs, float32 [..., 1].
     """
-    wide = x.float()
-    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    wide = x.float()  # float32 [..., width]
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)  # float32 [..., 1]
+    # Gemma multiplies by its weight before it rounds to x's dtype, the others afterwards. The order
+    # decides the last bits.
     if offset:
         return (wide * scale * (1.0 + weight.float())).to(x.dtype), scale
     return weight * (wide * scale).to(x.dtype), scale
@@ -64,9 +66,11 @@ def normalise_backward(
     if offset:
         gradient = gradient.float() * (1.0 + weight.float())
     else:
+        # The forward pass multiplied in x's dtype, so autograd would round this product there too.
         gradient = (gradient * weight).to(x.dtype).float()
-    normalised = x.float() * scale
-    along = (gradient * normalised).mean(-1, keepdim=True)
+    normalised = x.float() * scale  # float32 [..., width]
+    # A norm does not notice a change of x's length, so the gradient loses its part along x.
+    along = (gradient * normalised).mean(-1, keepdim=True)  # float32 [..., 1]
     return (scale * (gradient - normalised * along)).to(x.dtype)
 
 
@@ -89,6 +93,7 @@ def gate_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the gradients of gate and up from that of the output, all [..., intermediate]."""
     activate, activate_backward = ACTIVATIONS[activation]
+    # act(gate) is computed again, because GatedActivation keeps gate and up alone.
     return activate_backward(gradient * up, gate), gradient * activate(gate)
 
 
@@ -178,6 +183,7 @@ def compile_layers(model: torch.nn.Module, device: torch.device, setting: bool |
     return True
 
 
+# All models of a process share the kernels of a device, so each is compiled once.
 @functools.cache
 def compile_kernels(device: torch.device) -> Kernels:
     """Compile the kernels and run them once, so that a compiler that fails is noticed here.
@@ -185,6 +191,7 @@ def compile_kernels(device: torch.device) -> Kernels:
     They are compiled again for each dtype and width, but not for each number of tokens.
     """
     kernels = Kernels(*map(compile_for_all_lengths, astuple(Kernels())))
+    # A single row would run uncompiled (see compile_for_all_lengths), so there are two.
     x = torch.ones(2, 8, device=device)
     with torch.no_grad():
         y, scale = kernels.normalise(x, x[0], 1e-6, False)
@@ -220,6 +227,7 @@ def compile_for_all_lengths(function: Callable) -> Callable:
             # The last dimension is the width; a kernel that is compiled for it is faster.
             if torch.is_tensor(argument):
                 torch._dynamo.mark_static(argument, argument.dim() - 1)
+                # mark_dynamic would raise an error where the compiler fixes the length after all.
                 if argument.dim() == 2:
                     torch._dynamo.maybe_mark_dynamic(argument, 0)
         return compiled(*arguments)

@@ -20,12 +20,14 @@ def draw_kept(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
     Returns:
         bool of x's shape, True where a value is kept.
     """
+    # The meta device has no random numbers, and a forecast needs the mask's memory alone.
     if x.is_meta:
         return torch.empty(x.shape, dtype=torch.bool, device=x.device)
     generator = torch.Generator(x.device).manual_seed(seed)
     if x.device.type == "cpu":
         # On a CPU bernoulli_ takes twice as long as drawing whole numbers from 0 to 2^31 - 1.
         numbers = torch.empty(x.shape, dtype=torch.int32).random_(generator=generator)
+        # A part p of the numbers lies below p * 2^31.
         return numbers >= round(p * 2**31)
     kept = torch.empty(x.shape, dtype=torch.bool, device=x.device)
     return kept.bernoulli_(1 - p, generator=generator)
@@ -61,16 +63,20 @@ class DroppedLinear(torch.autograd.Function):
             [tokens, out].
         """
         ctx.p = p
+        # Both passes must draw the same mask. Another one would give a wrong gradient without an
+        # error.
         ctx.seed = draw_seed()
         ctx.save_for_backward(x, weight)
+        # The factor is applied to the product, which has far fewer columns than x (r of the
+        # adapter).
         return F.linear(x * draw_kept(x, p, ctx.seed), weight) / (1 - p)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         """Return the gradients of x [tokens, in] and weight [out, in]."""
         x, weight = ctx.saved_tensors
-        kept = draw_kept(x, ctx.p, ctx.seed)
-        gradient = gradient / (1 - ctx.p)
+        kept = draw_kept(x, ctx.p, ctx.seed)  # bool [tokens, in]
+        gradient = gradient / (1 - ctx.p)  # [tokens, out]
         grad_weight = gradient.t() @ (x * kept) if ctx.needs_input_grad[1] else None
         grad_x = (gradient @ weight).mul_(kept) if ctx.needs_input_grad[0] else None
         return grad_x, grad_weight, None
@@ -89,6 +95,7 @@ class Dropped(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         """Return the gradient of x."""
+        # Dropout is linear in x, so the gradient passes through the same mask and factor.
         return gradient * draw_kept(gradient, ctx.p, ctx.seed) / (1 - ctx.p), None
 
 

@@ -15,6 +15,7 @@ def describe_logits(causal: torch.nn.Module) -> tuple[float, float | None]:
     """
     config = causal.config.get_text_config()
     scale = getattr(config, "logit_scale", None)
+    # Granite's number divides the logits, Cohere's multiplies them.
     divisor = getattr(config, "logits_scaling", None)
     if divisor is not None:
         scale = 1 / divisor
@@ -76,6 +77,8 @@ class HeadLoss(torch.autograd.Function):
         Returns:
             The sum over the positions, a float32 scalar.
         """
+        # The scores, float32 [labelled, vocab], are the largest tensor here. What follows works in
+        # their memory.
         scores = F.linear(hidden, head.weight, head.bias).float()
         # The derivative of the logits by the head's output: a number, or [labelled, vocab].
         slope = scale
@@ -83,12 +86,15 @@ class HeadLoss(torch.autograd.Function):
             scores *= scale
         if cap is not None:
             scores.div_(cap).tanh_()
+            # The slope is made while the scores hold tanh(s / cap).
             slope = scale * (1 - scores * scores) if ctx.needs_input_grad[0] else None
             scores *= cap
         targets = targets[:, None]
-        target_logits = scores.gather(1, targets)
+        # The targets' logits are read before the scores are overwritten. Taking off the largest
+        # logit keeps exp from overflowing.
+        target_logits = scores.gather(1, targets)  # [labelled, 1]
         highest = scores.amax(1, keepdim=True)
-        sum_exp = scores.sub_(highest).exp_().sum(1, keepdim=True)
+        sum_exp = scores.sub_(highest).exp_().sum(1, keepdim=True)  # [labelled, 1]
         if ctx.needs_input_grad[0]:
             # float16 would round small probabilities to zero, so they are enlarged until backward.
             ctx.grad_factor = 1024.0 if hidden.dtype is torch.float16 else 1.0
@@ -97,6 +103,7 @@ class HeadLoss(torch.autograd.Function):
             scores.div_(sum_exp).scatter_add_(1, targets, minus_one)
             if torch.is_tensor(slope) or slope * ctx.grad_factor != 1:
                 scores *= slope * ctx.grad_factor
+            # Only this product, [labelled, hidden], waits for the backward pass.
             ctx.save_for_backward(scores.to(hidden.dtype) @ head.weight)
         return (sum_exp.log() + highest - target_logits).sum()
 

@@ -37,6 +37,7 @@ class Norm(torch.autograd.Function):
         out = module.kernels.normalise_backward(
             flatten(gradient), flatten(x), scale, module.weight, module.norm_offset
         )
+        # The norm's weight is frozen and gets no gradient.
         return out.view(x.shape), None
 
 
@@ -89,6 +90,7 @@ def forward_joined(module: torch.nn.Module, hidden_states: torch.Tensor) -> torc
 
     Shapes: [..., hidden] -> [..., hidden].
     """
+    # The joined weight holds the rows of gate before those of up.
     gate, up = module.gate_up_proj(hidden_states).chunk(2, dim=-1)
     return module.down_proj(GatedActivation.apply(gate, up, module))
 
@@ -108,10 +110,13 @@ def forward_lora(layer: LoraLayer, x: torch.Tensor, *args: Any, **kwargs: Any) -
     Returns:
         [..., out].
     """
+    # bitsandbytes' int8 product returns a view for a 3-D input, which must not be changed in place.
+    # A 2-D input avoids that.
     flat = x.flatten(0, -2)  # [tokens, in]
     result = layer.base_layer(flat)
     if not layer.disable_adapters and not layer.merged:
         (name,) = layer.lora_A
+        # Autograd sees these casts, so the gradients come back in the adapter's float32.
         down = layer.lora_A[name].weight.to(x.dtype)  # [r, in]
         up = layer.lora_B[name].weight.to(x.dtype)  # [out, r]
         dropout = layer.lora_dropout[name]

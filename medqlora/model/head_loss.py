@@ -36,6 +36,8 @@ class AnswerLoss(torch.nn.Module):
         self.model = model
         self.chunk = chunk
         head = unwrap(model).get_output_embeddings()
+        # A quantized head and one with an adapter are of other classes. HeadLoss reads a plain
+        # weight and makes no gradient of it.
         plain = type(head) is torch.nn.Linear and not head.weight.requires_grad
         self.fused = plain and apply_overrides(
             [head], [make_head_override(unwrap(model))], head.weight.dtype
@@ -66,6 +68,8 @@ class AnswerLoss(torch.nn.Module):
             The sum over the labelled positions, a float32 scalar.
         """
         causal = unwrap(self.model)
+        # The backbone runs without the head, which would make logits at every position. A mask or a
+        # cache would let packed rows see each other.
         hidden = backbone_of(causal)(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -74,12 +78,16 @@ class AnswerLoss(torch.nn.Module):
             **packing,
         ).last_hidden_state
         labelled = hidden[0].index_select(0, predict_at)  # [labelled, hidden]
+        # The chunks' losses are summed in float32, whatever the compute dtype.
         total = labelled.new_zeros((), dtype=torch.float32)
         chunks = chunks or count_chunks(len(targets), self.chunk)
+        # With more chunks than positions the last chunks are empty. Their loss is zero, but they
+        # call the head as other ranks do.
         hidden_chunks = labelled.tensor_split(chunks)
         target_chunks = targets.tensor_split(chunks)
         for chunk, target in zip(hidden_chunks, target_chunks, strict=True):
             if self.fused:
+                # The head is called as a module, so that the hooks of a strategy gather its weight.
                 scale, cap = describe_logits(causal)
                 loss = causal.get_output_embeddings()(chunk, target, scale, cap)
             elif chunks > 1 and torch.is_grad_enabled():

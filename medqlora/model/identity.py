@@ -30,6 +30,8 @@ def describe_model(model: str, revision: str | None, adapter: Path | None) -> di
     """
     folder = Path(model).expanduser()
     identity = {"config": architecture_hash(read_model_config(model, revision)), "adapter": None}
+    # The id and revision of the hub name the weights, but a folder's files may change under the
+    # same name.
     if folder.is_dir():
         identity["weights"] = sample_weights(folder)
     else:
@@ -47,6 +49,8 @@ def architecture_hash(config: PretrainedConfig) -> str:
     Changes of the config that leave the shapes as they are do not change it.
     """
     text = config.get_text_config()
+    # Every saved adapter holds this hash. Were a key added, removed or moved, check_adapter would
+    # refuse all earlier adapters.
     keys = (
         "model_type",
         "hidden_size",
@@ -72,6 +76,7 @@ def resolve_base(base: str, revision: str | None = None) -> Path:
         return folder.resolve()
     from huggingface_hub import snapshot_download
 
+    # Pickled weights are left out of the download.
     return Path(
         snapshot_download(
             base,
@@ -87,9 +92,12 @@ def sample_weights(folder: Path) -> str:
     It covers the header and the size of each safetensors file, and 1 KiB from the start and the
     middle of each tensor. The format is described in the documentation of safetensors.
     """
+    # Saved adapters hold this hash, so it must go on reading the same bytes in the same order.
     digest = hashlib.sha256()
+    # The order must not depend on the file system.
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
+            # The first 8 bytes are the length of the JSON header that follows.
             size = int.from_bytes(file.read(8), "little")
             header = file.read(size)
             digest.update(header + path.stat().st_size.to_bytes(8, "little"))
@@ -99,6 +107,7 @@ def sample_weights(folder: Path) -> str:
                     continue
                 start, end = entry["data_offsets"]
                 for position in (start, (start + end) // 2):
+                    # Offsets count from the end of the header.
                     file.seek(8 + size + position)
                     digest.update(file.read(min(1_024, end - position)))
     return digest.hexdigest()

@@ -71,6 +71,8 @@ class AdapterTensors:
         divisor = math.sqrt(rank) if settings.get("use_rslora") else rank
         self.scale = settings["lora_alpha"] / divisor
         self.modules: dict[str, dict[str, torch.Tensor]] = {}
+        # A key begins with base_model.model.MODULE.lora_PART, where PART is A, B or
+        # magnitude_vector.
         for key, tensor in load_file(folder / "adapter_model.safetensors").items():
             module, _, part = key.removeprefix("base_model.model.").partition(".lora_")
             self.modules.setdefault(module, {})[part.partition(".")[0]] = tensor.float()
@@ -97,9 +99,11 @@ class AdapterTensors:
                 f"tensor {module}.weight is {list(weight.shape)} in the base, {expected} in the"
                 " adapter; this is not the base that was trained on"
             )
+        # The sum is made in float32 and rounded once, when it is written.
         weight.addmm_(parts["B"], parts["A"], alpha=self.scale)
         if "magnitude_vector" in parts:
-            row_scale = parts["magnitude_vector"].view(-1) / weight.norm(dim=1)
+            # DoRA takes the norm of the weight with its update, so this follows the sum.
+            row_scale = parts["magnitude_vector"].view(-1) / weight.norm(dim=1)  # [out]
             weight.mul_(row_scale[:, None])
         return weight
 
@@ -113,6 +117,7 @@ def list_shards(folder: Path) -> list[Path]:
     index = folder / INDEX
     if not index.is_file():
         single = folder / "model.safetensors"
+        # Without an index there is one file of the usual name, or files of other names.
         return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     names = sorted(set(weight_map.values()))
@@ -126,8 +131,11 @@ def list_shards(folder: Path) -> list[Path]:
 
 def quantized_modules(config: PretrainedConfig) -> set[str]:
     """Return the names of the linear layers that transformers quantizes in this architecture."""
+    # Only names are needed, so the model is made on the meta device.
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
+    # transformers itself leaves the head and tied weights unquantized. With another list the merge
+    # would round weights that training did not.
     unquantized = get_keys_to_not_convert(model)
     names = set()
     for name, module in model.named_modules():
@@ -154,6 +162,8 @@ def make_dequantizer(
     import bitsandbytes.functional as bnb
 
     def round_trip_4bit(weight: torch.Tensor) -> torch.Tensor:
+        # load_base casts to the compute dtype before the weight is quantized. From another dtype
+        # the codes may differ.
         # bitsandbytes calls double quantization compress_statistics.
         packed, state = bnb.quantize_4bit(
             weight.to(dtype).contiguous(), compress_statistics=double, quant_type=quantization
@@ -161,6 +171,7 @@ def make_dequantizer(
         return bnb.dequantize_4bit(packed, state)
 
     def round_trip_8bit(weight: torch.Tensor) -> torch.Tensor:
+        # bitsandbytes itself quantizes int8 weights from float16, whatever their dtype.
         values, scales, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16).contiguous())
         return bnb.int8_vectorwise_dequant(values, scales)
 
@@ -189,6 +200,7 @@ class ShardWriter:
             header[name] = {
                 "dtype": SAFETENSORS_NAMES[dtype],
                 "shape": shape,
+                # Offsets count from the end of the header.
                 "data_offsets": [offset, offset + size],
             }
             offset += size
@@ -202,6 +214,7 @@ class ShardWriter:
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write the next tensor of the layout."""
         assert name == next(self.names), "tensors are written in the order of the layout"
+        # numpy has no bfloat16, so the tensor is seen as bytes.
         self.file.write(tensor.contiguous().view(torch.uint8).numpy().data)
 
     def close(self) -> None:
@@ -219,6 +232,7 @@ def read_layout(path: Path) -> dict[str, tuple[torch.dtype, list[int]]]:
     with safe_open(path, "pt") as file:
         layout = {}
         for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+            # A slice tells dtype and shape without reading the tensor.
             tensor = file.get_slice(name)
             if tensor.get_dtype() not in dtypes:
                 raise MergeError(
@@ -264,6 +278,7 @@ def merge(
         MergeError: The adapter and the base do not fit, or the disk refuses. Then `output` does not
             exist.
     """
+    # Names and dtypes that do not fit are refused before anything is written.
     tensors = AdapterTensors(adapter)
     shards = list_shards(base)
     layouts = {shard: read_layout(shard) for shard in shards}
@@ -283,7 +298,10 @@ def merge(
         double = metadata.get("double_quantization", True)
         quantize_and_back = make_dequantizer(quantization, double, dtype)
         quantized = {resolve_name(module, names) for module in quantized_modules(config)}
+    # The folder aside lies on the same file system, so the rename at the end is one step and
+    # `output` is never half a model.
     aside = output.with_name(f".{output.name}.tmp")
+    # A merge that was killed may have left such a folder.
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
@@ -296,6 +314,9 @@ def merge(
             writer = ShardWriter(aside / shard.name, layout)
             for name in layout:
                 tensor = read_tensor(shard, name)
+                # The weight is rounded before the update is added, because training added the
+                # update to the rounded weight. Rounding the sum would lose nearly all of a small
+                # update.
                 if name in quantized:
                     tensor = quantize_and_back(tensor)
                 if name in adapted_modules:
@@ -345,6 +366,7 @@ def copy_rest(
     base: Path, adapter: Path, output: Path, config: PretrainedConfig, dtype: torch.dtype
 ) -> None:
     """Copy config, tokenizer, chat template and licence of the base, and the adapter metadata."""
+    # The base's own weights must not stand beside the merged ones.
     for path in base.iterdir():
         if (
             path.is_file()
@@ -353,11 +375,13 @@ def copy_rest(
         ):
             shutil.copyfile(path, output / path.name)
     merged_config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    # With this key transformers would take the merged weights for quantized ones or quantize them.
     merged_config.pop("quantization_config", None)
     merged_config.pop("torch_dtype", None)  # the name of "dtype" in older versions
     merged_config["dtype"] = str(dtype).removeprefix("torch.")
     text = json.dumps(merged_config, indent=2) + "\n"
     (output / "config.json").write_text(text, encoding="utf-8")
+    # Evaluation reads the prompt style and the completion of a merged model from this file.
     if (adapter / "medqlora.json").is_file():
         shutil.copyfile(adapter / "medqlora.json", output / "medqlora.json")
 

@@ -80,8 +80,10 @@ class Override:
         """
         if upstream is None:
             return False
+        # A subclass may compute something else, so by default the class must be exactly this one.
         if not self.subclasses:
             return type(module) is upstream and self.suits(module)
+        # A subclass that defines the method itself keeps it.
         inherited = getattr(type(module), self.method, None) is getattr(upstream, self.method)
         return isinstance(module, upstream) and inherited and self.suits(module)
 
@@ -130,10 +132,13 @@ def apply_overrides(
         upstream = override.find_class()
         suited = [module for module in modules if override.covers(module, upstream)]
         fresh = [module for module in suited if not has_override(module, override.name)]
+        # Modules that have the override from an earlier call are not wrapped twice.
         changed += len(suited) - len(fresh)
         if not fresh:
             continue
+        # Modules of one class run the same code, so one of them stands for all.
         difference = measure_difference(override, fresh[0], dtype)
+        # This condition also holds for NaN, which `difference > ...` would let pass.
         if difference is not None and not difference <= TOLERANCE[dtype]:
             warnings.warn(
                 f"{override.upstream.replace(':', '.')} computes something else than the override"
@@ -188,7 +193,10 @@ def replace_method(module: torch.nn.Module, applied: Applied) -> None:
     override = applied.override
     override.prepare(module)
     records = module.__dict__.setdefault(RECORDS, [])
+    # A method of the instance itself, if it has one, is kept for undo_overrides.
     records.append((applied, module.__dict__.get(override.method)))
+    # The instance is changed and not the class, so other models keep their methods. Hooks of the
+    # module still run, because torch calls self.forward between them.
     setattr(module, override.method, types.MethodType(override.replacement, module))
 
 
@@ -200,6 +208,7 @@ def undo_overrides(model: torch.nn.Module) -> int:
     """
     undone = 0
     for module in model.modules():
+        # The newest override is undone first, because it recorded what the one before had set.
         for applied, own_method in reversed(module.__dict__.pop(RECORDS, [])):
             name = applied.override.method
             if own_method is None:
@@ -295,6 +304,7 @@ def compare_norm(module: torch.nn.Module, old: Method, new: Method, dtype: torch
 
 def compare_gated(module: torch.nn.Module, old: Method, new: Method, dtype: torch.dtype) -> float:
     """Compare the forwards of a gated MLP."""
+    # The first linear layer takes the MLP's own input, so its width is the right one.
     linear = next(part for part in module.modules() if isinstance(part, torch.nn.Linear))
     return compare_linear(linear, old, new, dtype)
 
@@ -320,6 +330,7 @@ def compare_lora(module: torch.nn.Module, old: Method, new: Method, dtype: torch
         return compare_linear(module.get_base_layer(), old, new, dtype)
     finally:
         with torch.no_grad():
+            # A training that began from the random B would begin with a random update.
             factor.copy_(before)
 
 
@@ -343,12 +354,14 @@ def has_known_activation(module: torch.nn.Module) -> bool:
 def find_activation(module: torch.nn.Module) -> str | None:
     """Return the key in compiling.ACTIVATIONS of a gated MLP's activation, or None."""
     config = getattr(module, "config", None)
+    # Gemma's configs call it hidden_activation, the others hidden_act.
     name = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
     return name if name in ACTIVATIONS else None
 
 
 def prepare_norm(module: torch.nn.Module, offset: bool) -> None:
     """Give a norm the attributes that forward_norm reads."""
+    # compile_layers and outline_kernels look for this attribute and put other kernels there.
     module.kernels = Kernels()
     module.norm_offset = offset
 
@@ -370,6 +383,7 @@ def skip_padding_check(model: PreTrainedModel, *_: Any) -> None:
 
 
 MODELS = "transformers.models.{0}.modeling_{0}:{1}"
+# These norms round to the input's dtype before they multiply by the weight.
 PLAIN_NORMS = {
     "llama": "LlamaRMSNorm",
     "mistral": "MistralRMSNorm",
@@ -447,6 +461,7 @@ ADAPTER_OVERRIDES = tuple(
     )
     for upstream in LORA_LAYERS
 )
+# strategies.zero applies these where ZeRO-3 divides the weights.
 GATHERED_OVERRIDES = (
     Override(
         name="4-bit product",
@@ -464,10 +479,12 @@ def make_head_override(causal: torch.nn.Module) -> Override:
 
     Its loss depends on the model, which may scale or cap the logits.
     """
+    # They are fixed here for the comparison; AnswerLoss passes them with every call.
     scale, cap = describe_logits(causal)
 
     def compare(head: torch.nn.Module, old: Method, new: Method, dtype: torch.dtype) -> float:
-        targets = torch.arange(TOKENS, device=head.weight.device) % head.out_features
+        # The remainder keeps the targets valid for a vocabulary of fewer than TOKENS tokens.
+        targets = torch.arange(TOKENS, device=head.weight.device) % head.out_features  # [TOKENS]
 
         def old_loss(hidden: torch.Tensor) -> torch.Tensor:
             logits = old(hidden).float() * scale
@@ -479,6 +496,7 @@ def make_head_override(causal: torch.nn.Module) -> Override:
             return new(hidden, targets, scale, cap)
 
         x = draw_normal((TOKENS, head.in_features), head.weight, head.weight.dtype)
+        # forward_head has two forms, the loss with targets and the plain output; both are compared.
         return max(compare_on(x, old_loss, new_loss), compare_on(x, old, new))
 
     return Override(

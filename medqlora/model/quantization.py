@@ -43,6 +43,8 @@ def quantization_config(
         return None
     if model.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
+    # Under DeepSpeed and FSDP the storage dtype must be the engine's. bfloat16 storage in a float16
+    # engine gives garbage without an error.
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=model.quantization,
@@ -76,6 +78,8 @@ class GatheredMatMul(torch.autograd.Function):
         """Return the product; x [..., in] -> [..., out]."""
         import bitsandbytes
 
+        # The layer is kept instead of its weight. A kept weight would be the released one, or would
+        # hold the whole base in memory.
         ctx.layer = layer
         return bitsandbytes.matmul_4bit(x, layer.weight.t(), quant_state=layer.weight.quant_state)
 
@@ -84,6 +88,7 @@ class GatheredMatMul(torch.autograd.Function):
         """Return the gradient of x, [..., in]."""
         from bitsandbytes.functional import dequantize_4bit
 
+        # A packed weight is one column of bytes or of storage elements.
         packed = ctx.layer.weight.data.view(-1, 1)
         weight = dequantize_4bit(packed, ctx.layer.weight.quant_state)  # [out, in]
         return gradient @ weight.to(gradient.dtype), None

@@ -37,6 +37,8 @@ def make_base(
             cannot be replaced.
     """
     try:
+        # Buffers are made for real, because rotary tables follow from the config and nothing below
+        # would fill them.
         with init_empty_weights(include_buffers=False):
             base = AutoModelForCausalLM.from_config(
                 architecture, dtype=dtype, attn_implementation=IMPLEMENTATIONS["varlen"]
@@ -69,6 +71,7 @@ def make_base(
             persistent = name not in module._non_persistent_buffers_set
             module.register_buffer(name, buffer.to(device), persistent=persistent)
     base.tie_weights()
+    # PEFT chooses the class of its LoRA layers by these two flags.
     base.is_loaded_in_4bit = model.quantization in ("nf4", "fp4")
     base.is_loaded_in_8bit = model.quantization == "int8"
     freeze(base, model, dtype)
@@ -147,7 +150,9 @@ def count_parameters(config: PretrainedConfig, lora: Lora) -> tuple[int, int]:
         last_part = name.rpartition(".")[2]
         is_target = lora.target_modules == "all-linear" or last_part in lora.target_modules
         if isinstance(module, torch.nn.Linear) and module is not head and is_target:
+            # A is [r, in] and B is [out, r].
             adapter_parameters += lora.r * (module.in_features + module.out_features)
             if lora.variant == "dora":
+                # DoRA also trains one magnitude per output.
                 adapter_parameters += module.out_features
     return sum(parameter.numel() for parameter in model.parameters()), adapter_parameters

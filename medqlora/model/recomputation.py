@@ -32,13 +32,18 @@ def set_checkpointing(model: torch.nn.Module, mode: str) -> int:
     """
     if mode == "none":
         return 0
+    # This call sets the flag of every layer, and the loop below decides anew for each. The
+    # reentrant form would give the first layer's adapters no gradient, because frozen embeddings
+    # make an input that needs none.
     model.gradient_checkpointing_enable({"use_reentrant": False})
     kind, _, count = mode.partition("_")
+    # Only layers that transformers can recompute have this attribute.
     layers = [
         layer for layer in find_layers(model) if hasattr(layer, "_gradient_checkpointing_func")
     ]
     model.host_arena = HostArena()
     for number, layer in enumerate(layers):
+        # All four values are computed each time, so an absent count is read as a harmless number.
         layer.gradient_checkpointing = {
             "full": True,
             "offload": True,
@@ -90,6 +95,7 @@ class HostArena:
 
     def send(self, tensor: torch.Tensor) -> OffloadedTensor:
         """Copy a tensor to the host without waiting for the copy to end."""
+        # Layers are sent in order and fetched in the opposite order, so free bytes lie at the end.
         start = max(self.taken.values(), default=0)
         size = tensor.numel() * tensor.itemsize
         offloaded = OffloadedTensor(tensor.device, tensor.dtype, tensor.shape, start)
@@ -97,8 +103,11 @@ class HostArena:
             return offloaded
         self.grow(start + size, tensor)
         self.taken[start] = start + size
+        # Autograd deletes the object once the layer's backward pass has used it.
         weakref.finalize(offloaded, self.taken.pop, start, None)
         if not tensor.is_meta:
+            # The copy may run after this call has returned. The allocator gives the tensor's memory
+            # only to later work of the same stream, so it is not overwritten before.
             flat = tensor.contiguous().view(-1).view(torch.uint8)
             for chunk, part in self.split(start, size):
                 chunk.copy_(flat[part], non_blocking=True)
@@ -118,6 +127,7 @@ class HostArena:
         while self.capacity < size:
             self.capacity += self.CHUNK
             if not tensor.is_meta:
+                # Only pinned memory is copied without waiting.
                 self.chunks.append(
                     torch.empty(self.CHUNK, dtype=torch.uint8, pin_memory=tensor.is_cuda)
                 )
@@ -155,5 +165,8 @@ def checkpoint_offloaded(
         The layer's output.
     """
     arena = arena or HostArena()
+    # torch's checkpoint saves its tensor arguments under these hooks, and what the layer computes
+    # under its own. transformers passes a layer its hidden states by position and the rest by name,
+    # so the rest stays on the GPU inside `function`.
     with torch.autograd.graph.saved_tensors_hooks(arena.send, arena.fetch):
         return checkpoint(function, *inputs, use_reentrant=False)

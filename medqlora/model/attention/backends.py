@@ -135,9 +135,12 @@ def explain_flash(
         return f"compute capability {name_capability(capability)}, below {name_capability(AMPERE)}"
     if dtype not in (torch.float16, torch.bfloat16):
         return str(dtype).removeprefix("torch.")
+    # A config without head_dim divides the hidden size evenly among the heads.
     width = getattr(text, "head_dim", None)
     if width is None and getattr(text, "num_attention_heads", None):
         width = text.hidden_size // text.num_attention_heads
+    # A width that the config does not tell passes here; verify_isolation runs the kernel before any
+    # training step does.
     if width and (width % ALIGNED or width > 256):
         return f"head width {width}, not a multiple of {ALIGNED} up to 256"
     return None
@@ -148,6 +151,7 @@ def explain_varlen(text: PretrainedConfig) -> str | None:
 
     The kernel has no softcap, and its values must be as wide as its queries.
     """
+    # attend_documents hands no softcap to the kernel, so it would be left out silently.
     if getattr(text, "attn_logit_softcapping", None) is not None:
         return "attention softcap"
     values = getattr(text, "v_head_dim", None)

@@ -29,13 +29,14 @@ def allow_keys(queries: int, keys: int, window: int | None, device: torch.device
     Returns:
         bool [queries, keys].
     """
-    positions = torch.arange(keys, device=device)
-    distance = positions[keys - queries :, None] - positions[None]
+    positions = torch.arange(keys, device=device)  # [keys]
+    distance = positions[keys - queries :, None] - positions[None]  # [queries, keys]
     return is_visible(distance, window)
 
 
 def is_visible(distance: torch.Tensor, window: int | None) -> torch.Tensor:
     """Return where a query sees a key that lies `distance` tokens before it, bool."""
+    # A negative distance is a key after the query, or padding (see tree.PrefixTree).
     visible = distance >= 0
     return visible & (distance < window) if window else visible
 
@@ -72,6 +73,7 @@ class BlockedAttention(torch.autograd.Function):
             first, last, start, end = block
             # [rows, kv heads, heads per kv head * block, width]
             out = weights.to(value.dtype) @ slice_tokens(value, start, end)
+            # Heads that share keys follow one another, so the view restores their order.
             blocks.append(out.view(query.shape[0], query.shape[1], last - first, -1))
         return torch.cat(blocks, dim=2)
 
@@ -82,6 +84,7 @@ class BlockedAttention(torch.autograd.Function):
         scaling, window, _ = ctx.settings
         scale = choose_scaling(query, scaling)
         kv_heads = key.shape[1]
+        # Each query lies in exactly one block, so all of this memory is written.
         grad_query = torch.empty_like(query)
         # Several blocks add to the gradient of a key, so the sums are float32.
         grad_key = torch.zeros_like(key, dtype=torch.float32)
@@ -89,16 +92,20 @@ class BlockedAttention(torch.autograd.Function):
         for block in split_queries(query, key, mask, window):
             first, last, start, end = block
             weights, slope = weigh_block(query, key, mask, block, *ctx.settings, derive=True)
+            # [rows, kv heads, heads per kv head * block, width]
             grad_out = fold_heads(slice_tokens(gradient, first, last), kv_heads)
+            # The forward pass rounded the weights to the values' dtype, and this product does too.
             slice_tokens(grad_value, start, end).add_(
                 weights.to(value.dtype).transpose(-1, -2) @ grad_out
             )
             # The gradient of the softmax's input is weights * (g - sum(g * weights)).
             grad_scores = (grad_out @ slice_tokens(value, start, end).transpose(-1, -2)).float()
+            # A masked weight is zero and so is its gradient; the mask is not applied again.
             grad_scores.sub_((grad_scores * weights).sum(-1, keepdim=True)).mul_(weights)
             if slope is not None:
                 grad_scores.mul_(slope)
             grad_scores = grad_scores.to(query.dtype)
+            # The scores are (scale * query) @ key^T, so both gradients carry the factor.
             part = grad_scores @ slice_tokens(key, start, end) * scale
             slice_tokens(grad_query, first, last).copy_(
                 part.view(query.shape[0], query.shape[1], last - first, -1)
@@ -140,10 +147,13 @@ def split_queries(
     earlier = keys - queries  # tokens that have a key and no query
     for first in range(0, queries, block):
         last = min(first + block, queries)
+        # A mask may show any key to any query, so no key can be left out.
         if mask is not None:
             yield first, last, 0, keys
             continue
+        # The first query of a block reaches back furthest, over `window` keys with its own.
         start = max(0, first + earlier - window + 1) if window else 0
+        # Causal attention hides the keys after the block's last query.
         yield first, last, start, last + earlier
 
 
@@ -158,6 +168,7 @@ def fold_heads(tensor: torch.Tensor, kv_heads: int) -> torch.Tensor:
     Shapes: [rows, heads, queries, width] -> [rows, kv heads, heads per kv head * queries, width].
     The sharing of keys is grouped-query attention (Ainslie et al., 2023, arXiv 2305.13245).
     """
+    # The query heads of one key head are consecutive, as in attend_rows' repeat_interleave.
     return tensor.unflatten(1, (kv_heads, -1)).flatten(2, 3)
 
 
@@ -172,19 +183,25 @@ def weigh_block(
     """
     first, last, start, end = block
     scaled = slice_tokens(query, first, last) * choose_scaling(query, scaling)
-    folded = fold_heads(scaled, key.shape[1])
+    folded = fold_heads(scaled, key.shape[1])  # [rows, kv heads, heads per kv head * block, width]
+    # Softcap and softmax are computed in float32, whatever the compute dtype.
     scores = (folded @ slice_tokens(key, start, end).transpose(-1, -2)).float()
     slope = None
+    # The softcap precedes the mask. It would make a finite score of -inf, and masked keys would be
+    # seen.
     if softcap is not None:
         scores.div_(softcap).tanh_()
+        # The derivative of cap * tanh(s / cap) is 1 - tanh(s / cap)^2.
         slope = 1 - scores * scores if derive else None
         scores.mul_(softcap)
     if mask is not None:
+        # bool [rows, 1, 1, block, keys]
         allowed = mask.narrow(2, first, last - first).narrow(3, start, end - start).unsqueeze(2)
     else:
         earlier = key.shape[2] - query.shape[2]
         query_positions = torch.arange(first, last, device=query.device) + earlier
         key_positions = torch.arange(start, end, device=query.device)
+        # bool [block, keys]
         allowed = is_visible(query_positions.unsqueeze(1) - key_positions.unsqueeze(0), window)
     # [rows, kv heads, heads per kv head, block, keys]
     unfolded = scores.view(*scores.shape[:2], -1, last - first, end - start)

@@ -55,6 +55,7 @@ def locate_documents(
         device: The device that is computed on.
         backend: "varlen" or "grouped".
     """
+    # The variable-length kernel reads cu_seqlens, so tokens stay where they are.
     if not is_grouped(backend, device):
         return Documents(cu_seqlens.to(device, non_blocking=True), max_seqlen, on_gpu=True)
     starts = cu_seqlens[:-1].tolist()
@@ -69,13 +70,16 @@ def locate_documents(
     sources = []
     real_parts = []
     for members in groups:
-        positions = torch.arange(lengths[members[0]])
+        positions = torch.arange(lengths[members[0]])  # [padded length]
         for document in members:
+            # Padding repeats the last token. It lies behind all real keys, so causal attention
+            # hides it from real queries.
             sources.append(starts[document] + positions.clamp(max=lengths[document] - 1))
             real_parts.append(positions < lengths[document])
-    gather = torch.cat(sources)
-    real = torch.cat(real_parts)
+    gather = torch.cat(sources)  # int64 [slots]
+    real = torch.cat(real_parts)  # bool [slots]
     scatter = torch.empty(int(cu_seqlens[-1]), dtype=torch.int64)
+    # Each token has exactly one real slot, so this inverts `gather`.
     scatter[gather[real]] = real.nonzero().flatten()
     shapes = tuple((len(members), lengths[members[0]]) for members in groups)
     return Documents(
@@ -104,6 +108,8 @@ class Pad(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
         """Return the gradient of the tokens."""
+        # The gradient of padding is zero already: Unpad.backward clears it for queries, and no real
+        # query sees a padded key. Reading one slot per token equals the sum over its slots.
         return grad.index_select(0, ctx.documents.scatter), None
 
 
@@ -119,4 +125,6 @@ class Unpad(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
         """Return the gradient of the slots, which is zero for padding."""
+        # `gather` gives padding the gradient of a document's last token. Without the factor that
+        # gradient would reach the keys and values of real tokens once more.
         return grad.index_select(0, ctx.documents.gather) * ctx.documents.real, None

@@ -60,6 +60,7 @@ def attend_documents(
         [1, tokens, heads, width], and None in place of the attention weights.
     """
     if isinstance(documents, PrefixTree):
+        # A model with rotary embeddings has rotated these keys, so they carry their positions.
         if documents.record is not None:
             documents.record[module.layer_idx] = (key, value)
         out = attend_prefix_tree(
@@ -71,12 +72,15 @@ def attend_documents(
             query, key, value, attention_mask, scaling, sliding_window, softcap, query.is_cuda
         )
         return out, None
+    # Without slots a GPU's variable-length kernel runs. It has no softcap; choose_backend gives no
+    # model with one to it.
     if documents.gather is None:
         q, k, v = (put_tokens_first(tensor) for tensor in (query, key, value))
         ends = documents.cu_seqlens
         longest = documents.max_seqlen
         out = attend_varlen(q, k, v, ends, ends, longest, longest, scaling, sliding_window)
         return out.unsqueeze(0), None
+    # [slots, heads, width] each
     padded = [Pad.apply(put_tokens_first(tensor), documents) for tensor in (query, key, value)]
     sizes = [count * length for count, length in documents.groups]
     parts_of_groups = zip(*(tensor.split(sizes) for tensor in padded), strict=True)
@@ -87,6 +91,7 @@ def attend_documents(
         # [documents, length, heads, width]
         out = attend_rows(q, k, v, None, scaling, sliding_window, softcap, documents.on_gpu)
         outputs.append(out.reshape(count * length, *out.shape[2:]))
+    # The results of the groups are joined in the order of the slots.
     return Unpad.apply(torch.cat(outputs), documents).unsqueeze(0), None
 
 
@@ -169,13 +174,14 @@ def attend_prefix_tree(
     Returns:
         [1, tokens, heads, width].
     """
+    # The prefix stands first, because `sources` counts its tokens before those of the sequence.
     if tree.prefix:
         prefix_key, prefix_value = tree.prefix[module.layer_idx]
         key = torch.cat((prefix_key, key), dim=2)
         value = torch.cat((prefix_value, value), dim=2)
     q, k, v = (put_tokens_first(tensor) for tensor in (query, key, value))
     if tree.scatter is None:
-        k = k.index_select(0, tree.sources)
+        k = k.index_select(0, tree.sources)  # [keys of all segments, kv heads, width]
         v = v.index_select(0, tree.sources)
         sizes = (tree.cu_queries, tree.cu_keys, tree.max_queries, tree.max_keys)
         return attend_varlen(q, k, v, *sizes, scaling, sliding_window).unsqueeze(0)
@@ -187,10 +193,13 @@ def attend_prefix_tree(
             out = attend_rows(*parts, None, scaling, sliding_window, softcap, query.is_cuda)
         else:
             explicit = computes_explicitly(query, sources.shape[1], query.is_cuda)
+            # Only the fused kernel takes a mask that is added to the scores; the others take bool.
             fused = softcap is None and not explicit
             mask = tree.mask(number, sliding_window, query.dtype if fused else None)
+            # The mask contains the window, so attend_rows gets none.
             out = attend_rows(*parts, mask, scaling, None, softcap, query.is_cuda)
-        outputs.append(out.flatten(0, 1))
+        outputs.append(out.flatten(0, 1))  # [segments * queries, heads, width]
+    # `scatter` names one place for each token, so the padding is dropped.
     return torch.cat(outputs).index_select(0, tree.scatter).unsqueeze(0)
 
 
@@ -236,14 +245,17 @@ def attend_rows(query, key, value, mask, scaling, sliding_window, softcap, on_gp
         )
         return out.transpose(1, 2)
     if heads_per_key != 1:
-        key = key.repeat_interleave(heads_per_key, dim=1)
+        key = key.repeat_interleave(heads_per_key, dim=1)  # [rows, heads, keys, width]
         value = value.repeat_interleave(heads_per_key, dim=1)
+    # torch's is_causal lets the first query see only the first key. Our queries belong to the last
+    # keys, so the two agree only where both are as many.
     if mask is None and not windowed and not explicit and queries == keys:
         return attend_fused(query, key, value, None, scaling, on_gpu).transpose(1, 2)
     if mask is None:
         mask = allow_keys(queries, keys, sliding_window if windowed else None, query.device)
     if not explicit:
         return attend_fused(query, key, value, mask, scaling, on_gpu).transpose(1, 2)
+    # [rows, heads, queries, keys]
     scores = query * choose_scaling(query, scaling) @ key.transpose(-1, -2)
     # The scores are the largest tensor here. Adding the mask in place needs no copy of them in
     # either pass.
@@ -265,6 +277,7 @@ def attend_fused(query, key, value, mask, scaling, on_gpu) -> torch.Tensor:
     # For another width torch would use the formula that stores all scores, so heads are padded with
     # zeros, which change no score.
     if on_gpu and width % ALIGNED:
+        # The default factor follows from the unpadded width, so it is computed before the padding.
         scaling = choose_scaling(query, scaling)
         query, key, value = (F.pad(tensor, (0, -width % ALIGNED)) for tensor in (query, key, value))
     # On the meta device torch would use its unfused formula, so the kernel is called by its name.
@@ -295,4 +308,5 @@ def forecast_fused(query, key, value, mask, scaling, on_gpu) -> torch.Tensor:
     )[0]
 
 
+# transformers knows the name from the import of this module on.
 AttentionInterface.register(DOCUMENTS, attend_documents)

@@ -31,6 +31,8 @@ def packing_arguments(backend: str, batch: dict[str, Any], device: torch.device)
     if backend in ("varlen", "grouped"):
         return {"documents": locate_documents(cu_seqlens, longest, device, backend)}
     if backend == "flash":
+        # Where one of the four is missing, each layer infers them from position_ids and waits for
+        # the GPU. The lengths are Python ints for the same reason.
         cu_seqlens = cu_seqlens.to(device, non_blocking=True)
         return {
             "cu_seq_lens_q": cu_seqlens,
@@ -38,6 +40,8 @@ def packing_arguments(backend: str, batch: dict[str, Any], device: torch.device)
             "max_length_q": longest,
             "max_length_k": longest,
         }
+    # transformers' sdpa and flex find the documents where position_ids begin anew, but only if
+    # there is neither a mask nor a cache.
     return {}
 
 
@@ -82,6 +86,7 @@ def without_outliers(model: torch.nn.Module) -> Iterator[None]:
     ]
     thresholds = [state.threshold for state in states]
     for state in states:
+        # bitsandbytes does not look for outliers where the threshold is zero.
         state.threshold = 0.0
     try:
         yield
@@ -114,15 +119,17 @@ def verify_isolation(
         AttentionError: The difference or the influence is over what is allowed.
     """
     device = find_device(backbone)
+    # A generator of its own leaves the random numbers of the training as they are.
     generator = torch.Generator().manual_seed(0)
     documents = [torch.randint(vocabulary, (length,), generator=generator) for length in (7, 12, 9)]
 
     def run_packed(rows: list[torch.Tensor]) -> torch.Tensor:
         """Return the hidden states of rows in one packed batch, float32 [tokens, hidden]."""
-        lengths = torch.tensor([len(row) for row in rows])
-        cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
+        lengths = torch.tensor([len(row) for row in rows])  # int64 [rows]
+        cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()  # int32 [rows + 1]
         batch = {"cu_seqlens": cu_seqlens, "max_seqlen": int(lengths.max())}
-        position_ids = torch.cat([torch.arange(len(row)) for row in rows])
+        position_ids = torch.cat([torch.arange(len(row)) for row in rows])  # [tokens]
+        # A mask of ones or a cache would let transformers' own backends mix the rows.
         out = backbone(
             input_ids=torch.cat(rows)[None].to(device),
             position_ids=position_ids[None].to(device),
@@ -132,17 +139,21 @@ def verify_isolation(
         )
         return out.last_hidden_state[0].float()
 
+    # Dropout would make two runs of one row differ.
     training = backbone.training
     backbone.eval()
     with without_outliers(backbone):
         packed = run_packed(documents)
         alone = torch.cat([run_packed([document]) for document in documents])
+        # Causal attention can leak only into later documents, so the first one is changed.
         changed = run_packed([(documents[0] + 1) % vocabulary, *documents[1:]])
     backbone.train(training)
     scale = packed.abs().max().item()
     error = (packed - alone).abs().max().item() / scale
+    # The changed document itself is left out.
     leak = (packed - changed)[len(documents[0]) :].abs().max().item() / scale
     # These conditions also hold for NaN, which `error > tolerance` would let pass.
+    # Both packed runs have the same shapes and round alike, so less is allowed for the leak.
     if not error <= tolerance or not leak <= tolerance / 10:
         raise AttentionError(
             f"attention {backend} does not isolate packed rows on this model (packed against alone"

@@ -65,10 +65,14 @@ class PrefixTree:
             bool [segments, 1, queries, keys], True where a query sees a key; or 0 and -inf in the
             dtype `additive`, which the fused kernel need not convert in every layer.
         """
+        # The dtype need not be part of the key. Softcap and compute dtype are the same in all
+        # layers, so a group's masks are all additive or all bool; the window alone differs.
         if (group, window) not in self.masks:
             _, _, distance = self.groups[group]
             mask = is_visible(distance, window)
             if additive is not None:
+                # Every real query sees its own key. Only padding can have a row of -inf alone,
+                # which softmax turns into NaN, and its result is dropped.
                 zeros = torch.zeros(mask.shape, dtype=additive, device=mask.device)
                 mask = zeros.masked_fill(mask.logical_not(), float("-inf"))
             self.masks[group, window] = mask
@@ -96,10 +100,13 @@ def locate_prefix_tree(
     """
     starts = [0, *itertools.accumulate(lengths)]
     keys: list[torch.Tensor] = []
+    # A parent stands before the segments that continue it, so its keys are known.
     for number, parent in enumerate(parents):
         inherited = keys[parent] if parent is not None else torch.arange(shared)
+        # Tokens are counted over the prefix first, in the order in which attend_prefix_tree joins
+        # both.
         own = torch.arange(shared + starts[number], shared + starts[number + 1])
-        keys.append(torch.cat([inherited, own]))
+        keys.append(torch.cat([inherited, own]))  # int64 [keys of the segment]
     key_counts = [len(segment) for segment in keys]
     groups = ()
     scatter = None
@@ -147,16 +154,18 @@ def group_prefix_tree(
         The groups and the scatter of PrefixTree, on the CPU.
     """
     members: list[list[int]] = []
+    # The segment with the most keys opens a group, and the others are padded to it.
     for segment in sorted(range(len(lengths)), key=lambda s: (-len(keys[s]), -lengths[s])):
         if members and belongs_beside(members[-1][0], segment, lengths, keys):
             members[-1].append(segment)
         else:
             members.append([segment])
     groups = []
-    scatter = torch.empty(sum(lengths), dtype=torch.int64)
+    scatter = torch.empty(sum(lengths), dtype=torch.int64)  # [tokens]
     slot = 0
     for group in members:
         most_keys = max(len(keys[segment]) for segment in group)
+        # belongs_beside admits no segment with more tokens than the first of its group.
         most_queries = lengths[group[0]]
         query_numbers = torch.arange(most_queries)
         key_numbers = torch.arange(most_keys)
@@ -169,9 +178,12 @@ def group_prefix_tree(
             key_count = len(keys[segment])
             queries.append(start + query_numbers.clamp(max=length - 1))
             sources.append(keys[segment][key_numbers.clamp(max=key_count - 1)])
+            # A segment's queries belong to the last `length` of its keys.
             distance = (query_numbers[:, None] + key_count - length) - key_numbers[None]
+            # A negative distance marks padding, which is_visible hides under every window.
             distances.append(distance.masked_fill(key_numbers[None] >= key_count, -1))
             scatter[start : start + length] = slot + query_numbers[:length]
+            # attend_prefix_tree joins the groups with their padding, so padding takes slots too.
             slot += most_queries
         # Segments that see only their own tokens need no mask: causal attention hides the padding,
         # because it comes after all of a segment's tokens.
@@ -186,6 +198,8 @@ def belongs_beside(first: int, segment: int, lengths: list[int], keys: list[torc
 
     Either both see only their own tokens or neither does, and at most a fifth may be padding.
     """
+    # A root continues nothing, so its keys are its own tokens. A group with roots alone runs
+    # causally without a mask.
     first_is_root = len(keys[first]) == lengths[first]
     is_root = len(keys[segment]) == lengths[segment]
     if first_is_root is not is_root or len(keys[segment]) < 0.8 * len(keys[first]):
@@ -203,5 +217,5 @@ def gather_rows(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     Returns:
         [rows, heads, length, width].
     """
-    flat = tokens.index_select(0, index.flatten())
+    flat = tokens.index_select(0, index.flatten())  # [rows * length, heads, width]
     return flat.view(*index.shape, *tokens.shape[1:]).transpose(1, 2)
