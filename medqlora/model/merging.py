@@ -43,6 +43,11 @@ class MergeError(UserError):
     """An adapter and a base that cannot be merged."""
 
 
+# Keys of PEFT's adapter_config.json that give modules a rank or scale of their own, transpose the
+# update, or repeat layers.
+UNSUPPORTED = ("rank_pattern", "alpha_pattern", "fan_in_fan_out", "layer_replication")
+
+
 class AdapterTensors:
     """The tensors of an adapter by the base's modules.
 
@@ -66,6 +71,13 @@ class AdapterTensors:
             raise MergeError(
                 f"adapter {folder}: only LoRA, rsLoRA and DoRA without bias and modules_to_save can"
                 " be merged"
+            )
+        # An adapter of another program may have these, and each would change the update silently.
+        unknown = [key for key in UNSUPPORTED if settings.get(key)]
+        if unknown:
+            raise MergeError(
+                f"adapter {folder}: {unknown[0]} in adapter_config.json cannot be merged; merge it"
+                " with the program that trained it"
             )
         rank = settings["r"]
         divisor = math.sqrt(rank) if settings.get("use_rslora") else rank
