@@ -30,6 +30,7 @@ def save_arrays(folder: Path, arrays: dict[str, np.ndarray]) -> None:
     Raises:
         PlanError: The disk refuses.
     """
+    # This generator is seeded by the system, so processes do not meet in a folder aside.
     aside = folder.with_name(f"{folder.name}.{np.random.default_rng().integers(2**32):08x}.tmp")
     try:
         aside.mkdir(parents=True)
@@ -50,6 +51,7 @@ def save_arrays(folder: Path, arrays: dict[str, np.ndarray]) -> None:
 
 def load_arrays(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
     """Open arrays of save_arrays, memory-mapped and read-only."""
+    # All processes of a machine share the pages of a mapped file.
     return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
 
 
@@ -99,6 +101,8 @@ def save_prepared(data: Data, prepared: Prepared) -> str:
         "test": [asdict(example) for example in prepared.test],
         "removals": [asdict(removal) for removal in prepared.removals],
     }
+    # The name is a hash of everything in the folder, so whoever writes the same name writes the
+    # same content.
     key = hash_json([content, hashlib.sha256(prepared.repeats.tobytes()).hexdigest()])
     folder = Path(data.cache_dir).expanduser() / f"prepared-{key[:24]}"
     if not folder.is_dir():
@@ -149,6 +153,8 @@ def prepare_plan(
     """
     training = config.training
     data = config.data
+    # The folder is named by a hash of these settings and the rows. An argument of make_plan that is
+    # not among them would bring back the plan of another value.
     settings = {
         "capacity": packed_tokens or training.max_tokens_per_batch,
         "micro_tokens": training.max_tokens_per_batch,
@@ -160,7 +166,8 @@ def prepare_plan(
         "seed": training.seed,
         "packing": data.packing,
     }
-    lengths = prepared.train.lengths
+    lengths = prepared.train.lengths  # int64 [rows]
+    # A plan knows rows by their lengths and repeats alone, never by their content.
     rows_sha256 = hashlib.sha256(lengths.tobytes() + prepared.repeats.tobytes()).hexdigest()
     key = hash_json([settings, rows_sha256])
     folder = Path(data.cache_dir).expanduser() / f"plan-{key[:24]}"

@@ -25,6 +25,8 @@ def cap_batches(lengths: np.ndarray, batches: list[np.ndarray], budget: int) -> 
     capped = []
     for rows in batches:
         tokens = int(lengths[rows].sum())
+        # A rank may have a micro-batch without rows, which has no longest row. It has no tokens
+        # either, so `max` is not reached.
         if tokens > budget and lengths[rows].max() > budget:
             raise PlanError(
                 f"out of memory at {tokens} tokens, and a single row has {lengths[rows].max()};"
@@ -43,8 +45,10 @@ def most_supervised(table: TokenTable, tokens: int) -> int:
 
     It is reached by a micro-batch of the rows with the largest supervised part.
     """
+    # Rows go in by their supervised part, largest first. The row that passes the limit counts as a
+    # whole, which makes the sum a bound for every choice of different rows.
     order = np.argsort(-table.supervised / table.lengths, kind="stable")
-    filled = np.cumsum(table.lengths[order])
+    filled = np.cumsum(table.lengths[order])  # int64 [rows]
     count = int(np.searchsorted(filled, tokens)) + 1
     return int(table.supervised[order[:count]].sum())
 
@@ -60,19 +64,24 @@ def collate(table: TokenTable, rows: np.ndarray) -> dict[str, np.ndarray | int]:
         predict_at: int64 [labelled]; the positions whose next token is supervised.
         targets: int64 [labelled]; those next tokens.
     """
-    table_starts = table.offsets[rows]
-    lengths = table.lengths[rows]
-    ends = np.cumsum(lengths)
+    table_starts = table.offsets[rows]  # int64 [rows], in the table
+    lengths = table.lengths[rows]  # int64 [rows]
+    ends = np.cumsum(lengths)  # int64 [rows], in the packed sequence
     starts = ends - lengths
-    position_ids = np.arange(ends[-1]) - np.repeat(starts, lengths)
+    # Positions begin again in each row, and attention is separated by cu_seqlens. With wrong
+    # borders documents would read each other without an error.
+    position_ids = np.arange(ends[-1]) - np.repeat(starts, lengths)  # [tokens]
     ids = table.ids[np.repeat(table_starts, lengths) + position_ids].astype(np.int64)
-    supervised = position_ids >= np.repeat(table.prompt_lengths[rows], lengths)
-    labelled = np.flatnonzero(supervised)
+    supervised = position_ids >= np.repeat(table.prompt_lengths[rows], lengths)  # bool [tokens]
+    labelled = np.flatnonzero(supervised)  # int64 [labelled]
     return {
         "input_ids": ids[None],
         "position_ids": position_ids[None],
+        # The variable-length kernels take int32 here and a Python integer below.
         "cu_seqlens": np.concatenate([[0], ends]).astype(np.int32),
         "max_seqlen": int(lengths.max()),
+        # The logits of a position predict the token behind it. Each row has an unsupervised first
+        # token, so this is never a position of the row before.
         "predict_at": labelled - 1,
         "targets": ids[labelled],
     }

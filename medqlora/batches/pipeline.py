@@ -91,6 +91,7 @@ def read_role(data: Data, role: str) -> tuple[list[list[Example]], list[Removal]
         examples, dropped = read_examples(entry, DEFAULT_SPLIT[role], data.drop_invalid)
         if not examples:
             raise DataError(f"{name_entry(role, index)}: no valid row is left of {len(dropped)}")
+        # Cleaning goes before every comparison and before hashing, so blanks never tell rows apart.
         examples = [clean(example, data.lowercase) for example in examples]
         unlabelled = [example for example in examples if not is_labelled(example)]
         if unlabelled and role != "train":
@@ -161,12 +162,15 @@ def prepare(
             )
 
     # Two entries may hold equal examples, so an example's entry is known by its identity.
+    # From here on examples are passed on and never copied, and train_entries keeps them alive. A
+    # copy would have an id() without an entry, and a freed one could lend its id() to another.
     entry_of_object = {}
     for index, examples in enumerate(train_entries):
         for example in examples:
             entry_of_object[id(example)] = index
     train = list(chain.from_iterable(train_entries))
     report(f"cleaning {len(train):,} rows")
+    # The first of equal rows stays, so a row that two entries share belongs to the earlier entry.
     train, dropped = deduplicate(train, data.deduplicate)
     removals += dropped
     if data.decontaminate:
@@ -183,8 +187,10 @@ def prepare(
     folders["train"], table, dropped = tokenize(encoder, train, data, data_sha256)
     removals += dropped
     # A passage becomes several rows, all of which have its example's name.
+    # A row knows its example by name alone. Where two entries use the same id, the rows of both get
+    # the repeats of the later entry.
     entry_of_name = {example.id: entry_of_object[id(example)] for example in train}
-    entry_of_row = np.array([entry_of_name[name] for name in table.names])
+    entry_of_row = np.array([entry_of_name[name] for name in table.names])  # int64 [rows]
     repeats = count_repeats(data.train, entry_of_row)
     eval_table = None
     if eval_entries:
@@ -210,20 +216,21 @@ def count_repeats(entries: list[DataEntry], entry_of_row: np.ndarray) -> np.ndar
         entries: The entries of data.train.
         entry_of_row: The number of each row's entry, int64 [rows].
     """
-    rows = np.bincount(entry_of_row, minlength=len(entries)).astype(float)
-    shares = np.array([entry.share or 0.0 for entry in entries])
-    weights = np.array([entry.weight for entry in entries])
+    rows = np.bincount(entry_of_row, minlength=len(entries)).astype(float)  # [entries]
+    shares = np.array([entry.share or 0.0 for entry in entries])  # [entries]
+    weights = np.array([entry.weight for entry in entries])  # [entries]
     without_share = (rows * weights)[shares == 0].sum()
+    # The entries without a share make up the part of an epoch that the shares leave over.
     total = without_share / (1 - shares.sum())
     weights = np.where(shares > 0, shares * total / np.maximum(rows, 1), weights)
-    return weights[entry_of_row]
+    return weights[entry_of_row]  # float64 [rows]
 
 
 def describe_mixture(
     entries: list[DataEntry], entry_of_row: np.ndarray, repeats: np.ndarray, lengths: np.ndarray
 ) -> list[dict]:
     """Return the rows of each entry of data.train and its share of an epoch's rows and tokens."""
-    tokens = repeats * lengths
+    tokens = repeats * lengths  # float64 [rows], per epoch
     mixture = []
     for index, entry in enumerate(entries):
         own = entry_of_row == index
@@ -250,6 +257,7 @@ def hash_examples(examples: list[Example]) -> str:
     digest = hashlib.sha256()
     for example in examples:
         kind = type(example)
+        # repr marks where each field ends and tells None from a text, which joined texts do not.
         digest.update(repr((kind.__name__, readers[kind](example))).encode())
     return digest.hexdigest()
 
@@ -268,6 +276,9 @@ def tokenize(
     Returns:
         The name of the cache folder, the table, and what was dropped.
     """
+    # The key must hold everything that decides the ids; style and completion are in the
+    # fingerprint. It does not hold the code: a change in how rows are cut leaves old folders in
+    # use, because the probes of the fingerprint are short.
     key = hash_json(
         [
             sha256,

@@ -52,6 +52,7 @@ class Plan:
 
     def micro_batches(self, step: int, rank: int = 0, ranks: int = 1) -> list[np.ndarray]:
         """Return the row numbers of each micro-batch of a rank in a step, counted from 0."""
+        # Micro-batch k of a step belongs to rank k % ranks. `round` relies on the same order.
         numbers = range(self.steps[step] + rank, self.steps[step + 1], ranks)
         return [self.rows[self.bins[number] : self.bins[number + 1]] for number in numbers]
 
@@ -78,7 +79,8 @@ def fit_bins(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     Returns:
         The indices into `lengths` of each bin.
     """
-    order = np.argsort(-lengths, kind="stable")
+    # A stable sort leaves rows of equal length in their shuffled order, so the seed alone decides.
+    order = np.argsort(-lengths, kind="stable")  # int64 [rows], longest first
     # Bit s is set while an open bin has s tokens of space, so that the lowest set bit from a row's
     # length on is the tightest fit.
     space_bits = 0
@@ -87,6 +89,7 @@ def fit_bins(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     for index, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
         fitting = space_bits >> length
         if fitting:
+            # The expression x & -x keeps the lowest set bit of x.
             space = length + (fitting & -fitting).bit_length() - 1
             stack = bins_with_space[space]
             number = stack.pop()
@@ -125,10 +128,12 @@ def pack_epoch(
     waiting = np.empty(0, np.int64)
     for start in range(0, len(rows), window):
         pool = np.concatenate([waiting, rows[start : start + window]])
+        # Rows must not be left waiting after the last window, so it closes every bin.
         last = start + window >= len(rows)
         bins = [pool[indices] for indices in fit_bins(lengths[pool], capacity)]
         bin_starts = np.cumsum([0] + [len(members) for members in bins[:-1]])
-        tokens = np.add.reduceat(lengths[np.concatenate(bins)], bin_starts)
+        # reduceat would return a wrong sum for an empty bin, and no bin is empty.
+        tokens = np.add.reduceat(lengths[np.concatenate(bins)], bin_starts)  # int64 [bins]
         closed = (tokens >= WELL_FILLED * capacity) | last
         packed += [members for members, keep in zip(bins, closed, strict=True) if keep]
         underfull = [members for members, keep in zip(bins, closed, strict=True) if not keep]
@@ -152,9 +157,11 @@ def spread_rows(
         The row numbers of each bin; none is empty.
     """
     bins = [[] for _ in range(count)]
-    tokens = np.zeros(count, np.int64)
+    tokens = np.zeros(count, np.int64)  # [bins]
     for row in rows[np.argsort(-lengths[rows], kind="stable")]:
         lightest = int(tokens.argmin())
+        # With more bins each holds less. A row over `capacity` would never fit, and the recursion
+        # would not end.
         if tokens[lightest] + lengths[row] > capacity:
             return spread_rows(lengths, rows, count + 1, capacity)
         bins[lightest].append(row)
@@ -178,12 +185,15 @@ def divide_step(
         The row numbers of a multiple of `ranks` micro-batches that hold the same rows. Where there
         are fewer rows than ranks, the last micro-batches are empty.
     """
-    # An epoch's last step may have fewer bins, which the ranks could share, but a bin may be larger
+    # Bins that can be dealt out evenly stay as they are, which makes them those of one process. An
+    # epoch's last step may have fewer bins, which the ranks could share, but a bin may be larger
     # than a micro-batch. A rank that had to split one would run more micro-batches than the others.
     even = len(bins) % ranks == 0
     if even and all(lengths[members].sum() <= capacity for members in bins):
         return bins
     rows = np.concatenate(bins)
+    # All ranks must compute the same number of micro-batches, because they wait for each other. The
+    # negated floor division rounds up.
     rounds = max(1, -(-int(lengths[rows].sum()) // (ranks * capacity)))
     divided = spread_rows(lengths, rows, rounds * ranks, capacity)
     while len(divided) > rounds * ranks:
@@ -206,12 +216,14 @@ def draw_rows(repeats: np.ndarray, generator: np.random.Generator) -> np.ndarray
     Returns:
         The drawn row numbers, int64.
     """
-    whole = np.floor(repeats).astype(np.int64)
+    whole = np.floor(repeats).astype(np.int64)  # [rows]
     rows = [np.repeat(np.arange(len(repeats)), whole)]
+    # Rows of one entry have the same float64, so equality is exact. Fractions come in sorted order,
+    # so the draws from the generator do too.
     for fraction in np.unique(repeats - whole):
         candidates = np.flatnonzero(repeats - whole == fraction)
         rows.append(generator.choice(candidates, round(fraction * len(candidates)), replace=False))
-    return generator.permutation(np.concatenate(rows))
+    return generator.permutation(np.concatenate(rows))  # int64 [drawn rows]
 
 
 def count_bins(global_batch_tokens: int, packed_tokens: int) -> int:
@@ -296,6 +308,8 @@ def choose_packing(training: Training, micro_tokens: int, ranks: int) -> int:
     if training.max_tokens_per_batch != "auto":
         return training.max_tokens_per_batch
     total = training.global_batch_tokens
+    # A resumed run must be packed in the same bins, or its steps would have other rows.
+    # `planning.decide_step` therefore records this number.
     return total if total % (micro_tokens * ranks) else micro_tokens
 
 
@@ -370,6 +384,8 @@ def make_plan(
     steps = []
     epochs_done = []
     for epoch in range(int(np.ceil(epochs))):
+        # Each epoch has a generator of its own, so its rows do not depend on what was drawn before.
+        # The order of the draws inside an epoch is part of the plan: rows, bins, then steps.
         generator = np.random.default_rng([seed, epoch])
         rows = draw_rows(repeats, generator)
         if packing:
@@ -377,9 +393,11 @@ def make_plan(
                 lengths, rows, capacity, bins_per_step, window, generator
             )
             micro = micro_tokens or capacity
+            # The number of ranks comes in only here, after the rows of each step are settled.
             epoch_steps = [divide_step(lengths, step, ranks, micro) for step in epoch_steps]
         else:
             epoch_steps = plan_single_rows(lengths, rows, global_tokens)
+        # The last epoch of a fraction takes its first steps, but at least one.
         part = min(1.0, epochs - epoch)
         epoch_steps = epoch_steps[: max(1, round(len(epoch_steps) * part))]
         count = len(epoch_steps)
@@ -393,10 +411,10 @@ def make_plan(
     if not bins:
         raise PlanError("no row is left to train on; give more data")
     return Plan(
-        rows=np.concatenate(bins).astype(np.int32),
-        bins=np.cumsum([0] + [len(members) for members in bins]),
-        steps=np.cumsum([0] + [len(step) for step in steps]),
-        epochs=np.asarray(epochs_done),
+        rows=np.concatenate(bins).astype(np.int32),  # [placed rows]
+        bins=np.cumsum([0] + [len(members) for members in bins]),  # int64 [micro-batches + 1]
+        steps=np.cumsum([0] + [len(step) for step in steps]),  # int64 [steps + 1]
+        epochs=np.asarray(epochs_done),  # float64 [steps]
     )
 
 

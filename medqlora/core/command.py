@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
+# Scripts import this module before their slow imports, and a misspelt key is said in under a
+# second. Nothing here may therefore import torch or transformers when it is read.
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -41,6 +43,7 @@ def run_command(main: Callable[[], int | None], interrupted: str = "") -> NoRetu
     """
     try:
         code = main() or 0
+    # Any other exception is a defect of the program and keeps its traceback.
     except UserError as error:
         print(error, file=sys.stderr)
         code = MISTAKE
@@ -96,7 +99,10 @@ def read_settings(
         usage="%(prog)s [--config FILE.yaml] [--key VALUE ...]",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        # A flag that was not given is then absent from the result. With its default it would win
+        # over the YAML file.
         argument_default=argparse.SUPPRESS,
+        # argparse would otherwise take the beginning of a flag's name for the flag.
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -104,8 +110,11 @@ def read_settings(
     )
     for heading, section in groups.items():
         group = parser.add_argument_group(heading)
+        # `__annotations__` names the keys that a class declares itself, without those it inherits.
         for name in section.__annotations__:
             add_flag(group, name, schema.model_fields[name])
+    # Unknown flags are collected and not refused here, so that the message can name the nearest
+    # key.
     known, unknown = parser.parse_known_args()
     flags = vars(known)
     if unknown:
@@ -120,7 +129,9 @@ def read_settings(
 
 def add_flag(group: argparse._ArgumentGroup, name: str, field: FieldInfo) -> None:
     """Add the flag of one key; the schema checks its value, not argparse."""
+    # argparse formats help texts with the % operator, so a percent sign is doubled.
     text = " ".join((field.description or "").split()).replace("%", "%%")
+    # Such a flag takes no value and can only switch on, so the schema's default must be False.
     if field.annotation is bool:
         group.add_argument(f"--{name}", action="store_true", help=text)
         return

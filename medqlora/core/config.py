@@ -16,6 +16,9 @@ Completion = Literal["letter", "letter_text", "explanation", "text"]
 
 
 class Section(BaseModel):
+    # An unknown key is refused, because a misspelt one would leave its default in force without a
+    # word. The text below each field becomes its description, which --help prints. pydantic's lax
+    # mode stays on, because YAML 1.1 reads 2e-4 as text and pydantic makes it a number.
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
@@ -228,6 +231,8 @@ class Config(Section):
     def check_budgets(self) -> Config:
         data = self.data
         training = self.training
+        # A row is never divided over micro-batches. For auto, `plan.list_budgets` offers only sizes
+        # that hold a row of max_length.
         if (
             training.max_tokens_per_batch != "auto"
             and data.max_length > training.max_tokens_per_batch
@@ -246,6 +251,8 @@ class Config(Section):
                 "lora.variant dora needs the base's weights at the start, which model.quantization"
                 " int8 hides; use nf4 or lora"
             )
+        # `pipeline.count_repeats` divides the rows of the entries without a share by 1 minus the
+        # sum of the shares. Neither may be zero.
         if sum(entry.share or 0 for entry in data.train) >= 1 or (
             data.train and all(entry.share for entry in data.train)
         ):

@@ -88,6 +88,8 @@ def read_yaml(path: Path) -> tuple[dict, yaml.Node | None]:
     """
     try:
         text = path.read_text(encoding="utf-8")
+        # The text is read twice: safe_load returns plain values without line numbers, and compose
+        # returns nodes that know theirs. An empty file loads as None.
         tree = yaml.safe_load(text) or {}
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except OSError as error:
@@ -154,6 +156,8 @@ def resolve_paths(node: Any, folder: Path) -> Any:
         return {key: resolve_paths(value, folder) for key, value in node.items()}
     if isinstance(node, list):
         return [resolve_paths(value, folder) for value in node]
+    # Only these beginnings mark a path for certain. A text such as owner/name may be a hub id, so
+    # it stays as it is.
     if isinstance(node, str) and node.startswith(("./", "../")):
         return str((folder / node).resolve())
     return node
@@ -178,6 +182,8 @@ def parse_overrides(arguments: list[str]) -> list[tuple[tuple[str, ...], Any]]:
                 " --help)"
             )
         if not equals:
+            # A value that begins with two dashes needs the form --key=VALUE. A negative number has
+            # one dash.
             if not arguments or arguments[0].startswith("--"):
                 raise ConfigError(f"argument {flag}: no value; expected {flag} VALUE")
             value = arguments.pop(0)
@@ -259,6 +265,7 @@ def describe(
     if problem["type"] == "missing":
         return f"{locate(loc)}: {name} is missing; set it in the file or with --{name} VALUE"
     message = problem["msg"].removeprefix("Value error, ")
+    # A rule about the whole configuration (`Config.check_budgets`) has no place of its own.
     if not loc:
         return f"config: {message}" if schema is Config else message
     got = problem["input"]
@@ -272,6 +279,7 @@ def suggest_key(loc: tuple, schema: type[Section] = Config) -> str:
     valid = list(section_fields(loc[:-1], schema))
     wanted = str(loc[-1])
     elsewhere = [key for key in all_keys(schema) if key.split(".")[-1] == wanted]
+    # The same name in another section is a better guess than a similar name in this one.
     if elsewhere:
         return f"did you mean {elsewhere[0]}?"
     near = difflib.get_close_matches(wanted, valid, n=1, cutoff=0.5)

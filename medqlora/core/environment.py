@@ -115,6 +115,7 @@ class MemoryMeter:
         if self.cuda:
             import torch
 
+            # This counts tensors alone, without the CUDA context and free blocks of the allocator.
             return torch.cuda.memory_allocated()
         return self.process.memory_info().rss
 

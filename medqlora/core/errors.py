@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 
+# UserError is a ValueError, so `except ValueError` catches it too. Code that wraps a ValueError
+# must let a finished message pass.
 class UserError(ValueError):
     """An error that the user can correct.
 

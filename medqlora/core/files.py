@@ -22,11 +22,15 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     Raises:
         RunError: The disk refuses.
     """
+    # os.replace is atomic within one file system only, so the file aside lies in the same folder.
+    # The process id keeps apart processes of one machine that write the same file.
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with aside.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
+            # The content must be on disk before the name points to it. After a power failure the
+            # name could otherwise stand for an empty file.
             os.fsync(file.fileno())
         os.replace(aside, path)
     except OSError as error:
@@ -90,6 +94,8 @@ def append_line(path: Path, row: dict) -> None:
     """
     try:
         with path.open("a", encoding="utf-8") as file:
+            # Without ensure_ascii=False a line holds ASCII alone, and json.dumps escapes every line
+            # break. Exactly one line is written, and a kill can cut short the last line alone.
             file.write(json.dumps(row) + "\n")
     except OSError as error:
         raise RunError(
@@ -133,5 +139,7 @@ def check_disk(folder: Path, needed: int, purpose: str) -> None:
 
 def hash_json(tree: Any) -> str:
     """Return the SHA-256 of a JSON document, whatever the order of its keys."""
+    # Folders of the cache are named by this hash. Another form of the text would orphan all of
+    # them.
     text = json.dumps(tree, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -49,6 +49,7 @@ def check_run(folder: Path, config: Config, resume: bool) -> None:
         # defaults say. A file that is no longer valid is compared as it is.
         with contextlib.suppress(ValidationError):
             old_tree = yaml.safe_load(dump_config(Config.model_validate(old_tree)))
+        # Both sides have come through YAML, so equal values also have equal types.
         for key, old, new in list_differences(old_tree, yaml.safe_load(dump_config(config))):
             if key not in FREE_TO_CHANGE:
                 raise RunError(
@@ -99,6 +100,8 @@ def list_differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, 
 
 def rewind_log(path: Path, step: int) -> None:
     """Drop the log's rows after a step; the resumed run writes them again."""
+    # The whole file is written again, which also takes out a last line that a kill cut short. A row
+    # that is appended to such a line would be lost with it.
     rows = [row for row in read_lines(path) if row["step"] <= step]
     if path.is_file():
         write_json_lines(path, rows)

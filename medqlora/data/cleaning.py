@@ -20,6 +20,8 @@ DISTINCTIVE_STEM = 80
 
 def to_nfc(text: str) -> str:
     """Return the text in Unicode normalization form C."""
+    # ASCII text is in form NFC already. An accented letter may be one character or two, which look
+    # the same but are other tokens and other keys.
     return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
@@ -64,11 +66,13 @@ def squash(text: str) -> str:
     "pH < 7.35!" and "PH <7.35" become the same text.
     """
     folded = unicodedata.normalize("NFKC", text).casefold()
+    # A full stop inside is a decimal point and stays; one at the end is punctuation.
     return re.sub(r"[^\w<>=+%/.-]+", "", folded).strip(".")
 
 
 def exact_key(example: Example) -> Hashable:
     """Return what two examples have in common that are equal character by character."""
+    # A text, four parts and three parts never equal each other, so kinds do not mix.
     if isinstance(example, Passage):
         return example.text
     if isinstance(example, MultipleChoice):
@@ -80,6 +84,8 @@ def normalized_key(example: Example) -> Hashable:
     """Return the normalised stem with the sorted options, the open question, or the text."""
     if isinstance(example, Passage):
         return squash(example.text)
+    # Sorted options make a question with shuffled options the same question. The answer is left
+    # out, because an evaluation question with another answer would still be a leak.
     if isinstance(example, MultipleChoice):
         return squash(example.question), tuple(sorted(map(squash, example.options)))
     return squash(example.question)
@@ -110,6 +116,8 @@ def deduplicate(examples: Iterable[Example], method: str) -> tuple[list[Example]
     removals = []
     for example in examples:
         first = first_of.setdefault(key_of(example), example)
+        # Examples with equal fields compare equal, so only identity tells the first from its
+        # copies.
         if first is example:
             kept.append(example)
         else:
@@ -126,6 +134,8 @@ def contamination_keys(example: Example) -> list[Hashable]:
         return keys
     stem = squash(example.question)
     if len(stem) >= DISTINCTIVE_STEM or not isinstance(example, MultipleChoice):
+        # The key has the same form for both kinds. An open question is thereby also found in a
+        # multiple-choice question that asks it at length.
         keys.append(("stem", stem))
     return keys
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from medqlora.core.errors import UserError
 
+# The number of letters is the largest number of options that a question can have.
 LETTERS = "ABCDEFGHIJ"
 
 

@@ -58,7 +58,11 @@ def read_examples(
     name, records = read_records(entry, split)
     if not records:
         raise DataError(f"{entry.format}: {name} holds no rows; expected at least one")
+    # The first record stands for its file. A later one with other keys fails in its parser, which
+    # names the line.
     check_signature(entry, *records[0])
+    # `prepare` sees the whole file before any record is parsed. It tells, for example, from which
+    # number a file counts its options.
     records = kind.prepare(records, entry, locate_file(entry, split) is None)
     examples = []
     removals = []
@@ -74,6 +78,7 @@ def read_examples(
     examples = [
         example if example.id else replace(example, id=content_id(example)) for example in examples
     ]
+    # The limit counts usable examples of the split, so it is applied last.
     return examples[: entry.limit], removals
 
 
@@ -82,6 +87,8 @@ def content_id(example: Example) -> str:
 
     The id stays the same when a file is reordered or split.
     """
+    # Evaluation divides questions into batches by their ids. Another list of keys would give every
+    # example without an id of its own another one.
     keys = ("question", "options", "answer", "context", "text")
     parts = [getattr(example, key, None) for key in keys]
     digest = hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()

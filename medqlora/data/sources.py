@@ -42,6 +42,7 @@ def locate_file(entry: DataEntry, split: str) -> Path | None:
     if path.is_dir():
         names = SPLIT_NAMES.get(split, (split,))
         files = [file for file in sorted(path.iterdir()) if file.suffix in suffixes]
+        # Exact names go first, because train_extra.jsonl also begins with train.
         candidates = [file for file in files if file.stem.lower() in names]
         if not candidates:
             candidates = [file for file in files if file.stem.lower().startswith(names)]
@@ -59,6 +60,8 @@ def locate_file(entry: DataEntry, split: str) -> Path | None:
                 f" {' '.join(suffixes)}"
             )
         return path
+    # A misspelt file name must fail here. Asked of the hub, it would fail late and for another
+    # reason.
     looks_like_a_file = path.suffix in (*SUFFIXES, ".txt") or entry.path.startswith((".", "/", "~"))
     if looks_like_a_file or entry.path.count("/") != 1:
         raise DataError(
@@ -93,6 +96,7 @@ def read_records(entry: DataEntry, split: str) -> tuple[str, list[tuple[str, dic
     except OSError as error:
         raise DataError(f"{entry.format}: cannot read {path}: {error.strerror or error}") from None
     except (csv.Error, ValueError) as error:
+        # A DataError is a ValueError too, and it already says file and line.
         if isinstance(error, DataError):
             raise
         raise DataError(
@@ -104,6 +108,8 @@ def read_json_lines(path: Path) -> list[tuple[str, dict]]:
     """Read one object per line; empty lines are skipped."""
     records = []
     with path.open(encoding="utf-8") as file:
+        # A file is divided at line ends alone. str.splitlines would also divide at U+2028, which
+        # JSON allows inside a text.
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -140,6 +146,7 @@ def read_json(path: Path) -> list[tuple[str, dict]]:
 def read_csv(path: Path) -> list[tuple[str, dict]]:
     """Read a table whose first line names the columns."""
     # Spreadsheet programs begin UTF-8 files with a byte order mark, which "utf-8-sig" skips.
+    # The csv module itself must see the line ends, because a quoted field may hold some.
     with path.open(encoding="utf-8-sig", newline="") as file:
         return number_rows(path.name, csv.DictReader(file))
 

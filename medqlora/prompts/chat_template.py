@@ -67,6 +67,9 @@ def make_encoder(
         )
     frame = read_frame(tokenizer) if style == "chat" else None
     end_id = encode_text(tokenizer, frame.end)[0] if frame else tokenizer.eos_token_id
+    # These tokens stand before plain text alone, because a chat template writes its own beginning.
+    # Some tokenizers also append tokens, so what stands before the text is found by searching for
+    # it.
     bare = encode_text(tokenizer, "a")
     full = tokenizer("a", add_special_tokens=True)["input_ids"]
     leading = full[: next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)]
@@ -120,8 +123,10 @@ def read_frame(tokenizer: PreTrainedTokenizerBase) -> ChatFrame:
     before, user_kept, after = apply(user).partition(user)
     _, assistant_kept, tail = apply(user, assistant).partition(assistant)
     probe = "Which?\nA. one\n\nAnswer."
+    # The probe has line breaks, which a template that reformats texts would change.
     if not user_kept or not assistant_kept or apply(probe) != before + probe + after:
         raise PromptError("the chat template changes the text of a message; use prompt_style plain")
+    # encode_text adds no special tokens, so both of two BOS tokens come from the template.
     start = encode_text(tokenizer, before)[:2]
     if tokenizer.bos_token_id is not None and start == [tokenizer.bos_token_id] * 2:
         raise PromptError(
@@ -132,8 +137,12 @@ def read_frame(tokenizer: PreTrainedTokenizerBase) -> ChatFrame:
     head = before + user + after + assistant
     conversation = apply(user, assistant, next_user)
     between = conversation.partition(assistant)[2].partition(next_user)[0]
+    # Some templates change an earlier answer once another turn follows. A frame cannot express
+    # that, so it then allows no worked examples.
     if not between or conversation != head + between + next_user + after:
         between = None
+    # A turn ends at the template's own token if it has one, such as <|im_end|>. Elsewhere the
+    # tokenizer's end-of-sequence token is taken.
     ids = encode_text(tokenizer, tail)
     special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
     if not ids or ids[0] not in special:

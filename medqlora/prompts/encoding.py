@@ -63,6 +63,8 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[l
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    # A tokenizer file may switch these on, and encode_batch_fast would then shorten or lengthen
+    # rows.
     if backend.truncation is not None:
         backend.no_truncation()
     if backend.padding is not None:
@@ -110,6 +112,7 @@ def encode_completions(
     """
     anchors = []
     for prompt in prompts:
+        # Only text near the border changes how the border is tokenized, so a long line is cut.
         last_line = prefix_text(encoder, prompt).rpartition("\n")[2][-64:]
         # Most chat templates end in a newline. The newline itself is then the anchor.
         anchors.append(last_line or "\n")
@@ -120,6 +123,7 @@ def encode_completions(
     encoded = {}
     for (anchor, completion), ids in zip(pairs, joint, strict=True):
         head = heads[anchor]
+        # Inference reads the anchor's own tokens, so the joint encoding must begin with them.
         if ids[: len(head)] == head:
             encoded[anchor, completion] = ids[len(head) :]
         else:
@@ -148,7 +152,7 @@ def encode_candidates(
         repeated += [prompt] * len(options)
         flat_texts += options
     flat = iter(encode_completions(encoder, repeated, flat_texts))
-    candidates = [[next(flat) for _ in options] for options in texts]
+    candidates = [[next(flat) for _ in options] for options in texts]  # [questions][options][ids]
     if encoder.style != "lm_eval":
         return candidates
     whole = [prefix_text(encoder, prompt) for prompt in prompts]
@@ -189,7 +193,7 @@ def encode_examples(
         )
         # Token ids as Python integers take eight times the memory of an array.
         sizes = [len(ids) for _, ids in rows]
-        ids = np.fromiter(
+        ids = np.fromiter(  # int32 [tokens of the batch]
             itertools.chain.from_iterable(ids for _, ids in rows), np.int32, sum(sizes)
         )
         return ids, [name for name, _ in rows], sizes, prompts, dropped
@@ -202,6 +206,7 @@ def encode_examples(
     # More threads would only wait for Python.
     threads = ThreadPoolExecutor(min(os.cpu_count() or 1, 8) + 1)
     try:
+        # `map` returns batches in their order, so row numbers do not depend on the threads.
         for ids, named, sizes, prompts, dropped in threads.map(
             encode, range(0, len(examples), BATCH)
         ):
@@ -214,6 +219,7 @@ def encode_examples(
         threads.shutdown(cancel_futures=True)
     if not lengths:
         raise DataError("no row is left to tokenize; look at the removals above or give more data")
+    # All rows together may have more tokens than int32 can count.
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     return (
         TokenTable(np.concatenate(parts), offsets, np.asarray(prompt_lengths, np.int32), names),
@@ -239,6 +245,9 @@ def encode_batch(
         if isinstance(example, Passage):
             pieces = split_passage(encoder, completion, max_length)
             rows += [(example.id, piece) for piece in pieces]
+            # Nothing stands before the first token of a piece, so it is never a target. `collate`
+            # needs at least one such token per row, or a target would be predicted from the row
+            # before.
             prompt_lengths += [1] * len(pieces)
             continue
         problem = None
@@ -260,6 +269,8 @@ def encode_batch(
                 )
             removals.append(Removal(example.source, example.id, problem))
             continue
+        # The end token is supervised, because a model without it as a target does not learn to
+        # stop.
         rows.append((example.id, [*prefix, *completion, encoder.end_id]))
         prompt_lengths.append(len(prefix))
     return rows, prompt_lengths, removals
@@ -282,6 +293,8 @@ def shorten(
     """
     context = "\n".join(example.context)
     explanation = getattr(example, "explanation", None) or ""
+    # Tokens may join where text is cut out, so a row is encoded again until it fits. Each round
+    # cuts at least one character, so the loop ends.
     while True:
         prompt = render(
             example, encoder.style, encoder.completion, context=context, explanation=explanation
@@ -301,6 +314,7 @@ def shorten(
 
 def cut_tokens(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> str:
     """Return a text without its last `count` tokens, and at least one character shorter."""
+    # Offsets cut the original text. Decoding the tokens that are kept could give another text.
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
         "offset_mapping"
     ]

@@ -71,4 +71,5 @@ def hash_tokenizer(encoder: Encoder) -> str:
         definition = backend.to_str()
     else:
         definition = json.dumps(sorted(encoder.tokenizer.get_vocab().items()))
+    # The chat template is no part of the backend's own definition.
     return hashlib.sha256(f"{definition}{encoder.tokenizer.chat_template}".encode()).hexdigest()

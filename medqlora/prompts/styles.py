@@ -14,6 +14,8 @@ class PromptError(UserError):
 
 
 # Only the chat style needs instructions: the other styles end in "Answer:" or "Explanation:".
+# A chat prompt with options ends in one of these texts, and changing it changes the fingerprint of
+# every chat adapter that was trained with it.
 INSTRUCTIONS = {
     "letter": "Answer with the letter of the correct option.",
     "letter_text": "Answer with the letter and the text of the correct option.",
@@ -66,6 +68,7 @@ def render(
     """
     if isinstance(example, Passage):
         return Prompt(user="", completion=example.text, chat=False)
+    # An empty text is a context that was cut away, and None stands for the example's own.
     if context is None:
         context = "\n".join(example.context)
     if style == "lm_eval":
@@ -112,6 +115,8 @@ def with_space(completion: str | None, chat: bool) -> str | None:
 
     A chat template separates turns by itself.
     """
+    # Most tokenizers join a blank to the word behind it: " A" and "A" are different tokens. The
+    # blank therefore belongs to the completion and never to the prompt.
     return completion if chat or completion is None else f" {completion}"
 
 
@@ -125,6 +130,7 @@ def render_answer(
         completion: "letter", "letter_text" or "explanation".
         explanation: The explanation that stands before the letter, if there is one.
     """
+    # `answers.parse_answer` must find the letter again in each of the forms below.
     if example.answer is None:
         return None
     letter = LETTERS[example.answer]
@@ -189,4 +195,5 @@ def candidates(example: MultipleChoice, style: str, completion: str = "letter") 
         texts = list(example.options)
     else:
         texts = list(LETTERS[: len(example.options)])
+    # The blank must be as in training (with_space), or other tokens would be scored.
     return texts if style == "chat" else [f" {text}" for text in texts]

@@ -24,10 +24,12 @@ def parse_mcq(record: dict, source: str, entry: DataEntry) -> MultipleChoice:
     record = take_columns(record, entry)
     options = read_options(record.get("options"))
     answer = None
+    # A CSV file has no null, so an empty field stands for an unknown answer.
     if record.get("answer") not in (None, ""):
         answer = find_answer(record["answer"], options)
     check_answer(answer, options)
     return MultipleChoice(
+        # `read_examples` replaces an empty id by a hash of the content.
         id=optional_text(record, "id") or "",
         question=need_text(record, "question"),
         options=options,
@@ -66,6 +68,7 @@ def parse_text(record: dict, source: str, entry: DataEntry) -> Passage:
     )
 
 
+# These formats have no signatures, because the column map decides what a record must hold.
 register(Format(name="mcq", parse=parse_mcq))
 register(Format(name="qa", parse=parse_qa, scoring="generate"))
 register(Format(name="text", parse=parse_text, scoring="perplexity"))

@@ -33,6 +33,7 @@ def need_text(record: dict, key: str) -> str:
 def optional_text(record: dict, key: str) -> str | None:
     """Return a field, or None where it is missing, blank or the word "nan"."""
     value = record.get(key)
+    # pandas writes a missing text as the word "nan".
     text = "" if value is None else str(value)
     if text.lower() == "nan" or not text.strip():
         return None
@@ -58,6 +59,8 @@ def whole_number(value: object, name: str) -> int:
         ValueError: The value is no whole number. The message calls it `name`.
     """
     try:
+        # CSV files hold numbers as text, and pandas makes a column with gaps a float ("2.0").
+        # Python counts True as 1, which would make a label of a truth value.
         if float(value) == int(float(value)) and not isinstance(value, bool):
             return int(float(value))
     except (TypeError, ValueError, OverflowError):
@@ -100,8 +103,10 @@ def is_list_of_pairs(value: object) -> bool:
 
 def order_by_letter(options: dict) -> list:
     """Return the texts of {"A": text, ...} in the order of their letters; None is left out."""
+    # Arrow gives all records the same keys, so a question without an option E has None there.
     present = {letter: text for letter, text in options.items() if text is not None}
     expected = LETTERS[: len(present)]
+    # A gap in the letters would move the options behind it to other letters.
     if sorted(present) != list(expected):
         raise ValueError(
             f"options are lettered {', '.join(map(str, present))}; expected {', '.join(expected)}"
@@ -119,6 +124,8 @@ def find_answer(value: object, options: tuple[str, ...]) -> int:
     """
     if isinstance(value, str):
         text = value.strip()
+        # A single letter is always read as the letter of an option, even where an option's text is
+        # one.
         if len(text) == 1 and text.upper() in LETTERS:
             return LETTERS.index(text.upper())
         if options.count(value) == 1:
@@ -133,6 +140,7 @@ def find_answer(value: object, options: tuple[str, ...]) -> int:
 
 def check_answer(answer: int | None, options: tuple[str, ...]) -> None:
     """Raise ValueError where a known answer is not the index of an option."""
+    # Python would take a negative index without a word and count it from the end.
     if answer is not None and not 0 <= answer < len(options):
         raise ValueError(
             f"answer is option {answer} (from 0) of {len(options)}; it must be one of the options"

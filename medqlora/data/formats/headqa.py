@@ -24,6 +24,7 @@ def parse_headqa(record: dict, source: str, entry: DataEntry) -> MultipleChoice:
         raise ValueError(
             f'"answers" is {answers!r}; expected a list of {{"aid": number, "atext": text}}'
         )
+    # "ra" names an "aid" and not a position, so the numbers are kept beside the options.
     options = read_options([answer["atext"] for answer in answers])
     numbers = [
         whole_number(answer.get("aid", position), "aid")

@@ -24,9 +24,11 @@ def parse_medqa(record: dict, source: str, entry: DataEntry) -> MultipleChoice:
     The original form has "options" and "answer_idx", the other "sent1", "ending0" ... and "label".
     """
     if "sent1" in record:
+        # Each name ends in one digit, so the order of names is the order of numbers.
         endings = sorted(key for key in record if re.fullmatch(r"ending\d", key))
         options = tuple(need_option(record, key) for key in endings)
         label = record.get("label")
+        # This form counts options from 0; -1 is a hidden label.
         answer = None if label in (None, -1) else whole_number(label, "label")
         check_answer(answer, options)
         question = need_text(record, "sent1")
@@ -37,6 +39,7 @@ def parse_medqa(record: dict, source: str, entry: DataEntry) -> MultipleChoice:
         answer = None if letter is None else find_answer(letter, options)
         check_answer(answer, options)
         text = record.get("answer")
+        # A copy whose options were shuffled without their letters would train wrong answers.
         if answer is not None and text is not None and not same_words(str(text), options[answer]):
             raise ValueError(
                 f'answer_idx {letter} is "{options[answer]}" but answer is "{text}"; they must'

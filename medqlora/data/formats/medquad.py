@@ -15,6 +15,8 @@ def parse_medquad(record: dict, source: str, entry: DataEntry) -> OpenAnswer:
         # MedQuAD's ids repeat across its sources; an empty id is replaced by a hash of the content.
         id="",
         question=need_text(record, "question"),
+        # Many answers were removed at the source for copyright; data.drop_invalid leaves such rows
+        # out.
         answer=need_text(record, "answer"),
         dataset="medquad",
         source=source,

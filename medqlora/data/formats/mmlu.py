@@ -73,6 +73,7 @@ def choose_subjects(records: Records, entry: DataEntry, on_hub: bool) -> Records
 
 def ask_harness(example: MultipleChoice, context: str) -> str:
     """Return the prompt of one question in lm-evaluation-harness's task mmlu."""
+    # This task has no "Question:" before the question.
     return "\n".join([example.question.strip(), *letter_options(example), "Answer:"])
 
 
@@ -87,6 +88,7 @@ register(
         name="mmlu",
         parse=parse_mmlu,
         hub=("cais/mmlu", "all"),
+        # The dev split holds five worked examples per subject.
         fewshot_split="dev",
         fewshot_by_subject=True,
         signatures=(frozenset({"question", "choices", "answer"}),),

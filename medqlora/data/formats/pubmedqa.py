@@ -10,6 +10,8 @@ from medqlora.data.examples import DataError, MultipleChoice
 from medqlora.data.formats.fields import need_text, optional_text
 from medqlora.data.formats.registry import Format, HarnessPrompt, register
 
+# The order gives the options their letters in the styles plain and chat, so changing it would
+# change every such prompt.
 PUBMEDQA_OPTIONS = ("yes", "no", "maybe")
 TEST_LISTS = ("test_pmids.txt", "test_ground_truth.json")  # files looked for beside the data
 
@@ -31,6 +33,8 @@ def parse_pubmedqa(record: dict, source: str, entry: DataEntry) -> MultipleChoic
     if decision is not None and decision not in PUBMEDQA_OPTIONS:
         raise ValueError(f"final_decision is {decision!r}; expected yes, no or maybe")
     return MultipleChoice(
+        # The id is the PMID as text, as the official list spells it. An integer would be in no
+        # list, and test questions would be trained on.
         id=str(record.get("pubid") or record.get("id") or ""),
         question=need_text(record, "question"),
         options=PUBMEDQA_OPTIONS,
@@ -59,6 +63,8 @@ def select_pubmedqa_split(
     if list_file is None:
         list_file = find_test_list(entry)
     if list_file is None:
+        # A file with more than 500 of the 1,000 labelled questions holds some of the 500 test
+        # questions.
         if len(examples) > 500 or split == "test":
             raise DataError(
                 f"pubmedqa: split {split} of {len(examples)} rows needs the official list of test"
@@ -71,6 +77,7 @@ def select_pubmedqa_split(
         pmids = set(json.loads(text)) if list_file.endswith(".json") else set(text.split())
     except (OSError, ValueError) as error:
         raise DataError(f"pubmedqa: test_pmids {list_file} cannot be read: {error}") from None
+    # Train and validation are the same questions here: all that are not on the list.
     kept = [example for example in examples if (example.id in pmids) == (split == "test")]
     if not kept:
         raise DataError(

@@ -29,6 +29,7 @@ def keep_examples(examples: list[Example], entry: DataEntry, split: str) -> list
 
 def ask_by_letter(example: MultipleChoice, context: str) -> str:
     """Return question, lettered options and "Answer:", as most tasks of lm-evaluation-harness."""
+    # No blank may follow "Answer:", because the completion begins with one.
     return "\n".join([f"Question: {example.question}", *letter_options(example), "Answer:"])
 
 
@@ -95,6 +96,8 @@ class Format:
     harness: HarnessPrompt = HarnessPrompt()
 
 
+# Whoever imports this module by its full name finds every dataset here, because Python first runs
+# the package's __init__, which imports them all.
 FORMATS: dict[str, Format] = {}
 
 
