@@ -40,7 +40,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from medqlora.batches.plan import list_budgets, make_plan
+from medqlora.batches.budgets import list_budgets
+from medqlora.batches.plan import make_plan
 from medqlora.core.command import quiet_libraries, run_command, run_early
 from medqlora.core.config import Config
 from medqlora.core.config_loading import change, load_config

@@ -39,7 +39,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from medqlora.batches.plan import Plan, list_budgets, make_plan
+from medqlora.batches.budgets import list_budgets
+from medqlora.batches.plan import Plan, make_plan
 from medqlora.core.command import quiet_libraries, run_command, run_early
 from medqlora.core.config import Config
 from medqlora.core.config_loading import change, load_config

@@ -104,10 +104,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from medqlora.batches.budgets import PlanError, describe_batch
 from medqlora.batches.cache import Prepared
 from medqlora.batches.collate import most_supervised
 from medqlora.batches.pipeline import count_reasons, prepare
-from medqlora.batches.plan import Plan, PlanError, describe_batch
+from medqlora.batches.plan import Plan
 from medqlora.core.command import run_command
 from medqlora.core.files import check_disk
 from medqlora.core.run_folder import check_run

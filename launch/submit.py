@@ -19,7 +19,7 @@ from pathlib import Path
 
 import yaml
 
-from medqlora.batches.plan import describe_batch
+from medqlora.batches.budgets import describe_batch
 from medqlora.core.command import run_command, run_early
 from medqlora.core.config_loading import load_config
 from medqlora.core.environment import prefer_expandable_segments

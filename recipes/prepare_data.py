@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from medqlora.batches.plan import choose_packing, list_budgets
+from medqlora.batches.budgets import choose_packing, list_budgets
 from medqlora.core.command import run_command, run_early
 from medqlora.core.config_loading import change, help_text, load_config
 from medqlora.core.environment import prefer_expandable_segments

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from medqlora.batches.plan import Plan, PlanError, make_plan
+from medqlora.batches.budgets import PlanError
+from medqlora.batches.plan import Plan, make_plan
 from medqlora.core.config import Config, Data
 from medqlora.core.files import hash_json
 from medqlora.data.examples import MultipleChoice, Removal

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from medqlora.batches.plan import PlanError, spread_rows
+from medqlora.batches.budgets import PlanError
+from medqlora.batches.plan import spread_rows
 from medqlora.prompts.encoding import TokenTable
 
 

@@ -231,7 +231,7 @@ class Config(Section):
     def check_budgets(self) -> Config:
         data = self.data
         training = self.training
-        # A row is never divided over micro-batches. For auto, `plan.list_budgets` offers only sizes
+        # A row is never divided over micro-batches. For auto, `budgets.list_budgets` offers only sizes
         # that hold a row of max_length.
         if (
             training.max_tokens_per_batch != "auto"

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from medqlora.batches.budgets import describe_batch
 from medqlora.batches.pipeline import count_reasons
-from medqlora.batches.plan import describe_batch
 from medqlora.core.files import append_line
 from medqlora.core.run_folder import LOG
 from medqlora.evaluation.comparison import compare_paired

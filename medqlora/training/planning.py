@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from medqlora.batches.budgets import choose_packing, list_budgets
 from medqlora.batches.cache import (
     Prepared,
     load_plan,
@@ -16,7 +17,7 @@ from medqlora.batches.cache import (
 )
 from medqlora.batches.collate import most_supervised
 from medqlora.batches.pipeline import prepare
-from medqlora.batches.plan import Plan, choose_packing, list_budgets
+from medqlora.batches.plan import Plan
 from medqlora.core.config import Config
 from medqlora.core.config_loading import change
 from medqlora.core.run_folder import open_run

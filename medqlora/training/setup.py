@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from transformers import PretrainedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from medqlora.batches.plan import list_budgets
+from medqlora.batches.budgets import list_budgets
 from medqlora.core.command import quiet_libraries
 from medqlora.core.config import Config
 from medqlora.core.environment import MemoryMeter

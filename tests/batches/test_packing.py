@@ -3,18 +3,17 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from medqlora.batches.cache import load_arrays, save_arrays
-from medqlora.batches.collate import cap_batches, collate
-from medqlora.batches.plan import (
+from medqlora.batches.budgets import (
     PlanError,
     choose_packing,
     count_bins,
     describe_batch,
-    fit_bins,
     list_budgets,
-    make_plan,
     share_bins,
 )
+from medqlora.batches.cache import load_arrays, save_arrays
+from medqlora.batches.collate import cap_batches, collate
+from medqlora.batches.plan import fit_bins, make_plan
 from medqlora.core.config import Training
 from medqlora.prompts.encoding import TokenTable
 

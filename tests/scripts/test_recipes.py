@@ -4,7 +4,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from medqlora.batches.plan import list_budgets
+from medqlora.batches.budgets import list_budgets
 from medqlora.core.config_loading import load_config
 
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from transformers import PretrainedConfig
 
-from medqlora.batches.plan import list_budgets
+from medqlora.batches.budgets import list_budgets
 from medqlora.core.config import Config
 from medqlora.core.config_loading import change
 from medqlora.training.memory.estimate import Estimate, forecast_plan, time_per_token
