@@ -231,8 +231,8 @@ class Config(Section):
     def check_budgets(self) -> Config:
         data = self.data
         training = self.training
-        # A row is never divided over micro-batches. For auto, `budgets.list_budgets` offers only sizes
-        # that hold a row of max_length.
+        # A row is never divided over micro-batches. For auto, `budgets.list_budgets` offers only
+        # sizes that hold a row of max_length.
         if (
             training.max_tokens_per_batch != "auto"
             and data.max_length > training.max_tokens_per_batch
