@@ -84,7 +84,7 @@ class Prepared:
 def load_table(folder: Path) -> tuple[TokenTable, list[Removal]]:
     """Open a table that `pipeline.tokenize` cached, with the removals of its tokenization."""
     notes = json.loads(str(np.load(folder / "names.npy")))
-    arrays = load_arrays(folder, ["ids", "offsets", "prompt_lengths"])
+    arrays = load_arrays(folder, ["ids", "offsets", "prompt_lengths", "examples"])
     removals = [Removal(**removal) for removal in notes["removals"]]
     return TokenTable(**arrays, names=notes["names"]), removals
 

@@ -33,6 +33,9 @@ from medqlora.prompts.fingerprint import fingerprint, hash_tokenizer
 
 DEFAULT_SPLIT = {"train": "train", "eval": "validation", "test": "test"}
 
+# This number rises when the cached arrays of a table change; older folders are then left alone.
+TABLE_VERSION = 2
+
 
 def name_entry(role: str, index: int) -> str:
     """Return what error messages call a data entry."""
@@ -153,7 +156,8 @@ def prepare(
     test_entries, dropped_test = read_role(data, "test")
     removals += dropped + dropped_test
     evaluation = list(chain.from_iterable(eval_entries))
-    test = list(chain.from_iterable(test_entries))
+    test, repeated = drop_repeated_ids(list(chain.from_iterable(test_entries)), data.drop_invalid)
+    removals += repeated
     for example in test:
         if not isinstance(example, MultipleChoice):
             raise DataError(
@@ -186,11 +190,9 @@ def prepare(
     data_sha256 = hash_examples(train)
     folders["train"], table, dropped = tokenize(encoder, train, data, data_sha256)
     removals += dropped
-    # A passage becomes several rows, all of which have its example's name.
-    # A row knows its example by name alone. Where two entries use the same id, the rows of both get
-    # the repeats of the later entry.
-    entry_of_name = {example.id: entry_of_object[id(example)] for example in train}
-    entry_of_row = np.array([entry_of_name[name] for name in table.names])  # int64 [rows]
+    # Ids do not tell examples apart: two files may both number their rows from 1.
+    entry_of_example = np.array([entry_of_object[id(example)] for example in train])  # int64
+    entry_of_row = entry_of_example[table.examples]  # int64 [rows]
     repeats = count_repeats(data.train, entry_of_row)
     eval_table = None
     if eval_entries:
@@ -205,6 +207,34 @@ def prepare(
     }
     mixture = describe_mixture(data.train, entry_of_row, repeats, table.lengths)
     return Prepared(table, eval_table, repeats, test, removals, mixture, hashes, folders)
+
+
+def drop_repeated_ids(test: list[Example], drop: bool) -> tuple[list[Example], list[Removal]]:
+    """Return the test questions with unique ids, because predictions are told apart by them.
+
+    Args:
+        test: The questions of all entries of data.test.
+        drop: Keeps the first question of each id instead of refusing the second.
+
+    Raises:
+        DataError: Two questions have the same id.
+    """
+    first_source: dict[str, str] = {}
+    unique = []
+    removals = []
+    for example in test:
+        first = first_source.get(example.id)
+        if first is None:
+            first_source[example.id] = example.source
+            unique.append(example)
+            continue
+        if not drop:
+            raise DataError(
+                f"data.test: {example.source}: id {example.id} stands at {first} too; ids must be"
+                " unique (--data.drop_invalid true keeps the first)"
+            )
+        removals.append(Removal(example.source, example.id, f"its id stands at: {first}"))
+    return unique, removals
 
 
 def count_repeats(entries: list[DataEntry], entry_of_row: np.ndarray) -> np.ndarray:
@@ -286,6 +316,7 @@ def tokenize(
             fingerprint(encoder),
             data.max_length,
             data.drop_invalid,
+            TABLE_VERSION,
         ]
     )
     folder = Path(data.cache_dir).expanduser() / f"tokens-{key[:24]}"
@@ -299,6 +330,7 @@ def tokenize(
             "ids": table.ids,
             "offsets": table.offsets,
             "prompt_lengths": table.prompt_lengths,
+            "examples": table.examples,
             "names": np.array(json.dumps(notes)),
         }
         save_arrays(folder, arrays)

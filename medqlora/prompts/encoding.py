@@ -31,13 +31,16 @@ class TokenTable:
         ids: token ids of all rows, int32 [tokens].
         offsets: where each row begins in `ids`, and the end of the last one, int64 [rows + 1].
         prompt_lengths: unsupervised tokens at each row's start, at least one, int32 [rows].
-        names: ids of the rows' examples, for messages.
+        names: ids of the rows' examples, for messages. Two examples may have the same id.
+        examples: numbers of the rows' examples in the list that was tokenized, int32 [rows]. A
+            passage has several rows.
     """
 
     ids: np.ndarray
     offsets: np.ndarray
     prompt_lengths: np.ndarray
     names: Sequence[str]
+    examples: np.ndarray
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -187,7 +190,7 @@ def encode_examples(
         DataError: a row without a known answer, or one that does not fit even without context.
     """
 
-    def encode(first: int) -> tuple[np.ndarray, list[str], list[int], list[int], list[Removal]]:
+    def encode(first: int) -> tuple[np.ndarray, list[int], list[int], list[int], list[Removal]]:
         rows, prompts, dropped = encode_batch(
             encoder, examples[first : first + BATCH], max_length, drop
         )
@@ -196,9 +199,9 @@ def encode_examples(
         ids = np.fromiter(  # int32 [tokens of the batch]
             itertools.chain.from_iterable(ids for _, ids in rows), np.int32, sum(sizes)
         )
-        return ids, [name for name, _ in rows], sizes, prompts, dropped
+        return ids, [first + number for number, _ in rows], sizes, prompts, dropped
 
-    names = []
+    numbers = []
     lengths = []
     prompt_lengths = []
     parts = []
@@ -207,11 +210,11 @@ def encode_examples(
     threads = ThreadPoolExecutor(min(os.cpu_count() or 1, 8) + 1)
     try:
         # `map` returns batches in their order, so row numbers do not depend on the threads.
-        for ids, named, sizes, prompts, dropped in threads.map(
+        for ids, numbered, sizes, prompts, dropped in threads.map(
             encode, range(0, len(examples), BATCH)
         ):
             parts.append(ids)
-            names += named
+            numbers += numbered
             lengths += sizes
             prompt_lengths += prompts
             removals += dropped
@@ -221,16 +224,20 @@ def encode_examples(
         raise DataError("no row is left to tokenize; look at the removals above or give more data")
     # All rows together may have more tokens than int32 can count.
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    return (
-        TokenTable(np.concatenate(parts), offsets, np.asarray(prompt_lengths, np.int32), names),
-        removals,
+    table = TokenTable(
+        np.concatenate(parts),
+        offsets,
+        np.asarray(prompt_lengths, np.int32),
+        [examples[number].id for number in numbers],
+        np.asarray(numbers, np.int32),
     )
+    return table, removals
 
 
 def encode_batch(
     encoder: Encoder, examples: list[Example], max_length: int, drop: bool
-) -> tuple[list[tuple[str, list[int]]], list[int], list[Removal]]:
-    """Return (id, tokens) of each row, each row's prompt length, and removals."""
+) -> tuple[list[tuple[int, list[int]]], list[int], list[Removal]]:
+    """Return each row's (number of its example, tokens), its prompt length, and removals."""
     prompts = [render(example, encoder.style, encoder.completion) for example in examples]
     prefixes = encode_prefixes(encoder, prompts)
     completions = encode_completions(
@@ -239,12 +246,12 @@ def encode_batch(
     rows = []
     prompt_lengths = []
     removals = []
-    for example, prompt, prefix, completion in zip(
-        examples, prompts, prefixes, completions, strict=True
+    for number, (example, prompt, prefix, completion) in enumerate(
+        zip(examples, prompts, prefixes, completions, strict=True)
     ):
         if isinstance(example, Passage):
             pieces = split_passage(encoder, completion, max_length)
-            rows += [(example.id, piece) for piece in pieces]
+            rows += [(number, piece) for piece in pieces]
             # Nothing stands before the first token of a piece, so it is never a target. `collate`
             # needs at least one such token per row, or a target would be predicted from the row
             # before.
@@ -271,7 +278,7 @@ def encode_batch(
             continue
         # The end token is supervised, because a model without it as a target does not learn to
         # stop.
-        rows.append((example.id, [*prefix, *completion, encoder.end_id]))
+        rows.append((number, [*prefix, *completion, encoder.end_id]))
         prompt_lengths.append(len(prefix))
     return rows, prompt_lengths, removals
 

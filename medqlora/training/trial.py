@@ -60,7 +60,7 @@ def make_table(lengths: np.ndarray, labelled: int, vocabulary: int, seed: int) -
     # the row before it.
     prompt_lengths = np.maximum(1, lengths - labelled).astype(np.int32)
     names = [f"row-{number}" for number in range(len(lengths))]
-    return TokenTable(ids, offsets, prompt_lengths, names)
+    return TokenTable(ids, offsets, prompt_lengths, names, np.arange(len(names), dtype=np.int32))
 
 
 @dataclass

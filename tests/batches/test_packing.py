@@ -171,6 +171,7 @@ def test_collate_exact():
         np.array([0, 3, 7]),
         np.array([2, 1], np.int32),
         ["a", "b"],
+        np.array([0, 1], np.int32),
     )
     batch = collate(table, np.array([1, 0]))
     assert batch["input_ids"].tolist() == [[4, 5, 6, 7, 1, 2, 3]]

@@ -52,6 +52,53 @@ def rows(count, start=0):
     ]
 
 
+def numbered(count, word):
+    """Rows with the ids 1, 2, 3 …, as every file of its own may have them."""
+    return [
+        QUESTION | {"id": str(i), "question": f"Which {word} is number {i}?"}
+        for i in range(1, count + 1)
+    ]
+
+
+def test_two_entries_may_number_their_rows_alike(make):
+    """Each row keeps its own entry's weight, and the mixture tells each entry's own rows."""
+    entries = [(numbered(40, "red"), {"weight": 3.0}), (numbered(40, "blue"), {"weight": 0.25})]
+    _, prepared = make(entries)
+    assert prepared.repeats.tolist() == [3.0] * 40 + [0.25] * 40
+    assert [entry["rows"] for entry in prepared.mixture] == [40, 40]
+    assert [entry["rows_per_epoch"] for entry in prepared.mixture] == [120, 10]
+    shared = [(numbered(40, "red"), {"share": 0.8}), (numbered(40, "blue"), {})]
+    _, prepared = make(shared)
+    assert [entry["row_share"] for entry in prepared.mixture] == pytest.approx([0.8, 0.2])
+
+
+def test_rows_know_their_example_after_removals_and_from_the_cache(make):
+    """A row that is dropped while it is tokenized must not shift the entries of those behind it."""
+    long = {"id": "1", "question": "word " * 900}
+    first = [QUESTION | long, *numbered(3, "red")]
+    for _ in range(2):  # The second time reads the cache.
+        entries = [(first, {"weight": 2.0}), (numbered(3, "blue"), {})]
+        _, prepared = make(entries, max_length=128, drop_invalid=True)
+        assert prepared.repeats.tolist() == [2.0] * 3 + [1.0] * 3
+        assert prepared.train.examples.tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_test_questions_with_one_id_are_refused_or_the_first_is_kept(make, tmp_path):
+    for name in ("a", "b"):
+        text = "".join(json.dumps(row) + "\n" for row in numbered(3, name))
+        (tmp_path / f"test-{name}.jsonl").write_text(text)
+    test = [
+        {"format": "medmcqa", "path": str(tmp_path / f"test-{name}.jsonl")} for name in ("a", "b")
+    ]
+    with pytest.raises(DataError, match=r"test-b.jsonl line 1: id 1 stands at .*test-a.jsonl line"):
+        make([(rows(5, 50), {})], test=test)
+    _, prepared = make([(rows(5, 50), {})], test=test, drop_invalid=True)
+    assert [example.question for example in prepared.test] == [
+        f"Which a is number {i}?" for i in (1, 2, 3)
+    ]
+    assert count_reasons(prepared.removals) == {"its id stands at": 3}
+
+
 def test_training_rows_of_the_evaluation_set_are_removed_and_listed(make):
     same = QUESTION | {
         "id": "x",

@@ -40,6 +40,7 @@ def make_table(rows: int = 9) -> TokenTable:
         offsets,
         prompts,
         [str(i) for i in range(rows)],
+        np.arange(rows, dtype=np.int32),
     )
 
 
