@@ -25,7 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from medqlora.core.command import run_command
+from medqlora.core.command import CommandParser, run_command
 from medqlora.core.config_loading import load_config
 from medqlora.core.environment import describe_environment, name_command, read_peak_resident
 from medqlora.core.errors import RunError
@@ -55,7 +55,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", type=int, default=ROWS, help="rows to make up (default 182,822)")

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medqlora.core.command import run_command
+from medqlora.core.command import CommandParser, run_command
 from medqlora.core.errors import ConfigError
 from medqlora.core.files import write_json
 
@@ -75,7 +75,7 @@ MULTI = Plan("multi", 240, 900)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(

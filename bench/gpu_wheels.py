@@ -18,7 +18,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from medqlora.core.command import run_command
+from medqlora.core.command import CommandParser, run_command
 from medqlora.core.errors import ConfigError
 
 MOST_BYTES = 64 * 2**20
@@ -47,7 +47,7 @@ LIBRARIES = ("libbitsandbytes_cuda130.so", "libbitsandbytes_cpu.so")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="folder to fill; must not be there, or be empty")

@@ -39,7 +39,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from medqlora.core.command import quiet_libraries, run_command, run_early
+from medqlora.core.command import CommandParser, quiet_libraries, run_command, run_early
 from medqlora.core.config import DataEntry, Model
 from medqlora.core.environment import describe_environment, name_command, prefer_expandable_segments
 from medqlora.core.files import check_new, write_json
@@ -60,7 +60,7 @@ QUESTIONS = Path(__file__).parents[1] / "recipes" / "demo" / "data" / "test.json
 
 def parse_arguments() -> argparse.Namespace:
     """Read and check the command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_engine_flags(parser)

@@ -42,7 +42,7 @@ from rich.table import Table
 
 from medqlora.batches.budgets import list_budgets
 from medqlora.batches.plan import make_plan
-from medqlora.core.command import quiet_libraries, run_command, run_early
+from medqlora.core.command import CommandParser, quiet_libraries, run_command, run_early
 from medqlora.core.config import Config
 from medqlora.core.config_loading import change, load_config
 from medqlora.core.environment import describe_environment, name_command, prefer_expandable_segments
@@ -56,7 +56,7 @@ STRATEGIES = {"ddp": "ddp", "zero1": "zero1", "zero2": "zero2", "zero3": "zero3"
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     """Read and check the command line; the list holds the overrides of the recipe's keys."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from medqlora.core.command import run_command, run_early
+from medqlora.core.command import CommandParser, run_command, run_early
 from medqlora.core.config_loading import load_config
 from medqlora.core.errors import ConfigError
 from medqlora.core.files import write_atomic
@@ -35,7 +35,7 @@ TABLES = re.compile(f"{re.escape(MARKERS[0])}.*{re.escape(MARKERS[1])}", re.DOTA
 
 def parse_arguments() -> tuple[argparse.Namespace, str]:
     """Read and check the command line; the text is that of the page, if one is given."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(

@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from medqlora.core.command import run_command
+from medqlora.core.command import CommandParser, run_command
 from medqlora.core.config_loading import load_config
 from medqlora.core.environment import describe_environment
 from medqlora.core.errors import UserError
@@ -36,7 +36,7 @@ class StrategyRunError(UserError):
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(

@@ -41,7 +41,7 @@ from rich.table import Table
 
 from medqlora.batches.budgets import list_budgets
 from medqlora.batches.plan import Plan, make_plan
-from medqlora.core.command import quiet_libraries, run_command, run_early
+from medqlora.core.command import CommandParser, quiet_libraries, run_command, run_early
 from medqlora.core.config import Config
 from medqlora.core.config_loading import change, load_config
 from medqlora.core.environment import (
@@ -59,7 +59,7 @@ DEMO = Path(__file__).parent.parent / "recipes" / "configs" / "demo.yaml"
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     """Read and check the command line; the list holds the overrides of the recipe's keys."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(

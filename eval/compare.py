@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from medqlora.core.command import run_command
+from medqlora.core.command import CommandParser, run_command
 from medqlora.core.errors import ConfigError
 from medqlora.core.files import check_new, write_json
 from medqlora.evaluation.comparison import compare_predictions
@@ -106,7 +106,7 @@ def check_bounds(first: Path, second: Path, agreement: dict, arguments: argparse
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(

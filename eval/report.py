@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from medqlora.core.command import run_command
+from medqlora.core.command import CommandParser, run_command
 from medqlora.core.files import read_lines, write_atomic
 from medqlora.core.run_folder import LOG
 from medqlora.evaluation.comparison import compare_predictions
@@ -145,7 +145,7 @@ def check_output(path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", type=Path, nargs="+", help="run folders")

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from medqlora.core.command import run_command
+from medqlora.core.command import CommandParser, run_command
 from medqlora.core.files import check_new, write_atomic, write_json
 from medqlora.data.examples import LETTERS
 from medqlora.evaluation.metrics import NEAR_TIE, score_predictions
@@ -100,7 +100,7 @@ def write_submission(path: Path, predictions: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("predictions", type=Path, nargs="+", help="files of eval/predict.py")

@@ -29,7 +29,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from medqlora.core.command import run_early
+from medqlora.core.command import CommandParser, run_early
 from medqlora.core.config import Config
 from medqlora.core.config_loading import change, load_config
 from medqlora.core.environment import prefer_expandable_segments
@@ -37,7 +37,7 @@ from medqlora.core.errors import ConfigError, UserError
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", type=Path, help="YAML file of the recipe")

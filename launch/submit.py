@@ -20,7 +20,7 @@ from pathlib import Path
 import yaml
 
 from medqlora.batches.budgets import describe_batch
-from medqlora.core.command import run_command, run_early
+from medqlora.core.command import CommandParser, run_command, run_early
 from medqlora.core.config_loading import load_config
 from medqlora.core.environment import prefer_expandable_segments
 from medqlora.core.errors import ConfigError
@@ -28,7 +28,7 @@ from medqlora.core.run_folder import check_run
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(

@@ -15,13 +15,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from medqlora.core.command import quiet_libraries, run_command, run_early
+from medqlora.core.command import CommandParser, quiet_libraries, run_command, run_early
 from medqlora.core.config import Model
 from medqlora.core.environment import prefer_expandable_segments
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--adapter", type=Path, required=True, help="the adapter folder of a run")

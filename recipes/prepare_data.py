@@ -14,14 +14,14 @@ from pathlib import Path
 from rich.console import Console
 
 from medqlora.batches.budgets import choose_packing, list_budgets
-from medqlora.core.command import run_command, run_early
+from medqlora.core.command import CommandParser, run_command, run_early
 from medqlora.core.config_loading import change, help_text, load_config
 from medqlora.core.environment import prefer_expandable_segments
 from medqlora.core.files import check_new, write_json_lines
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="configuration keys:\n" + help_text(),

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from medqlora.core.command import run_command
+from medqlora.core.command import CommandParser, run_command
 from medqlora.core.config import DataEntry, Model
 from medqlora.core.environment import describe_environment, name_command, read_peak_resident
 from medqlora.core.files import check_new, write_json
@@ -255,7 +255,7 @@ def compare(task: str, engine: str, results: dict[str, dict]) -> dict:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(

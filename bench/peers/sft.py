@@ -35,7 +35,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from medqlora.core.command import run_command, run_early
+from medqlora.core.command import CommandParser, run_command, run_early
 from medqlora.core.config import Config
 from medqlora.core.config_loading import load_config
 from medqlora.core.environment import MemoryMeter, describe_environment, name_command
@@ -61,7 +61,7 @@ CONTESTANTS = {
 
 def parse_arguments() -> tuple[argparse.Namespace, dict[str, str]]:
     """Read and check the command line; the versions are those of the other trainers."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_work_flags(parser)

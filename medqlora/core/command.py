@@ -72,7 +72,7 @@ def run_early(read: Callable[[], Result], environ: Mapping[str, str] | None = No
         sys.exit(MISTAKE)
 
 
-class SettingsParser(argparse.ArgumentParser):
+class CommandParser(argparse.ArgumentParser):
     """A parser that reports a mistake in one line, without the whole usage."""
 
     def error(self, message: str) -> NoReturn:
@@ -95,7 +95,7 @@ def read_settings(
     Raises:
         ConfigError: a flag or key is unknown, or its value is not allowed. The message is one line.
     """
-    parser = SettingsParser(
+    parser = CommandParser(
         usage="%(prog)s [--config FILE.yaml] [--key VALUE ...]",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -175,7 +175,7 @@ def read_recipe(
         UserError: a key is unknown, a value is not allowed, or `check` refuses the configuration.
             The message is one line.
     """
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="configuration keys:\n" + help_text(),
