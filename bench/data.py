@@ -149,8 +149,8 @@ def make_rows(path: Path, count: int) -> None:
         drawn = rng.choice(words, int(lengths.sum()), p=popularity)
         return [" ".join(part) for part in np.split(drawn, np.cumsum(lengths)[:-1])]
 
-    # A log-normal length has the mean exp(mu + sigma^2 / 2). These give about the numbers of words
-    # that the docstring names.
+    # A log-normal length has the mean exp(mu + sigma^2 / 2). The docstring names about the numbers
+    # of words that these values give.
     questions = draw_texts(rng.lognormal(2.4, 0.6, count).clip(4, 150).astype(int))
     options = [draw_texts(rng.lognormal(0.9, 0.7, count).clip(1, 30).astype(int)) for _ in "abcd"]
     explanations = draw_texts(rng.lognormal(3.7, 0.8, count).clip(5, 400).astype(int))

@@ -264,7 +264,7 @@ def choose_target(config: Config, arguments: argparse.Namespace) -> TargetHardwa
             " --measure"
         )
     capability = parse_capability(arguments.capability)
-    # What auto means depends on the capability: a T4 computes in float16.
+    # The meaning of auto depends on the capability: a T4 computes in float16.
     dtype = choose_dtype(config.model.dtype, device, capability)
     name = STRATEGIES[arguments.strategy or "ddp"] if arguments.gpus > 1 else "one"
     strategy = Strategy(name, arguments.gpus)
@@ -524,8 +524,8 @@ def run_worker(figures: dict, arguments: argparse.Namespace) -> dict:
             f"--steps={arguments.steps}",
             f"--worker={output}",
             *OVERRIDES,
-            # The last of equal flags wins, so the worker takes exactly the step that was forecast,
-            # also where the recipe says auto.
+            # The last of equal flags wins. So the worker takes exactly the step that was forecast,
+            # even where the recipe says auto.
             f"--training.max_tokens_per_batch={figures['max_tokens_per_batch']}",
             f"--training.gradient_checkpointing={figures['gradient_checkpointing']}",
         ]

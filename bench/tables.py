@@ -259,7 +259,7 @@ def table_fit() -> Iterator[str]:
     """What bench/memory.py --fit says for each shape and GPU."""
     results = [read(path) for path in sorted(PREDICTED.glob("fit_*.json"))]
     sizes = {result["card"] for result in results}
-    # As text, 12GiB would stand before 8GiB.
+    # A sort of the texts would put 12GiB before 8GiB.
     sizes = sorted(sizes, key=lambda size: float(size.removesuffix("GiB")))
     fits = {(result["model"], result["card"]): describe_fit(result) for result in results}
     rows = []

@@ -117,7 +117,7 @@ def train(
             start_time = time.perf_counter()
             lr = learning_rate(step, len(plan), training)
             rows = plan.rows_of(step)
-            targets = int(table.supervised[rows].sum())  # in all micro-batches of all ranks
+            targets = int(table.supervised[rows].sum())  # This counts all ranks.
             gradients = session.accumulate(table, plan, step, targets, display.say)
             flag = float(signals[0]) if signals else 0.0
             total, flags = session.sum_over_ranks(gradients.losses, flag)

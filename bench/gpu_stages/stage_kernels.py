@@ -308,8 +308,7 @@ def check_dropout(stage: Stage, dtype: torch.dtype) -> None:
     output = DroppedLinear.apply(x, weight, 0.1)
     g = torch.randn_like(output)
     gradients = torch.autograd.grad((output * g).sum(), (x, weight))
-    # From the same state draw_seed draws the seed again that apply has drawn, so this is the mask
-    # of the call above.
+    # The call above drew its mask's seed from this state. draw_seed draws the same seed again.
     torch.manual_seed(5)
     kept = draw_kept(x, 0.1, draw_seed())  # bool [tokens, in]
     wide, wide_weight = widen(x, weight)

@@ -6,9 +6,9 @@ Every numeric fact has its default here and nowhere else.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 Attention = Literal["auto", "varlen", "flash", "grouped", "flex", "sdpa"]
 PromptStyle = Literal["auto", "chat", "plain", "lm_eval"]
@@ -20,6 +20,15 @@ class Section(BaseModel):
     # word. The text below each field becomes its description, which --help prints. pydantic's lax
     # mode stays on, because YAML 1.1 reads 2e-4 as text and pydantic makes it a number.
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def refuse_boolean_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false for a number; pydantic would read them as 1 and 0."""
+        kind = cls.model_fields[info.field_name].annotation
+        if isinstance(value, bool) and kind is not bool and bool not in get_args(kind):
+            raise ValueError("true and false are no values of this key")
+        return value
 
 
 class Model(Section):

@@ -85,8 +85,8 @@ class Connection:
 
         try:
             answer = endpoint(model=self.model, **body)
-        # The order matters: a timeout is a kind of APIConnectionError, and a refused key is a kind
-        # of APIStatusError.
+        # The order matters. A timeout is a kind of APIConnectionError.
+        # A refused key is a kind of APIStatusError.
         except openai.APITimeoutError:
             raise EngineError(
                 f"server {self.server} did not answer in {self.client.timeout} s,"

@@ -137,8 +137,8 @@ def read_frame(tokenizer: PreTrainedTokenizerBase) -> ChatFrame:
     head = before + user + after + assistant
     conversation = apply(user, assistant, next_user)
     between = conversation.partition(assistant)[2].partition(next_user)[0]
-    # Some templates change an earlier answer once another turn follows. A frame cannot express
-    # that, so it then allows no worked examples.
+    # Some templates change an earlier answer once another turn follows. Such a frame allows no
+    # worked examples, because it cannot express the change.
     if not between or conversation != head + between + next_user + after:
         between = None
     # A turn ends at the template's own token if it has one, such as <|im_end|>. Elsewhere the

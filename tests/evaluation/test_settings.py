@@ -74,6 +74,7 @@ def test_paths_of_a_file_are_relative_to_it(tmp_path, monkeypatch):
     [
         ("model: m\nformt: medqa\n", [], ["line 2", "unknown key formt", "did you mean format?"]),
         ("model: m\nformat: medqa\nlimit: 0\n", [], ["line 3", "limit got 0", "equal to 1"]),
+        ("model: m\nformat: medqa\nlimit: yes\n", [], ["line 3", "limit", "true and false"]),
         ("model: m\n", [], ["format is missing", "--format VALUE"]),
         ("- model\n", [], ["expected keys with values"]),
         ("model: [m\n", [], ["not valid YAML"]),

@@ -41,7 +41,7 @@ def forecast_serving(
     kinds = getattr(text, "layer_types", None)
     if not kinds:
         kinds = ["sliding_attention" if window else "full_attention"] * text.num_hidden_layers
-    positions = 0  # in all layers
+    positions = 0  # This counts all layers.
     for kind in kinds:
         slides = window and kind == "sliding_attention"
         positions += min(tokens, window) if slides else tokens
