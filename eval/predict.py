@@ -135,11 +135,15 @@ def prepare(
 ) -> tuple[list[PreparedQuestion], int]:
     """Read the questions and make their requests; say what was left out or cut."""
     style = asking.encoder.style
-    examples, left_out = read_questions(settings, style)
-    for line in left_out:
-        console.print(f"left out {line}", style="yellow", markup=False)
+    reading = read_questions(settings, style)
+    console.print(reading.description, markup=False)
+    for removal in reading.removals:
+        line = f"left out {removal.source}: {removal.reason}"
+        console.print(line, style="yellow", markup=False)
     pool = read_pool(settings, style) if method.num_fewshot else []
-    questions, shared = prepare_questions(asking.encoder, examples, method, pool, asking.max_length)
+    questions, shared = prepare_questions(
+        asking.encoder, reading.examples, method, pool, asking.max_length
+    )
     cut = sum(entry.truncated for entry in questions)
     if cut:
         console.print(

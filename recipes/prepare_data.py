@@ -63,7 +63,7 @@ if __name__ == "__main__":
     prefer_expandable_segments(os.environ)
 
 from medqlora.batches.cache import prepare_plan
-from medqlora.batches.pipeline import count_reasons, prepare
+from medqlora.batches.pipeline import prepare
 from medqlora.model.base import load_tokenizer
 from medqlora.prompts.chat_template import make_encoder
 
@@ -87,14 +87,14 @@ def main() -> None:
     packed = choose_packing(config.training, budget, arguments.processes)
     config = change(config, "training", max_tokens_per_batch=budget)
     plan, _ = prepare_plan(config, prepared, arguments.processes, packed)
+    for text in prepared.descriptions:
+        console.print(text, markup=False)
     for source in prepared.mixture:
         console.print(
             f"{source['entry']} {source['format']} {source['path'] or ''}: {source['rows']:,} rows,"
             f" {source['rows_per_epoch']:,} per epoch, {source['row_share']:.1%} of rows,"
             f" {source['token_share']:.1%} of tokens"
         )
-    for reason, count in count_reasons(prepared.removals).items():
-        console.print(f"removed {count:,}: {reason}")
     if arguments.removed:
         write_json_lines(arguments.removed, [asdict(removal) for removal in prepared.removals])
     table = prepared.train

@@ -69,6 +69,7 @@ class Prepared:
         mixture: The rows and shares of each entry of data.train (see describe_mixture).
         hashes: SHA-256 of the training examples, the prompt and the tokenizer.
         folders: The cache folder of each table, by "train" and "eval".
+        descriptions: What was read of each data entry, and what was cut, for the user.
     """
 
     train: TokenTable
@@ -79,6 +80,7 @@ class Prepared:
     mixture: list[dict[str, Any]]
     hashes: dict[str, str]
     folders: dict[str, str]
+    descriptions: list[str]
 
 
 def load_table(folder: Path) -> tuple[TokenTable, list[Removal]]:
@@ -86,7 +88,7 @@ def load_table(folder: Path) -> tuple[TokenTable, list[Removal]]:
     notes = json.loads(str(np.load(folder / "names.npy")))
     arrays = load_arrays(folder, ["ids", "offsets", "prompt_lengths", "examples"])
     removals = [Removal(**removal) for removal in notes["removals"]]
-    return TokenTable(**arrays, names=notes["names"]), removals
+    return TokenTable(**arrays, names=notes["names"], cuts=notes["cuts"]), removals
 
 
 def save_prepared(data: Data, prepared: Prepared) -> str:
@@ -101,6 +103,7 @@ def save_prepared(data: Data, prepared: Prepared) -> str:
         "mixture": prepared.mixture,
         "test": [asdict(example) for example in prepared.test],
         "removals": [asdict(removal) for removal in prepared.removals],
+        "descriptions": prepared.descriptions,
     }
     # The name is a hash of everything in the folder, so whoever writes the same name writes the
     # same content.
@@ -125,6 +128,7 @@ def load_prepared(data: Data, name: str) -> Prepared:
         mixture=content["mixture"],
         hashes=content["hashes"],
         folders=content["folders"],
+        descriptions=content["descriptions"],
     )
 
 

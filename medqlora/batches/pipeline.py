@@ -22,10 +22,10 @@ import numpy as np
 from medqlora.batches.cache import Prepared, load_table, save_arrays
 from medqlora.core.config import Config, Data, DataEntry
 from medqlora.core.files import hash_json
-from medqlora.data.cleaning import clean, decontaminate, deduplicate
+from medqlora.data.cleaning import clean, decontaminate, deduplicate, drop_repeated_ids
 from medqlora.data.examples import DataError, Example, MultipleChoice, Passage, Removal
 from medqlora.data.formats.registry import find_format
-from medqlora.data.reading import read_examples
+from medqlora.data.reading import read_entry
 from medqlora.data.sources import locate_file
 from medqlora.prompts.chat_template import Encoder
 from medqlora.prompts.encoding import TokenTable, encode_examples
@@ -34,7 +34,7 @@ from medqlora.prompts.fingerprint import fingerprint, hash_tokenizer
 DEFAULT_SPLIT = {"train": "train", "eval": "validation", "test": "test"}
 
 # This number rises when the cached arrays of a table change; older folders are then left alone.
-TABLE_VERSION = 2
+TABLE_VERSION = 3
 
 
 def name_entry(role: str, index: int) -> str:
@@ -75,7 +75,7 @@ def find_home(entry: DataEntry, split: str) -> tuple[Any, str]:
     return path.resolve(), split if find_format(entry.format).splits_share_a_file else ""
 
 
-def read_role(data: Data, role: str) -> tuple[list[list[Example]], list[Removal]]:
+def read_role(data: Data, role: str) -> tuple[list[list[Example]], list[Removal], list[str]]:
     """Read and clean the entries of data.train, data.eval or data.test.
 
     Args:
@@ -83,19 +83,24 @@ def read_role(data: Data, role: str) -> tuple[list[list[Example]], list[Removal]
         role: "train", "eval" or "test".
 
     Returns:
-        The labelled examples of each entry, and everything that was dropped.
+        The labelled examples of each entry, everything that was dropped, and what each entry's file
+        was found to be.
 
     Raises:
         DataError: An entry cannot be used, or has rows without a label that may not be dropped.
     """
     entries = []
     removals = []
+    descriptions = []
     for index, entry in enumerate(getattr(data, role)):
-        examples, dropped = read_examples(entry, DEFAULT_SPLIT[role], data.drop_invalid)
-        if not examples:
-            raise DataError(f"{name_entry(role, index)}: no valid row is left of {len(dropped)}")
+        reading = read_entry(entry, DEFAULT_SPLIT[role], data.drop_invalid)
+        if not reading.examples:
+            raise DataError(
+                f"{name_entry(role, index)}: no valid row is left of {len(reading.removals)}"
+            )
+        descriptions.append(f"{name_entry(role, index)} {reading.description}")
         # Cleaning goes before every comparison and before hashing, so blanks never tell rows apart.
-        examples = [clean(example, data.lowercase) for example in examples]
+        examples = [clean(example, data.lowercase) for example in reading.examples]
         unlabelled = [example for example in examples if not is_labelled(example)]
         if unlabelled and role != "train":
             raise DataError(
@@ -107,10 +112,10 @@ def read_role(data: Data, role: str) -> tuple[list[list[Example]], list[Removal]
                 f"{name_entry(role, index)}: {unlabelled[0].source}: no label; drop such rows with"
                 " --data.drop_invalid true"
             )
-        removals += dropped
+        removals += reading.removals
         removals += [Removal(example.source, example.id, "no label") for example in unlabelled]
         entries.append([example for example in examples if is_labelled(example)])
-    return entries, removals
+    return entries, removals, descriptions
 
 
 def is_labelled(example: Example) -> bool:
@@ -151,12 +156,16 @@ def prepare(
     data = config.data
     check_entries(data)
     report("reading data")
-    train_entries, removals = read_role(data, "train")
-    eval_entries, dropped = read_role(data, "eval")
-    test_entries, dropped_test = read_role(data, "test")
+    train_entries, removals, descriptions = read_role(data, "train")
+    eval_entries, dropped, described = read_role(data, "eval")
+    test_entries, dropped_test, described_test = read_role(data, "test")
     removals += dropped + dropped_test
+    descriptions += described + described_test
+    entries = chain(train_entries, eval_entries, test_entries)
+    rows = sum(map(len, entries)) + len(removals)  # all rows that were read
     evaluation = list(chain.from_iterable(eval_entries))
-    test, repeated = drop_repeated_ids(list(chain.from_iterable(test_entries)), data.drop_invalid)
+    flag = None if data.drop_invalid else "--data.drop_invalid true"
+    test, repeated = drop_repeated_ids(chain.from_iterable(test_entries), "data.test", flag)
     removals += repeated
     for example in test:
         if not isinstance(example, MultipleChoice):
@@ -206,35 +215,13 @@ def prepare(
         "tokenizer_sha256": hash_tokenizer(encoder),
     }
     mixture = describe_mixture(data.train, entry_of_row, repeats, table.lengths)
-    return Prepared(table, eval_table, repeats, test, removals, mixture, hashes, folders)
-
-
-def drop_repeated_ids(test: list[Example], drop: bool) -> tuple[list[Example], list[Removal]]:
-    """Return the test questions with unique ids, because predictions are told apart by them.
-
-    Args:
-        test: The questions of all entries of data.test.
-        drop: Keeps the first question of each id instead of refusing the second.
-
-    Raises:
-        DataError: Two questions have the same id.
-    """
-    first_source: dict[str, str] = {}
-    unique = []
-    removals = []
-    for example in test:
-        first = first_source.get(example.id)
-        if first is None:
-            first_source[example.id] = example.source
-            unique.append(example)
-            continue
-        if not drop:
-            raise DataError(
-                f"data.test: {example.source}: id {example.id} stands at {first} too; ids must be"
-                " unique (--data.drop_invalid true keeps the first)"
-            )
-        removals.append(Removal(example.source, example.id, f"its id stands at: {first}"))
-    return unique, removals
+    for role, tokens in (("train", table), ("eval", eval_table)):
+        if tokens is not None:
+            descriptions += [f"data.{role}: {text}" for text in describe_cuts(tokens, data)]
+    descriptions += describe_removals(removals, rows)
+    return Prepared(
+        table, eval_table, repeats, test, removals, mixture, hashes, folders, descriptions
+    )
 
 
 def count_repeats(entries: list[DataEntry], entry_of_row: np.ndarray) -> np.ndarray:
@@ -316,14 +303,18 @@ def tokenize(
             fingerprint(encoder),
             data.max_length,
             data.drop_invalid,
+            data.truncate,
             TABLE_VERSION,
         ]
     )
     folder = Path(data.cache_dir).expanduser() / f"tokens-{key[:24]}"
     if not (folder / "names.npy").is_file():
-        table, removals = encode_examples(encoder, examples, data.max_length, data.drop_invalid)
+        table, removals = encode_examples(
+            encoder, examples, data.max_length, data.drop_invalid, data.truncate == "answer"
+        )
         notes = {
             "names": list(table.names),
+            "cuts": table.cuts,
             "removals": [asdict(removal) for removal in removals],
         }
         arrays = {
@@ -335,6 +326,24 @@ def tokenize(
         }
         save_arrays(folder, arrays)
     return folder.name, *load_table(folder)
+
+
+def describe_cuts(table: TokenTable, data: Data) -> list[str]:
+    """Return in how many rows something was cut to fit data.max_length, one text per kind."""
+    rows = len(table.lengths)
+    return [
+        f"the {part} of {count:,} of {rows:,} rows ({count / rows:.1%}) was cut to fit"
+        f" data.max_length {data.max_length}"
+        for part, count in table.cuts.items()
+    ]
+
+
+def describe_removals(removals: list[Removal], rows: int) -> list[str]:
+    """Return how many of all rows were dropped for each kind of reason, one text per kind."""
+    return [
+        f"removed {count:,} of {rows:,} rows ({count / rows:.1%}): {reason}"
+        for reason, count in count_reasons(removals).items()
+    ]
 
 
 def count_reasons(removals: list[Removal]) -> dict[str, int]:

@@ -102,7 +102,12 @@ class DataEntry(Section):
     `options` may name a list of columns.
     """
     subset: str | None = None
-    """Configuration name of a hub dataset."""
+    """Configuration name of a hub dataset, or the name of a set in a .json file that has several.
+    """
+    answer_is: Literal["letter", "text", "index0", "index1"] | None = None
+    """How the file writes its answers: as the letter or the text of an option, or as its index from
+    0 or from 1. All rows of a file decide it; set this where they can be read in two ways.
+    """
     revision: str | None = None
     """Commit or tag of the dataset on the hub."""
     test_pmids: str | None = None
@@ -128,8 +133,13 @@ class Data(Section):
     multiple-choice questions; open questions are always answered in text.
     """
     max_length: int = Field(1024, ge=16)
-    """Longest row in tokens. Context is cut to fit, then the explanation; question, options and
-    answer never are.
+    """Longest row in tokens. Context is cut to fit, then the explanation; question, options and the
+    letter of an answer never are. Plain text fills rows of this length, document by document.
+    """
+    truncate: Literal["context", "answer"] = "context"
+    """What may be cut of an open question that is too long. answer also cuts the end of an answer,
+    and such a row does not teach the model to stop; context refuses the row, or drops it with
+    drop_invalid.
     """
     drop_invalid: bool = False
     """Drop invalid rows and list them in removed.jsonl, instead of stopping at the first."""

@@ -5,12 +5,13 @@ Every example that is dropped is returned as a `Removal` with its reason.
 
 from __future__ import annotations
 
+import html
 import re
 import unicodedata
 from collections.abc import Hashable, Iterable
 from dataclasses import replace
 
-from medqlora.data.examples import Example, MultipleChoice, Passage, Removal
+from medqlora.data.examples import LETTERS, DataError, Example, MultipleChoice, Passage, Removal
 
 # Two questions with the same stem of at least this many normalised characters are taken for the
 # same question, whatever their options are, because MedQA exists with four and with five options
@@ -18,11 +19,49 @@ from medqlora.data.examples import Example, MultipleChoice, Passage, Removal
 DISTINCTIVE_STEM = 80
 
 
+# An entity needs its semicolon here: "R&D" and "&copy" are texts.
+ENTITY = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|[A-Za-z][A-Za-z0-9]*);")
+# Zero-width space, word joiner, byte order mark and soft hyphen cannot be seen.
+INVISIBLE = re.compile("[\u200b\u2060\ufeff\u00ad]")
+# An option may begin with its own letter, as in "A) Liver" or "(b) Spleen". "(a) and (b)" names
+# other options and is no label.
+LABEL = re.compile(r"\s*\(?([A-Ja-j])([).:])\s*(?!(?:and|or|only)\b|[&,+/])(?=\S)", re.IGNORECASE)
+
+
 def to_nfc(text: str) -> str:
-    """Return the text in Unicode normalization form C."""
+    """Return the text in Unicode normalization form C, without entities and invisible characters.
+
+    An entity of HTML, such as "&amp;" or "&lt;", becomes its character.
+    """
+    if "&" in text:
+        # Texts that were taken from the web twice have "&amp;lt;".
+        for _ in range(2):
+            text = ENTITY.sub(lambda found: html.unescape(found[0]), text)
     # ASCII text is in form NFC already. An accented letter may be one character or two, which look
     # the same but are other tokens and other keys.
-    return text if text.isascii() else unicodedata.normalize("NFC", text)
+    return text if text.isascii() else unicodedata.normalize("NFC", INVISIBLE.sub("", text))
+
+
+def strip_labels(options: tuple[str, ...]) -> tuple[str, ...]:
+    """Return options without the letters of their own places: "A) Liver" becomes "Liver".
+
+    With a bracket at least two options must have such a letter. With a full stop or a colon all of
+    them must, because "E. coli" may well be the fifth option.
+    """
+    labels = []
+    for letter, option in zip(LETTERS, options, strict=False):
+        found = LABEL.match(option)
+        labels.append(found if found is not None and found[1].upper() == letter else None)
+    found = [label for label in labels if label is not None]
+    in_brackets = len(found) >= 2 and all(label[2] == ")" for label in found)
+    if not found or not (in_brackets or len(found) == len(options)):
+        return options
+    return tuple(
+        [
+            option if label is None else option[label.end() :]
+            for label, option in zip(labels, options, strict=True)
+        ]
+    )
 
 
 def normalise_line(text: str, lowercase: bool = False) -> str:
@@ -44,14 +83,18 @@ def normalise_paragraphs(text: str | None, lowercase: bool = False) -> str | Non
 
 
 def clean(example: Example, lowercase: bool = False) -> Example:
-    """Return the example with normalised blanks, in Unicode form NFC, optionally in lower case."""
+    """Return the example with normalised blanks, in Unicode form NFC, optionally in lower case.
+
+    Entities become characters, and options lose letters of their own.
+    """
     if isinstance(example, Passage):
         return replace(example, text=normalise_paragraphs(example.text, lowercase))
     changes = {"question": normalise_line(example.question, lowercase)}
     if example.context:
         changes["context"] = tuple([normalise_line(text, lowercase) for text in example.context])
     if isinstance(example, MultipleChoice):
-        changes["options"] = tuple([normalise_line(text, lowercase) for text in example.options])
+        options = strip_labels(example.options)
+        changes["options"] = tuple([normalise_line(text, lowercase) for text in options])
         changes["explanation"] = normalise_paragraphs(example.explanation, lowercase)
     else:
         changes["answer"] = normalise_paragraphs(example.answer, lowercase)
@@ -125,6 +168,37 @@ def deduplicate(examples: Iterable[Example], method: str) -> tuple[list[Example]
                 Removal(example.source, example.id, f"duplicate ({method}) of {first.source}")
             )
     return kept, removals
+
+
+def drop_repeated_ids(
+    examples: Iterable[Example], place: str, flag: str | None
+) -> tuple[list[Example], list[Removal]]:
+    """Return the examples with unique ids, because predictions are told apart by them.
+
+    Args:
+        examples: The questions that will be asked.
+        place: What messages call their data entry.
+        flag: The flag that keeps the first question of each id, or None where it is set.
+
+    Raises:
+        DataError: Two questions have the same id, and the flag is not set.
+    """
+    first_source: dict[str, str] = {}
+    unique = []
+    removals = []
+    for example in examples:
+        first = first_source.get(example.id)
+        if first is None:
+            first_source[example.id] = example.source
+            unique.append(example)
+            continue
+        if flag is not None:
+            raise DataError(
+                f"{place}: {example.source}: id {example.id} stands at {first} too; ids must be"
+                f" unique ({flag} keeps the first)"
+            )
+        removals.append(Removal(example.source, example.id, f"its id stands at: {first}"))
+    return unique, removals
 
 
 def contamination_keys(example: Example) -> list[Hashable]:

@@ -15,13 +15,33 @@ class DataError(UserError):
 
 
 @dataclass(frozen=True, slots=True)
+class Written:
+    """The answer of a multiple-choice question as its file writes it.
+
+    Whether it is a letter, a text or an index is only known when the whole file has been read (see
+    answer_reading).
+
+    Args:
+        value: The field of the record.
+        text: The text of the right option, where the record gives that too. Both must agree.
+        field: The name of the field, for messages.
+    """
+
+    value: object
+    text: str | None = None
+    field: str = "answer"
+
+
+@dataclass(frozen=True, slots=True)
 class MultipleChoice:
     """A question with several options, one of which is right."""
 
     id: str
     question: str
     options: tuple[str, ...]
-    answer: int | None  # index into `options`; None where the dataset hides the label
+    # The answer is an index into `options`, or None where the dataset hides the label. A parser may
+    # leave it as written; read_entry returns no such example.
+    answer: int | Written | None
     dataset: str
     source: str  # the file and the line, for messages
     subject: str | None = None
@@ -52,6 +72,10 @@ class Passage:
     text: str
     dataset: str
     source: str
+    # Training joins a passage to the one before it where both have the same document and the place
+    # of the second is one more.
+    document: str = ""
+    place: int = 0
 
 
 Example = MultipleChoice | OpenAnswer | Passage

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from medqlora.core.config import DataEntry
-from medqlora.data.examples import DataError, Example, Removal
-from medqlora.data.formats.registry import FORMATS, Format, find_format
-from medqlora.data.sources import locate_file, read_records
+from medqlora.data.answer_reading import NAMES, settle_answers
+from medqlora.data.examples import DataError, Example, MultipleChoice, Removal
+from medqlora.data.formats.fields import check_cells, list_names
+from medqlora.data.formats.registry import FILE, FORMATS, Format, Records, find_format
+from medqlora.data.sources import read_records
 
 
 def check_signature(entry: DataEntry, source: str, record: dict) -> None:
@@ -26,7 +28,7 @@ def check_signature(entry: DataEntry, source: str, record: dict) -> None:
         hint = f"this looks like {fitting[0]}"
     groups = [", ".join(sorted(group)) for group in expected.signatures]
     raise DataError(
-        f"{entry.format}: {source}: has {', '.join(map(str, record))}; {entry.format} needs "
+        f"{entry.format}: {source}: has {list_names(record)}; {entry.format} needs "
         f"{' or '.join(groups)}; {hint}"
     )
 
@@ -36,22 +38,41 @@ def has_signature(record: dict, kind: Format) -> bool:
     return any(group <= set(record) for group in kind.signatures)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What was read of one data entry.
+
+    Args:
+        examples: The examples, at most the entry's `limit`, with non-empty ids.
+        removals: The rows that were left out.
+        description: The name of the file, the split, the number of rows, and how the file was read.
+    """
+
+    examples: list[Example]
+    removals: list[Removal]
+    description: str
+
+
 def read_examples(
     entry: DataEntry, split: str, drop_invalid: bool = False
 ) -> tuple[list[Example], list[Removal]]:
+    """Return the examples and the removals of read_entry."""
+    reading = read_entry(entry, split, drop_invalid)
+    return reading.examples, reading.removals
+
+
+def read_entry(entry: DataEntry, split: str, drop_invalid: bool = False) -> Reading:
     """Read the examples of one data entry.
+
+    A missing id becomes "<dataset>-<hash of the content>".
 
     Args:
         entry: The entry. Its own `split`, if it has one, is used instead of `split`.
         split: The split to read.
         drop_invalid: Return bad rows as removals instead of raising at the first one.
 
-    Returns:
-        Examples with non-empty ids, at most `entry.limit`, and the removals. A missing id becomes
-        "<dataset>-<hash of the content>".
-
     Raises:
-        DataError: The entry or a row cannot be used.
+        DataError: The entry or a row cannot be used, or the file's answers can be read in two ways.
     """
     kind = find_format(entry.format)
     split = entry.split or split
@@ -61,25 +82,61 @@ def read_examples(
     # The first record stands for its file. A later one with other keys fails in its parser, which
     # names the line.
     check_signature(entry, *records[0])
-    # `prepare` sees the whole file before any record is parsed. It tells, for example, from which
-    # number a file counts its options.
-    records = kind.prepare(records, entry, locate_file(entry, split) is None)
+    examples, removals = parse_records(kind, kind.prepare(records, entry), entry, drop_invalid)
+    # Every row of the file takes part in this, whatever the split and the limit are.
+    known = kind.answers
+    if kind.hub_answers and entry.path in (None, kind.hub[0]):
+        known = (kind.hub_answers,)
+    examples, misfits, answers = settle_answers(examples, known, entry.answer_is, drop_invalid)
+    removals += misfits
+    examples = kind.select_split(examples, entry, split)
+    examples = [
+        example if example.id else replace(example, id=content_id(example)) for example in examples
+    ]
+    # The limit counts usable examples of the split, so it is applied last.
+    examples = examples[: entry.limit]
+    place = "the file as it is" if split == FILE else f"split {split}"
+    unit = "passages" if kind.scoring == "perplexity" else "rows"
+    parts = [f"{entry.format} {name}, {place}: {len(examples):,} {unit}"]
+    if answers is not None:
+        parts.append(f"answers are {NAMES[answers]}")
+    hidden = sum(getattr(example, "answer", "") is None for example in examples)
+    if hidden:
+        parts.append(f"{hidden:,} without an answer")
+    parts.append(describe_repeated_options(examples))
+    parts.append(kind.describe(examples, entry))
+    return Reading(examples, removals, "; ".join(part for part in parts if part))
+
+
+def parse_records(
+    kind: Format, records: Records, entry: DataEntry, drop_invalid: bool
+) -> tuple[list[Example], list[Removal]]:
+    """Parse every record; answers may stay as written.
+
+    Raises:
+        DataError: A record is invalid and may not be dropped.
+    """
     examples = []
     removals = []
     for source, record in records:
         try:
+            check_cells(record)
             examples.append(kind.parse(record, source, entry))
         except (ValueError, TypeError, AttributeError) as error:
             if not drop_invalid:
                 fix = "correct the row, or leave such rows out with drop_invalid"
                 raise DataError(f"{entry.format}: {source}: {error} ({fix})") from None
             removals.append(Removal(source, str(record.get("id") or ""), str(error)))
-    examples = kind.select_split(examples, entry, split)
-    examples = [
-        example if example.id else replace(example, id=content_id(example)) for example in examples
-    ]
-    # The limit counts usable examples of the split, so it is applied last.
-    return examples[: entry.limit], removals
+    return examples, removals
+
+
+def describe_repeated_options(examples: list[Example]) -> str:
+    """Return how many questions have two equal options, in words, or nothing."""
+    questions = [example for example in examples if isinstance(example, MultipleChoice)]
+    repeated = [item for item in questions if len(set(item.options)) < len(item.options)]
+    if not repeated:
+        return ""
+    return f"{len(repeated):,} with two equal options, such as {repeated[0].source}"
 
 
 def content_id(example: Example) -> str:

@@ -11,10 +11,10 @@ from pydantic import Field, field_validator
 
 from medqlora.core.config import DataEntry, Section
 from medqlora.core.errors import ConfigError
-from medqlora.data.cleaning import clean
+from medqlora.data.cleaning import clean, drop_repeated_ids
 from medqlora.data.examples import DataError, Example
-from medqlora.data.formats.registry import FORMATS, find_format
-from medqlora.data.reading import read_examples
+from medqlora.data.formats.registry import FILE, FORMATS, find_format
+from medqlora.data.reading import Reading, read_entry, read_examples
 from medqlora.engines.registry import EngineSettings, ModelSettings, RunSettings
 from medqlora.evaluation.method import Method
 
@@ -31,7 +31,12 @@ class QuestionSettings(Section):
     as it is.
     """
     subset: str | None = None
-    """Configuration name of a hub dataset."""
+    """Configuration name of a hub dataset, or the name of a set in a .json file that has several.
+    """
+    answer_is: Literal["letter", "text", "index0", "index1"] | None = None
+    """How the file writes its answers, where all its rows can be read in two ways: as letters or
+    texts of options, or as indexes from 0 or from 1.
+    """
     columns: dict[str, str | list[str]] = Field({})
     """mcq, qa, text: our field -> the file's column, as a JSON object on the command line."""
     test_pmids: str | None = None
@@ -134,62 +139,52 @@ def choose_method(settings: EvaluationSettings) -> Method:
 def choose_split(settings: QuestionSettings) -> str:
     """Return the split that scores are published on.
 
-    A file is taken as it is; of PubMedQA's file everything but the official test is taken.
+    A file is taken as it is; of PubMedQA's file the official test questions are taken.
     """
     if settings.split:
         return settings.split
     if settings.path and Path(settings.path).expanduser().is_file():
-        return "validation"
+        return FILE
     return find_format(settings.format).published_split
 
 
-def read_questions(settings: QuestionSettings, style: str) -> tuple[list[Example], list[str]]:
+def make_entry(settings: QuestionSettings, path: str | None, limit: int | None) -> DataEntry:
+    """Return the data entry of the questions, or of the worked examples, at a path."""
+    return DataEntry(
+        format=settings.format,
+        path=path,
+        subset=settings.subset,
+        limit=limit,
+        test_pmids=settings.test_pmids,
+        columns=settings.columns,
+        answer_is=settings.answer_is,
+    )
+
+
+def read_questions(settings: QuestionSettings, style: str) -> Reading:
     """Read the questions to ask.
 
     Style lm_eval keeps texts as they stand, because its prompts are the reference harness's own;
     other styles get cleaned texts, as in training.
 
     Returns:
-        Examples with unique ids, and one line for each row that was left out.
+        Examples with unique ids, and the rows that were left out.
 
     Raises:
         DataError: an invalid row or a repeated id, unless `drop_invalid` is set.
     """
-    entry = DataEntry(
-        format=settings.format,
-        path=settings.path,
-        subset=settings.subset,
-        limit=settings.limit,
-        test_pmids=settings.test_pmids,
-        columns=settings.columns,
-    )
-    examples, removals = read_examples(entry, choose_split(settings), settings.drop_invalid)
-    left_out = [f"{removal.source}: {removal.reason}" for removal in removals]
-    # Predictions are keyed and paired by id, so a repeated one would hide a question.
-    first_source: dict[str, str] = {}
-    unique = []
-    for example in examples:
-        first = first_source.setdefault(example.id, example.source)
-        if first == example.source:
-            unique.append(example)
-            continue
-        problem = f"{example.source}: id {example.id} stands at {first} too; ids must be unique"
-        if not settings.drop_invalid:
-            raise DataError(f"{settings.format}: {problem} (--drop_invalid keeps the first)")
-        left_out.append(problem)
-    return clean_texts(unique, style), left_out
+    entry = make_entry(settings, settings.path, settings.limit)
+    reading = read_entry(entry, choose_split(settings), settings.drop_invalid)
+    flag = None if settings.drop_invalid else "--drop_invalid"
+    unique, repeated = drop_repeated_ids(reading.examples, settings.format, flag)
+    removals = reading.removals + repeated
+    return Reading(clean_texts(unique, style), removals, reading.description)
 
 
 def read_pool(settings: QuestionSettings, style: str) -> list[Example]:
     """Read the examples that worked examples are taken from."""
     # The limit is not passed on, because it bounds the questions and not the pool.
-    entry = DataEntry(
-        format=settings.format,
-        path=settings.fewshot_path or settings.path,
-        subset=settings.subset,
-        test_pmids=settings.test_pmids,
-        columns=settings.columns,
-    )
+    entry = make_entry(settings, settings.fewshot_path or settings.path, None)
     split = settings.fewshot_split or FORMATS[settings.format].fewshot_split
     # An invalid row only makes the pool smaller, while leaving a question out changes a score.
     examples, _ = read_examples(entry, split, drop_invalid=True)

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from medqlora.batches.budgets import describe_batch
-from medqlora.batches.pipeline import count_reasons
 from medqlora.core.files import append_line
 from medqlora.core.run_folder import LOG
 from medqlora.evaluation.comparison import compare_paired
@@ -108,9 +108,11 @@ def describe_planned(setup: Setup, planned: Planned) -> Iterator[Table | str]:
     for warning in planned.damaged:
         yield f"[yellow]warning: {warning}"
     prepared = planned.prepared
+    # The names of files may hold brackets, which rich would take for markup.
+    yield from map(escape, prepared.descriptions)
     yield tabulate_mixture(prepared.mixture)
-    for reason, count in count_reasons(prepared.removals).items():
-        yield f"removed {count:,}: {reason} (listed in {setup.output_dir / 'removed.jsonl'})"
+    if prepared.removals:
+        yield f"removed rows are listed in {setup.output_dir / 'removed.jsonl'}"
     yield describe_batch(setup.config.training, setup.config.data.max_length, setup.strategy.ranks)
     # Rank 0's part of the first step stands for all.
     batches = len(planned.plan.micro_batches(0, 0, setup.strategy.ranks))

@@ -85,6 +85,7 @@ def describe_run(
         "isolation_error": isolation_error,
         "trainable_parameters": setup.adapter_parameters,
         "mixture": planned.prepared.mixture,
+        "data": planned.prepared.descriptions,
         "storage": name_dtype(choose_storage(setup.strategy, quantization, setup.dtype)),
     }
     if check is not None:

@@ -93,3 +93,48 @@ def test_decontamination_of_open_questions_and_text():
 )
 def test_squash_keeps_what_changes_a_value(a, b, same):
     assert (squash(a) == squash(b)) is same
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        (("A) Liver", "B) Spleen"), ("Liver", "Spleen")),
+        (("(a) Liver", "(b)Spleen"), ("Liver", "Spleen")),
+        (("A. Liver", "B. Spleen", "C. Skin"), ("Liver", "Spleen", "Skin")),
+        (("A: Liver", "B: Spleen"), ("Liver", "Spleen")),
+        (("Liver", "Spleen", "c)\tHeart", "d)\tLung"), ("Liver", "Spleen", "Heart", "Lung")),
+        # These are names and references, not labels.
+        (("C. albicans", "B. fragilis", "C. difficile"), None),
+        (("H. pylori", "S. aureus", "E. coli", "D. latum"), None),
+        (("(a) and (b)", "(b) and (c)", "(c) only", "(d) only"), None),
+        (("1.5 mg", "2.5 mg", "3.5 mg"), None),
+        (("A", "B", "AB", "O"), None),
+        (("A)", "B)"), None),
+    ],
+)
+def test_options_lose_letters_of_their_own(options, shown):
+    example = replace(QUESTION, options=options)
+    assert clean(example).options == (shown or options)
+    # With or without these letters it is the same question.
+    kept, removals = decontaminate(
+        [clean(replace(example, options=shown or options))], [clean(example)]
+    )
+    assert (kept, len(removals)) == ([], 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("Crohn&#39;s &amp; colitis", "Crohn's & colitis"),
+        ("pH &lt; 7.35", "pH < 7.35"),
+        ("pH &amp;lt; 7.35", "pH < 7.35"),
+        ("5&nbsp;mg", "5 mg"),
+        ("5&#xB5;g", "5\u00b5g"),
+        ("\ufeffpara\u00adcetamol\u200b", "paracetamol"),
+        ("R&D, AT&T, &copy", "R&D, AT&T, &copy"),
+        ("&unknown;", "&unknown;"),
+    ],
+)
+def test_entities_and_invisible_characters(text, shown):
+    assert clean(replace(QUESTION, question=text)).question == shown
+    assert clean(replace(OPEN, answer=text)).answer == shown

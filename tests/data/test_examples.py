@@ -8,7 +8,8 @@ from conftest import real
 
 from medqlora.core.config import DataEntry
 from medqlora.data.examples import DataError, MultipleChoice, OpenAnswer
-from medqlora.data.reading import read_examples
+from medqlora.data.formats.registry import FILE
+from medqlora.data.reading import read_entry, read_examples
 
 MEDMCQA = {
     "id": "a",
@@ -71,7 +72,7 @@ def test_medmcqa_hub_counts_from_zero(read):
 
 
 def test_medmcqa_numbering_cannot_be_both(read):
-    with pytest.raises(DataError, match="both 0 and 4"):
+    with pytest.raises(DataError, match=r"indexes from 0, 0 at .* line 1 .* 1, 4 at .* line 2"):
         read("medmcqa", [MEDMCQA | {"cop": 0}, MEDMCQA])
 
 
@@ -167,6 +168,30 @@ def test_pubmedqa_refuses_to_guess_the_test_split(read):
         read("pubmedqa", {str(i): PUBMEDQA for i in range(501)}, "rows.json", "train")
 
 
+@pytest.mark.parametrize("list_name", ["test_pmids.txt", "somewhere.txt"])
+def test_pubmedqa_evaluates_the_official_questions_whatever_the_file_is_called(tmp_path, list_name):
+    rows = {str(number): PUBMEDQA for number in range(1000)}
+    (tmp_path / "ori_pqal.json").write_text(json.dumps(rows))
+    (tmp_path / list_name).write_text("\n".join(str(number) for number in range(0, 1000, 2)))
+    named = {"test_pmids": str(tmp_path / list_name)} if list_name == "somewhere.txt" else {}
+    entry = DataEntry(format="pubmedqa", path=str(tmp_path / "ori_pqal.json"), **named)
+    for split in (FILE, "test"):
+        reading = read_entry(entry, split)
+        assert [int(example.id) for example in reading.examples] == list(range(0, 1000, 2))
+        assert "500 rows; 500 of them official test questions" in reading.description
+    reading = read_entry(entry, "train")
+    assert [int(example.id) for example in reading.examples] == list(range(1, 1000, 2))
+    assert "500 rows; 0 of them official test questions" in reading.description
+    # A part without official questions is taken as it is, unless the user named the list.
+    (tmp_path / "part.json").write_text(json.dumps({"1": PUBMEDQA, "3": PUBMEDQA}))
+    part = DataEntry(format="pubmedqa", path=str(tmp_path / "part.json"), **named)
+    if named:
+        with pytest.raises(DataError, match="none of the 2 rows belongs to split test"):
+            read_entry(part, FILE)
+    else:
+        assert "2 rows; 0 of them official" in read_entry(part, FILE).description
+
+
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet"])
 def test_generic_formats_with_columns(read, name):
     rows = [{"Frage": "Q?", "Antwort": "It is."}]
@@ -181,7 +206,8 @@ def test_generic_formats_with_columns(read, name):
 
 
 @pytest.mark.parametrize(
-    ("answer", "index"), [("B", 1), ("b", 1), (1, 1), ("two", 1), (0, 0), (None, None)]
+    ("answer", "index"),
+    [("B", 1), ("b", 1), (["b"], 1), ("B) two", 1), ("two", 1), (2, 1), (0, 0), (None, None)],
 )
 def test_mcq_answers_by_letter_index_or_text(read, answer, index):
     (example,), _ = read("mcq", [{"question": "Q?", "options": ["one", "two"], "answer": answer}])
@@ -196,6 +222,23 @@ def test_text_becomes_passages(tmp_path):
     assert len(passages) > 3
     assert "Paragraph 0" in passages[0].text
     assert "Paragraph 19" in passages[-1].text
+    assert {passage.document for passage in passages} == {"book.txt"}
+
+
+def test_a_folder_of_books(tmp_path):
+    for name in ("anatomy.txt", "pharmacology.md"):
+        (tmp_path / name).write_text("\ufeffFirst.\n\nSecond.")
+    entry = DataEntry(format="text", path=str(tmp_path))
+    reading = read_entry(entry, "train")
+    assert [passage.document for passage in reading.examples] == ["anatomy.txt", "pharmacology.md"]
+    assert reading.examples[0].text == "First.\n\nSecond."
+    (tmp_path / "physiology.pdf").write_bytes(b"%PDF-1.7")
+    with pytest.raises(DataError, match=r"physiology.pdf is no text"):
+        read_entry(entry, "train")
+    (tmp_path / "train.txt").write_text("Only this.")
+    assert len(read_entry(entry, "train").examples) == 1
+    with pytest.raises(DataError, match="has none for split validation"):
+        read_entry(entry, "validation")
 
 
 @pytest.mark.parametrize(
@@ -207,7 +250,7 @@ def test_text_becomes_passages(tmp_path):
             ["medmcqa", "line 2", 'option "opc" is empty', "drop_invalid"],
         ),
         ("medmcqa", [MEDMCQA | {"cop": 7}], ["line 1", "cop is 7"]),
-        ("medmcqa", [MEDMCQA | {"cop": "x"}], ["whole number"]),
+        ("medmcqa", [MEDMCQA | {"cop": "x"}], ["cop is 'x'", "expected"]),
         ("medmcqa", [MEDQA], ["line 1", "looks like medqa"]),
         ("medqa", [MEDMCQA], ["looks like medmcqa"]),
         ("medqa", [MEDQA | {"answer_idx": "C"}], ["one of the options"]),
@@ -219,10 +262,10 @@ def test_text_becomes_passages(tmp_path):
         (
             "mcq",
             [{"question": "Q?", "options": ["x", "y"], "answer": "z z"}],
-            ["expected a letter"],
+            ["expected a letter", "'z z'"],
         ),
         ("qa", ["{not json"], ["line 1", "not valid JSON"]),
-        ("qa", ["[1, 2]"], ["expected an object"]),
+        ("qa", ['{"question": "Q?", "answer": "A."}', "[1, 2]"], ["line 2", "an object"]),
         ("qa", [], ["no rows"]),
     ],
 )
@@ -301,7 +344,7 @@ def test_mmlu_takes_the_medical_subjects(read):
     with pytest.raises(DataError, match="none of the medical subjects anatomy, clinical_knowledge"):
         read("mmlu", [MMLU | {"subject": "astronomy"}])
     assert len(read("mmlu", [MMLU | {"subject": "astronomy"}], subset="astronomy")[0]) == 1
-    with pytest.raises(DataError, match="answer is option 4"):
+    with pytest.raises(DataError, match=r"answer is 4, which does not fit .* answer_is: "):
         read("mmlu", [MMLU | {"answer": 4}])
 
 

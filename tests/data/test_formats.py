@@ -14,17 +14,17 @@ from medqlora.data.reading import read_examples
 # The file that a user would add, for questions whose answer is the text of the right option.
 ADDED = """
 from medqlora.data.examples import MultipleChoice
-from medqlora.data.formats.fields import find_answer, need_text, read_options
+from medqlora.data.formats.fields import need_text, written_answer
+from medqlora.data.formats.options import read_options
 from medqlora.data.formats.registry import Format, register
 
 
 def parse_nursing(record, source, entry):
-    options = read_options(record.get("choices"))
     return MultipleChoice(
         id="",
         question=need_text(record, "stem"),
-        options=options,
-        answer=find_answer(record["right"], options),
+        options=read_options(record.get("choices")),
+        answer=written_answer(record, "right"),
         dataset="nursing",
         source=source,
     )
@@ -36,6 +36,7 @@ register(
         parse=parse_nursing,
         published_split="validation",
         signatures=(frozenset({"stem", "choices", "right"}),),
+        answers=("text",),
     )
 )
 """
@@ -61,8 +62,8 @@ def test_one_added_file_is_a_dataset(tmp_path):
     done = run_script("-c", USED, tmp_path / "formats", tmp_path / "rows.jsonl")
     assert done.returncode == 0, done.stderr
     asked = "Question: Which vitamin?\\nA. A\\nB. C\\nC. D\\nAnswer:"
-    # "C" is a letter before it is an option's text.
-    assert done.stdout.strip() == f"2 nursing- '{asked}'"
+    # "C" is also the letter of the third option, but this dataset writes texts.
+    assert done.stdout.strip() == f"1 nursing- '{asked}'"
 
 
 def test_no_other_file_decides_by_the_name_of_a_dataset():

@@ -242,7 +242,7 @@ def test_wrong_data(tmp_path, monkeypatch):
     first = json.loads(lines[0])
     cases = {
         "empty": ("", "holds no rows"),
-        "twice": (lines[0] + "\n" + lines[0] + "\n", "ids must be unique"),
+        "twice": ("\n".join([*lines, lines[0]]), "ids must be unique"),
         "gold": (json.dumps(first | {"cop": 9}) + "\n", "cop is 9"),
         "cut": (lines[0] + "\n" + lines[1][:30] + "\n", "line 2: not valid JSON"),
     }

@@ -8,36 +8,33 @@ from __future__ import annotations
 from medqlora.core.config import DataEntry
 from medqlora.data.examples import MultipleChoice, OpenAnswer, Passage
 from medqlora.data.formats.fields import (
-    check_answer,
-    find_answer,
+    PLACE,
+    list_names,
+    need_answer_text,
     need_text,
+    optional_label,
     optional_text,
     read_context,
-    read_options,
     take_columns,
+    written_answer,
 )
+from medqlora.data.formats.options import find_options, is_multiple_choice
 from medqlora.data.formats.registry import Format, register
 
 
 def parse_mcq(record: dict, source: str, entry: DataEntry) -> MultipleChoice:
     """Parse a multiple-choice question with its options in one field."""
     record = take_columns(record, entry)
-    options = read_options(record.get("options"))
-    answer = None
-    # A CSV file has no null, so an empty field stands for an unknown answer.
-    if record.get("answer") not in (None, ""):
-        answer = find_answer(record["answer"], options)
-    check_answer(answer, options)
     return MultipleChoice(
-        # `read_examples` replaces an empty id by a hash of the content.
-        id=optional_text(record, "id") or "",
+        # `read_entry` replaces an empty id by a hash of the content.
+        id=optional_label(record, "id") or "",
         question=need_text(record, "question"),
-        options=options,
-        answer=answer,
+        options=find_options(record, entry),
+        answer=written_answer(record, "answer"),
         dataset="mcq",
         source=source,
-        subject=optional_text(record, "subject"),
-        topic=optional_text(record, "topic"),
+        subject=optional_label(record, "subject"),
+        topic=optional_label(record, "topic"),
         context=read_context(record),
         explanation=optional_text(record, "explanation"),
     )
@@ -45,14 +42,20 @@ def parse_mcq(record: dict, source: str, entry: DataEntry) -> MultipleChoice:
 
 def parse_qa(record: dict, source: str, entry: DataEntry) -> OpenAnswer:
     """Parse a question that is answered in free text."""
+    # The answer of a multiple-choice question is often a letter, which would be learned as text.
+    if not entry.columns and is_multiple_choice(record):
+        raise ValueError(
+            f"the row has options ({list_names(record)}); read it as mcq, or name question and"
+            " answer with columns"
+        )
     record = take_columns(record, entry)
     return OpenAnswer(
-        id=optional_text(record, "id") or "",
+        id=optional_label(record, "id") or "",
         question=need_text(record, "question"),
-        answer=need_text(record, "answer"),
+        answer=need_answer_text(record, "answer"),
         dataset="qa",
         source=source,
-        subject=optional_text(record, "subject"),
+        subject=optional_label(record, "subject"),
         context=read_context(record),
     )
 
@@ -60,11 +63,15 @@ def parse_qa(record: dict, source: str, entry: DataEntry) -> OpenAnswer:
 def parse_text(record: dict, source: str, entry: DataEntry) -> Passage:
     """Parse a plain text to learn from or to measure perplexity on."""
     record = take_columns(record, entry)
+    # The passages of a book belong together; every other record is a document of its own.
+    document, place = record.get(PLACE, (source, 0))
     return Passage(
-        id=optional_text(record, "id") or "",
+        id=optional_label(record, "id") or "",
         text=need_text(record, "text"),
         dataset="text",
         source=source,
+        document=document,
+        place=place,
     )
 
 

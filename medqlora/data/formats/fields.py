@@ -1,55 +1,143 @@
 """Readers of single fields of a record, shared by the parsers of all datasets.
 
-They raise ValueError where a field cannot be used. `read_examples` turns that into a DataError
-which also names the file and the line.
+They raise ValueError where a field cannot be used. `read_entry` turns that into a DataError which
+also names the file and the line. A value that is no text is refused by its type: turned into text,
+a list or an object would be trained on as "['B']".
 """
 
 from __future__ import annotations
 
-import json
+import math
+from collections.abc import Mapping
 
 from medqlora.core.config import DataEntry
-from medqlora.data.examples import LETTERS
+from medqlora.data.examples import Written
+
+# read_csv puts this into the cells that a short row lacks.
+MISSING_CELL = object()
+# read_book puts the document of a passage and the passage's number under this key. It is no text,
+# so no column of a file can have it.
+PLACE = ("document", "number")
 
 
 def is_blank(value: object) -> bool:
     """Whether a field holds nothing but blanks."""
     # pandas writes a missing value as NaN, the only value that differs from itself.
-    return value is None or value != value or not str(value).strip()
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
-def need_text(record: dict, key: str) -> str:
-    """Return a field that every record must have.
+def need_text(record: Mapping, key: str) -> str:
+    """Return a text that every record must have.
 
     Raises:
-        ValueError: The field is missing or blank.
+        ValueError: The record has no such field, or it is blank or no text.
     """
-    value = record.get(key)
-    if is_blank(value):
+    value = need_field(record, key)
+    if not isinstance(value, str):
+        raise ValueError(f'"{key}" is {describe_type(value)}; expected text')
+    return value
+
+
+def need_answer_text(record: Mapping, key: str) -> str:
+    """Return the text of an open answer, which may also be a number; see need_text."""
+    return to_text(need_field(record, key), f'"{key}"')
+
+
+def need_field(record: Mapping, key: str) -> object:
+    """Return a field that is not blank.
+
+    Raises:
+        ValueError: The record has no such field, or it is blank.
+    """
+    if key not in record:
+        raise ValueError(
+            f'the row has no "{key}"; it has {list_names(record)}; name the column with columns'
+        )
+    if is_blank(record[key]):
         raise ValueError(f'"{key}" is empty; every row needs text there')
-    return str(value)
+    return record[key]
 
 
-def optional_text(record: dict, key: str) -> str | None:
-    """Return a field, or None where it is missing, blank or the word "nan"."""
+def optional_text(record: Mapping, key: str) -> str | None:
+    """Return a text, or None where it is missing, blank or the word "nan".
+
+    Raises:
+        ValueError: The field is no text.
+    """
     value = record.get(key)
     # pandas writes a missing text as the word "nan".
-    text = "" if value is None else str(value)
-    if text.lower() == "nan" or not text.strip():
+    if is_blank(value) or (isinstance(value, str) and value.strip().lower() == "nan"):
         return None
-    return text
+    return need_text(record, key)
 
 
-def need_option(record: dict, key: str) -> str:
-    """Return the text of one option.
+def optional_label(record: Mapping, key: str) -> str | None:
+    """Return an id or the name of a subject, which may be a number, or None where it is missing.
 
     Raises:
-        ValueError: The field is missing or blank.
+        ValueError: The field is neither a text nor a number.
     """
     value = record.get(key)
-    if is_blank(value):
-        raise ValueError(f'option "{key}" is empty; every option needs text')
+    # pandas makes the whole numbers of a column with gaps floats.
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return None if value != value else str(value)
+    return optional_text(record, key)
+
+
+def to_text(value: object, name: str) -> str:
+    """Return a text, or a number as it is written.
+
+    Args:
+        value: The value.
+        name: What messages call it.
+
+    Raises:
+        ValueError: The value is neither, or a number that may have been written in two ways.
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} is {describe_type(value)}; expected text")
+    # pandas makes 2 to 2.0 where a column has gaps, so nobody knows which of the two it was.
+    if isinstance(value, float) and value.is_integer():
+        raise ValueError(f"{name} is the float {value}; write it as text, such as {int(value)}")
     return str(value)
+
+
+def describe_type(value: object) -> str:
+    """Return the type of a value with its beginning, for messages."""
+    kinds = {dict: "an object", list: "a list", tuple: "a list", bool: "a truth value"}
+    text = repr(value)
+    shown = text if len(text) <= 60 else text[:57] + "..."
+    return f"{kinds.get(type(value), f'of type {type(value).__name__}')} ({shown})"
+
+
+def list_names(record: Mapping) -> str:
+    """Return the names of a record's fields, for messages."""
+    names = ", ".join(name for name in record if isinstance(name, str))
+    return names if len(names) <= 200 else names[:197] + "..."
+
+
+def check_cells(record: Mapping) -> None:
+    """Raise ValueError where a row of a table has more or fewer cells than its header.
+
+    A cell with a comma that is not quoted moves all cells behind it to other columns.
+    """
+    if None in record:
+        surplus = len(record[None])
+        columns = len(record) - 1
+        raise ValueError(
+            f"the row has {columns + surplus} cells, the header {columns}; quote cells that hold a"
+            " comma"
+        )
+    missing = [name for name, value in record.items() if value is MISSING_CELL]
+    if missing:
+        raise ValueError(
+            f"the row has {len(record) - len(missing)} cells, the header {len(record)}; it ends"
+            f' before "{missing[0]}"'
+        )
 
 
 def whole_number(value: object, name: str) -> int:
@@ -68,74 +156,21 @@ def whole_number(value: object, name: str) -> int:
     raise ValueError(f"{name} is {value!r}; expected a whole number")
 
 
-def read_options(value: object) -> tuple[str, ...]:
-    """Return the texts of the options in the order of their letters.
+def written_answer(record: Mapping, field: str, text: str | None = None) -> Written | None:
+    """Return an answer as the file writes it, or None where it is blank.
 
     Args:
-        value: {"A": text, ...}, [{"key": "A", "value": text}, ...] or [text, ...]; a string is
-            read as JSON of one of these forms.
-
-    Raises:
-        ValueError: The value has none of these forms, or an option is blank.
+        record: The record.
+        field: The field of the answer. A list of one element stands for that element.
+        text: The text of the right option, where the record gives it too.
     """
-    if isinstance(value, str) and value.strip()[:1] in "[{":
-        value = json.loads(value)
-    if is_list_of_pairs(value):
-        value = {pair["key"]: pair["value"] for pair in value}
-    if isinstance(value, dict):
-        value = order_by_letter(value)
-    if not isinstance(value, (list, tuple)) or not 2 <= len(value) <= len(LETTERS):
-        raise ValueError(
-            f"options are {value!r}; expected 2 to {len(LETTERS)} texts, as a list or by letter"
-        )
-    for letter, text in zip(LETTERS, value, strict=False):
-        if text is None or not str(text).strip():
-            raise ValueError(f'option "{letter}" is empty; every option needs text')
-    return tuple(map(str, value))
-
-
-def is_list_of_pairs(value: object) -> bool:
-    """Whether a value is a list of objects, each with a "key" and a "value"."""
-    if not isinstance(value, list) or not value:
-        return False
-    return all(isinstance(pair, dict) and {"key", "value"} <= set(pair) for pair in value)
-
-
-def order_by_letter(options: dict) -> list:
-    """Return the texts of {"A": text, ...} in the order of their letters; None is left out."""
-    # Arrow gives all records the same keys, so a question without an option E has None there.
-    present = {letter: text for letter, text in options.items() if text is not None}
-    expected = LETTERS[: len(present)]
-    # A gap in the letters would move the options behind it to other letters.
-    if sorted(present) != list(expected):
-        raise ValueError(
-            f"options are lettered {', '.join(map(str, present))}; expected {', '.join(expected)}"
-        )
-    return [present[letter] for letter in expected]
-
-
-def find_answer(value: object, options: tuple[str, ...]) -> int:
-    """Return the index of the right option, given as a letter, its exact text or an index from 0.
-
-    The index may lie beyond the last option; `check_answer` refuses that.
-
-    Raises:
-        ValueError: The value is none of the three.
-    """
-    if isinstance(value, str):
-        text = value.strip()
-        # A single letter is always read as the letter of an option, even where an option's text is
-        # one.
-        if len(text) == 1 and text.upper() in LETTERS:
-            return LETTERS.index(text.upper())
-        if options.count(value) == 1:
-            return options.index(value)
-    try:
-        return whole_number(value, "answer")
-    except ValueError:
-        raise ValueError(
-            f"answer is {value!r}; expected a letter, an index from 0, or the text of one option"
-        ) from None
+    value = record.get(field)
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        value = value[0]
+    # An empty list of right answers is no answer, as null is.
+    if is_blank(value) or (isinstance(value, (list, tuple)) and not value):
+        return None
+    return Written(value, text, field)
 
 
 def check_answer(answer: int | None, options: tuple[str, ...]) -> None:
@@ -147,8 +182,10 @@ def check_answer(answer: int | None, options: tuple[str, ...]) -> None:
         )
 
 
-def take_columns(record: dict, entry: DataEntry) -> dict:
+def take_columns(record: Mapping, entry: DataEntry) -> dict:
     """Add our fields to a record by the entry's column map {our field: the file's column}.
+
+    A list of columns for `options` becomes an object by letter, in which a blank cell is None.
 
     Raises:
         ValueError: The record lacks a column that the map names.
@@ -159,7 +196,7 @@ def take_columns(record: dict, entry: DataEntry) -> dict:
         missing = [name for name in names if name not in record]
         if missing:
             raise ValueError(
-                f'columns.{field} names "{missing[0]}"; the row has {", ".join(map(str, record))}'
+                f'columns.{field} names "{missing[0]}"; the row has {list_names(record)}'
             )
         if isinstance(column, str):
             renamed[field] = record[column]
@@ -168,9 +205,17 @@ def take_columns(record: dict, entry: DataEntry) -> dict:
     return renamed
 
 
-def read_context(record: dict) -> tuple[str, ...]:
-    """Return the passages of the field "context", which holds one text or a list of texts."""
+def read_context(record: Mapping) -> tuple[str, ...]:
+    """Return the passages of the field "context", which holds one text or a list of texts.
+
+    Raises:
+        ValueError: The field is neither.
+    """
     value = record.get("context")
-    if isinstance(value, (list, tuple)):
-        return tuple(map(str, value))
-    return (str(value),) if value else ()
+    if is_blank(value):
+        return ()
+    passages = value if isinstance(value, (list, tuple)) else [value]
+    for passage in passages:
+        if not isinstance(passage, str):
+            raise ValueError(f'"context" is {describe_type(passage)}; expected a text or texts')
+    return tuple(passages)

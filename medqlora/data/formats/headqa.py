@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from medqlora.core.config import DataEntry
 from medqlora.data.examples import MultipleChoice
-from medqlora.data.formats.fields import need_text, optional_text, read_options, whole_number
+from medqlora.data.formats.fields import is_blank, need_text, optional_label, whole_number
+from medqlora.data.formats.options import read_options
 from medqlora.data.formats.registry import Format, HarnessPrompt, register
 
 
@@ -32,13 +33,13 @@ def parse_headqa(record: dict, source: str, entry: DataEntry) -> MultipleChoice:
     ]
     right = record.get("ra")
     index = None
-    if right not in (None, -1):
+    if not is_blank(right) and right not in (-1, "-1"):
         if whole_number(right, "ra") not in numbers:
             listed = ", ".join(map(str, numbers))
             raise ValueError(f"ra is {right}; the answers are numbered {listed}")
         index = numbers.index(whole_number(right, "ra"))
-    name = optional_text(record, "name")
-    number = optional_text(record, "qid")
+    name = optional_label(record, "name")
+    number = optional_label(record, "qid")
     return MultipleChoice(
         id=f"{name}-{number}" if name and number else "",
         question=need_text(record, "qtext"),
@@ -46,7 +47,7 @@ def parse_headqa(record: dict, source: str, entry: DataEntry) -> MultipleChoice:
         dataset="headqa",
         answer=index,
         source=source,
-        subject=optional_text(record, "category"),
+        subject=optional_label(record, "category"),
     )
 
 

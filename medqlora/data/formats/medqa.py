@@ -8,13 +8,14 @@ from medqlora.core.config import DataEntry
 from medqlora.data.examples import MultipleChoice
 from medqlora.data.formats.fields import (
     check_answer,
-    find_answer,
-    need_option,
+    is_blank,
     need_text,
+    optional_label,
     optional_text,
-    read_options,
     whole_number,
+    written_answer,
 )
+from medqlora.data.formats.options import read_columns, read_options
 from medqlora.data.formats.registry import Format, register
 
 
@@ -26,39 +27,28 @@ def parse_medqa(record: dict, source: str, entry: DataEntry) -> MultipleChoice:
     if "sent1" in record:
         # Each name ends in one digit, so the order of names is the order of numbers.
         endings = sorted(key for key in record if re.fullmatch(r"ending\d", key))
-        options = tuple(need_option(record, key) for key in endings)
+        options = read_columns([record[key] for key in endings])
         label = record.get("label")
         # This form counts options from 0; -1 is a hidden label.
-        answer = None if label in (None, -1) else whole_number(label, "label")
+        hidden = is_blank(label) or label in (-1, "-1")
+        answer = None if hidden else whole_number(label, "label")
         check_answer(answer, options)
         question = need_text(record, "sent1")
     else:
         options = read_options(record.get("options"))
         question = need_text(record, "question")
-        letter = record.get("answer_idx")
-        answer = None if letter is None else find_answer(letter, options)
-        check_answer(answer, options)
-        text = record.get("answer")
-        # A copy whose options were shuffled without their letters would train wrong answers.
-        if answer is not None and text is not None and not same_words(str(text), options[answer]):
-            raise ValueError(
-                f'answer_idx {letter} is "{options[answer]}" but answer is "{text}"; they must'
-                " agree"
-            )
+        # A copy whose options were shuffled without their letters would train wrong answers, so the
+        # text of the answer must agree where the file has it.
+        answer = written_answer(record, "answer_idx", optional_text(record, "answer"))
     return MultipleChoice(
-        id=optional_text(record, "id") or "",
+        id=optional_label(record, "id") or "",
         question=question,
         options=options,
         answer=answer,
         dataset="medqa",
         source=source,
-        subject=optional_text(record, "meta_info"),
+        subject=optional_label(record, "meta_info"),
     )
-
-
-def same_words(first: str, second: str) -> bool:
-    """Whether two texts differ at most in their blanks."""
-    return first.split() == second.split()
 
 
 register(
@@ -66,6 +56,7 @@ register(
         name="medqa",
         parse=parse_medqa,
         hub=("GBaker/MedQA-USMLE-4-options", None),
+        answers=("letter",),
         signatures=(
             frozenset({"question", "options", "answer_idx"}),
             frozenset({"sent1", "ending0", "label"}),

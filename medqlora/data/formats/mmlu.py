@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from medqlora.core.config import DataEntry
 from medqlora.data.examples import DataError, MultipleChoice
-from medqlora.data.formats.fields import (
-    check_answer,
-    find_answer,
-    need_text,
-    optional_text,
-    read_options,
-)
+from medqlora.data.formats.fields import need_text, optional_label, written_answer
+from medqlora.data.formats.options import find_option_columns, read_columns, read_options
 from medqlora.data.formats.registry import (
     Format,
     HarnessPrompt,
@@ -32,23 +27,25 @@ MMLU_SUBJECTS = (
 
 def parse_mmlu(record: dict, source: str, entry: DataEntry) -> MultipleChoice:
     """Parse an MMLU question: "choices" is a list of texts, "answer" an index or a letter."""
-    options = read_options(record.get("choices"))
-    answer = None
-    if record.get("answer") not in (None, -1):
-        answer = find_answer(record["answer"], options)
-    check_answer(answer, options)
+    # The files of the original download have one column per option instead of "choices".
+    columns = [] if "choices" in record else find_option_columns(record)
+    if columns:
+        options = read_columns([record[name] for name in columns])
+    else:
+        options = read_options(record.get("choices"))
+    hidden = record.get("answer") in (-1, "-1")
     return MultipleChoice(
-        id=optional_text(record, "id") or "",
+        id=optional_label(record, "id") or "",
         question=need_text(record, "question"),
         options=options,
-        answer=answer,
+        answer=None if hidden else written_answer(record, "answer"),
         dataset="mmlu",
         source=source,
-        subject=optional_text(record, "subject"),
+        subject=optional_label(record, "subject"),
     )
 
 
-def choose_subjects(records: Records, entry: DataEntry, on_hub: bool) -> Records:
+def choose_subjects(records: Records, entry: DataEntry) -> Records:
     """Keep the records of the medical subjects, unless the entry names a subset.
 
     A record without a subject is kept.
@@ -91,7 +88,12 @@ register(
         # The dev split holds five worked examples per subject.
         fewshot_split="dev",
         fewshot_by_subject=True,
-        signatures=(frozenset({"question", "choices", "answer"}),),
+        signatures=(
+            frozenset({"question", "choices", "answer"}),
+            frozenset({"question", "A", "B", "C", "D", "answer"}),
+        ),
+        header=("question", "A", "B", "C", "D", "answer"),
+        answers=("letter", "index0"),
         prepare=choose_subjects,
         harness=HarnessPrompt(ask=ask_harness, lead=lead_harness),
     )

@@ -7,8 +7,14 @@ from pathlib import Path
 
 from medqlora.core.config import DataEntry
 from medqlora.data.examples import DataError, MultipleChoice
-from medqlora.data.formats.fields import need_text, optional_text
-from medqlora.data.formats.registry import Format, HarnessPrompt, register
+from medqlora.data.formats.fields import (
+    is_blank,
+    need_text,
+    optional_label,
+    optional_text,
+    read_context,
+)
+from medqlora.data.formats.registry import FILE, Format, HarnessPrompt, register
 
 # The order gives the options their letters in the styles plain and chat, so changing it would
 # change every such prompt.
@@ -27,23 +33,32 @@ def parse_pubmedqa(record: dict, source: str, entry: DataEntry) -> MultipleChoic
     passages = context.get("contexts") if isinstance(context, dict) else context
     if not isinstance(passages, (list, tuple)) or not passages:
         raise ValueError('"contexts" is empty; every question needs its abstract')
+    passages = read_context({"context": passages})
     decision = record.get("final_decision")
     if isinstance(decision, bool):  # YAML 1.1 reads a bare no as False
         decision = "yes" if decision else "no"
-    if decision is not None and decision not in PUBMEDQA_OPTIONS:
-        raise ValueError(f"final_decision is {decision!r}; expected yes, no or maybe")
+    answer = None
+    if not is_blank(decision):
+        answer = find_decision(decision)
     return MultipleChoice(
         # The id is the PMID as text, as the official list spells it. An integer would be in no
         # list, and test questions would be trained on.
-        id=str(record.get("pubid") or record.get("id") or ""),
+        id=optional_label(record, "pubid") or optional_label(record, "id") or "",
         question=need_text(record, "question"),
         options=PUBMEDQA_OPTIONS,
-        answer=None if decision is None else PUBMEDQA_OPTIONS.index(decision),
+        answer=answer,
         dataset="pubmedqa",
         source=source,
-        context=tuple(str(p) for p in passages if str(p).strip()),
+        context=tuple(passage for passage in passages if passage.strip()),
         explanation=optional_text(record, "long_answer"),
     )
+
+
+def find_decision(decision: object) -> int:
+    """Return the index of yes, no or maybe."""
+    if isinstance(decision, str) and decision.strip().lower() in PUBMEDQA_OPTIONS:
+        return PUBMEDQA_OPTIONS.index(decision.strip().lower())
+    raise ValueError(f"final_decision is {decision!r}; expected yes, no or maybe")
 
 
 def select_pubmedqa_split(
@@ -52,17 +67,17 @@ def select_pubmedqa_split(
     """Keep the questions of a split.
 
     The official test set is a list of 500 PMIDs; every other question belongs to the training set.
-    Without a list, at most 500 rows are taken to be a part that holds no test questions.
+    Without a list, at most 500 rows are taken to be a part that holds no test questions. Of a file
+    that is evaluated, the official questions are taken, or all where it holds none of them and no
+    list was named.
 
     Raises:
         DataError: A list is needed and there is none, or it cannot be read, or the split is empty.
     """
     if split == "all":
         return examples
-    list_file = entry.test_pmids
-    if list_file is None:
-        list_file = find_test_list(entry)
-    if list_file is None:
+    pmids, list_file = read_test_list(entry)
+    if pmids is None:
         # A file with more than 500 of the 1,000 labelled questions holds some of the 500 test
         # questions.
         if len(examples) > 500 or split == "test":
@@ -72,18 +87,43 @@ def select_pubmedqa_split(
                 " split: all to take every row"
             )
         return examples
+    wants_official = split in ("test", FILE)
+    # Train and validation are the same questions here: all that are not on the list.
+    kept = [example for example in examples if (example.id in pmids) == wants_official]
+    if not kept and split == FILE and entry.test_pmids is None:
+        return examples
+    if not kept:
+        name = "test" if wants_official else split
+        raise DataError(
+            f"pubmedqa: none of the {len(examples)} rows belongs to split {name} by {list_file}"
+        )
+    return kept
+
+
+def read_test_list(entry: DataEntry) -> tuple[set[str] | None, str | None]:
+    """Return the official test PMIDs and the file that lists them, or None for both.
+
+    Raises:
+        DataError: The list cannot be read.
+    """
+    list_file = entry.test_pmids or find_test_list(entry)
+    if list_file is None:
+        return None, None
     try:
-        text = Path(list_file).expanduser().read_text(encoding="utf-8")
+        text = Path(list_file).expanduser().read_text(encoding="utf-8-sig")
         pmids = set(json.loads(text)) if list_file.endswith(".json") else set(text.split())
     except (OSError, ValueError) as error:
         raise DataError(f"pubmedqa: test_pmids {list_file} cannot be read: {error}") from None
-    # Train and validation are the same questions here: all that are not on the list.
-    kept = [example for example in examples if (example.id in pmids) == (split == "test")]
-    if not kept:
-        raise DataError(
-            f"pubmedqa: none of the {len(examples)} rows belongs to split {split} by {list_file}"
-        )
-    return kept
+    return pmids, list_file
+
+
+def describe_official(examples: list[MultipleChoice], entry: DataEntry) -> str:
+    """Return how many of the questions belong to the official test set."""
+    pmids, _ = read_test_list(entry)
+    if pmids is None:
+        return "the official list of test questions is not at hand"
+    official = sum(example.id in pmids for example in examples)
+    return f"{official:,} of them official test questions"
 
 
 def find_test_list(entry: DataEntry) -> str | None:
@@ -114,6 +154,7 @@ register(
         ),
         select_split=select_pubmedqa_split,
         splits_share_a_file=True,
+        describe=describe_official,
         harness=HarnessPrompt(ask=ask_harness, answer="text", takes_context=True),
     )
 )

@@ -13,11 +13,13 @@ from typing import Literal
 from medqlora.core.config import DataEntry
 from medqlora.data.examples import LETTERS, DataError, Example, MultipleChoice
 
+FILE = "file"  # the split of a file that is evaluated as it is
+
 Record = dict
 Records = list[tuple[str, Record]]  # each record with its source: the file and the line
 
 
-def keep_records(records: Records, entry: DataEntry, on_hub: bool) -> Records:
+def keep_records(records: Records, entry: DataEntry) -> Records:
     """Return the records as they are: the default of `Format.prepare`."""
     return records
 
@@ -25,6 +27,11 @@ def keep_records(records: Records, entry: DataEntry, on_hub: bool) -> Records:
 def keep_examples(examples: list[Example], entry: DataEntry, split: str) -> list[Example]:
     """Return the examples as they are: the default of `Format.select_split`."""
     return examples
+
+
+def say_nothing(examples: list[Example], entry: DataEntry) -> str:
+    """Return no words: the default of `Format.describe`."""
+    return ""
 
 
 def ask_by_letter(example: MultipleChoice, context: str) -> str:
@@ -65,7 +72,8 @@ class Format:
         name: The name in data entries and in the flag --format.
         parse: Takes a record, its source and the data entry; returns an example. It raises a
             ValueError that says what is wrong with the record, and the caller adds the source.
-            An example may have an empty id, which is replaced by a hash of its content.
+            An example may have an empty id, which is replaced by a hash of its content, and an
+            answer that is still as written (see answer_reading).
         scoring: How the questions are scored unless the user asks for another method.
         hub: (hub id, subset) of the dataset, for entries without a path.
         published_split: The split on which published scores are measured.
@@ -73,10 +81,14 @@ class Format:
         fewshot_by_subject: Whether worked examples must have the question's subject and keep the
             order of their split.
         signatures: Groups of keys. A record that has all keys of one group has this format.
-        prepare: Takes (records, entry, on_hub) and returns records, completed with what only the
-            whole file can tell.
+        header: The columns of a table whose first line is a row already, not the names of columns.
+        answers: The ways in which the dataset is known to write its answers (see answer_reading).
+        hub_answers: The way in which the dataset's home on the hub writes them, if it differs.
+        prepare: Takes (records, entry) and returns the records that are read.
         select_split: Takes (examples, entry, split) and returns the examples of that split, for a
-            file that holds several splits.
+            file that holds several splits. The split is FILE where a file is evaluated whose split
+            nobody has named.
+        describe: Takes (examples, entry) and returns what is said of them to the user.
         splits_share_a_file: Whether one file may hold both train and test, which `select_split`
             then tells apart.
         harness: The dataset's prompt in lm-evaluation-harness.
@@ -90,8 +102,12 @@ class Format:
     fewshot_split: str = "train"
     fewshot_by_subject: bool = False
     signatures: tuple[frozenset[str], ...] = ()
-    prepare: Callable[[Records, DataEntry, bool], Records] = keep_records
+    header: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ("letter", "text", "index0", "index1")
+    hub_answers: str | None = None
+    prepare: Callable[[Records, DataEntry], Records] = keep_records
     select_split: Callable[[list, DataEntry, str], list] = keep_examples
+    describe: Callable[[list, DataEntry], str] = say_nothing
     splits_share_a_file: bool = False
     harness: HarnessPrompt = HarnessPrompt()
 

@@ -1,0 +1,275 @@
+"""Read files of records: JSON, JSON lines, CSV, Parquet and plain text.
+
+Each reader takes a file and what the caller knows of it, and returns records with their sources.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from medqlora.data.examples import DataError
+from medqlora.data.formats.fields import MISSING_CELL, PLACE
+
+Records = list[tuple[str, dict]]
+DELIMITERS = ",;\t"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a reader is told of the file.
+
+    Args:
+        sets: Names under which the wanted set may stand in a file of several sets.
+        header: The columns of a table that has no line with their names (see Format.header).
+    """
+
+    sets: tuple[str, ...] = ()
+    header: tuple[str, ...] = ()
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file in UTF-8, with or without a byte order mark.
+
+    Raises:
+        DataError: The file is no text.
+    """
+    text = path.read_text(encoding="utf-8-sig")
+    # Zero bytes are valid UTF-8, but no text has them.
+    if "\0" in text:
+        raise DataError(f"{path.name} is a binary file; expected UTF-8 text")
+    return text
+
+
+def read_json_lines(path: Path, wanted: Wanted) -> Records:
+    """Read one object per line; empty lines are skipped."""
+    text = read_text(path)
+    # A list that was named .jsonl is read as the list that it is.
+    if text.lstrip()[:1] == "[":
+        return read_tree(path, parse_json(path, text), wanted)
+    return split_json_lines(path, text)
+
+
+def split_json_lines(path: Path, text: str) -> Records:
+    """Return the objects of a text that has one per line."""
+    records = []
+    # The text is divided at line ends alone. str.splitlines would also divide at U+2028, which
+    # JSON allows inside a text.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        source = f"{path.name} line {number}"
+        try:
+            record = DECODER.decode(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{source}: not valid JSON ({error.msg} at column {error.colno}); correct the line"
+            ) from None
+        except ValueError as error:
+            raise DataError(f"{source}: {error}") from None
+        if not isinstance(record, dict):
+            raise DataError(f"{source}: expected an object, got {type(record).__name__}")
+        records.append((source, record))
+    return records
+
+
+def refuse_repeated_keys(pairs: list[tuple[str, object]]) -> dict:
+    """Return an object of JSON; json.loads would keep the last of two equal keys without a word."""
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        names = [key for key, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f'the key "{repeated}" stands twice in one object; keep one of them')
+    return tree
+
+
+# json.loads would make a decoder for each line.
+DECODER = json.JSONDecoder(object_pairs_hook=refuse_repeated_keys)
+
+
+def parse_json(path: Path, text: str) -> object:
+    """Return the value of a JSON text.
+
+    Raises:
+        DataError: The text is not valid, or an object has a key twice.
+    """
+    try:
+        return DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path.name} line {error.lineno}: not valid JSON ({error.msg} at column {error.colno})"
+        ) from None
+    except ValueError as error:
+        raise DataError(f"{path.name}: {error}") from None
+
+
+def read_json(path: Path, wanted: Wanted) -> Records:
+    """Read a list of objects, an object of objects whose keys are ids, or one object per line.
+
+    A file of several sets, each of them one of the first two, is read where one set is wanted.
+    """
+    text = read_text(path)
+    first_line = text.lstrip().partition("\n")[0]
+    # JSON lines are often named .json. Their first line is a whole object.
+    if first_line.startswith("{") and first_line.rstrip().endswith("}"):
+        try:
+            tree = json.loads(first_line)
+        except json.JSONDecodeError:
+            tree = None
+        if tree is not None and text.strip() != first_line.strip():
+            return split_json_lines(path, text)
+    return read_tree(path, parse_json(path, text), wanted)
+
+
+def read_tree(path: Path, tree: object, wanted: Wanted) -> Records:
+    """Return the records of a JSON document.
+
+    Raises:
+        DataError: It has none of the forms of read_json, or several sets and none is named.
+    """
+    if is_list_of_objects(tree):
+        return number_rows(path.name, tree)
+    if isinstance(tree, dict):
+        sets = [name for name, value in tree.items() if is_set(value)]
+        chosen = [name for name in sets if name in wanted.sets]
+        # Beside the only set there may be a version, a licence or the like.
+        if len(sets) == 1:
+            chosen = sets
+        if len(chosen) == 1:
+            return read_tree(path, tree[chosen[0]], Wanted())
+        if sets:
+            raise DataError(
+                f"{path.name} holds the sets {', '.join(map(str, sets))}; name one with subset"
+            )
+        if tree and all(isinstance(value, dict) for value in tree.values()):
+            return [(f"{path.name} key {key}", {"id": key, **row}) for key, row in tree.items()]
+        # A single object may be the only row of its file.
+        if is_row(tree):
+            return number_rows(path.name, [tree])
+    raise DataError(f"{path.name}: expected a list of objects or an object of objects")
+
+
+def is_list_of_objects(value: object) -> bool:
+    """Whether a value is a list of objects, maybe an empty one."""
+    return isinstance(value, list) and all(isinstance(row, dict) for row in value)
+
+
+def is_set(value: object) -> bool:
+    """Whether a value holds rows: a list of objects, or an object of rows."""
+    if isinstance(value, dict):
+        return bool(value) and all(is_row(row) for row in value.values())
+    return bool(value) and is_list_of_objects(value)
+
+
+def is_row(value: object) -> bool:
+    """Whether a value is an object with at least one field that is neither list nor object."""
+    return isinstance(value, dict) and any(
+        not isinstance(field, (list, dict)) for field in value.values()
+    )
+
+
+def read_csv(path: Path, wanted: Wanted) -> Records:
+    """Read a table whose first line names the columns; they end at a comma, semicolon or tab.
+
+    Raises:
+        DataError: Two columns have the same name, or a quoted cell has no end.
+    """
+    # The library's own bound of 131,072 characters would refuse long cells.
+    csv.field_size_limit(sys.maxsize)
+    # Spreadsheet programs begin UTF-8 files with a byte order mark, which "utf-8-sig" skips.
+    # The csv module itself must see the line ends, because a quoted field may hold some.
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        first_line = file.readline()
+        file.seek(0)
+        delimiter = max(DELIMITERS, key=first_line.count)
+        # Only the strict mode refuses a quotation mark that is never closed, behind which all rows
+        # would become one cell.
+        lines = csv.reader(file, delimiter=delimiter, strict=True)
+        names = next(lines, [])
+        records = []
+        header = list(wanted.header)
+        # The first line is a row already where it lacks the first and the last name. The others may
+        # be letters of options, as answers are.
+        if header and len(names) == len(header) and not {header[0], header[-1]} & set(names):
+            records.append(make_record(header, names))
+            names = header
+        repeated = [name for name in names if names.count(name) > 1]
+        if repeated:
+            raise DataError(
+                f'{path.name}: two columns have the name "{repeated[0]}"; the first line must name'
+                " each column once"
+            )
+        # A line without any cell is an empty line.
+        try:
+            records += [make_record(names, cells) for cells in lines if cells]
+        except csv.Error as error:
+            raise DataError(
+                f"{path.name} line {lines.line_num}: {error}; close each quotation mark, and write"
+                " one inside a quoted cell twice"
+            ) from None
+    return number_rows(path.name, records)
+
+
+def make_record(names: list[str], cells: list[str]) -> dict:
+    """Return the record of a row; check_cells refuses surplus and missing cells later."""
+    record: dict = dict(zip(names, cells, strict=False))
+    if len(cells) > len(names):
+        record[None] = cells[len(names) :]
+    for name in names[len(cells) :]:
+        record[name] = MISSING_CELL
+    return record
+
+
+def read_parquet(path: Path, wanted: Wanted) -> Records:
+    """Read a Parquet table."""
+    import pyarrow.parquet
+
+    return number_rows(path.name, pyarrow.parquet.read_table(path).to_pylist())
+
+
+def read_book(path: Path, wanted: Wanted) -> Records:
+    """Read plain text as passages, which together are one document."""
+    passages = split_text(read_text(path))
+    return [
+        (f"{path.name} passage {i}", {"text": text, PLACE: (path.name, i)})
+        for i, text in enumerate(passages, 1)
+    ]
+
+
+def number_rows(name: str, rows: Iterable[dict]) -> Records:
+    """Return each row with its source, counted from 1."""
+    return [(f"{name} row {i}", row) for i, row in enumerate(rows, 1)]
+
+
+READERS: dict[str, Callable[[Path, Wanted], Records]] = {
+    ".jsonl": read_json_lines,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".parquet": read_parquet,
+    ".txt": read_book,
+    ".md": read_book,
+}
+
+
+def split_text(text: str, characters: int = 2_000) -> list[str]:
+    """Split a text at empty lines and join paragraphs to passages.
+
+    Args:
+        text: The text.
+        characters: A passage is closed before it would grow beyond this many characters. A longer
+            paragraph is a passage of its own.
+    """
+    passages = []
+    current = ""
+    for paragraph in re.split(r"\n\s*\n", text):
+        if current and len(current) + len(paragraph) > characters:
+            passages.append(current)
+            current = ""
+        current = f"{current}\n\n{paragraph}" if current else paragraph
+    return [*passages, current] if current.strip() else passages
