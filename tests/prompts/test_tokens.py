@@ -232,6 +232,60 @@ def test_passages_are_split_and_supervised_from_their_second_token(tokenizer):
     assert table.ids[-1] == encoder.end_id
 
 
+def test_passages_of_one_document_fill_rows_and_documents_stay_apart(tokenizer):
+    """Every token of a document stands once, in order, and all its rows but the last are full."""
+    encoder = make_encoder(tokenizer)
+    books = []
+    for book in range(3):
+        for place in range(40):
+            # The seventh passage of each book was removed.
+            if place == 7:
+                continue
+            text = f"Book {book}, passage {place}. " + "The heart pumps blood. " * (place % 5)
+            books.append(
+                Passage(f"{book}-{place}", text.strip(), "text", "f", f"book {book}", place)
+            )
+    alone = Passage("alone", "One row is a document of its own.", "text", "f", "line 1", 0)
+    table, _ = encode_examples(encoder, [*books, alone], 64)
+    runs = {}  # the rows of each run of passages without a gap
+    for row, example in enumerate(table.examples):
+        ids = table.ids[table.offsets[row] : table.offsets[row + 1]].tolist()
+        runs.setdefault(int(example), []).append(ids)
+    assert len(runs) == 7
+    for first, rows in runs.items():
+        assert all(len(ids) == 64 for ids in rows[:-1])
+        joined = [token for ids in rows for token in ids]
+        assert joined[-1] == encoder.end_id
+        text = tokenizer.decode(joined[len(encoder.leading_ids) : -1])
+        members = [
+            passage
+            for number, passage in enumerate([*books, alone])
+            if number >= first and all(later <= first or number < later for later in runs)
+        ]
+        expected = "\n\n".join(passage.text for passage in members)
+        assert text.strip() == expected.strip()
+
+
+def test_answers_are_cut_only_when_asked_and_never_teach_to_stop_there(tokenizer):
+    encoder = make_encoder(tokenizer)
+    long = OpenAnswer("o", "What?", "word " * 300, "qa", "f line 1", context=("seen " * 100,))
+    short = OpenAnswer("s", "What?", "That.", "qa", "f line 2")
+    with pytest.raises(DataError, match=r"too long: needs .* --data.truncate answer"):
+        encode_examples(encoder, [short, long], 128)
+    table, removals = encode_examples(encoder, [short, long], 128, drop=True)
+    assert (list(table.names), len(removals), table.cuts) == (["s"], 1, {})
+    table, removals = encode_examples(encoder, [short, long], 128, truncate_answers=True)
+    assert (removals, table.cuts) == ([], {"context": 1, "answer": 1})
+    assert table.lengths[1] == 128
+    assert table.ids[table.offsets[1] - 1] == encoder.end_id
+    cut = table.ids[table.offsets[1] : table.offsets[2]].tolist()
+    assert encoder.end_id not in cut[table.prompt_lengths[1] :]
+    # A question that is too long by itself, and a letter, cannot be cut.
+    for example in (replace(long, question="why " * 300), replace(MCQ, question="why " * 300)):
+        with pytest.raises(DataError, match="too long"):
+            encode_examples(encoder, [example], 128, truncate_answers=True)
+
+
 def test_fingerprint_tells_prompts_apart(tokenizer):
     prints = {
         fingerprint(make_encoder(tokenizer, style, completion))
