@@ -44,7 +44,7 @@ from medqlora.core.config import DataEntry, Model
 from medqlora.core.environment import describe_environment, name_command, prefer_expandable_segments
 from medqlora.core.files import check_new, write_json
 from medqlora.data.formats.registry import FORMATS
-from medqlora.data.reading import read_examples
+from medqlora.data.reading import read_entry
 from medqlora.engines.interface import Engine, Request
 from medqlora.engines.latency import (
     LatencyError,
@@ -256,8 +256,9 @@ def read_questions(arguments: argparse.Namespace, loops: int) -> tuple[list[Requ
     tokenizer = load_tokenizer(arguments.tokenizer or arguments.model)
     encoder = make_encoder(tokenizer, arguments.prompt_style)
     entry = DataEntry(format=arguments.format, path=arguments.path, limit=count)
-    examples, _ = read_examples(entry, "test")
-    questions, _ = prepare_questions(encoder, examples, Method())
+    reading = read_entry(entry, "test")
+    print(reading.description, file=sys.stderr)
+    questions, _ = prepare_questions(encoder, reading.examples, Method())
     requests = [question.requests[0] for question in questions]
     if not requests:
         raise LatencyError(f"--path {arguments.path}: no question in it")

@@ -71,8 +71,11 @@ def find_home(entry: DataEntry, split: str) -> tuple[Any, str]:
     path = locate_file(entry, split)
     if path is None:
         return entry.path or entry.format, split
-    # A file is the same data whatever split is named, unless its format keeps several in one file.
-    return path.resolve(), split if find_format(entry.format).splits_share_a_file else ""
+    # A file is the same data whatever split is named, unless its format keeps several in one file,
+    # or its sets have names.
+    part = split if find_format(entry.format).splits_share_a_file else ""
+    named_set = entry.subset if path.suffix == ".json" else None
+    return path.resolve(), named_set or part
 
 
 def read_role(data: Data, role: str) -> tuple[list[list[Example]], list[Removal], list[str]]:

@@ -44,6 +44,10 @@ OPTIONS = {
     "Python text": str(TEXTS),
     "Python text by letter": str(dict(zip("ABCD", TEXTS, strict=True))),
 }
+OPTIONS["by name"] = {f"option{i}": text for i, text in enumerate(TEXTS, 1)}
+OPTIONS["by name and letter"] = {
+    f"Option {letter}": text for letter, text in zip("ABCD", TEXTS, strict=True)
+}
 OPTIONS |= {
     f"objects of {letter} and {text}": [
         {letter: name, text: value} for name, value in zip("ABCD", TEXTS, strict=True)
@@ -128,6 +132,33 @@ def test_what_is_no_text_is_refused_by_its_type(read, change, message):
         read([ROW | change])
     assert "rows.jsonl line 1" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("answer", ["B", "b", "(B)", "B.", "B) Spleen", ["B"], "['B']", "Spleen"])
+def test_forms_of_an_answer(read, answer):
+    (example,) = read([ROW | {"answer": answer}]).examples
+    assert example.answer == 1
+    capitals = {name.capitalize(): value for name, value in ROW.items()}
+    (example,) = read([capitals | {"Answer": answer}]).examples
+    assert example.answer == 1
+
+
+@pytest.mark.parametrize(
+    ("context", "passages"),
+    [
+        ("One.", ("One.",)),
+        (["One.", "Two."], ("One.", "Two.")),
+        ("['One.', 'Two.']", ("One.", "Two.")),
+        ("[Letter] One.", ("[Letter] One.",)),
+        (None, ()),
+        (math.nan, ()),
+    ],
+)
+def test_forms_of_a_context(read, context, passages):
+    assert read([ROW | {"context": context}]).examples[0].context == passages
+    if passages:
+        row = {"QUESTION": "Q?", "CONTEXTS": context, "final_decision": "no", "pubid": 1}
+        assert read([row], format="pubmedqa").examples[0].context == passages
 
 
 @pytest.mark.parametrize("format", ["qa", "medquad"])

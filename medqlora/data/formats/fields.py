@@ -7,7 +7,13 @@ a list or an object would be trained on as "['B']".
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import io
+import itertools
+import json
 import math
+import tokenize
 from collections.abc import Mapping
 
 from medqlora.core.config import DataEntry
@@ -18,6 +24,9 @@ MISSING_CELL = object()
 # read_book puts the document of a passage and the passage's number under this key. It is no text,
 # so no column of a file can have it.
 PLACE = ("document", "number")
+# These are the fields of the layouts for a user's own files.
+FIELDS = {"id", "question", "options", "choices", "answer", "text"}
+FIELDS |= {"subject", "topic", "context", "explanation"}
 
 
 def is_blank(value: object) -> bool:
@@ -140,6 +149,39 @@ def check_cells(record: Mapping) -> None:
         )
 
 
+def looks_like_literal(value: object) -> bool:
+    """Whether a text may be a list or an object, as pandas writes them into a table."""
+    return isinstance(value, str) and value.strip()[:1] in ("[", "{")
+
+
+def parse_literal(text: str, subject: str) -> object:
+    """Return the value of a text in JSON, or in Python's form.
+
+    Args:
+        text: The text.
+        subject: The beginning of the error message.
+
+    Raises:
+        ValueError: The text is neither.
+    """
+    text = text.strip()
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        pass
+    problem = f"{subject} {text[:60]!r}, neither JSON nor a Python list"
+    try:
+        tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, tokenize.TokenError):
+        raise ValueError(problem) from None
+    strings = [token.type == tokenize.STRING for token in tokens if token.type != tokenize.NL]
+    # Python joins texts that only a blank separates, and numpy writes arrays in that way.
+    if any(first and second for first, second in itertools.pairwise(strings)):
+        raise ValueError(f"{problem} but a numpy array, whose texts nothing separates")
+    return value
+
+
 def whole_number(value: object, name: str) -> int:
     """Return a number, or a text that spells one, as an integer.
 
@@ -165,6 +207,10 @@ def written_answer(record: Mapping, field: str, text: str | None = None) -> Writ
         text: The text of the right option, where the record gives it too.
     """
     value = record.get(field)
+    if looks_like_literal(value):
+        # A text such as "[sic]" stays a text.
+        with contextlib.suppress(ValueError):
+            value = parse_literal(value, field)
     if isinstance(value, (list, tuple)) and len(value) == 1:
         value = value[0]
     # An empty list of right answers is no answer, as null is.
@@ -185,12 +231,15 @@ def check_answer(answer: int | None, options: tuple[str, ...]) -> None:
 def take_columns(record: Mapping, entry: DataEntry) -> dict:
     """Add our fields to a record by the entry's column map {our field: the file's column}.
 
-    A list of columns for `options` becomes an object by letter, in which a blank cell is None.
+    A field that the record lacks is also found where its name has capitals.
 
     Raises:
         ValueError: The record lacks a column that the map names.
     """
     renamed = dict(record)
+    for name, value in record.items():
+        if isinstance(name, str) and name.lower() in FIELDS:
+            renamed.setdefault(name.lower(), value)
     for field, column in entry.columns.items():
         names = [column] if isinstance(column, str) else column
         missing = [name for name in names if name not in record]
@@ -214,6 +263,10 @@ def read_context(record: Mapping) -> tuple[str, ...]:
     value = record.get("context")
     if is_blank(value):
         return ()
+    if looks_like_literal(value):
+        # A text may begin with a bracket, as "[Letter to the editor]" does.
+        with contextlib.suppress(ValueError):
+            value = parse_literal(value, "context")
     passages = value if isinstance(value, (list, tuple)) else [value]
     for passage in passages:
         if not isinstance(passage, str):

@@ -5,17 +5,18 @@ They raise ValueError where the options cannot be used; see fields.
 
 from __future__ import annotations
 
-import ast
-import io
-import itertools
-import json
 import re
-import tokenize
 from collections.abc import Mapping
 
 from medqlora.core.config import DataEntry
 from medqlora.data.examples import LETTERS
-from medqlora.data.formats.fields import is_blank, list_names, to_text
+from medqlora.data.formats.fields import (
+    is_blank,
+    list_names,
+    looks_like_literal,
+    parse_literal,
+    to_text,
+)
 
 # An option that is an object has its letter under one of these keys and its text under another.
 LETTER_KEYS = ("letter", "label", "key", "id")
@@ -106,8 +107,8 @@ def read_options(value: object) -> tuple[str, ...]:
     Raises:
         ValueError: The value has none of these forms, or an option is blank or no text.
     """
-    if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
-        value = parse_literal(value.strip())
+    if looks_like_literal(value):
+        value = parse_literal(value, "options are")
     if isinstance(value, dict):
         letters = find_key(value, LETTER_KEYS)
         texts = find_key(value, TEXT_KEYS)
@@ -140,29 +141,6 @@ def read_list(value: object) -> tuple[str, ...]:
             raise ValueError(f'option "{letter}" is empty; every option needs text')
         options.append(to_text(text, f'option "{letter}"'))
     return tuple(options)
-
-
-def parse_literal(text: str) -> object:
-    """Return the value of a text in JSON, or in Python's form.
-
-    Raises:
-        ValueError: The text is neither.
-    """
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        pass
-    problem = f"options are {text[:60]!r}, neither JSON nor a Python list"
-    try:
-        tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, tokenize.TokenError):
-        raise ValueError(problem) from None
-    strings = [token.type == tokenize.STRING for token in tokens if token.type != tokenize.NL]
-    # Python joins texts that only a blank separates, and numpy writes arrays in that way.
-    if any(first and second for first, second in itertools.pairwise(strings)):
-        raise ValueError(f"{problem} but a numpy array, whose texts nothing separates")
-    return value
 
 
 def find_key(value: dict, names: tuple[str, ...]) -> str | None:
@@ -214,7 +192,7 @@ def order_by_letter(pairs: list[tuple]) -> list:
     # Arrow gives all records the same keys, so a question without an option E has None there.
     present = {}
     for letter, text in pairs:
-        letter = str(letter).strip().upper()
+        letter = name_option(letter)
         if letter in present:
             raise ValueError(f'two options have the letter "{letter}"')
         if not is_blank(text):
@@ -231,6 +209,12 @@ def order_by_letter(pairs: list[tuple]) -> list:
             " text"
         )
     return [present[letter] for letter in expected]
+
+
+def name_option(letter: object) -> str:
+    """Return the letter or number of an option that is called "a", "Option B" or "option1"."""
+    found = OPTION_COLUMN.fullmatch(str(letter).strip())
+    return (found["letter"] or found["number"] if found else str(letter)).upper()
 
 
 def is_multiple_choice(record: Mapping) -> bool:

@@ -12,6 +12,7 @@ from medqlora.data.formats.fields import (
     need_text,
     optional_label,
     optional_text,
+    parse_literal,
     read_context,
 )
 from medqlora.data.formats.registry import FILE, Format, HarnessPrompt, register
@@ -29,11 +30,14 @@ def parse_pubmedqa(record: dict, source: str, entry: DataEntry) -> MultipleChoic
     under "contexts" inside "context".
     """
     record = {key.lower(): value for key, value in record.items()}
-    context = record["contexts"] if "contexts" in record else (record.get("context") or {})
+    context = record.get("contexts", record.get("context"))
+    # In a table the hub's object is a text.
+    if isinstance(context, str) and context.lstrip().startswith("{"):
+        context = parse_literal(context, "contexts are")
     passages = context.get("contexts") if isinstance(context, dict) else context
-    if not isinstance(passages, (list, tuple)) or not passages:
-        raise ValueError('"contexts" is empty; every question needs its abstract')
     passages = read_context({"context": passages})
+    if not passages:
+        raise ValueError('"contexts" is empty; every question needs its abstract')
     decision = record.get("final_decision")
     if isinstance(decision, bool):  # YAML 1.1 reads a bare no as False
         decision = "yes" if decision else "no"
