@@ -257,7 +257,7 @@ def read_questions(arguments: argparse.Namespace, loops: int) -> tuple[list[Requ
     encoder = make_encoder(tokenizer, arguments.prompt_style)
     entry = DataEntry(format=arguments.format, path=arguments.path, limit=count)
     reading = read_entry(entry, "test")
-    print(reading.description, file=sys.stderr)
+    print(reading.description)
     questions, _ = prepare_questions(encoder, reading.examples, Method())
     requests = [question.requests[0] for question in questions]
     if not requests:

@@ -136,7 +136,8 @@ def prepare(
     """Read the questions and make their requests; say what was left out or cut."""
     style = asking.encoder.style
     reading = read_questions(settings, style)
-    console.print(reading.description, markup=False)
+    # The console writes to stderr, where an error must be the only line.
+    print(reading.description)
     for removal in reading.removals:
         line = f"left out {removal.source}: {removal.reason}"
         console.print(line, style="yellow", markup=False)
