@@ -48,19 +48,21 @@ def read_text(path: Path) -> str:
 
 def read_json_lines(path: Path, wanted: Wanted) -> Records:
     """Read one object per line; empty lines are skipped."""
-    text = read_text(path)
-    # A list that was named .jsonl is read as the list that it is.
-    if text.lstrip()[:1] == "[":
-        return read_tree(path, parse_json(path, text), wanted)
-    return split_json_lines(path, text)
+    with path.open(encoding="utf-8-sig") as file:
+        beginning = file.readline().lstrip()[:1]
+        file.seek(0)
+        # A list that was named .jsonl is read as the list that it is.
+        if beginning == "[":
+            return read_tree(path, parse_json(path, file.read()), wanted)
+        # A file is divided at line ends alone. str.splitlines would also divide at U+2028, which
+        # JSON allows inside a text.
+        return parse_json_lines(path, file)
 
 
-def split_json_lines(path: Path, text: str) -> Records:
-    """Return the objects of a text that has one per line."""
+def parse_json_lines(path: Path, lines: Iterable[str]) -> Records:
+    """Return the objects of lines that hold one each."""
     records = []
-    # The text is divided at line ends alone. str.splitlines would also divide at U+2028, which
-    # JSON allows inside a text.
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         source = f"{path.name} line {number}"
@@ -122,7 +124,7 @@ def read_json(path: Path, wanted: Wanted) -> Records:
         except json.JSONDecodeError:
             tree = None
         if tree is not None and text.strip() != first_line.strip():
-            return split_json_lines(path, text)
+            return parse_json_lines(path, text.split("\n"))
     return read_tree(path, parse_json(path, text), wanted)
 
 
