@@ -76,6 +76,8 @@ def read_entry(entry: DataEntry, split: str, drop_invalid: bool = False) -> Read
     """
     kind = find_format(entry.format)
     split = entry.split or split
+    if entry.answer_is is not None and not kind.answers:
+        raise DataError(f"{entry.format}: answer_is has no meaning for this format; leave it out")
     name, records = read_records(entry, split)
     if not records:
         raise DataError(f"{entry.format}: {name} holds no rows; expected at least one")

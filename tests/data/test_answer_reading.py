@@ -207,3 +207,18 @@ def test_several_right_answers_are_no_single_choice():
     question = MultipleChoice("1", "Q?", ("x", "y"), Written(["A", "B"]), "mcq", "line 1")
     with pytest.raises(DataError, match="several right answers"):
         settle([question])
+
+
+@pytest.mark.parametrize("format", ["qa", "text", "medquad", "pubmedqa", "headqa"])
+def test_a_reading_is_never_passed_over(tmp_path, format):
+    with pytest.raises(DataError, match="answer_is has no meaning for this format"):
+        read_entry(DataEntry(format=format, path=str(tmp_path), answer_is="letter"), "train")
+
+
+def test_a_named_reading_holds_for_each_form_of_medqa(tmp_path):
+    row = {"sent1": "Q?", "ending0": "x", "ending1": "y", "label": 1}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    for answer_is, index in ((None, 1), ("index0", 1), ("index1", 0)):
+        entry = DataEntry(format="medqa", path=str(path), answer_is=answer_is)
+        assert read_entry(entry, "train").examples[0].answer == index

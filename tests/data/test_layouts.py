@@ -297,3 +297,18 @@ def test_options_survive_every_layout(tmp_path_factory, texts):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     examples = read_entry(DataEntry(format="mcq", path=str(path)), "train").examples
     assert {example.options for example in examples} == {tuple(texts)}
+
+
+CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1).filter(str.strip)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=4), st.sampled_from(",;\t"))
+def test_cells_of_a_table_survive(tmp_path_factory, cells, delimiter):
+    path = tmp_path_factory.mktemp("tables") / "rows.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter=delimiter)
+        writer.writerow(["question", "answer"])
+        writer.writerows(cells)
+    examples = read_entry(DataEntry(format="qa", path=str(path)), "train").examples
+    assert [(example.question, example.answer) for example in examples] == cells

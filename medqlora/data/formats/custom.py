@@ -77,5 +77,5 @@ def parse_text(record: dict, source: str, entry: DataEntry) -> Passage:
 
 # These formats have no signatures, because the column map decides what a record must hold.
 register(Format(name="mcq", parse=parse_mcq))
-register(Format(name="qa", parse=parse_qa, scoring="generate"))
-register(Format(name="text", parse=parse_text, scoring="perplexity"))
+register(Format(name="qa", parse=parse_qa, scoring="generate", answers=()))
+register(Format(name="text", parse=parse_text, scoring="perplexity", answers=()))

@@ -66,6 +66,7 @@ register(
         name="headqa",
         parse=parse_headqa,
         hub=("EleutherAI/headqa", "en"),
+        answers=(),
         signatures=(frozenset({"qtext", "answers", "ra"}),),
         harness=HarnessPrompt(ask=ask_harness, answer="cloze"),
     )

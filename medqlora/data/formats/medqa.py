@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from medqlora.core.config import DataEntry
-from medqlora.data.examples import MultipleChoice
+from medqlora.data.examples import MultipleChoice, Written
 from medqlora.data.formats.fields import (
     check_answer,
     is_blank,
@@ -32,7 +32,10 @@ def parse_medqa(record: dict, source: str, entry: DataEntry) -> MultipleChoice:
         # This form counts options from 0; -1 is a hidden label.
         hidden = is_blank(label) or label in (-1, "-1")
         answer = None if hidden else whole_number(label, "label")
-        check_answer(answer, options)
+        if entry.answer_is is None:
+            check_answer(answer, options)
+        elif not hidden:
+            answer = Written(label, field="label")
         question = need_text(record, "sent1")
     else:
         options = read_options(record.get("options"))

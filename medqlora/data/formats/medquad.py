@@ -40,6 +40,7 @@ register(
         scoring="generate",
         hub=("lavita/MedQuAD", None),
         published_split="train",
+        answers=(),
         signatures=(frozenset({"question", "answer"}),),
     )
 )

@@ -157,6 +157,7 @@ register(
             frozenset({"question", "context", "long_answer"}),
         ),
         select_split=select_pubmedqa_split,
+        answers=(),
         splits_share_a_file=True,
         describe=describe_official,
         harness=HarnessPrompt(ask=ask_harness, answer="text", takes_context=True),

@@ -82,7 +82,8 @@ class Format:
             order of their split.
         signatures: Groups of keys. A record that has all keys of one group has this format.
         header: The columns of a table whose first line is a row already, not the names of columns.
-        answers: The ways in which the dataset is known to write its answers (see answer_reading).
+        answers: The ways in which the dataset is known to write its answers (see answer_reading);
+            none where `parse` itself knows the right option, or where there are no options.
         hub_answers: The way in which the dataset's home on the hub writes them, if it differs.
         prepare: Takes (records, entry) and returns the records that are read.
         select_split: Takes (examples, entry, split) and returns the examples of that split, for a
