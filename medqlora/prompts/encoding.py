@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from medqlora.data.examples import DataError, Example, MultipleChoice, OpenAnswer, Passage, Removal
-from medqlora.prompts.chat_template import Encoder, encode_text
+from medqlora.prompts.chat_template import Encoder
+from medqlora.prompts.literal_text import Piece
 from medqlora.prompts.styles import Prompt, PromptError, render
 
 if TYPE_CHECKING:  # Its import takes half a second.
@@ -57,6 +58,7 @@ class TokenTable:
 
 
 BATCH = 1_024  # A thread tokenizes this many rows at a time.
+ANCHOR = 64  # the characters before a completion that it is encoded behind
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -78,34 +80,68 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[l
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def prefix_text(encoder: Encoder, prompt: Prompt) -> str:
-    """Return the text that the model reads before it answers.
+def prefix_pieces(encoder: Encoder, prompt: Prompt) -> list[Piece]:
+    """Return the text that the model reads before it answers, apart by who wrote it.
 
     Raises:
         PromptError: worked examples for a chat template that cannot show earlier turns.
     """
     if not prompt.chat:
         shots = "".join(f"{shot.user}{shot.completion}\n\n" for shot in prompt.shots)
-        return prompt.lead + shots + prompt.user
+        # lm-evaluation-harness lets the names of special tokens in questions be tokens.
+        return [(prompt.lead + shots + prompt.user, encoder.style == "lm_eval")]
     frame = encoder.frame
     if prompt.shots and frame.between is None:
         raise PromptError(
             "this chat template does not keep earlier turns; give few-shot examples with"
             " --prompt_style plain"
         )
-    turns = "".join(
-        f"{shot.user}{frame.after}{shot.completion}{frame.between}" for shot in prompt.shots
-    )
-    return frame.before + turns + prompt.user + frame.after
+    pieces = [(frame.before, True)]
+    for shot in prompt.shots:
+        pieces += [(shot.user, False), (frame.earlier, True)]
+        pieces += [(shot.completion, False), (frame.between, True)]
+    return [*pieces, (prompt.user, False), (frame.after, True)]
+
+
+def prefix_text(encoder: Encoder, prompt: Prompt) -> str:
+    """Return the text that the model reads before it answers; see prefix_pieces."""
+    return "".join(text for text, _ in prefix_pieces(encoder, prompt))
+
+
+def names_special_token(encoder: Encoder, pieces: list[Piece]) -> bool:
+    """Whether a text of others names a special token."""
+    return any(not ours and encoder.literal.needed(text) for text, ours in pieces)
 
 
 def encode_prefixes(encoder: Encoder, prompts: list[Prompt]) -> list[list[int]]:
     """Return the token ids that the model reads; training and evaluation both call this."""
-    encoded = encode_texts(encoder.tokenizer, [prefix_text(encoder, prompt) for prompt in prompts])
+    all_pieces = [prefix_pieces(encoder, prompt) for prompt in prompts]
+    texts = ["".join(text for text, _ in pieces) for pieces in all_pieces]
+    encoded = encode_texts(encoder.tokenizer, texts)
+    for number, pieces in enumerate(all_pieces):
+        if names_special_token(encoder, pieces):
+            encoded[number] = encoder.literal.encode(pieces)
     return [
         ids if prompt.chat else [*encoder.leading_ids, *ids]
         for prompt, ids in zip(prompts, encoded, strict=True)
     ]
+
+
+def find_anchor(pieces: list[Piece]) -> list[Piece]:
+    """Return the last line of a prefix, behind which a completion is encoded.
+
+    Only text near the border changes how the border is tokenized, so a long line is cut.
+    """
+    anchor: list[Piece] = []
+    room = ANCHOR
+    for text, ours in reversed(pieces):
+        _, newline, line = text.rpartition("\n")
+        anchor.insert(0, (line[-room:], ours))
+        room -= len(line)
+        if newline or room <= 0:
+            break
+    # Most chat templates end in a newline. The newline itself is then the anchor.
+    return anchor if any(text for text, _ in anchor) else [("\n", True)]
 
 
 def encode_completions(
@@ -114,28 +150,54 @@ def encode_completions(
     """Return the token ids of completions in their place, without the end token.
 
     Each completion is encoded behind the last line of its prefix, its anchor, and keeps the tokens
-    after the anchor's own. Equal pairs of anchor and completion are encoded once.
+    after the anchor's own. A completion whose first token reaches over this border is encoded by
+    itself.
     """
-    anchors = []
-    for prompt in prompts:
-        # Only text near the border changes how the border is tokenized, so a long line is cut.
-        last_line = prefix_text(encoder, prompt).rpartition("\n")[2][-64:]
-        # Most chat templates end in a newline. The newline itself is then the anchor.
-        anchors.append(last_line or "\n")
-    pairs = list(dict.fromkeys(zip(anchors, completions, strict=True)))
-    joint = encode_texts(encoder.tokenizer, [anchor + completion for anchor, completion in pairs])
-    distinct = list(dict.fromkeys(anchors))
-    heads = dict(zip(distinct, encode_texts(encoder.tokenizer, distinct), strict=True))
+    encoded = encode_behind_anchors(encoder, prompts, completions)
+    crossing = [number for number, ids in enumerate(encoded) if ids is None]
+    alone = encode_texts(encoder.tokenizer, [completions[number] for number in crossing])
+    for number, ids in zip(crossing, alone, strict=True):
+        encoded[number] = ids
+    return encoded
+
+
+def encode_behind_anchors(
+    encoder: Encoder, prompts: list[Prompt], completions: list[str]
+) -> list[list[int] | None]:
+    """Return the token ids of completions, or None where a token reaches over the border.
+
+    Equal pairs of anchor and completion are encoded once.
+    """
+    trusted = encoder.style == "lm_eval"
+    pairs = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        anchor = tuple(find_anchor(prefix_pieces(encoder, prompt)))
+        gap = encoder.frame.gap if prompt.chat else ""
+        pairs.append((anchor, gap, completion))
+    distinct = list(dict.fromkeys(pairs))
+    heads = ["".join(text for text, _ in anchor) for anchor, _, _ in distinct]
+    joint = encode_texts(
+        encoder.tokenizer,
+        [
+            head + gap + completion
+            for head, (_, gap, completion) in zip(heads, distinct, strict=True)
+        ],
+    )
+    different_heads = list(dict.fromkeys(heads))
+    head_ids = dict(
+        zip(different_heads, encode_texts(encoder.tokenizer, different_heads), strict=True)
+    )
     encoded = {}
-    for (anchor, completion), ids in zip(pairs, joint, strict=True):
-        head = heads[anchor]
+    for pair, head, ids in zip(distinct, heads, joint, strict=True):
+        anchor, gap, completion = pair
+        start = head_ids[head]
+        pieces = [*anchor, (gap, True), (completion, trusted)]
+        if names_special_token(encoder, pieces):
+            ids = encoder.literal.encode(pieces)
+            start = encoder.literal.encode(anchor)
         # Inference reads the anchor's own tokens, so the joint encoding must begin with them.
-        if ids[: len(head)] == head:
-            encoded[anchor, completion] = ids[len(head) :]
-        else:
-            # A token reaches over the border, so the completion is encoded by itself.
-            encoded[anchor, completion] = encode_text(encoder.tokenizer, completion)
-    return [encoded[pair] for pair in zip(anchors, completions, strict=True)]
+        encoded[pair] = ids[len(start) :] if ids[: len(start)] == start else None
+    return [encoded[pair] for pair in pairs]
 
 
 def encode_candidates(
@@ -157,15 +219,17 @@ def encode_candidates(
     for prompt, options in zip(prompts, texts, strict=True):
         repeated += [prompt] * len(options)
         flat_texts += options
-    flat = iter(encode_completions(encoder, repeated, flat_texts))
-    candidates = [[next(flat) for _ in options] for options in texts]  # [questions][options][ids]
     if encoder.style != "lm_eval":
-        return candidates
+        flat = iter(encode_completions(encoder, repeated, flat_texts))
+        return [[next(flat) for _ in options] for options in texts]  # [questions][options][ids]
+    flat = iter(encode_behind_anchors(encoder, repeated, flat_texts))
+    candidates = [[next(flat) for _ in options] for options in texts]
     whole = [prefix_text(encoder, prompt) for prompt in prompts]
     first_options = [text + options[0] for text, options in zip(whole, texts, strict=True)]
     joint = encode_texts(encoder.tokenizer, first_options)
     for number, (prefix, ids) in enumerate(zip(prefixes, joint, strict=True)):
-        if prefix + candidates[number][0] == [*encoder.leading_ids, *ids]:
+        found = candidates[number]
+        if None not in found and prefix + found[0] == [*encoder.leading_ids, *ids]:
             continue
         # A token reaches over the border of prompt and option.
         each = encode_texts(encoder.tokenizer, [whole[number] + text for text in texts[number]])
