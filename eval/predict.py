@@ -135,13 +135,15 @@ def prepare(
 ) -> tuple[list[PreparedQuestion], int]:
     """Read the questions and make their requests; say what was left out or cut."""
     style = asking.encoder.style
-    reading = read_questions(settings, style)
+    # A model that was trained on lower-case texts is asked in lower case.
+    lowercase = asking.metadata.get("lowercase", False)
+    reading = read_questions(settings, style, lowercase)
     # The console writes to stderr, where an error must be the only line.
     print(reading.description)
     for removal in reading.removals:
         line = f"left out {removal.source}: {removal.reason}"
         console.print(line, style="yellow", markup=False)
-    pool = read_pool(settings, style) if method.num_fewshot else []
+    pool = read_pool(settings, style, lowercase) if method.num_fewshot else []
     questions, shared = prepare_questions(
         asking.encoder, reading.examples, method, pool, asking.max_length
     )

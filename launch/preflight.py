@@ -358,7 +358,9 @@ def check_model(config: Config) -> tuple[BaseModel, str]:
     check_length(architecture, config.data.max_length)
     base, adapter = count_parameters(architecture, config.lora)
     tokenizer = load_tokenizer(model.base, model.revision, model.trust_remote_code)
-    encoder = make_encoder(tokenizer, config.data.prompt_style, config.data.completion)
+    encoder = make_encoder(
+        tokenizer, config.data.prompt_style, config.data.completion, model.template_arguments
+    )
     text = f"{base:,} parameters, adapter {adapter:,}; prompt style {encoder.style}"
     return BaseModel(architecture, adapter, encoder), text
 

@@ -134,6 +134,7 @@ def verify(arguments: argparse.Namespace, metadata: dict, base: Path) -> None:
         load_tokenizer(str(base)),
         metadata.get("prompt_style", "auto"),
         metadata.get("completion", "letter"),
+        metadata.get("template_arguments", {}),
     )
     prompts = []
     for probe in PROBES:

@@ -79,9 +79,11 @@ def main() -> None:
     tokenizer = load_tokenizer(
         config.model.base, config.model.revision, config.model.trust_remote_code
     )
-    prepared = prepare(
-        config, make_encoder(tokenizer, config.data.prompt_style, config.data.completion)
+    data = config.data
+    encoder = make_encoder(
+        tokenizer, data.prompt_style, data.completion, config.model.template_arguments
     )
+    prepared = prepare(config, encoder)
     # Where the micro-batch is auto, no forecast is made here and the largest one is assumed.
     budget = list_budgets(config.training, config.data.max_length, arguments.processes)[0]
     packed = choose_packing(config.training, budget, arguments.processes)

@@ -52,6 +52,10 @@ class Model(Section):
     """The attention backend. auto takes the first of varlen, flash and grouped that works here.
     varlen and flash need a GPU of compute capability 8.0 or newer; grouped runs everywhere.
     """
+    template_arguments: dict[str, Any] = {}
+    """Values of the chat template's own arguments, such as {enable_thinking: false}. They are part
+    of the prompt and are recorded with the adapter.
+    """
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave it off unless you have read that code."""
     upcast_embeddings: bool = False

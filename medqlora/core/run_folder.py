@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,34 @@ def check_run(folder: Path, config: Config, resume: bool) -> None:
         raise RunError(
             f"--output_dir {folder} is not empty and holds no run; choose another folder"
         )
+
+
+def check_unchanged(environment: Path, hashes: dict[str, str]) -> None:
+    """Refuse to continue a run with other prompts or other training rows.
+
+    The configuration is compared before. It names the tokenizer and the files, whose content may
+    have changed.
+
+    Args:
+        environment: The run's environment.json; a run that has none had not begun.
+        hashes: The hashes of the data that are prepared now, by key of environment.json.
+
+    Raises:
+        RunError: A hash is another one than at the start.
+    """
+    if not environment.is_file():
+        return
+    recorded = json.loads(environment.read_text(encoding="utf-8"))
+    causes = {
+        "prompt_sha256": "the prompts have changed, by another tokenizer, chat template or version",
+        "data_sha256": "the training rows have changed, in a file or by another version",
+    }
+    for key, cause in causes.items():
+        if recorded.get(key) not in (None, hashes[key]):
+            raise RunError(
+                f"--resume: {cause} ({key} was {recorded[key][:12]}, now {hashes[key][:12]});"
+                " restore what the run began with, or choose another --output_dir"
+            )
 
 
 def open_run(folder: Path, config: Config) -> None:

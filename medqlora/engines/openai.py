@@ -6,7 +6,7 @@ A server of completions gets our token ids; a chat server gets messages and toke
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -237,8 +237,18 @@ class ChatEngine:
 
     name = "openai"
 
-    def __init__(self, connection: Connection):
+    def __init__(self, connection: Connection, template_arguments: Mapping[str, Any] | None = None):
+        """Talk to a chat server.
+
+        Args:
+            connection: the server.
+            template_arguments: values of the chat template's own arguments. Servers of vLLM and
+                SGLang know them; others refuse the request.
+        """
         self.connection = connection
+        self.extra: dict[str, Any] = {}
+        if template_arguments:
+            self.extra = {"extra_body": {"chat_template_kwargs": dict(template_arguments)}}
 
     def score(self, requests: Sequence[ChatRequest], shared: int = 0) -> list[list[float]]:
         """See interface.Engine."""
@@ -250,6 +260,7 @@ class ChatEngine:
                 temperature=0,
                 logprobs=True,
                 top_logprobs=TOP,
+                **self.extra,
             )
             tokens = getattr(answer.choices[0].logprobs, "content", None)
             alternatives = tokens[0].top_logprobs if tokens else []
@@ -264,7 +275,9 @@ class ChatEngine:
         """See interface.Engine. A server may ignore the seed."""
 
         def ask(messages: list[dict[str, str]]) -> list[str]:
-            answer = self.connection.chat(messages=messages, **request_sampling(sampling))
+            answer = self.connection.chat(
+                messages=messages, **request_sampling(sampling), **self.extra
+            )
             # A message without content counts as an empty answer.
             return [choice.message.content or "" for choice in answer.choices]
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from medqlora.core.config import Attention, Completion, Model, PromptStyle, Section
 from medqlora.core.errors import ConfigError
@@ -15,6 +16,27 @@ from medqlora.prompts.chat_template import Encoder, MessageEncoder, make_encoder
 from medqlora.prompts.fingerprint import fingerprint
 
 QUANTIZATIONS = ("nf4", "fp4", "int8")
+
+
+def parse_object(value: Any, example: str) -> Any:
+    """Read the JSON object of a flag; a YAML file has a mapping.
+
+    Args:
+        value: The flag's text, or another value, which is returned as it is.
+        example: A right value, for the message.
+
+    Raises:
+        ValueError: The text is no JSON object.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        tree = json.loads(value)
+    except json.JSONDecodeError:
+        tree = None
+    if not isinstance(tree, dict):
+        raise ValueError(f"expected a JSON object, e.g. '{example}'")
+    return tree
 
 
 class ModelSettings(Section):
@@ -34,6 +56,15 @@ class ModelSettings(Section):
     """How questions are rendered; by default as the adapter was trained, else auto."""
     completion: Completion | None = None
     """What the model writes; by default what the adapter was trained to write, else letter."""
+    template_arguments: dict[str, Any] | None = None
+    """Values of the chat template's own arguments, as a JSON object on the command line; by default
+    those that the adapter was trained with.
+    """
+
+    @field_validator("template_arguments", mode="before")
+    @classmethod
+    def parse_arguments(cls, value: Any) -> Any:
+        return parse_object(value, '{"enable_thinking": false}')
 
 
 class EngineSettings(Section):
@@ -134,7 +165,8 @@ def prepare_asking(settings: RunSettings) -> Asking:
         identity = {"server": settings.server, "model": settings.model}
         if settings.api == "chat":
             # A chat server tokenizes by itself, so no length is known here.
-            encoder = MessageEncoder(settings.completion or "letter")
+            arguments = settings.template_arguments or {}
+            encoder = MessageEncoder(settings.completion or "letter", "chat", arguments)
             return Asking(encoder, {}, None, identity)
         source = settings.tokenizer or settings.model
         return Asking(open_encoder(settings, source, {}), {}, settings.max_length, identity)
@@ -165,7 +197,9 @@ def prepare_asking(settings: RunSettings) -> Asking:
     }
     encoder = open_encoder(settings, settings.model, metadata)
     # Who names a style or a completion wants other prompts than those of the training.
-    asked_otherwise = settings.prompt_style or settings.completion
+    asked_otherwise = (
+        settings.prompt_style or settings.completion or settings.template_arguments is not None
+    )
     if settings.adapter and metadata and not asked_otherwise:
         check_prompts(encoder, settings.adapter, metadata)
     return Asking(encoder, metadata, max_length, identity)
@@ -179,7 +213,18 @@ def open_encoder(settings: RunSettings, source: str, metadata: dict[str, Any]) -
         load_tokenizer(source, settings.revision),
         settings.prompt_style or metadata.get("prompt_style", "auto"),
         settings.completion or metadata.get("completion", "letter"),
+        choose_arguments(settings, metadata),
     )
+
+
+def choose_arguments(settings: RunSettings, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return the chat template's arguments: those that are given, or else those of the training."""
+    if settings.template_arguments is not None:
+        return settings.template_arguments
+    # Who asks in another style has no use for the arguments of the trained one.
+    if settings.prompt_style not in (None, "auto", "chat"):
+        return {}
+    return metadata.get("template_arguments", {})
 
 
 def check_prompts(encoder: Encoder, adapter: Path, metadata: dict[str, Any]) -> None:
@@ -239,7 +284,7 @@ def open_engine(settings: RunSettings, asking: Asking, seed: int, key: str | Non
             retries=settings.retries,
         )
         if settings.api == "chat":
-            return ChatEngine(connection)
+            return ChatEngine(connection, asking.encoder.template_arguments)
         return CompletionsEngine(connection, asking.encoder.tokenizer.decode)
     if settings.engine == "vllm":
         from medqlora.engines.vllm import VllmEngine

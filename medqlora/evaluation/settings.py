@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from medqlora.data.cleaning import clean, drop_repeated_ids
 from medqlora.data.examples import DataError, Example
 from medqlora.data.formats.registry import FILE, FORMATS, find_format
 from medqlora.data.reading import Reading, read_entry, read_examples
-from medqlora.engines.registry import EngineSettings, ModelSettings, RunSettings
+from medqlora.engines.registry import EngineSettings, ModelSettings, RunSettings, parse_object
 from medqlora.evaluation.method import Method
 
 
@@ -63,16 +62,7 @@ class QuestionSettings(Section):
     @field_validator("columns", mode="before")
     @classmethod
     def parse_columns(cls, value: Any) -> Any:
-        """Read the JSON of a flag; a YAML file has a mapping."""
-        if not isinstance(value, str):
-            return value
-        try:
-            columns = json.loads(value)
-        except json.JSONDecodeError:
-            columns = None
-        if not isinstance(columns, dict):
-            raise ValueError('expected a JSON object, e.g. \'{"question": "stem"}\'')
-        return columns
+        return parse_object(value, '{"question": "stem"}')
 
 
 class MethodSettings(Method):
@@ -161,11 +151,16 @@ def make_entry(settings: QuestionSettings, path: str | None, limit: int | None) 
     )
 
 
-def read_questions(settings: QuestionSettings, style: str) -> Reading:
+def read_questions(settings: QuestionSettings, style: str, lowercase: bool = False) -> Reading:
     """Read the questions to ask.
 
     Style lm_eval keeps texts as they stand, because its prompts are the reference harness's own;
     other styles get cleaned texts, as in training.
+
+    Args:
+        settings: which questions.
+        style: the prompt style.
+        lowercase: whether the model was trained on lower-case texts.
 
     Returns:
         Examples with unique ids, and the rows that were left out.
@@ -178,19 +173,21 @@ def read_questions(settings: QuestionSettings, style: str) -> Reading:
     flag = None if settings.drop_invalid else "--drop_invalid"
     unique, repeated = drop_repeated_ids(reading.examples, settings.format, flag)
     removals = reading.removals + repeated
-    return Reading(clean_texts(unique, style), removals, reading.description)
+    return Reading(clean_texts(unique, style, lowercase), removals, reading.description)
 
 
-def read_pool(settings: QuestionSettings, style: str) -> list[Example]:
-    """Read the examples that worked examples are taken from."""
+def read_pool(settings: QuestionSettings, style: str, lowercase: bool = False) -> list[Example]:
+    """Read the examples that worked examples are taken from; see read_questions."""
     # The limit is not passed on, because it bounds the questions and not the pool.
     entry = make_entry(settings, settings.fewshot_path or settings.path, None)
     split = settings.fewshot_split or FORMATS[settings.format].fewshot_split
     # An invalid row only makes the pool smaller, while leaving a question out changes a score.
     examples, _ = read_examples(entry, split, drop_invalid=True)
-    return clean_texts(examples, style)
+    return clean_texts(examples, style, lowercase)
 
 
-def clean_texts(examples: list[Example], style: str) -> list[Example]:
+def clean_texts(examples: list[Example], style: str, lowercase: bool) -> list[Example]:
     """Return the examples with cleaned texts, unless the style is lm_eval."""
-    return examples if style == "lm_eval" else [clean(example) for example in examples]
+    if style == "lm_eval":
+        return examples
+    return [clean(example, lowercase) for example in examples]

@@ -11,15 +11,18 @@ from transformers import PretrainedConfig
 
 from medqlora.model.base import read_model_config
 
+# These keys of the adapter metadata decide how a model is asked.
+PROMPT_KEYS = ("prompt_style", "completion", "template_arguments", "lowercase")
+
 
 def read_merged_metadata(model: str) -> dict[str, Any]:
-    """Return the prompt style and the completion that a merged model was trained with.
+    """Return what decides the prompts that a merged model was trained with.
 
     Another model has none, and the result is empty.
     """
     path = Path(model).expanduser() / "medqlora.json"
     metadata = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {key: metadata[key] for key in ("prompt_style", "completion") if key in metadata}
+    return {key: metadata[key] for key in PROMPT_KEYS if key in metadata}
 
 
 def describe_model(model: str, revision: str | None, adapter: Path | None) -> dict[str, Any]:

@@ -47,7 +47,10 @@ def fingerprint(encoder: Encoder | MessageEncoder) -> str:
 
     A probe that has no prompt in the encoder's style is left out.
     """
-    encoded = []
+    encoded: list = []
+    if isinstance(encoder, MessageEncoder) and encoder.template_arguments:
+        # Token ids show what the arguments do; of a server's prompts only messages are known.
+        encoded.append(dict(encoder.template_arguments))
     for probe in PROBES:
         try:
             prompt = render(probe, encoder.style, encoder.completion)

@@ -20,7 +20,7 @@ from medqlora.batches.pipeline import prepare
 from medqlora.batches.plan import Plan
 from medqlora.core.config import Config
 from medqlora.core.config_loading import change
-from medqlora.core.run_folder import open_run
+from medqlora.core.run_folder import check_unchanged, open_run
 from medqlora.training.checkpoints import Checkpoint, load_newest
 from medqlora.training.memory.allocator import segments_expand
 from medqlora.training.memory.estimate import forecast_plan
@@ -144,11 +144,13 @@ def plan_run(setup: Setup, show: Callable[[str], None]) -> Planned:
     shared = share_once(Path(data.cache_dir).expanduser(), work, show)
     decision = Decision(**shared["decision"])
     with agree_on_errors():
-        # The run folder is made only now, so a mistake in the data leaves no folder behind.
-        if setup.rank == 0:
-            open_run(setup.output_dir, config)
         prepared = prepared_here[0] if prepared_here else load_prepared(data, shared["prepared"])
         plan = load_plan(data, shared["plan"])
+        if setup.rank == 0:
+            if setup.resume:
+                check_unchanged(setup.output_dir / "environment.json", prepared.hashes)
+            # The run folder is made only now, so a mistake in the data leaves no folder behind.
+            open_run(setup.output_dir, config)
     checkpoint, damaged = find_checkpoint(setup)
     return Planned(
         config=decision.apply(config),

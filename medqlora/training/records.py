@@ -34,6 +34,8 @@ def describe_adapter(setup: Setup, planned: Planned, base: torch.nn.Module) -> d
     return {
         "prompt_style": setup.encoder.style,
         "completion": setup.encoder.completion,
+        "template_arguments": model.template_arguments,
+        "lowercase": setup.config.data.lowercase,
         "prompt_sha256": planned.prepared.hashes["prompt_sha256"],
         "base": model.base,
         "revision": folder.name if from_hub else model.revision,

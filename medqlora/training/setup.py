@@ -128,7 +128,9 @@ def start(
         list_budgets(training, config.data.max_length, strategy.ranks)
         base_parameters, adapter_parameters = count_parameters(architecture, config.lora)
         tokenizer = load_tokenizer(model.base, model.revision, model.trust_remote_code)
-        encoder = make_encoder(tokenizer, config.data.prompt_style, config.data.completion)
+        encoder = make_encoder(
+            tokenizer, config.data.prompt_style, config.data.completion, model.template_arguments
+        )
         packed_tokens = read_packed_tokens(output_dir, config) if resume else None
     # check_versions is collective. In a block of its own, no rank can fail before it.
     with agree_on_errors():

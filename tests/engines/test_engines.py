@@ -263,6 +263,14 @@ def test_chat_servers_get_messages():
     assert np.isnan(scores[2])
     assert texts == [["Answer: A", "Answer: B"]]
     assert all(body["messages"] == messages for body in server.bodies)
+    assert not any("chat_template_kwargs" in body for body in server.bodies)
+    with Server(reply) as server:
+        engine = ChatEngine(Connection(server.url, "m", retries=0), {"enable_thinking": False})
+        engine.score([ChatRequest(messages, ["A", "B"])])
+        engine.generate([messages], Sampling(20, samples=1))
+    assert len(server.bodies) == 2
+    for body in server.bodies:
+        assert body["chat_template_kwargs"] == {"enable_thinking": False}
 
 
 def test_failed_requests_are_tried_again():

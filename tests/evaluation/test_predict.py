@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -455,3 +456,42 @@ def test_two_hundred_thousand_predictions(tmp_path):
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout.split()[-1]))
     assert max(peaks) < 1 << 30
+
+
+def test_what_decides_the_prompts_travels_with_the_model(tmp_path, monkeypatch):
+    """A merged model is asked as it was trained: same case, same template, same arguments."""
+    shutil.copytree(DEMO / "base", tmp_path / "merged")
+    settings = tmp_path / "merged" / "tokenizer_config.json"
+    template = (
+        "{% for m in messages %}{{ 'Briefly. ' if brief else '' }}{{ m.content }}"
+        "{{ eos_token if m.role == 'assistant' else ' Reply:' }}{% endfor %}"
+    )
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": template}))
+
+    def ask(name, *flags):
+        output = tmp_path / f"{name}.jsonl"
+        more = ["--model", tmp_path / "merged", "--limit", 3, *flags]
+        code, shown = predict_inside(output, monkeypatch, *more)
+        assert code == 0, shown
+        return [json.loads(line) for line in output.read_text().splitlines()]
+
+    plain = ask("plain")
+    metadata = {"prompt_style": "chat", "completion": "letter", "template_arguments": {"brief": 1}}
+    card = tmp_path / "merged" / "medqlora.json"
+    card.write_text(json.dumps(metadata | {"lowercase": True}))
+    trained = ask("trained")
+    assert [row["question"] for row in trained] == [row["question"].lower() for row in plain]
+    assert trained[0]["prompt_sha256"] != plain[0]["prompt_sha256"]
+    # The flag says the same, or something else.
+    named = ask("named", "--template_arguments", '{"brief": 1}')
+    assert named[0]["prompt_sha256"] == trained[0]["prompt_sha256"]
+    other = ask("other", "--template_arguments", "{}")
+    assert other[0]["prompt_sha256"] == plain[0]["prompt_sha256"]
+    for flags, message in (
+        (["--template_arguments", '{"bref": 1}'], "has no such argument"),
+        (["--template_arguments", "brief"], "expected a JSON object"),
+        (["--template_arguments", '{"brief": 1}', "--prompt_style", "plain"], "no chat template"),
+    ):
+        more = ["--model", tmp_path / "merged", *flags]
+        code, shown = predict_inside(tmp_path / "no.jsonl", monkeypatch, *more)
+        assert (code, message in shown) == (2, True), shown
