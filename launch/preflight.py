@@ -123,7 +123,7 @@ from medqlora.training.memory.target import TargetHardware, available_host, avai
 from medqlora.training.memory.tracker import GIB, UnknownForecast
 from medqlora.training.processes import ProcessError
 from medqlora.training.rendezvous import meet
-from medqlora.training.session import Session, build, load, prove_isolation
+from medqlora.training.session import Session, build, load, prove
 from medqlora.training.setup import size_of_checkpoints
 from medqlora.training.strategies.launch import (
     Strategy,
@@ -529,8 +529,8 @@ def take_two_steps(
         tokens = int(table.lengths[rows].sum())
         changed = change(changed, "training", max_tokens_per_batch=tokens)
         loaded = load(changed, precision.device, precision.storage)
-    isolation = prove_isolation(loaded, precision.dtype)
     built = build(loaded, changed)
+    agreement = prove(built, changed)
     session = Session(built, changed, Strategy("one"), precision.device, precision.dtype)
     # The ids of the real tokenizer go beyond the small vocabulary.
     table = replace(table, ids=table.ids % built.vocabulary)
@@ -551,7 +551,7 @@ def take_two_steps(
         )
     text = (
         f"losses {figures[0]:.3f}, {figures[2]:.3f}; attention {loaded.backend} isolates rows"
-        f" (error {isolation:.0e}); {built.recomputed} of 2 layers recomputed"
+        f" (error {agreement.logits:.0e}); {built.recomputed} of 2 layers recomputed"
     )
     return None, text
 

@@ -57,7 +57,7 @@ from medqlora.training.records import (
     write_checkpoint,
     write_start,
 )
-from medqlora.training.session import Session, TrainingError, build, load, prove_isolation
+from medqlora.training.session import Session, TrainingError, build, load, prove
 from medqlora.training.setup import Setup, start
 from medqlora.training.signals import catch_signals, exit_code, run_rank
 from medqlora.training.strategies.gradient_check import open_session
@@ -75,13 +75,13 @@ def main(config: Config, output_dir: Path, resume: bool) -> int:
     with agree_on_errors():
         storage = choose_storage(setup.strategy, config.model.quantization, setup.dtype)
         loaded = load(planned.config, setup.device, storage)
-        isolation_error = prove_isolation(loaded, setup.dtype)
         built = build(loaded, planned.config)
         if planned.checkpoint is not None:
             restore_adapter(built.model, planned.checkpoint.adapter)
+        agreement = prove(built, planned.config)
         metadata = describe_adapter(setup, planned, loaded.base)
     memory = {"before": setup.memory_before, "loaded": setup.meter.now()}
-    say(setup, *describe_model(setup, planned, loaded, built, isolation_error))
+    say(setup, *describe_model(setup, planned, loaded, built, agreement))
     score(setup, planned, built.model, loaded.backend, "base")
 
     session, check = open_session(setup, planned.config, built, planned.prepared.train)
@@ -90,7 +90,7 @@ def main(config: Config, output_dir: Path, resume: bool) -> int:
     restore(session, planned)
     if setup.strategy.ranks > 1:
         memory["wrapped"] = setup.meter.now()
-    environment = describe_run(setup, planned, loaded, built, metadata, isolation_error, check)
+    environment = describe_run(setup, planned, loaded, built, metadata, agreement, check)
     write_start(setup, planned, environment)
 
     code, best_step = train(setup, planned, session, metadata)

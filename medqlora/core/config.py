@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-Attention = Literal["auto", "varlen", "flash", "grouped", "flex", "sdpa"]
+Attention = Literal["auto", "varlen", "flash", "grouped", "flex", "sdpa", "eager"]
 PromptStyle = Literal["auto", "chat", "plain", "lm_eval"]
 Completion = Literal["letter", "letter_text", "explanation", "text"]
 
@@ -50,7 +50,9 @@ class Model(Section):
     """
     attention: Attention = "auto"
     """The attention backend. auto takes the first of varlen, flash and grouped that works here.
-    varlen and flash need a GPU of compute capability 8.0 or newer; grouped runs everywhere.
+    varlen and flash need a GPU of compute capability 8.0 or newer; grouped runs everywhere. eager
+    is the model's own attention, for models that no other backend computes rightly; it keeps
+    tokens x tokens scores.
     """
     template_arguments: dict[str, Any] = {}
     """Values of the chat template's own arguments, such as {enable_thinking: false}. They are part

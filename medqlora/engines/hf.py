@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,6 @@ from medqlora.batches.plan import fit_bins
 from medqlora.engines.interface import EngineError, Request, Sampling, decode_answer
 from medqlora.engines.packed_passes import (
     make_generation_config,
-    own_attention,
     pad_left,
     plain_generation,
     restrict_last_mlp,
@@ -27,16 +27,17 @@ from medqlora.engines.packed_passes import (
     run_packed,
 )
 from medqlora.engines.packed_requests import count_tokens, gather_logprobs, lay_out
-from medqlora.model.attention.backends import AttentionError
-from medqlora.model.attention.packed_batch import find_device, verify_isolation
+from medqlora.model.agreement import TOLERANCE, list_alternatives, prove_agreement
+from medqlora.model.attention.backends import IMPLEMENTATIONS, AttentionError, set_attention
+from medqlora.model.attention.packed_batch import find_device
 from medqlora.model.attention.tree import locate_prefix_tree
-from medqlora.model.base import backbone_of, unwrap
+from medqlora.model.base import unwrap
+from medqlora.model.rotation import find_short_length
 
 # Reading a shorter common beginning again, in tokens, costs less than keeping its keys and values.
 WORTH_SHARING = 32
-# The largest relative difference that packing may make in hidden states, because it changes the
-# order of sums. A log-probability may change by 20 times this number of nats.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+# Another order of sums may change a log-probability by this many nats for each unit of TOLERANCE.
+NATS = 20
 
 
 class HfEngine:
@@ -52,33 +53,54 @@ class HfEngine:
             backend: the attention backend that load_base returned with the model.
             max_tokens: tokens per forward pass; by default as many as the device's free memory
                 allows.
+
+        Raises:
+            AttentionError: the model's own attention and head give other logits, even on rows that
+                run alone.
         """
         self.model = model
         self.causal = unwrap(model)
         self.backend = backend
         config = self.causal.config.get_text_config()
         self.device = find_device(self.causal)
-        self.tolerance = TOLERANCE.get(self.causal.dtype, 6e-2)
-        self.max_length = getattr(config, "max_position_embeddings", None)
+        self.tolerance = NATS * TOLERANCE.get(self.causal.dtype, TOLERANCE[torch.bfloat16])
+        # XLNet has no limit and says -1.
+        self.max_length = max(0, getattr(config, "max_position_embeddings", None) or 0) or None
         self.max_tokens = max_tokens or choose_budget(config, self.device)
         self.shared_ids: list[int] = []
         # These are keys and values by layer, [1, kv heads, shared tokens, width] each.
         self.shared_states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.isolated = True
-        try:
-            verify_isolation(backbone_of(self.causal), backend, config.vocab_size, self.tolerance)
-        except AttentionError:
-            warnings.warn(
-                "this model's attention mixes packed rows; each row runs alone, which is slow",
-                stacklevel=2,
-            )
-            # Each pass has one row from here on, so plain causal attention is right.
-            self.backend = "sdpa"
-            self.isolated = False
-            self.causal.set_attn_implementation(own_attention(self.causal))
+        # Rows of more tokens are rotated by other factors in some models, and run alone.
+        self.short_length = find_short_length(self.causal)
+        self.isolated = self.choose_backend()
+        self.restricted = self.can_restrict()
         # Our own backends alone take a tree of segments.
         self.nested = self.backend in ("varlen", "grouped") and self.can_nest()
         self.sharing = self.nested
+
+    def choose_backend(self) -> bool:
+        """Take the first way of computing that is the model's own; return whether it packs rows."""
+        longest = self.max_length or 1
+        for backend, packed in ((self.backend, True), *list_alternatives(self.backend, True)):
+            try:
+                set_attention(self.causal, IMPLEMENTATIONS[backend])
+                prove_agreement(self.model, backend, longest, packed=packed)
+            except AttentionError as error:
+                failure = error
+                continue
+            # transformers raises these where it has no such attention for the model.
+            except (ValueError, KeyError):
+                continue
+            if (backend, packed) != (self.backend, True):
+                rows = "packed" if packed else "one at a time, which is slow"
+                warnings.warn(
+                    f"attention {self.backend} does not compute packed rows as this model does;"
+                    f" rows run with {backend}, {rows}",
+                    stacklevel=3,
+                )
+                self.backend = backend
+            return packed
+        raise failure
 
     # We do not use inference_mode, because torch would compile the model once more for its tensors.
     @torch.no_grad()
@@ -95,8 +117,25 @@ class HfEngine:
         # A recipe scores the model that it trains, whose dropout must be off here.
         self.model.eval()
         self.check_lengths(requests)
-        if not self.isolated:
-            return [self.score_alone(request) for request in requests]
+        scores: dict[int, list[float]] = {}
+        packed = []
+        for number, request in enumerate(requests):
+            if self.isolated and not self.is_long(request):
+                packed.append(number)
+            else:
+                scores[number] = self.score_alone(request)
+        together = self.score_packed([requests[number] for number in packed], shared)
+        scores |= dict(zip(packed, together, strict=True))
+        return [scores[number] for number in range(len(requests))]
+
+    def is_long(self, request: Request) -> bool:
+        """Whether a row of a request has other rotary factors than short rows have."""
+        # Options of one request may lie on both sides of the border, so they cannot share a prefix.
+        longest = len(request.prefix) + max(map(len, request.options)) - 1
+        return self.short_length is not None and longest > self.short_length
+
+    def score_packed(self, requests: Sequence[Request], shared: int) -> list[list[float]]:
+        """Score requests in packed forward passes; the arguments are those of `score`."""
         scores = [[0.0] * len(request.options) for request in requests]
         sharing = self.choose_sharing(requests, shared)
         # Requests that continue the common beginning run apart from the others, because a tree has
@@ -137,21 +176,42 @@ class HfEngine:
         example = requests[sharing.index(True)]
         return sharing if self.read_shared(common, example) else nothing_shared
 
+    def draw_request(self) -> Request:
+        """Return a random request whose options have several tokens."""
+        vocabulary = min(1_000, self.causal.config.get_text_config().vocab_size)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(vocabulary, (12,), generator=generator).tolist()
+        return Request(ids[:7], [ids[7:9], ids[9:12]])
+
+    @torch.no_grad()
+    def can_restrict(self) -> bool:
+        """Whether the last layer's MLP may run at the needed places only.
+
+        On a random request the scores must be the same as those of all places.
+        """
+        request = self.draw_request()
+        self.nested = self.restricted = False
+        everywhere = np.array(self.score_alone(request))
+        self.restricted = True
+        try:
+            restricted = np.array(self.score_alone(request))
+        # An MLP that is routed by all tokens of the row does not run at some of them.
+        except RuntimeError:
+            return False
+        return bool(abs(restricted - everywhere).max() <= self.tolerance)
+
     @torch.no_grad()
     def can_nest(self) -> bool:
         """Whether options may continue their question in segments of their own.
 
         On a random request the scores must be the same as those of repeated rows.
         """
-        vocabulary = min(1_000, self.causal.config.get_text_config().vocab_size)
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(vocabulary, (12,), generator=generator).tolist()
-        request = Request(ids[:7], [ids[7:9], ids[9:12]])
+        request = self.draw_request()
         self.nested = False
         repeated = np.array(self.run_pack([request], 0))
         self.nested = True
         nested = np.array(self.run_pack([request], 0))
-        return bool(abs(nested - repeated).max() <= 20 * self.tolerance)
+        return bool(abs(nested - repeated).max() <= self.tolerance)
 
     def score_alone(self, request: Request) -> list[float]:
         """Score one request with one row per forward pass.
@@ -164,7 +224,7 @@ class HfEngine:
         scores: dict[int, float] = {}
         for group in groups:
             options = [request.options[i] for i in group]
-            (values,) = self.run_pack([Request(request.prefix, options)], 0)
+            (values,) = self.score_pack([Request(request.prefix, options)], 0)
             scores |= dict(zip(group, values, strict=True))
         return [scores[i] for i in range(len(request.options))]
 
@@ -200,11 +260,11 @@ class HfEngine:
         after = self.run_pack([example], len(ids))
         error = abs(np.array(alone[0]) - np.array(after[0])).max()
         # This condition also holds for NaN, which `error > ...` would let pass.
-        if not error <= 20 * self.tolerance:
+        if not error <= self.tolerance:
             warnings.warn(
                 f"reading the few-shot examples once changes a score by {error:.1e}; they are read"
                 " with every question",
-                stacklevel=4,
+                stacklevel=5,
             )
             self.sharing = False
             self.shared_ids = []
@@ -239,7 +299,8 @@ class HfEngine:
         # Both are int64 [targets].
         places = torch.tensor([target.place for target in targets], device=self.device)
         tokens = torch.tensor([target.token for target in targets], device=self.device)
-        with restrict_last_mlp(self.causal, places.unique()):
+        # The hidden states of all places are computed where the last MLP cannot be restricted.
+        with restrict_last_mlp(self.causal, places.unique()) if self.restricted else nullcontext():
             if shared or any(parent is not None for parent in parents):
                 states = self.shared_states if shared else None
                 tree = locate_prefix_tree(
@@ -279,11 +340,14 @@ class HfEngine:
         order = sorted(range(len(prefixes)), key=lambda i: -len(prefixes[i]))
         # transformers repeats each prompt `samples` times, so a call has rows * samples rows.
         rows = max(1, self.max_tokens // (longest * sampling.samples))
+        # transformers chooses the rotary factors of all rows by the longest one of them.
+        limit = self.short_length or longest
         # The seed is set once, so that later groups of rows continue the draws of the first.
         torch.manual_seed(sampling.seed)
         with plain_generation(self.causal):
             while order:
-                chosen = order[:rows]
+                alone = len(prefixes[order[0]]) + sampling.max_new_tokens > limit
+                chosen = order[: 1 if alone else rows]
                 ids, mask = pad_left([prefixes[number] for number in chosen], sampling.stop_ids[0])
                 width = ids.shape[1]
                 try:
@@ -307,7 +371,7 @@ class HfEngine:
                     continue
                 # `out` is int64 [prompts * samples, width + new tokens]; a prompt's samples are
                 # adjacent.
-                order = order[rows:]
+                order = order[len(chosen) :]
                 for row, tokens in enumerate(out[:, width:].tolist()):
                     answers[chosen[row // sampling.samples]].append(decode_answer(tokens, sampling))
         return answers

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from medqlora.engines.interface import Sampling
 from medqlora.model.attention.packed_batch import find_device, packing_arguments
-from medqlora.model.base import backbone_of
+from medqlora.model.base import backbone_of, compute_hidden
 
 
 def run_packed(causal: torch.nn.Module, backend: str, documents: list[list[int]]) -> torch.Tensor:
@@ -59,15 +59,7 @@ def run_backbone(
         for start, segment in zip(starts, segments, strict=True)
     ]
     position_ids = torch.cat(positions).to(device)  # int64 [tokens]
-    # No mask and no cache may be given: with either one, transformers lets packed rows see each
-    # other without a word.
-    return backbone_of(causal)(
-        input_ids=ids[None],
-        position_ids=position_ids[None],
-        attention_mask=None,
-        use_cache=False,
-        **packing,
-    ).last_hidden_state[0]
+    return compute_hidden(causal, ids[None], position_ids[None], **packing)[0]
 
 
 @contextmanager

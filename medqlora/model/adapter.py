@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors.torch import save as serialize
 from transformers import PretrainedConfig
 
 from medqlora.core.config import Lora
-from medqlora.model.base import ModelError
+from medqlora.model.base import ModelError, list_untrained
 from medqlora.model.dropout import SeededDropout
 from medqlora.model.identity import architecture_hash
 from medqlora.model.overrides import ADAPTER_OVERRIDES, apply_overrides
@@ -43,12 +44,18 @@ def attach_adapter(model: torch.nn.Module, lora: Lora, seed: int) -> PeftModel:
     targets = lora.target_modules
     if not isinstance(targets, str):
         targets = list(targets)
+    excluded = None
+    # Who names modules has told which ones, wherever they are.
+    if targets == "all-linear" and (untrained := list_untrained(model)):
+        # PEFT compares this pattern with whole names.
+        excluded = rf"(?:{'|'.join(map(re.escape, untrained))})(?:\..*)?"
     settings = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
+        exclude_modules=excluded,
         use_rslora=lora.variant == "rslora",
         use_dora=lora.variant == "dora",
     )

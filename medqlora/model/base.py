@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -18,7 +19,7 @@ from medqlora.core.config import Model
 from medqlora.core.errors import UserError
 from medqlora.model.attention.backends import IMPLEMENTATIONS, choose_backend
 from medqlora.model.hardware import choose_dtype, read_capability
-from medqlora.model.overrides import BASE_OVERRIDES, apply_overrides
+from medqlora.model.overrides import BASE_OVERRIDES, apply_overrides, make_rotary_overrides
 from medqlora.model.quantization import keep_quantized_layout, quantization_config
 
 
@@ -29,8 +30,37 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
 
 def backbone_of(causal: torch.nn.Module) -> torch.nn.Module:
     """Return the model without its head; adapters belong to it."""
-    # transformers names the attribute here; it is "model" in Llama and "transformer" in GPT-2.
-    return getattr(causal, causal.base_model_prefix)
+    # transformers names the attribute here; it is "model" in Llama and "transformer" in GPT-2. The
+    # text model of Llama 4 names one that it does not have.
+    return getattr(causal, causal.base_model_prefix, None) or causal.model
+
+
+def compute_hidden(
+    causal: torch.nn.Module,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    **packing: Any,
+) -> torch.Tensor:
+    """Run a model without its head, which would make logits at every position.
+
+    Args:
+        causal: A transformers causal LM.
+        input_ids: int64 [1, tokens].
+        position_ids: int64 [1, tokens]; they begin from 0 in each document.
+        packing: Arguments of the attention (see packed_batch.packing_arguments).
+
+    Returns:
+        Hidden states, [1, tokens, hidden].
+    """
+    # No mask and no cache may be given: with either one, transformers lets packed rows see each
+    # other without a word.
+    return backbone_of(causal)(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        attention_mask=None,
+        use_cache=False,
+        **packing,
+    ).last_hidden_state
 
 
 class ModelError(UserError):
@@ -174,17 +204,32 @@ def load_base(
             trust_remote_code=model.trust_remote_code,
             device_map={"": device},
         )
-    except KeyError as error:
-        # transformers looks an attention's name up among those that a model supports. Any other
-        # KeyError is not about attention.
-        if str(error).strip("'") not in IMPLEMENTATIONS.values():
+    except (KeyError, ValueError) as error:
+        advice = explain_attention(error, backend)
+        if advice is None:
             raise
-        raise ModelError(
-            f"model {model.base}: its attention cannot be replaced by {backend}; use"
-            " --model.attention sdpa"
-        ) from None
+        raise ModelError(f"model {model.base}: {advice}") from None
     freeze(loaded, model, dtype)
     return loaded, backend
+
+
+def explain_attention(error: Exception, backend: str) -> str | None:
+    """Return what to do where transformers refuses a backend for a model; None for other errors.
+
+    Args:
+        error: What transformers raised when it made the model.
+        backend: The attention backend.
+    """
+    text = str(error)
+    # transformers looks our attention's name up among those that a model supports, and says of its
+    # own that a model "does not support an attention implementation".
+    if isinstance(error, KeyError) and text.strip("'") == IMPLEMENTATIONS[backend]:
+        others = "sdpa or eager"
+    elif "does not support an attention implementation" in text:
+        others = "eager"
+    else:
+        return None
+    return f"its attention cannot be replaced by {backend}; use --model.attention {others}"
 
 
 def freeze(base: torch.nn.Module, model: Model, dtype: torch.dtype) -> None:
@@ -207,14 +252,65 @@ def freeze(base: torch.nn.Module, model: Model, dtype: torch.dtype) -> None:
         # bitsandbytes would warn at every matrix product that its input is cast to float16.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     # Overrides come last, because each is proven on the weights and dtypes of the training.
-    apply_overrides(base.modules(), BASE_OVERRIDES, dtype)
+    apply_overrides(base.modules(), (*BASE_OVERRIDES, *make_rotary_overrides(base)), dtype)
 
 
 def find_layers(causal: torch.nn.Module) -> list[torch.nn.Module]:
     """Return the decoder layers, in order.
 
     They are the first module list of as many modules as the config names layers.
+
+    Raises:
+        ModelError: There is no such list.
     """
-    count = causal.config.get_text_config().num_hidden_layers
-    lists = (module for module in causal.modules() if isinstance(module, torch.nn.ModuleList))
-    return list(next(layers for layers in lists if len(layers) == count))
+    count = getattr(causal.config.get_text_config(), "num_hidden_layers", None)
+    for module in causal.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return list(module)
+    raise ModelError(
+        f"{type(causal).__name__} has no list of {count} decoder layers, as its config names them;"
+        " this architecture is not supported"
+    )
+
+
+def list_untrained(causal: torch.nn.Module) -> list[str]:
+    """Return the names of modules whose linear layers `all-linear` leaves alone.
+
+    They are everything beside the language model, such as towers for images and sound and the
+    projectors behind them, and layers that return more than a matrix product, as Llama 4's routers.
+    """
+    decoder = causal.get_decoder()
+    language = set(decoder.modules())
+    # A module that transformers takes for the decoder may be a part of the text's model.
+    if find_layers(causal)[0] not in language:
+        decoder, language = causal, set(causal.modules())
+    kept = {causal, decoder, causal.get_output_embeddings()}
+    names: list[str] = []
+    for name, module in causal.named_modules():
+        if module in kept or (names and name.startswith(f"{names[-1]}.")):
+            continue
+        if module in language:
+            if isinstance(module, torch.nn.Linear) and not is_product(module):
+                names.append(name)
+        # A module around the decoder is looked into instead.
+        elif decoder not in set(module.modules()) and has_linear(module):
+            names.append(name)
+    return names
+
+
+def has_linear(module: torch.nn.Module) -> bool:
+    """Whether a module has a linear layer in it."""
+    return any(isinstance(part, torch.nn.Linear) for part in module.modules())
+
+
+def is_product(linear: torch.nn.Linear) -> bool:
+    """Whether a linear layer returns one tensor of its outputs."""
+    if not type(linear).__module__.startswith("transformers."):
+        return True
+    x = torch.zeros((1, linear.in_features), dtype=linear.weight.dtype, device=linear.weight.device)
+    try:
+        with torch.no_grad():
+            return torch.is_tensor(linear(x))
+    # DeepSeek-V4's grouped layers take inputs of another shape.
+    except RuntimeError:
+        return False

@@ -9,18 +9,26 @@ import torch.nn.functional as F
 def describe_logits(causal: torch.nn.Module) -> tuple[float, float | None]:
     """Return what a model does to the output of its head to get logits.
 
+    Configs give these numbers many names. A name that is not here is noticed at the start of every
+    run (see agreement.prove_agreement).
+
     Returns:
-        The factor by which the output is multiplied (Cohere and Granite have one), and the cap of
-        the function cap * tanh(logits / cap) that follows in Gemma-2, or None.
+        The factor by which the output is multiplied (Cohere, Granite and Falcon-H1 have one), and
+        the cap of the function cap * tanh(logits / cap) that follows in Gemma-2, or None.
     """
     config = causal.config.get_text_config()
-    scale = getattr(config, "logit_scale", None)
+    scale = 1.0
+    for name in ("logit_scale", "lm_head_multiplier"):
+        value = getattr(config, name, None)
+        scale *= 1.0 if value is None else value
     # Granite's number divides the logits, Cohere's multiplies them.
     divisor = getattr(config, "logits_scaling", None)
     if divisor is not None:
-        scale = 1 / divisor
+        scale /= divisor
     cap = getattr(config, "final_logit_softcapping", None)
-    return 1.0 if scale is None else scale, cap
+    if cap is None:
+        cap = getattr(config, "logits_soft_cap", None)  # RecurrentGemma's name
+    return scale, cap
 
 
 def forward_head(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from medqlora.model.base import backbone_of, unwrap
+from medqlora.model.base import compute_hidden, unwrap
 from medqlora.model.fused_head import describe_logits
 from medqlora.model.overrides import apply_overrides, make_head_override
 
@@ -68,15 +68,7 @@ class AnswerLoss(torch.nn.Module):
             The sum over the labelled positions, a float32 scalar.
         """
         causal = unwrap(self.model)
-        # The backbone runs without the head, which would make logits at every position. A mask or a
-        # cache would let packed rows see each other.
-        hidden = backbone_of(causal)(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            attention_mask=None,
-            use_cache=False,
-            **packing,
-        ).last_hidden_state
+        hidden = compute_hidden(causal, input_ids, position_ids, **packing)
         labelled = hidden[0].index_select(0, predict_at)  # [labelled, hidden]
         # The chunks' losses are summed in float32, whatever the compute dtype.
         total = labelled.new_zeros((), dtype=torch.float32)

@@ -8,11 +8,13 @@ methods, and so does a class whose method computes something else; a warning say
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,7 @@ from medqlora.model.compiling import ACTIVATIONS, Kernels
 from medqlora.model.fused_head import describe_logits, forward_head
 from medqlora.model.fused_layers import forward_gated, forward_joined, forward_lora, forward_norm
 from medqlora.model.quantization import forward_gathered
+from medqlora.model.rotation import forward_rotary, list_variants, read_short_length
 
 # The relative difference that rounding may cause, by compute dtype.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
@@ -168,7 +171,8 @@ def measure_difference(
     Returns:
         The largest relative difference; infinite where a method fails; None on the meta device.
     """
-    if any(parameter.is_meta for parameter in module.parameters()):
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    if any(tensor.is_meta for tensor in tensors):
         return None
     old = getattr(module, override.method)
     override.prepare(module)
@@ -217,6 +221,25 @@ def undo_overrides(model: torch.nn.Module) -> int:
                 setattr(module, name, own_method)
             undone += 1
     return undone
+
+
+@contextlib.contextmanager
+def without_overrides(model: torch.nn.Module) -> Iterator[None]:
+    """Let all modules of a model compute with their own methods inside the block."""
+    replaced = []
+    for module in model.modules():
+        # The oldest record of a method holds what the module had before any override.
+        for applied, own_method in reversed(module.__dict__.get(RECORDS, [])):
+            name = applied.override.method
+            replaced.append((module, name, module.__dict__[name]))
+            module.__dict__[name] = own_method
+            if own_method is None:
+                del module.__dict__[name]
+    try:
+        yield
+    finally:
+        for module, name, method in reversed(replaced):
+            module.__dict__[name] = method
 
 
 def list_overrides(model: torch.nn.Module) -> list[dict[str, Any]]:
@@ -332,6 +355,22 @@ def compare_lora(module: torch.nn.Module, old: Method, new: Method, dtype: torch
         with torch.no_grad():
             # A training that began from the random B would begin with a random update.
             factor.copy_(before)
+
+
+def compare_rotary(module: torch.nn.Module, old: Method, new: Method, dtype: torch.dtype) -> float:
+    """Compare the forwards of a rotary module on single rows, short and long."""
+    device = next(module.buffers()).device
+    differences = []
+    for layer_type in list_variants(module):
+        keywords = {} if layer_type is None else {"layer_type": layer_type}
+        short = read_short_length(module, layer_type) or TOKENS
+        # A row is told by its last tokens, because factors follow its largest position.
+        for last in (0, TOKENS - 1, short - 1, short):
+            positions = torch.arange(max(0, last + 1 - TOKENS), last + 1, device=device)[None]
+            x = draw_normal((1, positions.shape[1], 1), positions, dtype)
+            rotated = zip(new(x, positions, **keywords), old(x, positions, **keywords), strict=True)
+            differences += [relative_difference(ours, theirs) for ours, theirs in rotated]
+    return max(differences)
 
 
 def compare_padding_check(
@@ -472,6 +511,29 @@ GATHERED_OVERRIDES = (
         compare=compare_linear,
     ),
 )
+
+
+def make_rotary_overrides(model: torch.nn.Module) -> tuple[Override, ...]:
+    """Return the overrides of a model's rotary modules whose factors depend on the row's length.
+
+    Each architecture has a rotary class of its own, so the classes are those of the model.
+    """
+    classes = {
+        type(module)
+        for module in model.modules()
+        for layer_type in list_variants(module)
+        if read_short_length(module, layer_type) is not None
+    }
+    return tuple(
+        Override(
+            name="rotary embedding",
+            upstream=f"{upstream.__module__}:{upstream.__qualname__}",
+            reason="the factors of a batch follow its longest row; ours follow each row",
+            replacement=forward_rotary,
+            compare=compare_rotary,
+        )
+        for upstream in sorted(classes, key=str)
+    )
 
 
 def make_head_override(causal: torch.nn.Module) -> Override:

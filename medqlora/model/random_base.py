@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from medqlora.core.config import Lora, Model
 from medqlora.model.attention.backends import IMPLEMENTATIONS
-from medqlora.model.base import ModelError, freeze
+from medqlora.model.base import ModelError, freeze, list_untrained
 from medqlora.model.quantization import INT8_THRESHOLD
 
 
@@ -49,7 +49,8 @@ def make_base(
         if str(error).strip("'") in IMPLEMENTATIONS.values():
             reason = (
                 "its attention cannot be replaced, and that of transformers cannot be forecast;"
-                " train with --model.attention sdpa"
+                " train with --model.attention sdpa or eager, and name"
+                " training.max_tokens_per_batch and training.gradient_checkpointing"
             )
         raise ModelError(
             f"architecture {architecture.model_type}: cannot be built: {reason}"
@@ -140,15 +141,28 @@ def count_parameters(config: PretrainedConfig, lora: Lora) -> tuple[int, int]:
 
     Returns:
         The number of the base's parameters and the number of the adapter's.
+
+    Raises:
+        ModelError: transformers has no causal language model of this architecture.
     """
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"architecture {config.model_type}: transformers makes no causal language model of it:"
+            f" {' '.join(str(error).split())[:200]}"
+        ) from None
     model.tie_weights()  # On the meta device a shared embedding is two parameters until then.
     head = model.get_output_embeddings()
+    all_linear = lora.target_modules == "all-linear"
+    untrained = tuple(list_untrained(model)) if all_linear else ()
     adapter_parameters = 0
     for name, module in model.named_modules():
         last_part = name.rpartition(".")[2]
-        is_target = lora.target_modules == "all-linear" or last_part in lora.target_modules
+        is_target = all_linear or last_part in lora.target_modules
+        if any(f"{name}.".startswith(f"{part}.") for part in untrained):
+            continue
         if isinstance(module, torch.nn.Linear) and module is not head and is_target:
             # A is [r, in] and B is [out, r].
             adapter_parameters += lora.r * (module.in_features + module.out_features)

@@ -15,7 +15,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from medqlora.model.attention.packed_batch import find_device
-from medqlora.model.base import find_layers
+from medqlora.model.base import ModelError, find_layers
 
 
 def set_checkpointing(model: torch.nn.Module, mode: str) -> int:
@@ -29,13 +29,22 @@ def set_checkpointing(model: torch.nn.Module, mode: str) -> int:
 
     Returns:
         The number of these layers.
+
+    Raises:
+        ModelError: The model's layers cannot be recomputed.
     """
     if mode == "none":
         return 0
     # This call sets the flag of every layer, and the loop below decides anew for each. The
     # reentrant form would give the first layer's adapters no gradient, because frozen embeddings
     # make an input that needs none.
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    except ValueError:
+        raise ModelError(
+            f"{type(model).__name__} cannot compute layers again in the backward pass; set"
+            " --training.gradient_checkpointing none"
+        ) from None
     kind, _, count = mode.partition("_")
     # Only layers that transformers can recompute have this attribute.
     layers = [

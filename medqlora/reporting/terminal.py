@@ -20,6 +20,7 @@ from medqlora.core.run_folder import LOG
 from medqlora.evaluation.comparison import compare_paired
 from medqlora.evaluation.metrics import score_predictions
 from medqlora.evaluation.predictions import collect_rows
+from medqlora.model.agreement import Agreement
 from medqlora.reporting.numbers import p_text
 from medqlora.training.memory.tracker import GIB
 from medqlora.training.planning import Decision, Planned
@@ -163,7 +164,7 @@ def describe_decision(decision: Decision) -> str:
 
 
 def describe_model(
-    setup: Setup, planned: Planned, loaded: Loaded, built: Built, isolation_error: float
+    setup: Setup, planned: Planned, loaded: Loaded, built: Built, agreement: Agreement
 ) -> Iterator[str]:
     """Describe attention, sizes and precision of the loaded model."""
     cost = planned.decision.attention_cost_bytes
@@ -173,8 +174,10 @@ def describe_model(
             f"; by forecast it needs {cost / GIB:.2f} GiB more than the variable-length kernel"
             " would"
         )
+    isolates = "isolates packed rows" if setup.config.data.packing else "computes single rows"
     yield (
-        f"attention {setup.attention.backend} isolates packed rows (error {isolation_error:.0e});"
+        f"attention {setup.attention.backend} {isolates} (error {agreement.logits:.0e}, input"
+        f" gradients {agreement.gradients:.0e}, against the model's own eager attention and head);"
         f" {setup.attention.reason}{more}"
     )
     model = setup.config.model

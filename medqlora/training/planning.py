@@ -20,6 +20,7 @@ from medqlora.batches.pipeline import prepare
 from medqlora.batches.plan import Plan
 from medqlora.core.config import Config
 from medqlora.core.config_loading import change
+from medqlora.core.errors import UserError
 from medqlora.core.run_folder import check_unchanged, open_run
 from medqlora.training.checkpoints import Checkpoint, load_newest
 from medqlora.training.memory.allocator import segments_expand
@@ -31,6 +32,7 @@ from medqlora.training.memory.target import (
     available_host,
     available_memory,
 )
+from medqlora.training.memory.tracker import ForecastError
 from medqlora.training.processes import ProcessError, agree_on_errors, gather, share_once
 from medqlora.training.setup import Setup
 from medqlora.training.strategies.launch import choose_storage
@@ -223,7 +225,13 @@ def decide_step(setup: Setup, prepared: Prepared, memory: int) -> Decision:
     # uses real tensors. Where a value is `auto`, nothing can be decided and the error is raised.
     except Exception as error:
         if "auto" in (training.max_tokens_per_batch, training.gradient_checkpointing):
-            raise
+            if isinstance(error, UserError):
+                raise
+            raise ForecastError(
+                f"the memory of {setup.architecture.model_type} cannot be forecast"
+                f" ({type(error).__name__}: {' '.join(str(error).split())[:160]}); give"
+                " training.max_tokens_per_batch and training.gradient_checkpointing values"
+            ) from error
         # A given max_tokens_per_batch leaves one size.
         tokens = list_budgets(config.training, config.data.max_length, ranks)[0]
         return Decision(

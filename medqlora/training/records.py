@@ -12,6 +12,7 @@ from medqlora.core.environment import describe_environment
 from medqlora.core.files import write_json, write_json_lines
 from medqlora.core.run_folder import LOG, rewind_log
 from medqlora.model.adapter import adapter_weights, save_adapter
+from medqlora.model.agreement import Agreement
 from medqlora.model.identity import architecture_hash, resolve_base, sample_weights
 from medqlora.model.overrides import list_overrides
 from medqlora.training.checkpoints import save_checkpoint
@@ -58,14 +59,14 @@ def describe_run(
     loaded: Loaded,
     built: Built,
     metadata: dict[str, Any],
-    isolation_error: float,
+    agreement: Agreement,
     check: GradientCheck | None,
 ) -> dict[str, Any]:
     """Return the content of environment.json.
 
     Args:
         metadata: What `describe_adapter` returns.
-        isolation_error: What `prove_isolation` returns.
+        agreement: What `session.prove` returns.
         check: Result of the gradient check; None where there was none.
     """
     quantization = setup.config.model.quantization
@@ -84,7 +85,8 @@ def describe_run(
         "overrides": list_overrides(built.loss_model),
         "recomputed_layers": built.recomputed,
         "compiled": loaded.compiled,
-        "isolation_error": isolation_error,
+        "isolation_error": agreement.logits,
+        "input_gradient_error": agreement.gradients,
         "trainable_parameters": setup.adapter_parameters,
         "mixture": planned.prepared.mixture,
         "data": planned.prepared.descriptions,

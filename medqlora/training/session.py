@@ -24,13 +24,10 @@ from medqlora.batches.plan import Plan, fit_bins
 from medqlora.core.config import Config
 from medqlora.core.errors import UserError
 from medqlora.model.adapter import attach_adapter, trainable
+from medqlora.model.agreement import Agreement, prove_agreement
 from medqlora.model.attention.backends import IMPLEMENTATIONS, choose_backend
-from medqlora.model.attention.packed_batch import (
-    ISOLATION_TOLERANCE,
-    move_batch,
-    verify_isolation,
-)
-from medqlora.model.base import backbone_of, load_base
+from medqlora.model.attention.packed_batch import move_batch
+from medqlora.model.base import load_base
 from medqlora.model.compiling import compile_layers
 from medqlora.model.hardware import choose_dtype
 from medqlora.model.head_loss import AnswerLoss, count_chunks
@@ -99,24 +96,6 @@ def load(
     return Loaded(base, backend, compile_layers(base, device, config.training.compile))
 
 
-def prove_isolation(loaded: Loaded, dtype: torch.dtype) -> float:
-    """Check on the loaded model that rows of one packed batch do not attend to each other.
-
-    Args:
-        dtype: The dtype of computing, which sets the tolerance.
-
-    Returns:
-        The largest difference between hidden states of packed rows and of the same rows alone,
-        relative to the largest hidden state.
-
-    Raises:
-        AttentionError: The difference is too large.
-    """
-    vocabulary = loaded.base.config.get_text_config().vocab_size
-    tolerance = ISOLATION_TOLERANCE[dtype]
-    return verify_isolation(backbone_of(loaded.base), loaded.backend, vocabulary, tolerance)
-
-
 @dataclass(frozen=True)
 class Built:
     """A base with its adapter and loss, undivided on one device.
@@ -160,6 +139,19 @@ def build(loaded: Loaded, config: Config) -> Built:
     # still have their whole shapes.
     shapes = {name: weight.shape for name, weight in trainable(model).items()}
     return Built(model, loss_model, loaded.backend, recomputed, shapes)
+
+
+def prove(built: Built, config: Config) -> Agreement:
+    """Prove that the loss and its gradients are those of the model as transformers computes it.
+
+    A strategy may divide the model afterwards; the gradient check is for that.
+
+    Raises:
+        AttentionError: Logits or gradients differ, or packed rows see each other.
+    """
+    return prove_agreement(
+        built.model, built.backend, config.data.max_length, built.loss_model, config.data.packing
+    )
 
 
 def run_micro_batch(

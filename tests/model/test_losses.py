@@ -16,10 +16,10 @@ from medqlora.batches.collate import collate
 from medqlora.core.config import Lora, Model
 from medqlora.model import base, quantization, random_base, recomputation
 from medqlora.model.adapter import attach_adapter
+from medqlora.model.agreement import prove_agreement
 from medqlora.model.attention.backends import AttentionError
 from medqlora.model.attention.documents import DOCUMENTS
-from medqlora.model.attention.packed_batch import packing_arguments, verify_isolation
-from medqlora.model.base import backbone_of
+from medqlora.model.attention.packed_batch import packing_arguments
 from medqlora.model.fused_head import HeadLoss
 from medqlora.model.head_loss import AnswerLoss
 from medqlora.model.recomputation import set_checkpointing
@@ -147,7 +147,7 @@ def test_isolation_of_int8_is_proven_without_outliers():
     ]
     seen = []
     base.model.register_forward_hook(lambda *_: seen.extend(state.threshold for state in states))
-    assert verify_isolation(base.model, "grouped", 320, 1e-2) < 1e-2
+    assert prove_agreement(base, "grouped", 64).logits < 1e-2
     assert set(seen) == {0.0}
     assert {state.threshold for state in states} == {quantization.INT8_THRESHOLD}
 
@@ -164,14 +164,16 @@ def test_sdpa_fallback_is_isolated_too(architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_isolation_is_proven_on_the_model(architecture):
     model = build_model(architecture, DOCUMENTS)
-    assert verify_isolation(backbone_of(model), "varlen", 320, 1e-4) < 1e-4
+    proven = prove_agreement(model, "varlen", 64)
+    assert proven.logits < 1e-4
+    assert proven.influence < 1e-5
 
 
 def test_isolation_check_catches_a_leak():
     """The kwargs of another backend do not reach this one, so all documents see each other."""
     model = build_model("llama", DOCUMENTS)
     with pytest.raises(AttentionError, match="does not isolate"):
-        verify_isolation(backbone_of(model), "flex", 320, 1e-4)
+        prove_agreement(model, "flex", 64)
 
 
 def test_chunks_do_not_change_the_loss_or_its_gradient():

@@ -20,6 +20,7 @@ IMPLEMENTATIONS = {
     "flash": "flash_attention_2",
     "flex": "flex_attention",
     "sdpa": "sdpa",
+    "eager": "eager",
 }
 
 
@@ -69,6 +70,7 @@ def choose_backend(
         "grouped": None,
         "flex": None if gpu else "a CPU",
         "sdpa": None if softcap is None else "attention softcap",
+        "eager": None,
     }
     # The import of the package takes seconds, so it is tried only where the answer matters.
     if flash_obstacle is None and (requested == "flash" or varlen_obstacle):
@@ -94,6 +96,24 @@ def choose_backend(
     if requested == "varlen" and not gpu:
         return Choice("grouped", "a CPU has no variable-length kernel")
     return Choice(requested, "model.attention asks for it")
+
+
+def set_attention(causal: torch.nn.Module, implementation: str) -> None:
+    """Let a model compute with another of transformers' attention functions.
+
+    Args:
+        causal: A transformers causal LM.
+        implementation: A value of IMPLEMENTATIONS.
+
+    Raises:
+        ValueError, KeyError: The model does not support the function.
+    """
+    if causal.config._attn_implementation == implementation:
+        return
+    causal.set_attn_implementation(implementation)
+    # BLOOM has one attention of its own, and transformers leaves the name alone, with only a
+    # warning. But the name decides which mask the model makes for that attention.
+    causal.config._attn_implementation = implementation
 
 
 def choose_automatically(gpu: bool, obstacles: dict[str, str | None]) -> Choice:

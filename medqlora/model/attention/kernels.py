@@ -274,12 +274,15 @@ def attend_fused(query, key, value, mask, scaling, on_gpu) -> torch.Tensor:
         [rows, heads, queries, width].
     """
     width = query.shape[-1]
+    value_width = value.shape[-1]
     # For another width torch would use the formula that stores all scores, so heads are padded with
     # zeros, which change no score.
     if on_gpu and width % ALIGNED:
         # The default factor follows from the unpadded width, so it is computed before the padding.
         scaling = choose_scaling(query, scaling)
-        query, key, value = (F.pad(tensor, (0, -width % ALIGNED)) for tensor in (query, key, value))
+        query, key, value = (
+            F.pad(tensor, (0, -tensor.shape[-1] % ALIGNED)) for tensor in (query, key, value)
+        )
     # On the meta device torch would use its unfused formula, so the kernel is called by its name.
     if query.is_meta:
         out = forecast_fused(query, key, value, mask, scaling, on_gpu)
@@ -287,7 +290,7 @@ def attend_fused(query, key, value, mask, scaling, on_gpu) -> torch.Tensor:
         out = F.scaled_dot_product_attention(
             query, key, value, mask, is_causal=mask is None, scale=scaling
         )
-    return out.narrow(-1, 0, width)
+    return out.narrow(-1, 0, value_width)
 
 
 def forecast_fused(query, key, value, mask, scaling, on_gpu) -> torch.Tensor:

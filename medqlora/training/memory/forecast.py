@@ -171,17 +171,17 @@ def check_attention(
 
     Raises:
         AttentionError: The backend does not run on `device`.
-        UnknownForecast: The backend is sdpa on a GPU.
+        UnknownForecast: The backend is eager, or sdpa on a GPU.
     """
     # The machine that trains may have the package of flash attention even if this one does not.
     if requested == "flash" and device.type == "cuda":
         return Choice("flash", "model.attention asks for it")
     choice = choose_backend(requested, device, dtype, architecture, capability)
-    if device.type == "cuda" and choice.backend == "sdpa":
+    if choice.backend == "eager" or (device.type == "cuda" and choice.backend == "sdpa"):
         raise UnknownForecast(
-            "model.attention sdpa: the masks of this backend depend on the data, so their memory"
-            " cannot be forecast; set model.attention to auto, or measure the memory with"
-            " bench/memory.py --measure"
+            f"model.attention {choice.backend}: the masks of this backend depend on the data, so"
+            " their memory cannot be forecast; set model.attention to auto, or measure the memory"
+            " with bench/memory.py --measure"
         )
     return choice
 
