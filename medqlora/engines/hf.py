@@ -27,16 +27,16 @@ from medqlora.engines.packed_passes import (
     run_packed,
 )
 from medqlora.engines.packed_requests import count_tokens, gather_logprobs, lay_out
-from medqlora.model.agreement import TOLERANCE, list_alternatives, prove_agreement
-from medqlora.model.attention.backends import IMPLEMENTATIONS, AttentionError, set_attention
+from medqlora.model.agreement import TOLERANCE, choose_way
 from medqlora.model.attention.packed_batch import find_device
 from medqlora.model.attention.tree import locate_prefix_tree
 from medqlora.model.base import unwrap
+from medqlora.model.reference import find_dtype
 from medqlora.model.rotation import find_short_length
 
 # Reading a shorter common beginning again, in tokens, costs less than keeping its keys and values.
 WORTH_SHARING = 32
-# Another order of sums may change a log-probability by this many nats for each unit of TOLERANCE.
+# Another order of sums may change a log-probability by this many times the tolerance of logits.
 NATS = 20
 
 
@@ -60,10 +60,9 @@ class HfEngine:
         """
         self.model = model
         self.causal = unwrap(model)
-        self.backend = backend
         config = self.causal.config.get_text_config()
         self.device = find_device(self.causal)
-        self.tolerance = NATS * TOLERANCE.get(self.causal.dtype, TOLERANCE[torch.bfloat16])
+        self.tolerance = NATS * TOLERANCE[find_dtype(self.causal)]
         # XLNet has no limit and says -1.
         self.max_length = max(0, getattr(config, "max_position_embeddings", None) or 0) or None
         self.max_tokens = max_tokens or choose_budget(config, self.device)
@@ -72,35 +71,20 @@ class HfEngine:
         self.shared_states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         # Rows of more tokens are rotated by other factors in some models, and run alone.
         self.short_length = find_short_length(self.causal)
-        self.isolated = self.choose_backend()
+        self.backend, self.isolated = choose_way(model, backend, self.max_length or 1)
+        if (self.backend, self.isolated) != (backend, True):
+            rows = "packed" if self.isolated else "one at a time, which is slow"
+            warnings.warn(
+                f"attention {backend} does not compute packed rows as this model does; rows run"
+                f" with {self.backend}, {rows}",
+                stacklevel=2,
+            )
+        # A recipe scores the model that it trains, whose dropout must be off in these checks.
+        self.model.eval()
         self.restricted = self.can_restrict()
         # Our own backends alone take a tree of segments.
         self.nested = self.backend in ("varlen", "grouped") and self.can_nest()
         self.sharing = self.nested
-
-    def choose_backend(self) -> bool:
-        """Take the first way of computing that is the model's own; return whether it packs rows."""
-        longest = self.max_length or 1
-        for backend, packed in ((self.backend, True), *list_alternatives(self.backend, True)):
-            try:
-                set_attention(self.causal, IMPLEMENTATIONS[backend])
-                prove_agreement(self.model, backend, longest, packed=packed)
-            except AttentionError as error:
-                failure = error
-                continue
-            # transformers raises these where it has no such attention for the model.
-            except (ValueError, KeyError):
-                continue
-            if (backend, packed) != (self.backend, True):
-                rows = "packed" if packed else "one at a time, which is slow"
-                warnings.warn(
-                    f"attention {self.backend} does not compute packed rows as this model does;"
-                    f" rows run with {backend}, {rows}",
-                    stacklevel=3,
-                )
-                self.backend = backend
-            return packed
-        raise failure
 
     # We do not use inference_mode, because torch would compile the model once more for its tensors.
     @torch.no_grad()
@@ -191,10 +175,10 @@ class HfEngine:
         """
         request = self.draw_request()
         self.nested = self.restricted = False
-        everywhere = np.array(self.score_alone(request))
+        everywhere = np.array(self.run_pack([request], 0))
         self.restricted = True
         try:
-            restricted = np.array(self.score_alone(request))
+            restricted = np.array(self.run_pack([request], 0))
         # An MLP that is routed by all tokens of the row does not run at some of them.
         except RuntimeError:
             return False

@@ -67,9 +67,19 @@ class AnswerLoss(torch.nn.Module):
         Returns:
             The sum over the labelled positions, a float32 scalar.
         """
+        hidden = compute_hidden(unwrap(self.model), input_ids, position_ids, **packing)
+        return self.sum_losses(hidden[0], predict_at, targets, chunks)
+
+    def sum_losses(
+        self,
+        hidden: torch.Tensor,
+        predict_at: torch.Tensor,
+        targets: torch.Tensor,
+        chunks: int | None = None,
+    ) -> torch.Tensor:
+        """Compute the summed cross entropy from hidden states, [tokens, hidden]; see forward."""
         causal = unwrap(self.model)
-        hidden = compute_hidden(causal, input_ids, position_ids, **packing)
-        labelled = hidden[0].index_select(0, predict_at)  # [labelled, hidden]
+        labelled = hidden.index_select(0, predict_at)  # [labelled, hidden]
         # The chunks' losses are summed in float32, whatever the compute dtype.
         total = labelled.new_zeros((), dtype=torch.float32)
         chunks = chunks or count_chunks(len(targets), self.chunk)

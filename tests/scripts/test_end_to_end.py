@@ -251,13 +251,13 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_global_batch(finishe
 
 ALIVE = """
 import runpy, sys, weakref, torch
-from medqlora.model import agreement, fused_layers, overrides
+from medqlora.model import fused_layers, overrides, reference
 kept, calls = [], []
 forward, backward = fused_layers.GatedActivation.forward, fused_layers.GatedActivation.backward
 def count():
     return sum(storage() is not None for storage in kept)
 def starting_up(tensor):  # the forecast, the proofs of agreement and of overrides
-    return tensor.is_meta or tensor.shape[1] in (overrides.TOKENS, agreement.TOKENS)
+    return tensor.is_meta or tensor.shape[1] in (overrides.TOKENS, reference.TOKENS)
 def record(ctx, gate, up, module):
     if starting_up(gate) or not gate.requires_grad:
         return forward(ctx, gate, up, module)
