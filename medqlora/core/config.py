@@ -76,7 +76,7 @@ class Lora(Section):
     """Probability that an element of the adapter's input is dropped in training."""
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
     """Names of the linear layers that get an adapter. all-linear takes those of attention and MLP,
-    but not the head.
+    but not the head, and neither towers for images or sound nor their projectors.
     """
     variant: Literal["lora", "rslora", "dora"] = "lora"
     """How the update is parametrized. dora also learns the norms of the weights' rows."""

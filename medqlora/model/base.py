@@ -263,26 +263,33 @@ def find_layers(causal: torch.nn.Module) -> list[torch.nn.Module]:
     Raises:
         ModelError: There is no such list.
     """
-    count = getattr(causal.config.get_text_config(), "num_hidden_layers", None)
     for module in causal.modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+        if is_layer_list(causal, module):
             return list(module)
     raise ModelError(
-        f"{type(causal).__name__} has no list of {count} decoder layers, as its config names them;"
-        " this architecture is not supported"
+        f"{type(causal).__name__} has no list of as many decoder layers as its config names; set"
+        " --training.gradient_checkpointing none"
     )
+
+
+def is_layer_list(causal: torch.nn.Module, module: torch.nn.Module) -> bool:
+    """Whether a module of a model is a list of as many modules as the config names layers."""
+    count = getattr(causal.config.get_text_config(), "num_hidden_layers", None)
+    return isinstance(module, torch.nn.ModuleList) and len(module) == count
 
 
 def list_untrained(causal: torch.nn.Module) -> list[str]:
     """Return the names of modules whose linear layers `all-linear` leaves alone.
 
     They are everything beside the language model, such as towers for images and sound and the
-    projectors behind them, and layers that return more than a matrix product, as Llama 4's routers.
+    projectors behind them; layers that return more than a matrix product, as Llama 4's routers; and
+    the last layers of Mamba mixers, whose kernels read the weight and pass an adapter by.
     """
     decoder = causal.get_decoder()
     language = set(decoder.modules())
     # A module that transformers takes for the decoder may be a part of the text's model.
-    if find_layers(causal)[0] not in language:
+    layers = {module for module in causal.modules() if is_layer_list(causal, module)}
+    if not layers & language:
         decoder, language = causal, set(causal.modules())
     kept = {causal, decoder, causal.get_output_embeddings()}
     names: list[str] = []
@@ -290,7 +297,7 @@ def list_untrained(causal: torch.nn.Module) -> list[str]:
         if module in kept or (names and name.startswith(f"{names[-1]}.")):
             continue
         if module in language:
-            if isinstance(module, torch.nn.Linear) and not is_product(module):
+            if isinstance(module, torch.nn.Linear) and not trains_by_product(causal, name):
                 names.append(name)
         # A module around the decoder is looked into instead.
         elif decoder not in set(module.modules()) and has_linear(module):
@@ -303,8 +310,16 @@ def has_linear(module: torch.nn.Module) -> bool:
     return any(isinstance(part, torch.nn.Linear) for part in module.modules())
 
 
-def is_product(linear: torch.nn.Linear) -> bool:
-    """Whether a linear layer returns one tensor of its outputs."""
+def trains_by_product(causal: torch.nn.Module, name: str) -> bool:
+    """Whether an adapter on the linear layer of a name takes effect: the layer is called, and its
+    result is one tensor.
+    """
+    mixer, _, last = name.rpartition(".")
+    # Falcon-H1's class does not say that it is a Mamba mixer, but its attribute does.
+    title = f"{type(causal.get_submodule(mixer)).__name__} {mixer.rpartition('.')[2]}"
+    if last == "out_proj" and "mamba" in title.lower():
+        return False
+    linear = causal.get_submodule(name)
     if not type(linear).__module__.startswith("transformers."):
         return True
     x = torch.zeros((1, linear.in_features), dtype=linear.weight.dtype, device=linear.weight.device)
