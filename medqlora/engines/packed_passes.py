@@ -11,6 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 from medqlora.engines.interface import Sampling
+from medqlora.model.attention.backends import set_attention
 from medqlora.model.attention.packed_batch import find_device, packing_arguments
 from medqlora.model.base import backbone_of, compute_hidden
 
@@ -159,10 +160,10 @@ def plain_generation(causal: torch.nn.Module) -> Iterator[None]:
     """
     attention = causal.config._attn_implementation
     settings = causal.generation_config
-    causal.set_attn_implementation(own_attention(causal))
+    set_attention(causal, own_attention(causal))
     causal.generation_config = GenerationConfig()
     try:
         yield
     finally:
-        causal.set_attn_implementation(attention)
+        set_attention(causal, attention)
         causal.generation_config = settings

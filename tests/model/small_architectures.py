@@ -72,15 +72,23 @@ SPECIAL = {
 }
 # These lists have one entry per layer and are left for the config to make.
 PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type", "block_types")
-# Encoder-decoders and towers for pictures and sound are no causal language models. Of the others, a
-# small instance takes many megabytes or cannot be made from these sizes.
+# Encoder-decoders, encoders and towers for pictures and sound are no causal language models, and of
+# the others a small instance takes many megabytes or cannot be made from these sizes.
 LEFT_OUT = """
-axk1 axk2 bailing_hybrid bart bigbird_pegasus blenderbot blenderbot-small blt cohere_compass_text
-cpmant dbrx dots3_note dots3_note_text emu3 gemma4_assistant git inkling2_loop_text inkling2_text
-inkling_text kimi_linear longcat_flash marian mbart mllama musicgen musicgen_melody mvp pegasus
-phi4_multimodal plbart prophetnet reformer roc_bert whisper xlm xmod zamba zamba2
+axk1 axk2 bailing_hybrid bart bert-generation big_bird bigbird_pegasus blenderbot blenderbot-small
+blt camembert cohere_compass_text cpmant data2vec-text dbrx dots3_note dots3_note_text emu3 ernie
+fuyu gemma4_assistant git got_ocr2 inkling2_loop_text inkling2_text inkling_text kimi_linear
+longcat_flash marian mbart megatron-bert mllama moshi musicgen musicgen_melody mvp pegasus
+phi4_multimodal plbart prophetnet reformer rembert roberta roberta-prelayernorm roc_bert roformer
+trocr whisper xlm xlm-roberta xlm-roberta-xl xmod zamba zamba2
 """
-ALL = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in LEFT_OUT.split()]
+# Several names may be of one class, and then stand for the last of them.
+CLASSES = {
+    model_class: name
+    for name, model_class in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
+    if name not in LEFT_OUT.split()
+}
+ALL = list(CLASSES.values())
 # At least one of each kind of attention, positions, head and state.
 KINDS = """
 llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 phimoe gpt2 gpt_neox gptj bloom mpt xglm

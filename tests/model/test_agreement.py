@@ -38,7 +38,7 @@ from medqlora.model.rotation import find_short_length, prove_rotation
 from medqlora.training.session import build, load, prove
 
 CPU = torch.device("cpu")
-LENGTHS = (30, 61, 17)
+LENGTHS = (20, 33, 9)
 UNQUANTIZED = {"quantization": "none", "dtype": "float32"}
 
 
