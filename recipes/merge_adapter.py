@@ -4,7 +4,7 @@
 
 By default the adapter is merged into the dequantized weights, with which the training computed.
 `--base_weights original` merges it into the original 16-bit weights instead. That is another model
-than the trained one, and the printed error says how much its logits differ.
+than the trained one, and a second printed error says how much their logits differ.
 """
 
 import argparse
@@ -57,10 +57,11 @@ import torch
 from medqlora.engines.packed_passes import run_packed
 from medqlora.model.adapter import check_adapter, load_adapter, read_adapter_metadata
 from medqlora.model.base import load_base, load_tokenizer, read_model_config, unwrap
-from medqlora.model.hardware import choose_dtype, default_device
+from medqlora.model.hardware import default_device
 from medqlora.model.head_loss import compute_logits
 from medqlora.model.identity import resolve_base, sample_weights
-from medqlora.model.merging import MergeError, compare_logits, merge
+from medqlora.model.merging import compare_logits, merge
+from medqlora.model.weight_files import MergeError
 from medqlora.prompts.chat_template import encode_text, make_encoder
 from medqlora.prompts.encoding import encode_prefixes
 from medqlora.prompts.fingerprint import PROBES
@@ -122,16 +123,53 @@ def main() -> None:
 
 
 def verify(arguments: argparse.Namespace, metadata: dict, base: Path) -> None:
-    """Compare the logits of the merged model with those of base + adapter.
+    """Compare the logits of the merged model with those of the merged base + adapter.
 
-    Only one of the two models is in memory at a time.
+    Only one model is in memory at a time.
 
     Raises:
-        MergeError: A merge into dequantized weights differs by more than rounding.
+        MergeError: The merged model differs by more than rounding.
     """
     device = default_device()
+    rows = make_rows(metadata, arguments.output)
+    # An adapter of another program names no dtype; its merged model has that of the base.
+    dtype = read_model_config(str(arguments.output)).dtype
+    # A CPU computes nothing in float16, so the rounded weights are used in float32 there.
+    halved = device.type == "cpu" and dtype is torch.float16
+    settings = {"dtype": "float32" if halved else str(dtype).removeprefix("torch.")}
+    trained = settings | {
+        "quantization": metadata.get("quantization", "none"),
+        "double_quantization": metadata.get("double_quantization", True),
+    }
+    quantized = trained["quantization"] != "none"
+    original = settings | {"quantization": "none"}
+    base_settings = trained if arguments.base_weights == "dequantized" else original
+    merged = read_logits(Model(base=str(arguments.output), **original), None, rows, device)
+    reference = read_logits(Model(base=str(base), **base_settings), arguments.adapter, rows, device)
+    figures = compare_logits(reference, merged)
+    console.print(f"merged model compared with base + adapter: {describe(figures)}")
+    bound = BOUNDS[dtype]
+    if base_settings["quantization"] == "int8":
+        bound = max(bound, INT8_BOUND)
+    # An error that is no number is above every bound.
+    if not figures["mean_relative_error"] <= bound:
+        raise MergeError(
+            f"the merged model in {arguments.output} is not the trained one: its mean logit error"
+            f" {figures['mean_relative_error']:.1e} is above {bound:.0e}; do not use it, and"
+            " report this with the adapter's medqlora.json"
+        )
+    if arguments.base_weights == "original" and quantized:
+        reference = read_logits(Model(base=str(base), **trained), arguments.adapter, rows, device)
+        console.print(
+            f"the adapter was trained on the {trained['quantization']} base; compared with that"
+            f" model: {describe(compare_logits(reference, merged))}"
+        )
+
+
+def make_rows(metadata: dict, output: Path) -> list[list[int]]:
+    """Return the token ids of the prompts that the models are compared on."""
     encoder = make_encoder(
-        load_tokenizer(str(base)),
+        load_tokenizer(str(output)),
         metadata.get("prompt_style", "auto"),
         metadata.get("completion", "letter"),
         metadata.get("template_arguments", {}),
@@ -142,44 +180,17 @@ def verify(arguments: argparse.Namespace, metadata: dict, base: Path) -> None:
             prompts.append(render(probe, encoder.style, encoder.completion))
         except PromptError:  # Not every style can render every kind of question.
             continue
-    rows = encode_prefixes(encoder, prompts) + [
-        encode_text(encoder.tokenizer, text) for text in VERIFY_TEXTS
-    ]
-    settings = {
-        key: metadata[key]
-        for key in ("quantization", "double_quantization", "dtype")
-        if key in metadata
-    }
-    reference = read_logits(Model(base=str(base), **settings), arguments.adapter, rows, device)
-    dtype = choose_dtype(metadata.get("dtype", "auto"), device)
-    merged = read_logits(
-        Model(base=str(arguments.output), quantization="none", dtype=metadata.get("dtype", "auto")),
-        None,
-        rows,
-        device,
+    texts = [encode_text(encoder.tokenizer, text) for text in VERIFY_TEXTS]
+    return encode_prefixes(encoder, prompts) + texts
+
+
+def describe(figures: dict[str, float]) -> str:
+    """Return the result of compare_logits in words."""
+    return (
+        f"relative logit error {figures['mean_relative_error']:.1e} on average,"
+        f" {figures['max_relative_error']:.1e} at most; same most likely token on"
+        f" {figures['same_top_token']:.0%} of the prompts"
     )
-    figures = compare_logits(reference, merged)
-    console.print(
-        "merged model compared with base + adapter: relative logit error"
-        f" {figures['mean_relative_error']:.1e} on average, {figures['max_relative_error']:.1e} at"
-        f" most; same most likely token on {figures['same_top_token']:.0%} of {len(rows)} prompts"
-    )
-    bound = BOUNDS[dtype]
-    if metadata.get("quantization") == "int8":
-        bound = max(bound, INT8_BOUND)
-    # An error that is no number is above every bound.
-    within = figures["mean_relative_error"] <= bound
-    if arguments.base_weights == "dequantized" and not within:
-        raise MergeError(
-            f"the merged model in {arguments.output} is not the trained one: its mean logit error"
-            f" {figures['mean_relative_error']:.1e} is above {bound:.0e}; do not use it, and"
-            " report this with the adapter's medqlora.json"
-        )
-    if arguments.base_weights == "original" and metadata.get("quantization", "none") != "none":
-        console.print(
-            "the adapter was trained on the quantized base; the error above shows how much the"
-            " original base differs from it"
-        )
 
 
 def read_logits(

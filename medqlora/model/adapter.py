@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,12 @@ from safetensors.torch import save as serialize
 from transformers import PretrainedConfig
 
 from medqlora.core.config import Lora
+from medqlora.model.adapter_settings import read_settings
+from medqlora.model.adapter_tokenizer import (
+    count_rows,
+    list_embeddings,
+    name_whole_embeddings,
+)
 from medqlora.model.base import ModelError, list_untrained
 from medqlora.model.dropout import SeededDropout
 from medqlora.model.identity import architecture_hash
@@ -109,16 +116,26 @@ def name_parameters(model: PeftModel, weights: dict[str, torch.Tensor]) -> dict[
     return {names[id(parameter)]: weights[key] for key, parameter in keys.items()}
 
 
-def restore_adapter(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
+def restore_adapter(
+    model: PeftModel, weights: dict[str, torch.Tensor], whole: Collection[str] = ()
+) -> None:
     """Load tensors of adapter_weights into the model's adapter.
+
+    Args:
+        model: The model with its adapter.
+        weights: The tensors, by PEFT's names.
+        whole: Names of embeddings and heads that may be among them, where they are saved beside
+            the adapter.
 
     Raises:
         ModelError: A tensor is missing, surplus or of another shape.
     """
     # PEFT loads with strict=False, which passes over missing and surplus tensors, so they are
-    # looked for here.
-    expected = get_peft_model_state_dict(model)
-    mismatched = sorted(set(expected) ^ set(weights))
+    # looked for here. It would ask the hub whether embeddings belong to an adapter if not told.
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    missing = set(expected) - set(weights)
+    surplus = set(weights) - set(expected) - set(whole)
+    mismatched = sorted(missing | surplus)
     if not mismatched:
         mismatched = [key for key in expected if expected[key].shape != weights[key].shape]
     if mismatched:
@@ -133,15 +150,31 @@ def load_adapter(model: torch.nn.Module, folder: Path) -> PeftModel:
     """Put a saved adapter on a base model for evaluation.
 
     Raises:
-        ModelError: The folder holds no adapter, or one for another base.
+        ModelError: The folder holds no adapter, one for another base, or one that the transformers
+            engine does not compute.
     """
     # PEFT changes the model in place, so an adapter for another base is refused first.
     check_adapter(folder, model.config)
-    with warnings.catch_warnings():
-        # PEFT only warns of a tensor that is missing; restore_adapter refuses it.
-        warnings.filterwarnings("ignore", message="Found missing adapter keys")
-        adapted = PeftModel.from_pretrained(model, folder)
-    restore_adapter(adapted, load_file(folder / "adapter_model.safetensors"))
+    read_settings(folder, "hf")
+    whole = name_whole_embeddings(list_embeddings(model))
+    rows = count_rows(folder, whole)
+    if rows is not None and rows != model.get_input_embeddings().weight.shape[0]:
+        # The adapter brings embeddings with tokens added, which PEFT puts into those of the model.
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    weights = load_file(folder / "adapter_model.safetensors")
+    try:
+        with warnings.catch_warnings():
+            # PEFT only warns of a tensor that is missing; restore_adapter refuses it.
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            adapted = PeftModel.from_pretrained(model, folder)
+    # PEFT raises these where a module, a size or a quantization does not fit.
+    except (ValueError, TypeError, RuntimeError, KeyError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ModelError(
+            f"adapter {folder} does not fit this model: {' '.join(str(error).split())[:200]}"
+        ) from None
+    restore_adapter(adapted, weights, whole)
     replace_layer_methods(adapted)
     return adapted
 

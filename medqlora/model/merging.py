@@ -6,25 +6,30 @@ compare_logits checks that the merged model and the base with its adapter agree.
 from __future__ import annotations
 
 import json
-import math
 import shutil
-import struct
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from safetensors import safe_open
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PretrainedConfig
-from transformers.quantizers.base import get_keys_to_not_convert
+from transformers import PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 
-from medqlora.core.errors import UserError
+from medqlora.model.adapter_tensors import AdapterTensors
+from medqlora.model.adapter_tokenizer import save_tokenizer
+from medqlora.model.checkpoint_names import make_skeleton, map_names, quantized_modules
 from medqlora.model.hardware import DTYPES
+from medqlora.model.identity import MERGED_WEIGHTS
+from medqlora.model.weight_files import (
+    INDEX,
+    MergeError,
+    ShardWriter,
+    list_shards,
+    read_layout,
+    read_tensor,
+)
 
-# The dtypes that can be merged, with their names in the headers of safetensors files.
-SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 # The base's files with these beginnings of names are copied to the merged model.
 COPIED_PREFIXES = (
     "tokenizer",
@@ -36,125 +41,6 @@ COPIED_PREFIXES = (
     "generation_config",
     "LICENSE",
 )
-INDEX = "model.safetensors.index.json"
-
-
-class MergeError(UserError):
-    """An adapter and a base that cannot be merged."""
-
-
-# Keys of PEFT's adapter_config.json that give modules a rank or scale of their own, transpose the
-# update, or repeat layers.
-UNSUPPORTED = ("rank_pattern", "alpha_pattern", "fan_in_fan_out", "layer_replication")
-
-
-class AdapterTensors:
-    """The tensors of an adapter by the base's modules.
-
-    `modules` holds for each module the float32 tensors "A" [r, in], "B" [out, r] and, for DoRA,
-    "magnitude_vector" [out]. `scale` is alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski,
-    2023, arXiv 2312.03732).
-    """
-
-    def __init__(self, folder: Path):
-        """Read a PEFT adapter.
-
-        Raises:
-            MergeError: The adapter is of a kind that cannot be merged.
-        """
-        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        if (
-            settings.get("peft_type") != "LORA"
-            or settings.get("bias", "none") != "none"
-            or settings.get("modules_to_save")
-        ):
-            raise MergeError(
-                f"adapter {folder}: only LoRA, rsLoRA and DoRA without bias and modules_to_save can"
-                " be merged"
-            )
-        # An adapter of another program may have these, and each would change the update silently.
-        unknown = [key for key in UNSUPPORTED if settings.get(key)]
-        if unknown:
-            raise MergeError(
-                f"adapter {folder}: {unknown[0]} in adapter_config.json cannot be merged; merge it"
-                " with the program that trained it"
-            )
-        rank = settings["r"]
-        divisor = math.sqrt(rank) if settings.get("use_rslora") else rank
-        self.scale = settings["lora_alpha"] / divisor
-        self.modules: dict[str, dict[str, torch.Tensor]] = {}
-        # A key begins with base_model.model.MODULE.lora_PART, where PART is A, B or
-        # magnitude_vector.
-        for key, tensor in load_file(folder / "adapter_model.safetensors").items():
-            module, _, part = key.removeprefix("base_model.model.").partition(".lora_")
-            self.modules.setdefault(module, {})[part.partition(".")[0]] = tensor.float()
-
-    def apply(self, module: str, weight: torch.Tensor) -> torch.Tensor:
-        """Add the adapter's update to a module's weight, in place.
-
-        DoRA also scales each row (Liu et al., 2024, arXiv 2402.09353, equation 5).
-
-        Args:
-            module: The name of the module in the base.
-            weight: float32 [out, in], which is changed.
-
-        Returns:
-            The same tensor.
-
-        Raises:
-            MergeError: The weight has another shape than the adapter's base.
-        """
-        parts = self.modules[module]
-        expected = [parts["B"].shape[0], parts["A"].shape[1]]
-        if list(weight.shape) != expected:
-            raise MergeError(
-                f"tensor {module}.weight is {list(weight.shape)} in the base, {expected} in the"
-                " adapter; this is not the base that was trained on"
-            )
-        # The sum is made in float32 and rounded once, when it is written.
-        weight.addmm_(parts["B"], parts["A"], alpha=self.scale)
-        if "magnitude_vector" in parts:
-            # DoRA takes the norm of the weight with its update, so this follows the sum.
-            row_scale = parts["magnitude_vector"].view(-1) / weight.norm(dim=1)  # [out]
-            weight.mul_(row_scale[:, None])
-        return weight
-
-
-def list_shards(folder: Path) -> list[Path]:
-    """Return the base's weight files.
-
-    Raises:
-        MergeError: A file that the index names is missing.
-    """
-    index = folder / INDEX
-    if not index.is_file():
-        single = folder / "model.safetensors"
-        # Without an index there is one file of the usual name, or files of other names.
-        return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    names = sorted(set(weight_map.values()))
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise MergeError(
-            f"base {folder}: {INDEX} names {missing[0]}, which is missing; fetch the whole model"
-        )
-    return [folder / name for name in names]
-
-
-def quantized_modules(config: PretrainedConfig) -> set[str]:
-    """Return the names of the linear layers that transformers quantizes in this architecture."""
-    # Only names are needed, so the model is made on the meta device.
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
-    # transformers itself leaves the head and tied weights unquantized. With another list the merge
-    # would round weights that training did not.
-    unquantized = get_keys_to_not_convert(model)
-    names = set()
-    for name, module in model.named_modules():
-        kept = any(name == key or name.startswith(f"{key}.") for key in unquantized)
-        if isinstance(module, torch.nn.Linear) and not kept:
-            names.add(name)
-    return names
 
 
 def make_dequantizer(
@@ -190,78 +76,145 @@ def make_dequantizer(
     return round_trip_8bit if quantization == "int8" else round_trip_4bit
 
 
-class ShardWriter:
-    """Writes a safetensors file one tensor at a time.
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of each tensor of the base's files.
 
-    The writer of the safetensors library needs all tensors at once. A file is the length of the
-    header in 8 bytes (little-endian), the header in JSON and the raw tensors, as the documentation
-    of safetensors says.
+    Attributes:
+        tensors: the adapter.
+        layouts: the dtype and the shape of each tensor of the merged files, by the base's file.
+        parameters: the model's name of each tensor; None for one that is only copied.
+        quantized: the parameters that are quantized and dequantized first.
+        transposed: the parameters that are stored as [in, out].
+        head: the parameter of a head that gets weights of its own, because the adapter changes the
+            head or the embedding that it was tied to; None otherwise.
+        vocabulary: the rows of embeddings that the adapter brings with another size; None
+            otherwise.
     """
 
-    def __init__(self, path: Path, layout: dict[str, tuple[torch.dtype, list[int]]]):
-        """Open a file and write its header.
-
-        Args:
-            path: The file.
-            layout: The dtype and the shape of each tensor, in the order in which they are written.
-        """
-        header = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for name, (dtype, shape) in layout.items():
-            size = math.prod(shape) * dtype.itemsize
-            header[name] = {
-                "dtype": SAFETENSORS_NAMES[dtype],
-                "shape": shape,
-                # Offsets count from the end of the header.
-                "data_offsets": [offset, offset + size],
-            }
-            offset += size
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # The tensors begin at a multiple of 8 bytes.
-        self.names = iter(layout)
-        self.size = offset  # bytes of all tensors
-        self.file: BinaryIO = path.open("wb")
-        self.file.write(struct.pack("<Q", len(text)) + text)
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write the next tensor of the layout."""
-        assert name == next(self.names), "tensors are written in the order of the layout"
-        # numpy has no bfloat16, so the tensor is seen as bytes.
-        self.file.write(tensor.contiguous().view(torch.uint8).numpy().data)
-
-    def close(self) -> None:
-        """Close the file."""
-        self.file.close()
+    tensors: AdapterTensors
+    layouts: dict[Path, dict[str, tuple[torch.dtype, list[int]]]]
+    parameters: dict[str, str | None]
+    quantized: set[str]
+    transposed: set[str]
+    head: str | None
+    vocabulary: int | None
 
 
-def read_layout(path: Path) -> dict[str, tuple[torch.dtype, list[int]]]:
-    """Return the dtype and the shape of each tensor of a weight file.
+def plan_merge(
+    adapter: Path, base: Path, config: PretrainedConfig, dtype_name: str | None, quantized: bool
+) -> Plan:
+    """Find what does not fit before anything is written.
+
+    Args:
+        adapter: The folder of a PEFT adapter.
+        base: The local folder of the base.
+        config: The base's config.
+        dtype_name: The dtype of the merged model; that of the base's first tensor by default.
+        quantized: Whether linear layers are quantized and dequantized first.
 
     Raises:
-        MergeError: A tensor is of a dtype that cannot be merged.
+        ModelError: The adapter is of a kind that cannot be merged.
+        MergeError: The adapter and the base do not fit.
     """
-    dtypes = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
-    with safe_open(path, "pt") as file:
-        layout = {}
-        for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-            # A slice tells dtype and shape without reading the tensor.
-            tensor = file.get_slice(name)
-            if tensor.get_dtype() not in dtypes:
-                raise MergeError(
-                    f"{path.name}: tensor {name} is {tensor.get_dtype()}; merge from an unquantized"
-                    " 16- or 32-bit base"
-                )
-            layout[name] = (dtypes[tensor.get_dtype()], list(tensor.get_shape()))
-    return layout
+    model = make_skeleton(config)
+    tensors = AdapterTensors(adapter, model)
+    layouts = {shard: read_layout(shard) for shard in list_shards(base)}
+    parameters = map_names(model, [name for layout in layouts.values() for name in layout])
+    files = {parameter: name for name, parameter in parameters.items() if parameter is not None}
+    rounded = {f"{module}.weight" for module in quantized_modules(model)} if quantized else set()
+    head, embedding = find_tied_head(model)
+    untied = head if head is not None and separates_head(tensors, head, embedding) else None
+    for parameter in sorted(tensors.changed() | rounded):
+        # A tied head has no tensor in the files.
+        if parameter not in files and not (parameter == head and embedding in files):
+            raise MergeError(describe_missing(parameter, model))
+    if clash := rounded & set(tensors.replaced):
+        raise MergeError(
+            f"adapter {adapter}: it replaces {min(clash)}, which was quantized in training; merge"
+            " it with --base_weights original"
+        )
+    dtype = DTYPES[dtype_name] if dtype_name else next(iter(layouts[min(layouts)].values()))[0]
+    vocabulary = None
+    merged: dict[Path, dict[str, tuple[torch.dtype, list[int]]]] = {}
+    for shard, layout in layouts.items():
+        merged[shard] = {}
+        for name, (_, shape) in layout.items():
+            new = tensors.replaced.get(parameters[name])
+            if new is not None and list(new.shape) != shape:
+                vocabulary = check_resized(parameters[name], model, list(new.shape), shape)
+                shape = list(new.shape)
+            merged[shard][name] = (dtype, shape)
+            if untied and parameters[name] == embedding:
+                rows = tensors.replaced.get(untied)
+                merged[shard][untied] = (dtype, shape if rows is None else list(rows.shape))
+    transposed = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, (Conv1D, torch.nn.Embedding))
+    }
+    return Plan(tensors, merged, parameters, rounded, transposed, untied, vocabulary)
 
 
-def read_tensor(path: Path, name: str) -> torch.Tensor:
-    """Return a copy of one tensor.
+def find_tied_head(model: torch.nn.Module) -> tuple[str | None, str | None]:
+    """Return the parameters of a tied head and of its embedding; twice None without one."""
+    head = model.get_output_embeddings()
+    embedding = model.get_input_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return None, None
+    names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
+    return names[id(head)], names[id(embedding)]
 
-    The file is mapped into memory here only, so its pages do not stay resident.
+
+def separates_head(tensors: AdapterTensors, head: str, embedding: str) -> bool:
+    """Whether the adapter makes a tied head and its embedding different.
+
+    Rows of tokens are trained in both at once, and a copy of both may be saved beside an adapter.
     """
-    with safe_open(path, "pt") as file:
-        return file.get_tensor(name).clone()
+    modules = {name.removesuffix(".weight") for name in (head, embedding)}
+    if modules & set(tensors.modules):
+        return True
+    if len(modules & set(tensors.rows)) > 1:
+        raise MergeError(
+            "trainable_token_indices of a head that is tied to its embedding cannot be merged;"
+            " merge it with the program that trained it"
+        )
+    copies = [tensors.replaced.get(name) for name in (head, embedding)]
+    if copies[0] is None or copies[1] is None:
+        return copies != [None, None]
+    return not torch.equal(*copies)
+
+
+def check_resized(parameter: str, model: torch.nn.Module, new: list[int], old: list[int]) -> int:
+    """Return the rows of a replaced embedding or head of another size.
+
+    Raises:
+        MergeError: Another parameter has another size, or the width differs.
+    """
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if any(module is embedding for embedding in embeddings)
+    }
+    if parameter not in names or new[1:] != old[1:]:
+        raise MergeError(
+            f"tensor {parameter} is {old} in the base, {new} in the adapter; this is not the base"
+            " that was trained on"
+        )
+    return new[0]
+
+
+def describe_missing(parameter: str, model: torch.nn.Module) -> str:
+    """Return why a parameter has no tensor in the base's files."""
+    if parameter not in model.state_dict():
+        reason = "this architecture has no such tensor"
+    else:
+        reason = "transformers makes it of others, or this is not the base that was trained on"
+    return (
+        f"tensor {parameter} of the adapter is not in the base's files: {reason}; it cannot be"
+        " merged, evaluate the adapter without merging"
+    )
 
 
 def merge(
@@ -287,29 +240,19 @@ def merge(
         The number of tensors that are done and the number of all, for a progress bar.
 
     Raises:
+        ModelError: The adapter is of a kind that cannot be merged.
         MergeError: The adapter and the base do not fit, or the disk refuses. Then `output` does not
             exist.
     """
-    # Names and dtypes that do not fit are refused before anything is written.
-    tensors = AdapterTensors(adapter)
-    shards = list_shards(base)
-    layouts = {shard: read_layout(shard) for shard in shards}
-    names = set().union(*layouts.values())
-    adapted_modules = {resolve_name(module, names): module for module in tensors.modules}
-    if metadata.get("dtype"):
-        dtype = DTYPES[metadata["dtype"]]
-    else:
-        # Without metadata the merged model gets the dtype of the base's first tensor.
-        dtype, _ = next(iter(layouts[shards[0]].values()))
     quantization = "none"
     if base_weights == "dequantized":
         quantization = metadata.get("quantization", "none")
+    plan = plan_merge(adapter, base, config, metadata.get("dtype"), quantization != "none")
+    dtype, _ = next(iter(next(iter(plan.layouts.values())).values()))
     quantize_and_back = None
-    quantized = set()
     if quantization != "none":
         double = metadata.get("double_quantization", True)
         quantize_and_back = make_dequantizer(quantization, double, dtype)
-        quantized = {resolve_name(module, names) for module in quantized_modules(config)}
     # The folder aside lies on the same file system, so the rename at the end is one step and
     # `output` is never half a model.
     aside = output.with_name(f".{output.name}.tmp")
@@ -318,29 +261,22 @@ def merge(
     aside.mkdir(parents=True)
     try:
         done = 0
-        total = len(names)
+        total = sum(map(len, plan.layouts.values()))
         weight_map = {}
         size = 0
-        for shard in shards:
-            layout = {name: (dtype, shape) for name, (_, shape) in layouts[shard].items()}
+        for shard, layout in plan.layouts.items():
             writer = ShardWriter(aside / shard.name, layout)
-            for name in layout:
-                tensor = read_tensor(shard, name)
-                # The weight is rounded before the update is added, because training added the
-                # update to the rounded weight. Rounding the sum would lose nearly all of a small
-                # update.
-                if name in quantized:
-                    tensor = quantize_and_back(tensor)
-                if name in adapted_modules:
-                    tensor = tensors.apply(adapted_modules[name], tensor.float())
+            for name, tensor in merge_shard(plan, shard, quantize_and_back):
                 writer.write(name, tensor.to(dtype))
                 weight_map[name] = shard.name
                 done += 1
                 yield done, total
             writer.close()
             size += writer.size
-        copy_rest(base, adapter, aside, config, dtype)
-        if len(shards) > 1:
+        copy_rest(base, adapter, aside)
+        write_config(base, aside, plan, dtype)
+        write_metadata(adapter, aside, metadata, base_weights)
+        if len(plan.layouts) > 1:
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}
             (aside / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
         aside.rename(output)
@@ -356,28 +292,40 @@ def merge(
         raise
 
 
-def resolve_name(module: str, names: set[str]) -> str:
-    """Return the name of a module's weight in the base's files.
+def merge_shard(
+    plan: Plan, shard: Path, quantize_and_back: Callable[[torch.Tensor], torch.Tensor] | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of a merged file by name, in the order of its layout.
 
-    Raises:
-        MergeError: The files have no such tensor.
+    Args:
+        plan: The result of plan_merge.
+        shard: The base's file.
+        quantize_and_back: The result of make_dequantizer; None where nothing is quantized.
     """
-    name = f"{module}.weight"
-    if name not in names:
-        reason = "the base stores it under another name"
-        if module.endswith("lm_head"):
-            reason = "it shares the embedding's weights"
-        raise MergeError(
-            f"tensor {name} of the adapter is not in the base: {reason}, or this is not the base"
-            " that was trained on"
-        )
-    return name
+    changed = plan.tensors.changed()
+    before: torch.Tensor | None = None
+    for name in plan.layouts[shard]:
+        if name == plan.head:
+            # The head follows the embedding that it was tied to.
+            yield name, plan.tensors.apply(name, before)
+            continue
+        parameter = plan.parameters[name]
+        transposed = parameter in plan.transposed
+        tensor = read_tensor(shard, name)
+        # The weight is rounded before the update is added, because training added the update to the
+        # rounded weight. Rounding the sum would lose nearly all of a small update.
+        if parameter in plan.quantized:
+            rounded = quantize_and_back(tensor.T if transposed else tensor)
+            tensor = rounded.T if transposed else rounded
+        if plan.head is not None:
+            before = tensor.float().clone()
+        if parameter in changed:
+            tensor = plan.tensors.apply(parameter, tensor.float(), transposed)
+        yield name, tensor
 
 
-def copy_rest(
-    base: Path, adapter: Path, output: Path, config: PretrainedConfig, dtype: torch.dtype
-) -> None:
-    """Copy config, tokenizer, chat template and licence of the base, and the adapter metadata."""
+def copy_rest(base: Path, adapter: Path, output: Path) -> None:
+    """Copy tokenizer, chat template and licence; those beside the adapter win over the base's."""
     # The base's own weights must not stand beside the merged ones.
     for path in base.iterdir():
         if (
@@ -386,16 +334,38 @@ def copy_rest(
             and path.name.startswith(COPIED_PREFIXES)
         ):
             shutil.copyfile(path, output / path.name)
-    merged_config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    # With this key transformers would take the merged weights for quantized ones or quantize them.
-    merged_config.pop("quantization_config", None)
-    merged_config.pop("torch_dtype", None)  # the name of "dtype" in older versions
-    merged_config["dtype"] = str(dtype).removeprefix("torch.")
-    text = json.dumps(merged_config, indent=2) + "\n"
-    (output / "config.json").write_text(text, encoding="utf-8")
-    # Evaluation reads the prompt style and the completion of a merged model from this file.
-    if (adapter / "medqlora.json").is_file():
-        shutil.copyfile(adapter / "medqlora.json", output / "medqlora.json")
+    save_tokenizer(base, adapter, output)
+
+
+def write_config(base: Path, output: Path, plan: Plan, dtype: torch.dtype) -> None:
+    """Write the config of the merged model."""
+    merged = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    merged.pop("torch_dtype", None)  # the name of "dtype" in older versions
+    merged["dtype"] = str(dtype).removeprefix("torch.")
+    # A model with vision has these keys in its text model's config, and transformers reads the
+    # first one at the top too.
+    text = merged.get("text_config", merged)
+    if plan.head is not None:
+        merged["tie_word_embeddings"] = text["tie_word_embeddings"] = False
+    if plan.vocabulary is not None:
+        text["vocab_size"] = plan.vocabulary
+    (output / "config.json").write_text(json.dumps(merged, indent=2) + "\n", encoding="utf-8")
+
+
+def write_metadata(
+    adapter: Path, output: Path, metadata: dict[str, Any], base_weights: str
+) -> None:
+    """Write the adapter metadata beside the merged weights, with the kind of these weights.
+
+    Evaluation reads from it how the model is asked, and what loads a base whether its weights may
+    be quantized again.
+    """
+    if not (adapter / "medqlora.json").is_file():
+        return
+    if metadata.get("quantization", "none") == "none":
+        base_weights = "original"  # Nothing was quantized, so there is one kind of weights only.
+    text = json.dumps({**metadata, MERGED_WEIGHTS: base_weights}, indent=2) + "\n"
+    (output / "medqlora.json").write_text(text, encoding="utf-8")
 
 
 @torch.inference_mode()

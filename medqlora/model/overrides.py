@@ -412,9 +412,10 @@ def prepare_gated(module: torch.nn.Module) -> None:
 
 
 def is_plain_lora(module: torch.nn.Module) -> bool:
-    """Whether a LoRA layer has a linear base, one adapter and no variant such as DoRA."""
+    """Whether a LoRA layer has a linear base, one adapter, no bias and no variant such as DoRA."""
     linear = isinstance(module.get_base_layer(), torch.nn.Linear)
-    return linear and len(module.lora_A) == 1 and not module.lora_variant
+    biased = any(factor.bias is not None for factor in module.lora_B.values())
+    return linear and len(module.lora_A) == 1 and not module.lora_variant and not biased
 
 
 def skip_padding_check(model: PreTrainedModel, *_: Any) -> None:

@@ -1,0 +1,131 @@
+"""The one list of PEFT's adapter settings and of what computes each of them right.
+
+Adapters of other programs may have any of them. One that is passed over gives wrong numbers without
+an error, so a setting that is not in this list is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from medqlora.model.base import ModelError
+
+# What an adapter is wanted for: the transformers engine, a merge, or vLLM.
+Use = Literal["hf", "merge", "vllm"]
+EVERYWHERE = frozenset(("hf", "merge", "vllm"))
+NO_VLLM = frozenset(("hf", "merge"))
+HF_ONLY = frozenset(("hf",))
+
+# The transformers engine calls the model inside PEFT's wrapper, so it computes the types that
+# replace modules. Types that prepend virtual tokens live in the wrapper.
+TYPES = {"LORA": EVERYWHERE} | dict.fromkeys(
+    ("IA3", "LOHA", "LOKR", "LN_TUNING", "OFT", "VERA"), HF_ONLY
+)
+# Settings of a LoRA adapter that change what is computed.
+SETTINGS = {
+    "use_rslora": EVERYWHERE,
+    "exclude_modules": EVERYWHERE,
+    "layers_to_transform": EVERYWHERE,
+    "layers_pattern": EVERYWHERE,
+    "use_dora": NO_VLLM,
+    "rank_pattern": NO_VLLM,
+    "alpha_pattern": NO_VLLM,
+    "bias": NO_VLLM,
+    "lora_bias": NO_VLLM,
+    "modules_to_save": NO_VLLM,
+    "trainable_token_indices": NO_VLLM,
+    "fan_in_fan_out": NO_VLLM,
+    "ensure_weight_tying": HF_ONLY,
+    "layer_replication": HF_ONLY,
+    "target_parameters": HF_ONLY,
+}
+# Settings that change nothing by themselves in a trained adapter.
+NEUTRAL = frozenset(
+    (
+        "alpha",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "corda_config",
+        "eva_config",
+        "inference_mode",
+        "loftq_config",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_config",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+    )
+)
+# Initial values that leave the base's weights as they are. PiSSA and OLoRA take a part out of them,
+# which PEFT repeats when it loads such an adapter; the other ways are not repeatable.
+PLAIN_INITIAL = (True, False, "gaussian", "eva", "orthogonal", None)
+REPEATED_INITIAL = ("pissa", "olora")
+REFUSALS = {
+    "hf": "cannot be evaluated; merge it with the program that trained it and give the result as"
+    " --model",
+    "merge": "cannot be merged; merge it with the program that trained it",
+    "vllm": "is not served by vLLM; ",
+}
+
+
+def read_settings(folder: Path, use: Use) -> dict[str, Any]:
+    """Return the content of adapter_config.json, if all of it is computed right.
+
+    Args:
+        folder: The folder of a PEFT adapter.
+        use: What the adapter is wanted for.
+
+    Raises:
+        ModelError: The adapter is of a type or has a setting that is not computed.
+    """
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    kind = settings.get("peft_type")
+    refuse_unless(use in TYPES.get(kind, ()), folder, f"peft_type {kind}", TYPES.get(kind, ()), use)
+    task = settings.get("task_type")
+    refuse_unless(task in (None, "CAUSAL_LM"), folder, f"task_type {task}", (), use)
+    if kind != "LORA":
+        return settings
+    for key, value in settings.items():
+        if key in NEUTRAL or not value or (key, value) == ("bias", "none"):
+            continue
+        uses = find_initial_uses(value) if key == "init_lora_weights" else SETTINGS.get(key, ())
+        refuse_unless(use in uses, folder, f"{key} {value}", uses, use)
+    return settings
+
+
+def find_initial_uses(value: Any) -> Iterable[str]:
+    """Return what computes an adapter with these initial values."""
+    if value in PLAIN_INITIAL:
+        return EVERYWHERE
+    return HF_ONLY if value in REPEATED_INITIAL else ()
+
+
+def refuse_unless(right: bool, folder: Path, what: str, uses: Iterable[str], use: Use) -> None:
+    """Raise ModelError unless a setting is computed right, and say what to do instead.
+
+    Args:
+        right: Whether it is.
+        folder: The adapter's folder.
+        what: The setting with its value.
+        uses: What computes it right.
+        use: What the adapter is wanted for.
+    """
+    if right:
+        return
+    reason = REFUSALS[use]
+    if use == "vllm" and "merge" in uses:
+        reason += "merge the adapter first (recipes/merge_adapter.py)"
+    elif use == "vllm":
+        reason += "use --engine hf" if "hf" in uses else "merge it with the program that trained it"
+    raise ModelError(f"adapter {folder}: {what[:80]} in adapter_config.json {reason}")
