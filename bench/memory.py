@@ -163,9 +163,9 @@ import huggingface_hub
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
+from medqlora.model.adapter_preview import preview_adapter
 from medqlora.model.base import check_length
 from medqlora.model.hardware import choose_dtype, default_device
-from medqlora.model.random_base import count_parameters
 from medqlora.training.memory.allocator import segments_expand
 from medqlora.training.memory.architectures import forecast_serving, read_architecture
 from medqlora.training.memory.estimate import assume_labelled, forecast_plan, make_batch
@@ -233,7 +233,10 @@ def main() -> None:
         figures = predict(case)
     figures["model"] = config.model.base
     figures["seconds"] = time.perf_counter() - began
-    figures["base_parameters"] = count_parameters(architecture, config.lora)[0]
+    preview = preview_adapter(architecture, config.lora)
+    figures["base_parameters"] = preview.base_parameters
+    if kept := preview.describe_kept(config.model, target.dtype):
+        console.print(kept)
     console.print(f"{figures['seconds']:.1f} s")
     if arguments.measure:
         figures |= measure(figures, arguments)

@@ -166,7 +166,7 @@ def hash_run(settings: EvaluationSettings, asking: Asking, method: Method) -> st
             "completion": asking.encoder.completion,
             "method": vars(method),
             "engine": settings.engine,
-            "rows": 1,  # This number rises with every change of what a row holds.
+            "rows": 2,  # This number rises with every change of what a row holds.
         }
     )
 

@@ -112,9 +112,11 @@ from medqlora.batches.plan import Plan
 from medqlora.core.command import run_command
 from medqlora.core.files import check_disk
 from medqlora.core.run_folder import check_run
+from medqlora.model.adapter_preview import preview_adapter
 from medqlora.model.base import check_hardware, check_length, load_tokenizer, read_model_config
+from medqlora.model.base_weights import check_trainable
 from medqlora.model.hardware import choose_dtype, default_device
-from medqlora.model.random_base import count_parameters
+from medqlora.model.initial_adapter import check_initial
 from medqlora.prompts.chat_template import Encoder, make_encoder
 from medqlora.prompts.encoding import TokenTable
 from medqlora.training.memory.allocator import segments_expand
@@ -355,14 +357,20 @@ def check_model(config: Config) -> tuple[BaseModel, str]:
     """Check the base's configuration, the adapter's targets, and the tokenizer."""
     model = config.model
     architecture = read_model_config(model.base, model.revision, model.trust_remote_code)
+    check_trainable(model, architecture)
     check_length(architecture, config.data.max_length)
-    base, adapter = count_parameters(architecture, config.lora)
+    preview = preview_adapter(architecture, config.lora)
+    if config.lora.init_adapter is not None:
+        check_initial(model, config.lora, architecture, preview)
     tokenizer = load_tokenizer(model.base, model.revision, model.trust_remote_code)
     encoder = make_encoder(
         tokenizer, config.data.prompt_style, config.data.completion, model.template_arguments
     )
-    text = f"{base:,} parameters, adapter {adapter:,}; prompt style {encoder.style}"
-    return BaseModel(architecture, adapter, encoder), text
+    adapter = preview.adapter_parameters
+    text = f"{preview.base_parameters:,} parameters, adapter {adapter:,}"
+    kept = preview.describe_kept(model, choose_dtype(model.dtype, default_device()))
+    parts = [text, f"prompt style {encoder.style}", kept, preview.unmergeable]
+    return BaseModel(architecture, adapter, encoder), "; ".join(part for part in parts if part)
 
 
 def check_data(config: Config, model: BaseModel) -> tuple[Prepared, str]:

@@ -10,9 +10,11 @@ than the trained one, and a second printed error says how much their logits diff
 import argparse
 import gc
 import os
+import warnings
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 
 from medqlora.core.command import CommandParser, quiet_libraries, run_command, run_early
@@ -57,7 +59,7 @@ import torch
 from medqlora.engines.packed_passes import run_packed
 from medqlora.model.adapter import check_adapter, load_adapter, read_adapter_metadata
 from medqlora.model.base import load_base, load_tokenizer, read_model_config, unwrap
-from medqlora.model.hardware import default_device
+from medqlora.model.hardware import default_device, name_dtype
 from medqlora.model.head_loss import compute_logits
 from medqlora.model.identity import resolve_base, sample_weights
 from medqlora.model.merging import compare_logits, merge
@@ -91,6 +93,8 @@ console = Console(highlight=False, soft_wrap=True)
 
 def main() -> None:
     arguments = ARGUMENTS
+    # Python's own form would add a file name and a line of source.
+    warnings.showwarning = lambda message, *_: console.print(escape(str(message)), style="yellow")
     quiet_libraries()
     if arguments.output.exists():
         raise MergeError(f"--output {arguments.output} exists; give a new folder")
@@ -117,7 +121,9 @@ def main() -> None:
     total = next(steps)[1]
     for _ in track(steps, "merging", total - 1, console=console, transient=True):
         pass
-    console.print(f"{arguments.output}: {total} tensors, {arguments.base_weights} base")
+    quantized = metadata.get("quantization", "none") != "none"
+    weights = arguments.base_weights if quantized else "unquantized"
+    console.print(f"{arguments.output}: {total} tensors, {weights} base")
     if arguments.verify == "true":
         verify(arguments, metadata, base)
 
@@ -136,7 +142,7 @@ def verify(arguments: argparse.Namespace, metadata: dict, base: Path) -> None:
     dtype = read_model_config(str(arguments.output)).dtype
     # A CPU computes nothing in float16, so the rounded weights are used in float32 there.
     halved = device.type == "cpu" and dtype is torch.float16
-    settings = {"dtype": "float32" if halved else str(dtype).removeprefix("torch.")}
+    settings = {"dtype": "float32" if halved else name_dtype(dtype)}
     trained = settings | {
         "quantization": metadata.get("quantization", "none"),
         "double_quantization": metadata.get("double_quantization", True),

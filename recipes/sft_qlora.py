@@ -37,7 +37,7 @@ from medqlora.core.files import read_lines, write_json, write_json_lines
 from medqlora.core.run_folder import LOG
 from medqlora.engines.hf import HfEngine
 from medqlora.evaluation.answering import answer_letters
-from medqlora.model.adapter import name_parameters, restore_adapter
+from medqlora.model.adapter import name_parameters
 from medqlora.reporting.terminal import (
     TrainingDisplay,
     compare_scores,
@@ -53,6 +53,7 @@ from medqlora.training.records import (
     describe_adapter,
     describe_run,
     restore,
+    restore_weights,
     write_adapter,
     write_checkpoint,
     write_start,
@@ -76,8 +77,7 @@ def main(config: Config, output_dir: Path, resume: bool) -> int:
         storage = choose_storage(setup.strategy, config.model.quantization, setup.dtype)
         loaded = load(planned.config, setup.device, storage)
         built = build(loaded, planned.config)
-        if planned.checkpoint is not None:
-            restore_adapter(built.model, planned.checkpoint.adapter)
+        restore_weights(setup, planned, built)
         agreement = prove(built, planned.config)
         metadata = describe_adapter(setup, planned, loaded.base)
     memory = {"before": setup.memory_before, "loaded": setup.meter.now()}

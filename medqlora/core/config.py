@@ -80,6 +80,10 @@ class Lora(Section):
     """
     variant: Literal["lora", "rslora", "dora"] = "lora"
     """How the update is parametrized. dora also learns the norms of the weights' rows."""
+    init_adapter: str | None = None
+    """Adapter folder of a run whose weights the training begins with. The base and its
+    quantization, r, alpha, target_modules and variant must be those of that run.
+    """
 
 
 class DataEntry(Section):

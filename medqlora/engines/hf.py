@@ -31,6 +31,8 @@ from medqlora.model.agreement import TOLERANCE, choose_way
 from medqlora.model.attention.packed_batch import find_device
 from medqlora.model.attention.tree import locate_prefix_tree
 from medqlora.model.base import unwrap
+from medqlora.model.base_weights import describe_quantized
+from medqlora.model.hardware import name_dtype
 from medqlora.model.reference import find_dtype
 from medqlora.model.rotation import find_short_length
 
@@ -61,6 +63,8 @@ class HfEngine:
         self.model = model
         self.causal = unwrap(model)
         config = self.causal.config.get_text_config()
+        # transformers notes in the config how it quantized the weights, or found them.
+        self.weights = describe_quantized(self.causal.config) or name_dtype(self.causal.dtype)
         self.device = find_device(self.causal)
         self.tolerance = NATS * TOLERANCE[find_dtype(self.causal)]
         # XLNet has no limit and says -1.

@@ -80,7 +80,9 @@ BATCH_SIZE = {"hf": 64, "vllm": 512, "openai": 64}
 class Engine(Protocol):
     """What runs a model. An engine for chat servers takes ChatRequest in place of Request."""
 
-    name: str  # This name stands in prediction rows.
+    name: str  # This name stands in prediction rows, and so do the weights.
+    # How the weights that run are held, as nf4 or bfloat16; None where only a server knows.
+    weights: str | None
 
     def score(self, requests: Sequence[Request], shared: int = 0) -> list[list[float]]:
         """Return the natural log-probability of each option of each request.

@@ -147,6 +147,7 @@ class CompletionsEngine:
     """
 
     name = "openai"
+    weights = None
 
     def __init__(self, connection: Connection, decode: Callable[[list[int]], str]):
         self.connection = connection
@@ -236,6 +237,7 @@ class ChatEngine:
     """A server that takes messages only. Options are scored by the most likely first tokens."""
 
     name = "openai"
+    weights = None
 
     def __init__(self, connection: Connection, template_arguments: Mapping[str, Any] | None = None):
         """Talk to a chat server.

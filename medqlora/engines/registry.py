@@ -52,6 +52,11 @@ class ModelSettings(Section):
     """Compute dtype, or a quantization. Without it, the adapter's own quantization and dtype are
     taken, or auto.
     """
+    base_weights: Literal["dequantized", "original"] | None = None
+    """With an adapter that was trained on quantized weights: dequantized computes with those, in
+    the dtype that --dtype names; original with the 16-bit base, which is another model than the
+    trained one. Without it, only the weights of the training are taken.
+    """
     prompt_style: PromptStyle | None = None
     """How questions are rendered; by default as the adapter was trained, else auto."""
     completion: Completion | None = None
@@ -127,6 +132,11 @@ class RunSettings(ModelSettings, EngineSettings):
                 "--engine openai: the server owns its adapters; give the served adapter's name as"
                 " --model, without --adapter"
             )
+        if self.base_weights and not self.adapter:
+            raise ValueError(
+                f"--base_weights {self.base_weights} says what an adapter stands on; give it with"
+                " --adapter, or leave it out"
+            )
         if self.api == "chat" and self.prompt_style not in (None, "auto", "chat"):
             raise ValueError(
                 f"--prompt_style {self.prompt_style}: a chat server takes messages only; leave it"
@@ -169,16 +179,24 @@ def prepare_asking(settings: RunSettings) -> Asking:
             encoder = MessageEncoder(settings.completion or "letter", "chat", arguments)
             return Asking(encoder, {}, None, identity)
         source = settings.tokenizer or settings.model
-        return Asking(open_encoder(settings, source, {}), {}, settings.max_length, identity)
-    # transformers takes seconds to import, and a chat server needs none of it.
+        # transformers takes seconds to import, and a chat server needs none of it.
+        from medqlora.model.base import load_tokenizer
+
+        tokenizer = load_tokenizer(source, settings.revision)
+        encoder = open_encoder(settings, tokenizer, {})
+        return Asking(encoder, {}, settings.max_length, identity)
     from medqlora.model.adapter import check_adapter
+    from medqlora.model.adapter_settings import read_settings
+    from medqlora.model.adapter_tokenizer import choose_tokenizer
     from medqlora.model.base import read_model_config
+    from medqlora.model.base_weights import check_quantizable
     from medqlora.model.hardware import choose_dtype, default_device
     from medqlora.model.identity import describe_model, read_merged_metadata
 
     config = read_model_config(settings.model, settings.revision)
     if settings.adapter:
         metadata = check_adapter(settings.adapter, config)
+        read_settings(settings.adapter, settings.engine)
     else:
         # This holds only how the model is asked: merged weights are not quantized.
         metadata = read_merged_metadata(settings.model)
@@ -191,11 +209,13 @@ def prepare_asking(settings: RunSettings) -> Asking:
     if settings.engine == "vllm" and positions and not settings.max_length:
         max_length = positions - 1  # vLLM generates a token in order to score one.
     loading = describe_loading(settings, metadata)
+    check_quantizable(loading, config)
     identity = describe_model(settings.model, settings.revision, settings.adapter) | {
         "quantization": loading.quantization,
         "dtype": str(choose_dtype(loading.dtype, default_device())),
     }
-    encoder = open_encoder(settings, settings.model, metadata)
+    tokenizer, _ = choose_tokenizer(settings.model, settings.revision, settings.adapter, config)
+    encoder = open_encoder(settings, tokenizer, metadata)
     # Who names a style or a completion wants other prompts than those of the training.
     asked_otherwise = (
         settings.prompt_style or settings.completion or settings.template_arguments is not None
@@ -205,12 +225,10 @@ def prepare_asking(settings: RunSettings) -> Asking:
     return Asking(encoder, metadata, max_length, identity)
 
 
-def open_encoder(settings: RunSettings, source: str, metadata: dict[str, Any]) -> Encoder:
-    """Load the tokenizer and resolve how prompts are rendered."""
-    from medqlora.model.base import load_tokenizer
-
+def open_encoder(settings: RunSettings, tokenizer: Any, metadata: dict[str, Any]) -> Encoder:
+    """Resolve how prompts are rendered."""
     return make_encoder(
-        load_tokenizer(source, settings.revision),
+        tokenizer,
         settings.prompt_style or metadata.get("prompt_style", "auto"),
         settings.completion or metadata.get("completion", "letter"),
         choose_arguments(settings, metadata),
@@ -238,17 +256,22 @@ def check_prompts(encoder: Encoder, adapter: Path, metadata: dict[str, Any]) -> 
 
 
 def describe_loading(settings: RunSettings, metadata: dict[str, Any]) -> Model:
-    """Return how the model is loaded: as the adapter was trained, unless --dtype says otherwise."""
-    if settings.dtype in QUANTIZATIONS:
-        quantization = settings.dtype
-        dtype = "auto"
-    elif settings.dtype:
-        quantization = "none"
-        dtype = settings.dtype
-    else:
-        # An adapter belongs to the weights that its training multiplied with.
-        quantization = metadata.get("quantization", "none")
-        dtype = metadata.get("dtype", "auto")
+    """Return how the model is loaded: as the adapter was trained, unless flags say otherwise.
+
+    Raises:
+        ConfigError: An adapter would stand on other weights than in its training without a flag
+            that says so.
+    """
+    quantization = settings.dtype if settings.dtype in QUANTIZATIONS else "none"
+    # An adapter belongs to the dtype that its training computed in.
+    dtype = "auto" if settings.dtype in QUANTIZATIONS else settings.dtype
+    dtype = dtype or metadata.get("dtype", "auto")
+    trained = metadata.get("quantization", "none")
+    if trained != "none":
+        check_base_weights(settings, trained)
+        if settings.base_weights != "original":
+            quantization = trained
+            dtype = metadata.get("dtype", "auto") if settings.dtype == trained else dtype
     return Model(
         base=settings.model,
         revision=settings.revision,
@@ -257,6 +280,41 @@ def describe_loading(settings: RunSettings, metadata: dict[str, Any]) -> Model:
         double_quantization=metadata.get("double_quantization", True),
         dtype=dtype,
     )
+
+
+def check_base_weights(settings: RunSettings, trained: str) -> None:
+    """Refuse flags that would put an adapter on other weights than in its training.
+
+    Args:
+        settings: the model and what runs it.
+        trained: the quantization of the adapter's training.
+
+    Raises:
+        ConfigError: the message says what each flag would compute.
+    """
+    place = f"--adapter {settings.adapter} was trained on {trained} weights"
+    quantized = settings.dtype in QUANTIZATIONS
+    if settings.base_weights == "original":
+        if quantized:
+            raise ConfigError(
+                f"{place}: --base_weights original takes unquantized ones, not --dtype"
+                f" {settings.dtype}; leave one of the two out"
+            )
+        return
+    if settings.engine == "vllm":
+        raise ConfigError(
+            f"{place}, but vLLM would load the original ones; merge it (recipes/merge_adapter.py)"
+            " and give the merged folder as --model, or take --base_weights original, which is"
+            " another model than the trained one"
+        )
+    if quantized and settings.dtype != trained:
+        raise ConfigError(f"{place}, not {settings.dtype}; leave --dtype out")
+    if settings.dtype and not quantized and settings.base_weights is None:
+        raise ConfigError(
+            f"{place}: --dtype {settings.dtype} can mean to compute with those in"
+            f" {settings.dtype} (--base_weights dequantized), or with the unquantized base, which"
+            " is another model (--base_weights original); say which"
+        )
 
 
 def open_engine(settings: RunSettings, asking: Asking, seed: int, key: str | None) -> Engine:
@@ -289,8 +347,6 @@ def open_engine(settings: RunSettings, asking: Asking, seed: int, key: str | Non
     if settings.engine == "vllm":
         from medqlora.engines.vllm import VllmEngine
 
-        # VllmEngine takes unquantized weights only. An adapter that was trained on a quantized base
-        # therefore stands on the original one here.
         return VllmEngine(
             settings.model,
             settings.adapter,

@@ -6,7 +6,6 @@ It takes a merged checkpoint, or a base with a LoRA adapter.
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 from safetensors import safe_open
 
 from medqlora.engines.interface import EngineError, Request, Sampling, decode_answer
+from medqlora.model.adapter_settings import read_settings
+from medqlora.model.hardware import name_dtype
 
 # A longer option, in tokens, costs less as part of the prompt than one request for each token.
 LONG = 16
@@ -80,7 +81,7 @@ class VllmEngine:
             # These log-probabilities are taken after all tokens but the allowed ones are masked.
             settings["logprobs_mode"] = "processed_logprobs"
         if adapter:
-            rank = check_adapter_config(adapter)
+            rank = check_vllm_adapter(adapter)
             settings["enable_lora"] = True
             settings["max_lora_rank"] = min(served for served in LORA_RANKS if served >= rank)
         folder = Path(model).expanduser()
@@ -107,6 +108,8 @@ class VllmEngine:
             raise EngineError(
                 f"--engine vllm: vLLM did not start with {model}: {lines[-1][:300]}"
             ) from None
+        loaded = self.llm.llm_engine.model_config
+        self.weights = loaded.quantization or name_dtype(loaded.dtype)
         self.lora = None
         self.adapters = adapter is not None
         if adapter:
@@ -289,25 +292,29 @@ def sum_long_option(output: Any, start: int, option: list[int]) -> float:
     return value + output.outputs[0].logprobs[0][option[-1]].logprob
 
 
-def check_adapter_config(adapter: Path) -> int:
+def check_vllm_adapter(adapter: Path) -> int:
     """Return the rank of an adapter.
 
     Raises:
-        EngineError: vLLM does not serve such an adapter.
+        ModelError: the adapter is of a kind that vLLM does not serve.
+        EngineError: vLLM does not serve its rank, or one of its tensors.
     """
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    for key, feature in (("use_dora", "DoRA"), ("modules_to_save", "modules_to_save")):
-        if config.get(key):
-            raise EngineError(
-                f"--engine vllm: adapter {adapter} uses {feature}, which vLLM does not serve; merge"
-                " it first (recipes/merge_adapter.py)"
-            )
-    if config["r"] > LORA_RANKS[-1]:
+    rank = read_settings(adapter, "vllm")["r"]
+    if rank > LORA_RANKS[-1]:
         raise EngineError(
-            f"--engine vllm: adapter {adapter} has rank {config['r']}, vLLM serves up to"
+            f"--engine vllm: adapter {adapter} has rank {rank}, vLLM serves up to"
             f" {LORA_RANKS[-1]}; merge it first (recipes/merge_adapter.py)"
         )
-    return config["r"]
+    with safe_open(adapter / "adapter_model.safetensors", framework="np") as weights:
+        # Embeddings, heads and whole tensors have other names, or vLLM passes them over.
+        for name in weights.keys():  # noqa: SIM118 - safe_open is no mapping
+            plain = name.endswith((".lora_A.weight", ".lora_B.weight"))
+            if not plain or ".lm_head." in name or ".embed_out." in name:
+                raise EngineError(
+                    f"--engine vllm: adapter {adapter} has the tensor {name}, which vLLM does not"
+                    " serve; merge it first (recipes/merge_adapter.py)"
+                )
+    return rank
 
 
 def has_learned_weights(adapter: Path) -> bool:

@@ -58,6 +58,7 @@ def predict(
     common = {
         "prompt_sha256": describe_prompt(encoder, method, questions[0].shots if fixed else ()),
         "engine": engine.name,
+        "weights": engine.weights,
         "model": name,
     }
     if question_batches is None:

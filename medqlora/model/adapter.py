@@ -28,6 +28,7 @@ from medqlora.model.adapter_tokenizer import (
     name_whole_embeddings,
 )
 from medqlora.model.base import ModelError, list_untrained
+from medqlora.model.checkpoint_names import PREFIX, map_names
 from medqlora.model.dropout import SeededDropout
 from medqlora.model.identity import architecture_hash
 from medqlora.model.overrides import ADAPTER_OVERRIDES, apply_overrides
@@ -48,6 +49,19 @@ def attach_adapter(model: torch.nn.Module, lora: Lora, seed: int) -> PeftModel:
     """
     # PEFT draws the factors A from torch's global generator, so this seed alone decides them.
     torch.manual_seed(seed)
+    try:
+        # PEFT casts adapter weights to float32 by default (autocast_adapter_dtype).
+        adapted = get_peft_model(model, make_settings(model, lora))
+    except ValueError as error:
+        raise ModelError(
+            f"lora.target_modules {lora.target_modules}: {' '.join(str(error).split())[:200]}"
+        ) from None
+    replace_layer_methods(adapted)
+    return adapted
+
+
+def make_settings(model: torch.nn.Module, lora: Lora) -> LoraConfig:
+    """Return PEFT's settings of a new adapter on a model."""
     targets = lora.target_modules
     if not isinstance(targets, str):
         targets = list(targets)
@@ -56,7 +70,7 @@ def attach_adapter(model: torch.nn.Module, lora: Lora, seed: int) -> PeftModel:
     if targets == "all-linear" and (untrained := list_untrained(model)):
         # PEFT compares this pattern with whole names.
         excluded = rf"(?:{'|'.join(map(re.escape, untrained))})(?:\..*)?"
-    settings = LoraConfig(
+    return LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -66,15 +80,6 @@ def attach_adapter(model: torch.nn.Module, lora: Lora, seed: int) -> PeftModel:
         use_rslora=lora.variant == "rslora",
         use_dora=lora.variant == "dora",
     )
-    try:
-        # PEFT casts adapter weights to float32 by default (autocast_adapter_dtype).
-        adapted = get_peft_model(model, settings)
-    except ValueError as error:
-        raise ModelError(
-            f"lora.target_modules {lora.target_modules}: {' '.join(str(error).split())[:200]}"
-        ) from None
-    replace_layer_methods(adapted)
-    return adapted
 
 
 def replace_layer_methods(model: PeftModel) -> None:
@@ -161,11 +166,13 @@ def load_adapter(model: torch.nn.Module, folder: Path) -> PeftModel:
     if rows is not None and rows != model.get_input_embeddings().weight.shape[0]:
         # The adapter brings embeddings with tokens added, which PEFT puts into those of the model.
         model.resize_token_embeddings(rows, mean_resizing=False)
-    weights = load_file(folder / "adapter_model.safetensors")
+    weights = rename_modules(model, load_file(folder / "adapter_model.safetensors"))
     try:
         with warnings.catch_warnings():
             # PEFT only warns of a tensor that is missing; restore_adapter refuses it.
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            # It also warns of tied layers, which merge_plan separates where that is needed.
+            warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
             adapted = PeftModel.from_pretrained(model, folder)
     # PEFT raises these where a module, a size or a quantization does not fit.
     except (ValueError, TypeError, RuntimeError, KeyError) as error:
@@ -177,6 +184,25 @@ def load_adapter(model: torch.nn.Module, folder: Path) -> PeftModel:
     restore_adapter(adapted, weights, whole)
     replace_layer_methods(adapted)
     return adapted
+
+
+def rename_modules(
+    model: torch.nn.Module, weights: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return an adapter's tensors by the names that the base's modules have in this version.
+
+    transformers has renamed the modules of some models, such as Gemma-3 with vision.
+    """
+    known = dict(model.named_modules())
+    renamed = {}
+    for key, tensor in weights.items():
+        module, update, part = key.removeprefix(PREFIX).partition(".lora_")
+        if update and module not in known:
+            weight = f"{module}.weight"
+            module = (map_names(model, [weight])[weight] or weight).removesuffix(".weight")
+            key = f"{PREFIX}{module}{update}{part}"
+        renamed[key] = tensor
+    return renamed
 
 
 def read_adapter_metadata(folder: Path) -> dict[str, Any]:

@@ -37,7 +37,8 @@ SETTINGS = {
     "lora_bias": NO_VLLM,
     "modules_to_save": NO_VLLM,
     "trainable_token_indices": NO_VLLM,
-    "fan_in_fan_out": NO_VLLM,
+    # PEFT itself turns it round where it does not suit the layer.
+    "fan_in_fan_out": EVERYWHERE,
     "ensure_weight_tying": HF_ONLY,
     "layer_replication": HF_ONLY,
     "target_parameters": HF_ONLY,
@@ -45,7 +46,6 @@ SETTINGS = {
 # Settings that change nothing by themselves in a trained adapter.
 NEUTRAL = frozenset(
     (
-        "alpha",
         "auto_mapping",
         "base_model_name_or_path",
         "corda_config",

@@ -12,10 +12,9 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 
 from medqlora.model.adapter_settings import read_settings
-from medqlora.model.checkpoint_names import map_names
+from medqlora.model.checkpoint_names import PREFIX, map_names
 from medqlora.model.weight_files import MergeError
 
-PREFIX = "base_model.model."
 # The rows of an embedding that were trained by themselves; older versions of PEFT have no
 # token_adapter in the name.
 TOKEN_ROWS = re.compile(r"(?:\.token_adapter)?\.trainable_tokens_delta$")

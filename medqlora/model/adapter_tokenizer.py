@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from medqlora.model.base import ModelError, load_tokenizer, read_model_config
-from medqlora.model.checkpoint_names import make_skeleton
+from medqlora.model.checkpoint_names import PREFIX, make_skeleton
 
 TEMPLATE = "chat_template.jinja"
 SETTINGS = "tokenizer_config.json"
@@ -29,6 +30,8 @@ def choose_tokenizer(
     base: str, revision: str | None, adapter: Path | None, config: PretrainedConfig
 ) -> tuple[PreTrainedTokenizerBase, list[str]]:
     """Return the tokenizer that an adapter was trained with, and how it differs from the base's.
+
+    A warning says so where it differs.
 
     Args:
         base: The base's folder or hub id.
@@ -44,8 +47,15 @@ def choose_tokenizer(
     if own is None:
         return tokenizer, []
     differences = list_differences(tokenizer, own)
+    if not differences:
+        return tokenizer, []
     check_vocabulary(tokenizer, own, adapter, config)
-    return (own, differences) if differences else (tokenizer, [])
+    warnings.warn(
+        f"adapter {adapter}: the tokenizer beside it differs from the base's in"
+        f" {' and '.join(differences)}; the adapter's is used",
+        stacklevel=2,
+    )
+    return own, differences
 
 
 def read_own(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedTokenizerBase | None:
@@ -146,11 +156,7 @@ def name_whole_embeddings(embeddings: Iterable[str]) -> set[str]:
     Args:
         embeddings: The result of list_embeddings.
     """
-    return {
-        f"base_model.model.{name}{inner}.weight"
-        for name in embeddings
-        for inner in ("", ".base_layer")
-    }
+    return {f"{PREFIX}{name}{inner}.weight" for name in embeddings for inner in ("", ".base_layer")}
 
 
 def count_rows(adapter: Path, names: Collection[str]) -> int | None:

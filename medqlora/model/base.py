@@ -18,6 +18,7 @@ from transformers import (
 from medqlora.core.config import Model
 from medqlora.core.errors import UserError
 from medqlora.model.attention.backends import IMPLEMENTATIONS, choose_backend
+from medqlora.model.base_weights import check_quantizable, describe_quantized
 from medqlora.model.hardware import choose_dtype, read_capability
 from medqlora.model.overrides import BASE_OVERRIDES, apply_overrides, make_rotary_overrides
 from medqlora.model.quantization import keep_quantized_layout, quantization_config
@@ -183,14 +184,20 @@ def load_base(
 
     Raises:
         ModelError: The model cannot be used (see check_hardware and read_model_config).
+        WeightsError: The weights may not be quantized (see check_quantizable).
         AttentionError: The attention backend cannot run (see choose_backend).
     """
     # What can be refused without the weights is refused before the long download and loading.
     dtype = choose_dtype(model.dtype, device)
     check_hardware(model, device, dtype)
     config = read_model_config(model.base, model.revision, model.trust_remote_code)
+    check_quantizable(model, config)
     backend = choose_backend(model.attention, device, dtype, config).backend
     folder = Path(model.base).expanduser()
+    quantization = quantization_config(model, dtype, storage)
+    # Even None would replace what the config says of weights that are quantized in the files, and
+    # their codes would be loaded as if they were the weights.
+    settings = {} if quantization is None else {"quantization_config": quantization}
     try:
         # use_safetensors also refuses pickled weights of the hub, which read_model_config does not
         # see.
@@ -199,18 +206,35 @@ def load_base(
             revision=model.revision,
             dtype=dtype,
             use_safetensors=True,
-            quantization_config=quantization_config(model, dtype, storage),
             attn_implementation=IMPLEMENTATIONS[backend],
             trust_remote_code=model.trust_remote_code,
             device_map={"": device},
+            **settings,
         )
-    except (KeyError, ValueError) as error:
-        advice = explain_attention(error, backend)
+    except (ImportError, KeyError, RuntimeError, ValueError) as error:
+        advice = explain_attention(error, backend) or explain_quantized(error, config)
         if advice is None:
             raise
         raise ModelError(f"model {model.base}: {advice}") from None
     freeze(loaded, model, dtype)
     return loaded, backend
+
+
+def explain_quantized(error: Exception, config: PretrainedConfig) -> str | None:
+    """Return why weights that are quantized in the files cannot be loaded; None for other errors.
+
+    Args:
+        error: What transformers raised.
+        config: The model's config.
+    """
+    kind = describe_quantized(config)
+    # Such weights need packages and hardware of their own. Full memory is another matter.
+    if kind is None or isinstance(error, (KeyError, torch.OutOfMemoryError)):
+        return None
+    return (
+        f"its {kind} weights cannot be loaded here: {' '.join(str(error).split())[:200]}; give the"
+        " unquantized model that it was made from"
+    )
 
 
 def explain_attention(error: Exception, backend: str) -> str | None:

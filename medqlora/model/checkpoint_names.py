@@ -16,14 +16,29 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
+from medqlora.model.base import ModelError
+
 # What bitsandbytes quantizes and LoRA adapts. The weight of a Conv1D is stored as [in, out].
 LINEAR = (torch.nn.Linear, Conv1D)
 
 
+PREFIX = "base_model.model."  # PEFT puts it before the name of each of the base's modules.
+
+
 def make_skeleton(config: PretrainedConfig) -> torch.nn.Module:
-    """Return the model of a config without weights, on the meta device."""
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
+    """Return the model of a config without weights, on the meta device.
+
+    Raises:
+        ModelError: transformers has no causal language model of this architecture.
+    """
+    try:
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"architecture {config.model_type}: transformers makes no causal language model of it:"
+            f" {' '.join(str(error).split())[:200]}"
+        ) from None
     # On the meta device a shared embedding is two parameters until then.
     model.tie_weights()
     return model

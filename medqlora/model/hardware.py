@@ -10,6 +10,11 @@ AMPERE = (8, 0)  # the first capability with bfloat16 tensor cores and torch's f
 ASSUMED_CAPABILITY = AMPERE
 
 
+def name_dtype(dtype: torch.dtype) -> str:
+    """Return the name of a dtype as the configuration spells it, such as `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def default_device() -> torch.device:
     """Return the GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

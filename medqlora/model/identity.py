@@ -13,9 +13,6 @@ from medqlora.model.base import read_model_config
 
 # These keys of the adapter metadata decide how a model is asked.
 PROMPT_KEYS = ("prompt_style", "completion", "template_arguments", "lowercase")
-# The key of a merged model's medqlora.json that says which weights the adapter was merged into:
-# "dequantized" or "original".
-MERGED_WEIGHTS = "merged_base_weights"
 
 
 def read_merged_metadata(model: str) -> dict[str, Any]:

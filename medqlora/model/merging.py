@@ -8,25 +8,20 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig
-from transformers.pytorch_utils import Conv1D
 
-from medqlora.model.adapter_tensors import AdapterTensors
 from medqlora.model.adapter_tokenizer import save_tokenizer
-from medqlora.model.checkpoint_names import make_skeleton, map_names, quantized_modules
-from medqlora.model.hardware import DTYPES
-from medqlora.model.identity import MERGED_WEIGHTS
+from medqlora.model.base_weights import MERGED_WEIGHTS
+from medqlora.model.hardware import name_dtype
+from medqlora.model.merge_plan import MergePlan, plan_merge
 from medqlora.model.weight_files import (
     INDEX,
     MergeError,
     ShardWriter,
-    list_shards,
-    read_layout,
     read_tensor,
 )
 
@@ -74,147 +69,6 @@ def make_dequantizer(
         return bnb.int8_vectorwise_dequant(values, scales)
 
     return round_trip_8bit if quantization == "int8" else round_trip_4bit
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What becomes of each tensor of the base's files.
-
-    Attributes:
-        tensors: the adapter.
-        layouts: the dtype and the shape of each tensor of the merged files, by the base's file.
-        parameters: the model's name of each tensor; None for one that is only copied.
-        quantized: the parameters that are quantized and dequantized first.
-        transposed: the parameters that are stored as [in, out].
-        head: the parameter of a head that gets weights of its own, because the adapter changes the
-            head or the embedding that it was tied to; None otherwise.
-        vocabulary: the rows of embeddings that the adapter brings with another size; None
-            otherwise.
-    """
-
-    tensors: AdapterTensors
-    layouts: dict[Path, dict[str, tuple[torch.dtype, list[int]]]]
-    parameters: dict[str, str | None]
-    quantized: set[str]
-    transposed: set[str]
-    head: str | None
-    vocabulary: int | None
-
-
-def plan_merge(
-    adapter: Path, base: Path, config: PretrainedConfig, dtype_name: str | None, quantized: bool
-) -> Plan:
-    """Find what does not fit before anything is written.
-
-    Args:
-        adapter: The folder of a PEFT adapter.
-        base: The local folder of the base.
-        config: The base's config.
-        dtype_name: The dtype of the merged model; that of the base's first tensor by default.
-        quantized: Whether linear layers are quantized and dequantized first.
-
-    Raises:
-        ModelError: The adapter is of a kind that cannot be merged.
-        MergeError: The adapter and the base do not fit.
-    """
-    model = make_skeleton(config)
-    tensors = AdapterTensors(adapter, model)
-    layouts = {shard: read_layout(shard) for shard in list_shards(base)}
-    parameters = map_names(model, [name for layout in layouts.values() for name in layout])
-    files = {parameter: name for name, parameter in parameters.items() if parameter is not None}
-    rounded = {f"{module}.weight" for module in quantized_modules(model)} if quantized else set()
-    head, embedding = find_tied_head(model)
-    untied = head if head is not None and separates_head(tensors, head, embedding) else None
-    for parameter in sorted(tensors.changed() | rounded):
-        # A tied head has no tensor in the files.
-        if parameter not in files and not (parameter == head and embedding in files):
-            raise MergeError(describe_missing(parameter, model))
-    if clash := rounded & set(tensors.replaced):
-        raise MergeError(
-            f"adapter {adapter}: it replaces {min(clash)}, which was quantized in training; merge"
-            " it with --base_weights original"
-        )
-    dtype = DTYPES[dtype_name] if dtype_name else next(iter(layouts[min(layouts)].values()))[0]
-    vocabulary = None
-    merged: dict[Path, dict[str, tuple[torch.dtype, list[int]]]] = {}
-    for shard, layout in layouts.items():
-        merged[shard] = {}
-        for name, (_, shape) in layout.items():
-            new = tensors.replaced.get(parameters[name])
-            if new is not None and list(new.shape) != shape:
-                vocabulary = check_resized(parameters[name], model, list(new.shape), shape)
-                shape = list(new.shape)
-            merged[shard][name] = (dtype, shape)
-            if untied and parameters[name] == embedding:
-                rows = tensors.replaced.get(untied)
-                merged[shard][untied] = (dtype, shape if rows is None else list(rows.shape))
-    transposed = {
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, (Conv1D, torch.nn.Embedding))
-    }
-    return Plan(tensors, merged, parameters, rounded, transposed, untied, vocabulary)
-
-
-def find_tied_head(model: torch.nn.Module) -> tuple[str | None, str | None]:
-    """Return the parameters of a tied head and of its embedding; twice None without one."""
-    head = model.get_output_embeddings()
-    embedding = model.get_input_embeddings()
-    if head is None or head.weight is not embedding.weight:
-        return None, None
-    names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
-    return names[id(head)], names[id(embedding)]
-
-
-def separates_head(tensors: AdapterTensors, head: str, embedding: str) -> bool:
-    """Whether the adapter makes a tied head and its embedding different.
-
-    Rows of tokens are trained in both at once, and a copy of both may be saved beside an adapter.
-    """
-    modules = {name.removesuffix(".weight") for name in (head, embedding)}
-    if modules & set(tensors.modules):
-        return True
-    if len(modules & set(tensors.rows)) > 1:
-        raise MergeError(
-            "trainable_token_indices of a head that is tied to its embedding cannot be merged;"
-            " merge it with the program that trained it"
-        )
-    copies = [tensors.replaced.get(name) for name in (head, embedding)]
-    if copies[0] is None or copies[1] is None:
-        return copies != [None, None]
-    return not torch.equal(*copies)
-
-
-def check_resized(parameter: str, model: torch.nn.Module, new: list[int], old: list[int]) -> int:
-    """Return the rows of a replaced embedding or head of another size.
-
-    Raises:
-        MergeError: Another parameter has another size, or the width differs.
-    """
-    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
-    names = {
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if any(module is embedding for embedding in embeddings)
-    }
-    if parameter not in names or new[1:] != old[1:]:
-        raise MergeError(
-            f"tensor {parameter} is {old} in the base, {new} in the adapter; this is not the base"
-            " that was trained on"
-        )
-    return new[0]
-
-
-def describe_missing(parameter: str, model: torch.nn.Module) -> str:
-    """Return why a parameter has no tensor in the base's files."""
-    if parameter not in model.state_dict():
-        reason = "this architecture has no such tensor"
-    else:
-        reason = "transformers makes it of others, or this is not the base that was trained on"
-    return (
-        f"tensor {parameter} of the adapter is not in the base's files: {reason}; it cannot be"
-        " merged, evaluate the adapter without merging"
-    )
 
 
 def merge(
@@ -293,7 +147,7 @@ def merge(
 
 
 def merge_shard(
-    plan: Plan, shard: Path, quantize_and_back: Callable[[torch.Tensor], torch.Tensor] | None
+    plan: MergePlan, shard: Path, quantize_and_back: Callable[[torch.Tensor], torch.Tensor] | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors of a merged file by name, in the order of its layout.
 
@@ -337,11 +191,11 @@ def copy_rest(base: Path, adapter: Path, output: Path) -> None:
     save_tokenizer(base, adapter, output)
 
 
-def write_config(base: Path, output: Path, plan: Plan, dtype: torch.dtype) -> None:
+def write_config(base: Path, output: Path, plan: MergePlan, dtype: torch.dtype) -> None:
     """Write the config of the merged model."""
     merged = json.loads((base / "config.json").read_text(encoding="utf-8"))
     merged.pop("torch_dtype", None)  # the name of "dtype" in older versions
-    merged["dtype"] = str(dtype).removeprefix("torch.")
+    merged["dtype"] = name_dtype(dtype)
     # A model with vision has these keys in its text model's config, and transformers reads the
     # first one at the top too.
     text = merged.get("text_config", merged)

@@ -10,9 +10,9 @@ from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from medqlora.core.config import Lora, Model
+from medqlora.core.config import Model
 from medqlora.model.attention.backends import IMPLEMENTATIONS
-from medqlora.model.base import ModelError, freeze, list_untrained
+from medqlora.model.base import ModelError, freeze
 from medqlora.model.quantization import INT8_THRESHOLD
 
 
@@ -130,43 +130,3 @@ def quantize_linear(
         bias = torch.zeros(outputs, dtype=dtype, device=device)
         layer.bias = torch.nn.Parameter(bias, requires_grad=False)
     return layer
-
-
-def count_parameters(config: PretrainedConfig, lora: Lora) -> tuple[int, int]:
-    """Count the parameters of a base and of an adapter on it, without making them.
-
-    Args:
-        config: The config of the base.
-        lora: The configuration's section.
-
-    Returns:
-        The number of the base's parameters and the number of the adapter's.
-
-    Raises:
-        ModelError: transformers has no causal language model of this architecture.
-    """
-    try:
-        with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"architecture {config.model_type}: transformers makes no causal language model of it:"
-            f" {' '.join(str(error).split())[:200]}"
-        ) from None
-    model.tie_weights()  # On the meta device a shared embedding is two parameters until then.
-    head = model.get_output_embeddings()
-    all_linear = lora.target_modules == "all-linear"
-    untrained = tuple(list_untrained(model)) if all_linear else ()
-    adapter_parameters = 0
-    for name, module in model.named_modules():
-        last_part = name.rpartition(".")[2]
-        is_target = all_linear or last_part in lora.target_modules
-        if any(f"{name}.".startswith(f"{part}.") for part in untrained):
-            continue
-        if isinstance(module, torch.nn.Linear) and module is not head and is_target:
-            # A is [r, in] and B is [out, r].
-            adapter_parameters += lora.r * (module.in_features + module.out_features)
-            if lora.variant == "dora":
-                # DoRA also trains one magnitude per output.
-                adapter_parameters += module.out_features
-    return sum(parameter.numel() for parameter in model.parameters()), adapter_parameters

@@ -185,9 +185,15 @@ def describe_model(
     compiled = ", norms and activations compiled" if loaded.compiled else ""
     yield (
         f"{model.base}: {model.quantization}, {dtype},"
-        f" {setup.adapter_parameters:,} trainable beside {setup.base_parameters:,} frozen"
+        f" {setup.preview.adapter_parameters:,} trainable beside"
+        f" {setup.preview.base_parameters:,} frozen"
         f" parameters; {built.recomputed} layers recomputed{compiled}; {setup.device}"
     )
+    kept = setup.preview.describe_kept(model, setup.dtype)
+    if kept is not None:
+        yield kept
+    if setup.preview.unmergeable is not None:
+        yield f"[yellow]{setup.preview.unmergeable}"
 
 
 def describe_check(setup: Setup, check: GradientCheck) -> str:

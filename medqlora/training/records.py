@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ import torch
 from medqlora.core.environment import describe_environment
 from medqlora.core.files import write_json, write_json_lines
 from medqlora.core.run_folder import LOG, rewind_log
-from medqlora.model.adapter import adapter_weights, save_adapter
+from medqlora.model.adapter import adapter_weights, restore_adapter, save_adapter
 from medqlora.model.agreement import Agreement
+from medqlora.model.base import ModelError
+from medqlora.model.hardware import name_dtype
 from medqlora.model.identity import architecture_hash, resolve_base, sample_weights
+from medqlora.model.initial_adapter import describe_initial, load_initial
 from medqlora.model.overrides import list_overrides
 from medqlora.training.checkpoints import save_checkpoint
 from medqlora.training.planning import Planned
@@ -28,6 +32,7 @@ from medqlora.training.strategies.wrapping import gather_weights, load_states
 def describe_adapter(setup: Setup, planned: Planned, base: torch.nn.Module) -> dict[str, Any]:
     """Return the content of medqlora.json: the prompts of an adapter and the base it belongs to."""
     model = setup.config.model
+    initial = find_initial(setup)
     folder = resolve_base(model.base, model.revision)
     # The hub's cache keeps a model in snapshots/COMMIT, so the folder's name is the exact revision
     # even where the configuration names a branch or nothing.
@@ -45,12 +50,42 @@ def describe_adapter(setup: Setup, planned: Planned, base: torch.nn.Module) -> d
         "quantization": model.quantization,
         "double_quantization": model.double_quantization,
         "dtype": name_dtype(setup.dtype),
+        **({} if initial is None else {"init_adapter": initial}),
     }
 
 
-def name_dtype(dtype: torch.dtype) -> str:
-    """Return the name of a dtype as the configuration spells it, such as `bfloat16`."""
-    return str(dtype).removeprefix("torch.")
+def find_initial(setup: Setup) -> dict[str, Any] | None:
+    """Return what is recorded of lora.init_adapter; None for a training that begins without it."""
+    lora = setup.config.lora
+    if lora.init_adapter is None:
+        return None
+    # The folder of a resumed run's initial adapter may be gone or changed since.
+    environment = setup.output_dir / "environment.json"
+    if setup.resume and environment.is_file():
+        return json.loads(environment.read_text(encoding="utf-8"))["base"]["init_adapter"]
+    return describe_initial(lora)
+
+
+def restore_weights(setup: Setup, planned: Planned, built: Built) -> None:
+    """Load the adapter's weights of the checkpoint, or those of lora.init_adapter.
+
+    They are loaded before a strategy divides them.
+
+    Raises:
+        ModelError: The weights do not fit, or lora.init_adapter has changed since the run began.
+    """
+    if planned.checkpoint is not None:
+        restore_adapter(built.model, planned.checkpoint.adapter)
+        return
+    lora = setup.config.lora
+    if lora.init_adapter is None:
+        return
+    if describe_initial(lora) != find_initial(setup):
+        raise ModelError(
+            f"--resume: lora.init_adapter {lora.init_adapter} holds other weights than when the run"
+            " began; start a new run"
+        )
+    load_initial(built.model, lora)
 
 
 def describe_run(
@@ -87,7 +122,7 @@ def describe_run(
         "compiled": loaded.compiled,
         "isolation_error": agreement.logits,
         "input_gradient_error": agreement.gradients,
-        "trainable_parameters": setup.adapter_parameters,
+        "trainable_parameters": setup.preview.adapter_parameters,
         "mixture": planned.prepared.mixture,
         "data": planned.prepared.descriptions,
         "storage": name_dtype(choose_storage(setup.strategy, quantization, setup.dtype)),

@@ -18,10 +18,12 @@ from medqlora.core.config import Config
 from medqlora.core.environment import MemoryMeter
 from medqlora.core.files import check_disk, hash_json
 from medqlora.core.run_folder import check_run
+from medqlora.model.adapter_preview import Preview, preview_adapter
 from medqlora.model.attention.backends import Choice, choose_backend
 from medqlora.model.base import check_hardware, check_length, load_tokenizer, read_model_config
+from medqlora.model.base_weights import check_trainable
 from medqlora.model.hardware import choose_dtype, default_device
-from medqlora.model.random_base import count_parameters
+from medqlora.model.initial_adapter import check_initial
 from medqlora.prompts.chat_template import Encoder, make_encoder
 from medqlora.training.processes import (
     agree_on_errors,
@@ -41,8 +43,7 @@ class Setup:
         encoder: Tokenizer and prompt style.
         architecture: Configuration of the base model, without weights.
         attention: The chosen attention backend and the reason for it.
-        base_parameters: Number of frozen parameters.
-        adapter_parameters: Number of trainable parameters.
+        preview: Sizes of the base and the adapter, and what becomes of them.
         resumed_packed_tokens: Tokens of the bins that the resumed run was packed into, where a
             forecast decided on them; None otherwise.
         memory_before: Bytes in use when the meter was made.
@@ -58,8 +59,7 @@ class Setup:
     encoder: Encoder
     architecture: PretrainedConfig
     attention: Choice
-    base_parameters: int
-    adapter_parameters: int
+    preview: Preview
     resumed_packed_tokens: int | None
     meter: MemoryMeter
     memory_before: int
@@ -122,11 +122,15 @@ def start(
         strategy = read_strategy(environ, accelerator.num_processes)
         check_strategy(strategy, config, dtype, environ)
         architecture = read_model_config(model.base, model.revision, model.trust_remote_code)
+        check_trainable(model, architecture)
         check_length(architecture, config.data.max_length)
         attention = choose_backend(model.attention, device, dtype, architecture)
         # This call only refuses a global batch that cannot be divided.
         list_budgets(training, config.data.max_length, strategy.ranks)
-        base_parameters, adapter_parameters = count_parameters(architecture, config.lora)
+        preview = preview_adapter(architecture, config.lora)
+        # A resumed run has the weights in its checkpoints, and its folder may be gone.
+        if config.lora.init_adapter is not None and not resume:
+            check_initial(model, config.lora, architecture, preview)
         tokenizer = load_tokenizer(model.base, model.revision, model.trust_remote_code)
         encoder = make_encoder(
             tokenizer, config.data.prompt_style, config.data.completion, model.template_arguments
@@ -141,7 +145,7 @@ def start(
             check_run(output_dir, config, resume)
             check_disk(
                 output_dir,
-                size_of_checkpoints(adapter_parameters, training.keep_checkpoints),
+                size_of_checkpoints(preview.adapter_parameters, training.keep_checkpoints),
                 "adapter and checkpoints",
             )
     meter = MemoryMeter(cuda=device.type == "cuda")
@@ -155,8 +159,7 @@ def start(
         encoder=encoder,
         architecture=architecture,
         attention=attention,
-        base_parameters=base_parameters,
-        adapter_parameters=adapter_parameters,
+        preview=preview,
         resumed_packed_tokens=packed_tokens,
         meter=meter,
         memory_before=meter.now(),

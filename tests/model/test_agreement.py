@@ -27,13 +27,13 @@ from medqlora.core.errors import UserError
 from medqlora.engines.hf import HfEngine
 from medqlora.engines.interface import Request, Sampling
 from medqlora.model.adapter import attach_adapter
+from medqlora.model.adapter_preview import preview_adapter
 from medqlora.model.agreement import prove_agreement
 from medqlora.model.attention.backends import AttentionError
 from medqlora.model.attention.documents import DOCUMENTS
 from medqlora.model.base import compute_hidden, freeze, load_base
 from medqlora.model.head_loss import AnswerLoss, compute_logits
 from medqlora.model.overrides import list_overrides, undo_overrides
-from medqlora.model.random_base import count_parameters
 from medqlora.model.rotation import find_short_length, prove_rotation
 from medqlora.training.session import build, load, prove
 
@@ -86,7 +86,7 @@ def train(folder, rows: list[torch.Tensor]) -> float:
         data=Data(train=[], eval=[], max_length=128),
         training=Training(gradient_checkpointing="none", max_tokens_per_batch=256),
     )
-    count_parameters(AutoConfig.from_pretrained(folder), config.lora)
+    preview_adapter(AutoConfig.from_pretrained(folder), config.lora)
     built = build(load(config, CPU), config)
     prove(built, config)
     built.loss_model.eval()
@@ -393,5 +393,7 @@ def test_all_linear_leaves_vision_towers_and_projectors_alone_unless_told():
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         assert any("language_model" in name for name in trained)
         assert any("vision_tower" in name for name in trained) is towers
-        sizes = count_parameters(config, lora)
-        assert sizes[1] == sum(parameter.numel() for parameter in trained.values())
+        preview = preview_adapter(config, lora)
+        assert preview.adapter_parameters == sum(
+            parameter.numel() for parameter in trained.values()
+        )

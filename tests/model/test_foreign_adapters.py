@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import build_model
+from conftest import DEMO, ROOT, build_model, run_script
 from peft import (
     IA3Config,
     LNTuningConfig,
@@ -18,11 +18,13 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from medqlora.core.config import Model
+from medqlora.core.errors import UserError
 from medqlora.engines.hf import HfEngine
-from medqlora.engines.interface import Request
+from medqlora.engines.interface import EngineError, Request
+from medqlora.engines.vllm import check_vllm_adapter
 from medqlora.model.adapter import load_adapter
 from medqlora.model.adapter_settings import read_settings
 from medqlora.model.base import ModelError, load_base
@@ -60,6 +62,8 @@ KINDS = {
     "all biases": {"bias": "all"},
     "biases of the adapter": {"target_modules": ["q_proj", "o_proj"], "bias": "lora_only"},
 }
+# vLLM serves these; the others are merged for it.
+SERVED = ("plain", "rslora", "one layer", "without a module", "wrong fan_in_fan_out")
 # These are evaluated, and a merge or vLLM would need more.
 EVALUATED = {
     "pissa": {"init_lora_weights": "pissa"},
@@ -148,6 +152,11 @@ def test_lora_of_every_kind_is_evaluated_and_merged_as_peft_does(tmp_path, kind,
     biased = "bias" in kind
     model = build_model("llama", tie_word_embeddings=tied, attention_bias=biased, mlp_bias=biased)
     check(tmp_path, train(tmp_path, lora(KINDS[kind]), model))
+    if kind in SERVED:
+        assert check_vllm_adapter(tmp_path / "adapter") == 4
+        return
+    with pytest.raises(UserError, match=r"merge .* first \(recipes/merge_adapter.py\)"):
+        check_vllm_adapter(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("kind", EVALUATED)
@@ -206,6 +215,20 @@ def test_unknown_settings_are_refused_everywhere(tmp_path, key, value, use):
         read_settings(tmp_path, use)
 
 
+@pytest.mark.parametrize("weights", ["dequantized", "original"])
+def test_the_command_calls_a_right_merge_right(tmp_path, weights):
+    """The adapter of another program says nothing of quantization: its base is as the files are."""
+    settings = lora({"rank_pattern": {"q_proj": 2}, "modules_to_save": ["lm_head"]})
+    train(tmp_path, settings, build_model("llama", vocab_size=1536).to(torch.bfloat16))
+    AutoTokenizer.from_pretrained(DEMO / "base").save_pretrained(tmp_path / "base")
+    folders = ("--adapter", tmp_path / "adapter", "--base", tmp_path / "base")
+    script = ROOT / "recipes" / "merge_adapter.py"
+    output = ("--output", tmp_path / "merged", "--base_weights", weights)
+    done = run_script(script, *folders, *output)
+    assert done.returncode == 0, done.stderr
+    assert "same most likely token on 100%" in done.stdout
+
+
 def test_biases_that_the_base_cannot_hold_are_not_merged(tmp_path):
     check_model = build_model("llama")
     train(tmp_path, lora({"lora_bias": True}), check_model)
@@ -230,3 +253,5 @@ def test_resized_embeddings_are_evaluated_and_merged(tmp_path, tied):
     expected = read_logprobs(adapted.eval())
     assert len(expected[0]) == 330
     check(tmp_path, expected)
+    with pytest.raises(EngineError, match=r"has the tensor .*, which vLLM does not serve"):
+        check_vllm_adapter(tmp_path / "adapter")

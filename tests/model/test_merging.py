@@ -7,14 +7,23 @@ import shutil
 
 import pytest
 import torch
-from conftest import DEMO, ROOT, build_model, run_script
+from conftest import DEMO, ROOT, SMALL, build_model, run_script
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3Config,
+    GPT2Config,
+    MixtralConfig,
+    Qwen2MoeConfig,
+)
 
 from medqlora.core.config import Lora, Model
 from medqlora.engines.packed_passes import run_packed
 from medqlora.model.adapter import adapter_weights, attach_adapter, load_adapter, save_adapter
-from medqlora.model.base import load_base, unwrap
+from medqlora.model.adapter_preview import preview_adapter
+from medqlora.model.base import ModelError, load_base, unwrap
 from medqlora.model.checkpoint_names import make_skeleton, quantized_modules
 from medqlora.model.head_loss import compute_logits
 from medqlora.model.identity import architecture_hash, sample_weights
@@ -88,6 +97,106 @@ def test_merged_is_the_trained_model(tmp_path, architecture, variant, quantizati
     figures = compare_logits(logits(trained), logits(load_plain(tmp_path / "merged")))
     assert figures["max_relative_error"] < bound
     assert figures["same_top_token"] == 1 or quantization == "int8"
+
+
+# Models whose files have other names or layouts than the loaded model.
+LAYOUTS = {
+    "gpt2": (GPT2Config(vocab_size=1536, n_embd=64, n_layer=2, n_head=4, n_positions=512), {}),
+    "mixtral": (
+        MixtralConfig(**SMALL | {"vocab_size": 1536}, num_local_experts=4),
+        {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+    ),
+    "qwen2_moe": (
+        Qwen2MoeConfig(
+            **SMALL | {"vocab_size": 1536},
+            num_experts=4,
+            moe_intermediate_size=32,
+            shared_expert_intermediate_size=32,
+        ),
+        {},
+    ),
+    "gemma3 with vision": (
+        Gemma3Config(
+            text_config=SMALL | {"vocab_size": 1536, "head_dim": 16, "query_pre_attn_scalar": 16},
+            vision_config={
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            mm_tokens_per_image=4,
+        ),
+        {},
+    ),
+}
+
+
+def make_other_base(folder, config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_that_transformers_converts_are_merged(tmp_path, name, quantization):
+    config, lora = LAYOUTS[name]
+    base = make_other_base(tmp_path / "base", config)
+    trained, metadata = make_adapter(base, tmp_path / "adapter", quantization, **lora)
+    assert preview_adapter(config, Lora(r=4, **lora)).unmergeable is None
+    folders = (tmp_path / "adapter", base, tmp_path / "merged")
+    for _ in merge(*folders, AutoConfig.from_pretrained(base), metadata, "dequantized"):
+        pass
+    figures = compare_logits(logits(trained), logits(load_plain(tmp_path / "merged")))
+    assert figures["max_relative_error"] < 1e-4
+
+
+def test_an_adapter_with_the_names_of_an_older_transformers_is_read(tmp_path):
+    base = make_other_base(tmp_path / "base", LAYOUTS["gemma3 with vision"][0])
+    lora = {"target_modules": ["gate_proj", "down_proj"]}  # The vision model has no such layer.
+    trained, _ = make_adapter(base, tmp_path / "adapter", "none", **lora)
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    new, old = "model.model.language_model.", "model.language_model.model."
+    weights = load_file(path)
+    assert all(new in key for key in weights)
+    save_file({key.replace(new, old): value for key, value in weights.items()}, path)
+    (tmp_path / "adapter" / "medqlora.json").unlink()
+    loaded = load_adapter(load_plain(base), tmp_path / "adapter")
+    folders = (tmp_path / "adapter", base, tmp_path / "merged")
+    for _ in merge(*folders, AutoConfig.from_pretrained(base), {}, "original"):
+        pass
+    for other in (loaded, load_plain(tmp_path / "merged")):
+        assert compare_logits(logits(trained), logits(other))["max_relative_error"] < 1e-4
+
+
+def test_an_adapter_of_experts_is_announced_and_evaluated_but_not_merged(tmp_path):
+    config = LAYOUTS["mixtral"][0]
+    preview = preview_adapter(config, Lora(r=4))
+    base = make_other_base(tmp_path / "base", config)
+    trained, metadata = make_adapter(base, tmp_path / "adapter", "nf4")
+    trainable = [weight for weight in trained.parameters() if weight.requires_grad]
+    if preview.unmergeable is None:
+        pytest.skip("this version of PEFT leaves the experts alone")
+    assert preview.adapter_parameters == sum(weight.numel() for weight in trainable)
+    kept = sum(
+        weight.numel()
+        for name, weight in trained.named_parameters()
+        if weight.dim() > 1 and "experts" in name and "lora_" not in name
+    )
+    routers = sum(layer.mlp.gate.weight.numel() for layer in unwrap(trained).model.layers)
+    assert preview.kept_parameters == kept + routers
+    loaded = load_base(Model(base=str(base), quantization="nf4", dtype="float32"), CPU)[0]
+    loaded = load_adapter(loaded, tmp_path / "adapter")
+    assert compare_logits(logits(trained), logits(loaded))["max_relative_error"] < 1e-5
+    folders = (tmp_path / "adapter", base, tmp_path / "merged")
+    with pytest.raises(ModelError, match=r"target_parameters .* cannot be merged"):
+        next(merge(*folders, AutoConfig.from_pretrained(base), metadata, "original"))
 
 
 def test_original_base_is_another_model_after_nf4_training(tmp_path):

@@ -20,12 +20,12 @@ from medqlora.model.adapter import (
     restore_adapter,
     save_adapter,
 )
+from medqlora.model.adapter_preview import preview_adapter
 from medqlora.model.attention.documents import DOCUMENTS
 from medqlora.model.base import ModelError, check_length, load_base, read_model_config
 from medqlora.model.hardware import choose_dtype
 from medqlora.model.head_loss import AnswerLoss
 from medqlora.model.identity import architecture_hash, sample_weights
-from medqlora.model.random_base import count_parameters
 from medqlora.model.recomputation import set_checkpointing
 from medqlora.training.optimizers import learning_rate, make_optimizer, restore_pages
 
@@ -91,7 +91,8 @@ def test_adapter_size_is_known_without_weights(architecture, variant):
     config = model.config
     base = model.num_parameters()
     adapter = sum(p.numel() for p in attach_adapter(model, lora, 0).parameters() if p.requires_grad)
-    assert count_parameters(config, lora) == (base, adapter)
+    preview = preview_adapter(config, lora)
+    assert (preview.base_parameters, preview.adapter_parameters) == (base, adapter)
 
 
 def test_adapter_initialisation_follows_the_seed():

@@ -170,6 +170,7 @@ class AnyAnswers:
     """An engine that scores options by their order and writes A, B or nothing."""
 
     name = "hf"
+    weights = "float32"
 
     def score(self, requests, shared=0):
         return [[-1.0 - number for number in range(len(r.options))] for r in requests]

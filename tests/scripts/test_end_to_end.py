@@ -346,6 +346,7 @@ def test_merge_predict_score(finished, tmp_path):
         "text",
         "prompt_sha256",
         "engine",
+        "weights",
         "model",
     }
     assert all(keys <= set(row) for row in rows)

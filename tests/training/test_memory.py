@@ -18,7 +18,7 @@ from medqlora.batches.plan import fit_bins
 from medqlora.core.config_loading import change, load_config
 from medqlora.core.environment import VARIABLES, prefer_expandable_segments
 from medqlora.core.errors import UserError
-from medqlora.model.random_base import count_parameters
+from medqlora.model.adapter_preview import preview_adapter
 from medqlora.training.memory import tracker
 from medqlora.training.memory.allocator import replay_allocator
 from medqlora.training.memory.architectures import forecast_serving, read_architecture
@@ -341,7 +341,8 @@ def test_more_work_needs_more_memory():
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_shipped_architectures_have_the_published_sizes(name):
     assert (
-        count_parameters(read_architecture(name, SHIPPED), make_config().lora)[0] == PUBLISHED[name]
+        preview_adapter(read_architecture(name, SHIPPED), make_config().lora).base_parameters
+        == PUBLISHED[name]
     )
 
 
