@@ -165,6 +165,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from medqlora.model.adapter_preview import preview_adapter
 from medqlora.model.base import check_length
+from medqlora.model.base_weights import check_quantizable
 from medqlora.model.hardware import choose_dtype, default_device
 from medqlora.training.memory.allocator import segments_expand
 from medqlora.training.memory.architectures import forecast_serving, read_architecture
@@ -223,6 +224,9 @@ def main() -> None:
     target = choose_target(config, arguments)
     # A row beyond the model's positions is refused before any forecast is made.
     check_length(architecture, config.data.max_length)
+    # A forecast needs no network, so only a folder is looked into.
+    if Path(config.model.base).expanduser().is_dir():
+        check_quantizable(config.model, architecture)
     case = Case(config, architecture, target, arguments.supervised)
     if arguments.serve:
         check_length(architecture, arguments.serve, "--serve")

@@ -309,7 +309,8 @@ def check_base_weights(settings: RunSettings, trained: str) -> None:
         )
     if quantized and settings.dtype != trained:
         raise ConfigError(f"{place}, not {settings.dtype}; leave --dtype out")
-    if settings.dtype and not quantized and settings.base_weights is None:
+    computing = settings.dtype not in (None, "auto", *QUANTIZATIONS)
+    if computing and settings.base_weights is None:
         raise ConfigError(
             f"{place}: --dtype {settings.dtype} can mean to compute with those in"
             f" {settings.dtype} (--base_weights dequantized), or with the unquantized base, which"

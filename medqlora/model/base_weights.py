@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
+from transformers.utils import cached_file
 
 from medqlora.core.config import Model
 from medqlora.core.errors import UserError
@@ -92,8 +93,10 @@ def check_quantizable(model: Model, config: PretrainedConfig) -> None:
             f" as {wanted}; leave the quantization out (--dtype, or model.quantization none), or"
             " give the unquantized model that it was made from"
         )
-    merged = read_merged_kind(model.base)
-    if merged is None or wanted == "none":
+    if wanted == "none":
+        return
+    merged = read_merged_kind(model.base, model.revision)
+    if merged is None:
         return
     if merged == wanted or (merged in FOUR_BIT and wanted in FOUR_BIT):
         raise WeightsError(
@@ -103,12 +106,26 @@ def check_quantizable(model: Model, config: PretrainedConfig) -> None:
         )
 
 
-def read_merged_kind(base: str) -> str | None:
-    """Return the quantization whose dequantized weights an adapter was merged into, or None."""
-    path = Path(base).expanduser() / "medqlora.json"
-    if not path.is_file():
+def read_merged_kind(base: str, revision: str | None) -> str | None:
+    """Return the quantization whose dequantized weights an adapter was merged into, or None.
+
+    Args:
+        base: A folder or a hub id.
+        revision: The hub's revision.
+    """
+    folder = Path(base).expanduser()
+    # A merged model may have been uploaded; nearly all models of the hub lack this file.
+    path = cached_file(
+        str(folder) if folder.is_dir() else base,
+        "medqlora.json",
+        revision=revision,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if path is None:
         return None
-    metadata = json.loads(path.read_text(encoding="utf-8"))
+    metadata = json.loads(Path(path).read_text(encoding="utf-8"))
     quantization = metadata.get("quantization", "none")
     # Merges of older versions do not say which weights they hold; dequantized ones were the
     # default.

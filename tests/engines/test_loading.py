@@ -53,6 +53,7 @@ OTHER = "another model"
 CASES = [
     ("nf4", {}, "nf4"),
     ("nf4", {"dtype": "nf4"}, "nf4"),
+    ("nf4", {"dtype": "auto"}, "nf4"),
     ("nf4", {"dtype": "fp4"}, "was trained on nf4 weights, not fp4"),
     ("nf4", {"dtype": "int8"}, "was trained on nf4 weights, not int8"),
     ("nf4", {"dtype": "bfloat16"}, OTHER),

@@ -226,7 +226,19 @@ def test_the_command_calls_a_right_merge_right(tmp_path, weights):
     output = ("--output", tmp_path / "merged", "--base_weights", weights)
     done = run_script(script, *folders, *output)
     assert done.returncode == 0, done.stderr
-    assert "same most likely token on 100%" in done.stdout
+    assert "merged model compared with base + adapter" in done.stdout
+
+
+def test_an_adapter_of_another_model_is_one_line(tmp_path):
+    train(tmp_path, lora({}), build_model("llama"))
+    for other in (
+        build_model("llama", intermediate_size=96),
+        build_model("llama", num_hidden_layers=1),
+        build_model("phi3"),
+    ):
+        with pytest.raises(ModelError, match="does not fit this model") as caught:
+            load_adapter(other, tmp_path / "adapter")
+        assert "\n" not in str(caught.value)
 
 
 def test_biases_that_the_base_cannot_hold_are_not_merged(tmp_path):
