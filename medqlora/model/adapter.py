@@ -16,9 +16,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from transformers import PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from medqlora.core.config import Lora
 from medqlora.model.adapter_settings import read_settings
@@ -28,7 +30,7 @@ from medqlora.model.adapter_tokenizer import (
     name_whole_embeddings,
 )
 from medqlora.model.base import ModelError, list_untrained
-from medqlora.model.checkpoint_names import PREFIX, map_names
+from medqlora.model.checkpoint_names import LINEAR, PREFIX, make_skeleton, map_names
 from medqlora.model.dropout import SeededDropout
 from medqlora.model.identity import architecture_hash
 from medqlora.model.overrides import ADAPTER_OVERRIDES, apply_overrides
@@ -243,14 +245,49 @@ def check_adapter(folder: Path, config: PretrainedConfig) -> dict[str, Any]:
         ModelError: The adapter was trained on another base.
     """
     metadata = read_adapter_metadata(folder)
-    # An adapter of another program has no hash; its shapes are compared where it is loaded or
-    # merged.
-    if metadata and metadata["architecture_sha256"] != architecture_hash(config):
+    # An adapter of another program has no hash, but the sizes of its matrices tell.
+    if not metadata:
+        check_sizes(folder, make_skeleton(config))
+    elif metadata["architecture_sha256"] != architecture_hash(config):
         raise ModelError(
             f"adapter {folder} was trained on {metadata['base']}; this base has another"
             " architecture; give that one with --base or --model"
         )
     return metadata
+
+
+def check_sizes(folder: Path, model: torch.nn.Module) -> None:
+    """Refuse an adapter with a matrix that does not fit its layer, before any weight is loaded.
+
+    Args:
+        folder: The adapter's folder.
+        model: The base without weights, as make_skeleton returns it.
+
+    Raises:
+        ModelError: The adapter was trained on another base.
+    """
+    known = dict(model.named_modules())
+    head = model.get_output_embeddings()  # An adapter may bring one of another size.
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        tensors = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    for key, shape in tensors.items():
+        module, _, part = key.removeprefix(PREFIX).partition(".lora_")
+        linear = known.get(module)
+        # PEFT itself resolves what has no such layer here; load_adapter compares all names then.
+        if part not in ("A.weight", "B.weight") or not isinstance(linear, LINEAR):
+            continue
+        if linear is head:
+            continue
+        sizes = list(linear.weight.shape)  # [out, in], which a Conv1D turns round
+        if isinstance(linear, Conv1D):
+            sizes.reverse()
+        found, expected = (shape[1], sizes[1]) if part == "A.weight" else (shape[0], sizes[0])
+        if found != expected:
+            raise ModelError(
+                f"adapter {folder} does not fit this model: {module} has {expected}"
+                f" {'inputs' if part == 'A.weight' else 'outputs'}, and {found} in the adapter;"
+                " give the base that it was trained on"
+            )
 
 
 def save_adapter(

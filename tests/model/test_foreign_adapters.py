@@ -25,7 +25,7 @@ from medqlora.core.errors import UserError
 from medqlora.engines.hf import HfEngine
 from medqlora.engines.interface import EngineError, Request
 from medqlora.engines.vllm import check_vllm_adapter
-from medqlora.model.adapter import load_adapter
+from medqlora.model.adapter import check_adapter, load_adapter
 from medqlora.model.adapter_settings import read_settings
 from medqlora.model.base import ModelError, load_base
 from medqlora.model.merging import merge
@@ -231,8 +231,11 @@ def test_the_command_calls_a_right_merge_right(tmp_path, weights):
 
 def test_an_adapter_of_another_model_is_one_line(tmp_path):
     train(tmp_path, lora({}), build_model("llama"))
+    wider = build_model("llama", intermediate_size=96)
+    with pytest.raises(ModelError, match=r"has 96 inputs, and 128 in the adapter"):
+        check_adapter(tmp_path / "adapter", wider.config)
     for other in (
-        build_model("llama", intermediate_size=96),
+        wider,
         build_model("llama", num_hidden_layers=1),
         build_model("phi3"),
     ):
