@@ -74,7 +74,8 @@ REPEATED_INITIAL = ("pissa", "olora")
 REFUSALS = {
     "hf": "cannot be evaluated; merge it with the program that trained it and give the result as"
     " --model",
-    "merge": "cannot be merged; merge it with the program that trained it",
+    "merge": "cannot be merged; evaluate the adapter without merging, or merge it with the program"
+    " that trained it",
     "vllm": "is not served by vLLM; ",
 }
 

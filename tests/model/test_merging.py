@@ -102,6 +102,10 @@ def test_merged_is_the_trained_model(tmp_path, architecture, variant, quantizati
 # Models whose files have other names or layouts than the loaded model.
 LAYOUTS = {
     "gpt2": (GPT2Config(vocab_size=1536, n_embd=64, n_layer=2, n_head=4, n_positions=512), {}),
+    "gpt2 as the hub has it": (
+        GPT2Config(vocab_size=1536, n_embd=64, n_layer=2, n_head=4, n_positions=512),
+        {},
+    ),
     "mixtral": (
         MixtralConfig(**SMALL | {"vocab_size": 1536}, num_local_experts=4),
         {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
@@ -148,6 +152,10 @@ def make_other_base(folder, config):
 def test_layouts_that_transformers_converts_are_merged(tmp_path, name, quantization):
     config, lora = LAYOUTS[name]
     base = make_other_base(tmp_path / "base", config)
+    if "hub" in name:  # Its files are those of the model without a head.
+        weights = load_file(base / "model.safetensors")
+        weights = {key.removeprefix("transformer."): value for key, value in weights.items()}
+        save_file(weights, base / "model.safetensors", {"format": "pt"})
     trained, metadata = make_adapter(base, tmp_path / "adapter", quantization, **lora)
     assert preview_adapter(config, Lora(r=4, **lora)).unmergeable is None
     folders = (tmp_path / "adapter", base, tmp_path / "merged")
