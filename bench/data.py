@@ -216,7 +216,7 @@ def time_stages(arguments: argparse.Namespace) -> dict:
     from medqlora.batches.plan import make_plan
     from medqlora.data.cleaning import clean, deduplicate
     from medqlora.data.reading import read_examples
-    from medqlora.prompts.encoding import encode_examples
+    from medqlora.prompts.rows import encode_examples
     from medqlora.prompts.styles import render
 
     config, encoder = configure(arguments)

@@ -52,7 +52,7 @@ from medqlora.core.environment import (
 )
 from medqlora.core.errors import ConfigError
 from medqlora.core.files import check_new, check_picture, write_json
-from medqlora.prompts.encoding import TokenTable
+from medqlora.prompts.rows import TokenTable
 
 DEMO = Path(__file__).parent.parent / "recipes" / "configs" / "demo.yaml"
 

@@ -118,7 +118,7 @@ from medqlora.model.base_weights import check_trainable
 from medqlora.model.hardware import choose_dtype, default_device
 from medqlora.model.initial_adapter import check_initial
 from medqlora.prompts.chat_template import Encoder, make_encoder
-from medqlora.prompts.encoding import TokenTable
+from medqlora.prompts.rows import TokenTable
 from medqlora.training.memory.allocator import segments_expand
 from medqlora.training.memory.planner import plan_step
 from medqlora.training.memory.target import TargetHardware, available_host, available_memory

@@ -17,7 +17,7 @@ from medqlora.batches.plan import Plan, make_plan
 from medqlora.model.base import find_layers, unwrap
 from medqlora.model.compiling import Kernels
 from medqlora.model.recomputation import set_checkpointing
-from medqlora.prompts.encoding import TokenTable
+from medqlora.prompts.rows import TokenTable
 from medqlora.training.gpu_stage import Stage
 from medqlora.training.trial import Trial, count_flops, find_peak, make_table
 

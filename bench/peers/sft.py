@@ -170,7 +170,7 @@ from medqlora.model.base import load_base
 from medqlora.model.hardware import DTYPES, default_device
 from medqlora.model.head_loss import AnswerLoss
 from medqlora.prompts.chat_template import Encoder, make_encoder
-from medqlora.prompts.encoding import TokenTable
+from medqlora.prompts.rows import TokenTable
 from medqlora.prompts.styles import render
 
 DEVICE = default_device()

@@ -19,7 +19,7 @@ from medqlora.batches.plan import Plan, make_plan
 from medqlora.core.config import Config, Data
 from medqlora.core.files import hash_json
 from medqlora.data.examples import MultipleChoice, Removal
-from medqlora.prompts.encoding import TokenTable
+from medqlora.prompts.rows import TokenTable
 
 
 def save_arrays(folder: Path, arrays: dict[str, np.ndarray]) -> None:

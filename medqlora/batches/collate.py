@@ -6,7 +6,7 @@ import numpy as np
 
 from medqlora.batches.budgets import PlanError
 from medqlora.batches.plan import spread_rows
-from medqlora.prompts.encoding import TokenTable
+from medqlora.prompts.rows import TokenTable
 
 
 def cap_batches(lengths: np.ndarray, batches: list[np.ndarray], budget: int) -> list[np.ndarray]:

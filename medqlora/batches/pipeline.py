@@ -28,8 +28,8 @@ from medqlora.data.formats.registry import find_format
 from medqlora.data.reading import read_entry
 from medqlora.data.sources import locate_file
 from medqlora.prompts.chat_template import Encoder
-from medqlora.prompts.encoding import TokenTable, encode_examples
 from medqlora.prompts.fingerprint import fingerprint, hash_tokenizer
+from medqlora.prompts.rows import TokenTable, encode_examples
 
 DEFAULT_SPLIT = {"train": "train", "eval": "validation", "test": "test"}
 

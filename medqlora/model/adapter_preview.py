@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -30,6 +31,7 @@ class Preview:
             in no linear layer, as the experts of most mixtures are; embeddings and head, which are
             left on purpose, do not count.
         kept_example: the name of one of them; empty if there is none.
+        settings: PEFT's settings of the adapter, as adapter_config.json has them.
         tensors: the shapes of the adapter's tensors, by PEFT's names.
         unmergeable: why recipes/merge_adapter.py will refuse the adapter; None if it will not.
     """
@@ -38,6 +40,7 @@ class Preview:
     adapter_parameters: int
     kept_parameters: int
     kept_example: str
+    settings: dict[str, Any]
     tensors: dict[str, list[int]]
     unmergeable: str | None
 
@@ -91,6 +94,7 @@ def preview_adapter(config: PretrainedConfig, lora: Lora) -> Preview:
         adapter_parameters=sum(parameter.numel() for parameter in trained.values()),
         kept_parameters=sum(weight.numel() for weight in kept.values()),
         kept_example=max(kept, key=lambda name: kept[name].numel(), default=""),
+        settings=adapted.active_peft_config.to_dict(),
         tensors={key: list(value.shape) for key, value in state.items()},
         unmergeable=find_unmergeable(adapted, converted),
     )

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import PretrainedConfig
 
 from medqlora.core.config import Lora, Model
-from medqlora.model.adapter import make_settings, read_adapter_metadata, restore_adapter
+from medqlora.model.adapter import read_adapter_metadata, restore_adapter
 from medqlora.model.adapter_preview import Preview
 from medqlora.model.base import ModelError
 from medqlora.model.identity import architecture_hash, resolve_base, sample_weights
@@ -50,7 +50,7 @@ def check_initial(model: Model, lora: Lora, config: PretrainedConfig, preview: P
             f"{place} was trained on {metadata['base']}, and model.base {model.base} has another"
             " architecture; give that base"
         )
-    check_settings(place, folder, lora, preview)
+    check_settings(place, folder, preview)
     # A base on the hub is downloaded here, so this comes last.
     if metadata["base_sha256"] != sample_weights(resolve_base(model.base, model.revision)):
         raise ModelError(
@@ -59,19 +59,18 @@ def check_initial(model: Model, lora: Lora, config: PretrainedConfig, preview: P
         )
 
 
-def check_settings(place: str, folder: Path, lora: Lora, preview: Preview) -> None:
+def check_settings(place: str, folder: Path, preview: Preview) -> None:
     """Refuse an adapter of other settings or tensors than the configuration's.
 
     Raises:
         ModelError: The message names the first difference.
     """
     saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    wanted = make_settings(lora).to_dict()
     for key, name in SCALES.items():
-        if saved.get(key) != wanted[key]:
+        if saved.get(key) != preview.settings[key]:
             raise ModelError(
-                f"{place} has {key} {saved.get(key)}, not {wanted[key]}; set lora.{name} as in that"
-                " run"
+                f"{place} has {key} {saved.get(key)}, not {preview.settings[key]}; set lora.{name}"
+                " as in that run"
             )
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         names = file.keys()

@@ -33,7 +33,7 @@ from medqlora.model.hardware import choose_dtype
 from medqlora.model.head_loss import AnswerLoss, count_chunks
 from medqlora.model.random_base import make_base
 from medqlora.model.recomputation import set_checkpointing
-from medqlora.prompts.encoding import TokenTable
+from medqlora.prompts.rows import TokenTable
 from medqlora.training.optimizers import make_optimizer
 from medqlora.training.processes import gather
 from medqlora.training.strategies.interface import Trainer

@@ -14,7 +14,7 @@ from medqlora.batches.plan import Plan
 from medqlora.core.config import Config
 from medqlora.model.base import find_layers, unwrap
 from medqlora.model.hardware import choose_dtype
-from medqlora.prompts.encoding import TokenTable
+from medqlora.prompts.rows import TokenTable
 from medqlora.training.session import Session, build, load
 from medqlora.training.strategies.launch import Strategy
 

@@ -15,7 +15,7 @@ from medqlora.batches.cache import load_arrays, save_arrays
 from medqlora.batches.collate import cap_batches, collate
 from medqlora.batches.plan import fit_bins, make_plan
 from medqlora.core.config import Training
-from medqlora.prompts.encoding import TokenTable
+from medqlora.prompts.rows import TokenTable
 
 
 def medmcqa_like(rows: int) -> np.ndarray:

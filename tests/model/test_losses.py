@@ -23,7 +23,7 @@ from medqlora.model.attention.packed_batch import packing_arguments
 from medqlora.model.fused_head import HeadLoss
 from medqlora.model.head_loss import AnswerLoss
 from medqlora.model.recomputation import set_checkpointing
-from medqlora.prompts.encoding import TokenTable
+from medqlora.prompts.rows import TokenTable
 from medqlora.training.strategies.launch import Strategy
 from medqlora.training.strategies.replicated import Replicated
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from medqlora.data.examples import MultipleChoice, OpenAnswer
 from medqlora.prompts.chat_template import make_encoder, render_template
-from medqlora.prompts.encoding import encode_candidates, encode_examples, encode_prefixes
+from medqlora.prompts.encoding import encode_candidates, encode_prefixes
 from medqlora.prompts.fingerprint import fingerprint
+from medqlora.prompts.rows import encode_examples
 from medqlora.prompts.styles import PromptError, render
 
 TOKENIZERS = ["llama-3", "qwen2.5", "phi-3", "smollm2"]

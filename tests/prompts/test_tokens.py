@@ -17,11 +17,11 @@ from medqlora.prompts.chat_template import make_encoder
 from medqlora.prompts.encoding import (
     encode_candidates,
     encode_completions,
-    encode_examples,
     encode_prefixes,
     prefix_text,
 )
 from medqlora.prompts.fingerprint import fingerprint
+from medqlora.prompts.rows import encode_examples
 from medqlora.prompts.styles import PromptError, candidates, render
 
 MCQ = MultipleChoice(

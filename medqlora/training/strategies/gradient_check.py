@@ -16,7 +16,7 @@ from medqlora.core.config import Config
 from medqlora.model.adapter import trainable
 from medqlora.model.attention.packed_batch import move_batch
 from medqlora.model.head_loss import AnswerLoss, count_chunks
-from medqlora.prompts.encoding import TokenTable
+from medqlora.prompts.rows import TokenTable
 from medqlora.training.processes import agree_on_errors
 from medqlora.training.session import Built, Session, run_micro_batch
 from medqlora.training.setup import Setup
