@@ -42,6 +42,7 @@ def describe_adapter(setup: Setup, planned: Planned, base: torch.nn.Module) -> d
         "completion": setup.encoder.completion,
         "template_arguments": model.template_arguments,
         "lowercase": setup.config.data.lowercase,
+        "max_length": setup.config.data.max_length,
         "prompt_sha256": planned.prepared.hashes["prompt_sha256"],
         "base": model.base,
         "revision": folder.name if from_hub else model.revision,

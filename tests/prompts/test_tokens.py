@@ -73,7 +73,7 @@ def test_threads_give_the_rows_of_one_after_the_other(name, monkeypatch):
     """Rows that are cut, rows that cannot fit and plain ones, in small batches on all threads, and
     each alone.
     """
-    monkeypatch.setattr("medqlora.prompts.encoding.BATCH", 3)
+    monkeypatch.setattr("medqlora.prompts.rows.BATCH", 3)
     long = replace(MCQ, question="Which of them falls? " * 40)
     examples = [
         replace(example, id=str(i))
