@@ -25,11 +25,13 @@ class Wanted:
     """What a reader is told of the file.
 
     Args:
-        sets: Names under which the wanted set may stand in a file of several sets.
+        subset: The name of the wanted set in a file of several sets; None if the user names none.
+        splits: Names of the wanted split, which a set may have too.
         header: The columns of a table that has no line with their names (see Format.header).
     """
 
-    sets: tuple[str, ...] = ()
+    subset: str | None = None
+    splits: tuple[str, ...] = ()
     header: tuple[str, ...] = ()
 
 
@@ -123,7 +125,7 @@ def read_json(path: Path, wanted: Wanted) -> Records:
             tree = json.loads(first_line)
         except json.JSONDecodeError:
             tree = None
-        if tree is not None and text.strip() != first_line.strip():
+        if tree is not None and text.strip() != first_line.strip() and wanted.subset is None:
             return parse_json_lines(path, text.split("\n"))
     return read_tree(path, parse_json(path, text), wanted)
 
@@ -134,26 +136,39 @@ def read_tree(path: Path, tree: object, wanted: Wanted) -> Records:
     Raises:
         DataError: It has none of the forms of read_json, or several sets and none is named.
     """
+    sets = {}
+    if isinstance(tree, dict):
+        sets = {name: value for name, value in tree.items() if is_set(value)}
+    if sets:
+        return read_tree(path, choose_set(path, sets, wanted), Wanted())
+    if wanted.subset is not None:
+        raise DataError(f"{path.name} has no named sets; leave subset {wanted.subset} out")
     if is_list_of_objects(tree):
         return number_rows(path.name, tree)
     if isinstance(tree, dict):
-        sets = [name for name, value in tree.items() if is_set(value)]
-        chosen = [name for name in sets if name in wanted.sets]
-        # Beside the only set there may be a version, a licence or the like.
-        if len(sets) == 1:
-            chosen = sets
-        if len(chosen) == 1:
-            return read_tree(path, tree[chosen[0]], Wanted())
-        if sets:
-            raise DataError(
-                f"{path.name} holds the sets {', '.join(map(str, sets))}; name one with subset"
-            )
         if tree and all(isinstance(value, dict) for value in tree.values()):
             return [(f"{path.name} key {key}", {"id": key, **row}) for key, row in tree.items()]
         # A single object may be the only row of its file.
         if is_row(tree):
             return number_rows(path.name, [tree])
     raise DataError(f"{path.name}: expected a list of objects or an object of objects")
+
+
+def choose_set(path: Path, sets: dict, wanted: Wanted) -> object:
+    """Return the set of a file that is named, that has the split's name, or that is the only one.
+
+    Raises:
+        DataError: None of them is.
+    """
+    if wanted.subset in sets:
+        return sets[wanted.subset]
+    named = [name for name in sets if name in wanted.splits]
+    if wanted.subset is None and len(named) == 1:
+        return sets[named[0]]
+    # Beside the only set there may be a version, a licence or the like.
+    if wanted.subset is None and len(sets) == 1:
+        return next(iter(sets.values()))
+    raise DataError(f"{path.name} holds the sets {', '.join(map(str, sets))}; name one with subset")
 
 
 def is_list_of_objects(value: object) -> bool:

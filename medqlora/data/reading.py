@@ -76,8 +76,7 @@ def read_entry(entry: DataEntry, split: str, drop_invalid: bool = False) -> Read
     """
     kind = find_format(entry.format)
     split = entry.split or split
-    if entry.answer_is is not None and not kind.answers:
-        raise DataError(f"{entry.format}: answer_is has no meaning for this format; leave it out")
+    check_meaning(entry, kind)
     name, records = read_records(entry, split)
     if not records:
         raise DataError(f"{entry.format}: {name} holds no rows; expected at least one")
@@ -108,6 +107,22 @@ def read_entry(entry: DataEntry, split: str, drop_invalid: bool = False) -> Read
     parts.append(describe_repeated_options(examples))
     parts.append(kind.describe(examples, entry))
     return Reading(examples, removals, "; ".join(part for part in parts if part))
+
+
+def check_meaning(entry: DataEntry, kind: Format) -> None:
+    """Refuse keys of an entry that its format would pass over.
+
+    Raises:
+        DataError: A key has no meaning for the format.
+    """
+    meaningless = {
+        "answer_is": entry.answer_is is not None and not kind.answers,
+        "columns": bool(entry.columns) and not kind.takes_columns,
+        "test_pmids": entry.test_pmids is not None and not kind.splits_share_a_file,
+    }
+    for key, wrong in meaningless.items():
+        if wrong:
+            raise DataError(f"{entry.format}: {key} has no meaning for this format; leave it out")
 
 
 def parse_records(

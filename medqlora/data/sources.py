@@ -11,7 +11,7 @@ from pathlib import Path
 
 from medqlora.core.config import DataEntry
 from medqlora.data.examples import DataError
-from medqlora.data.formats.registry import FILE, find_format
+from medqlora.data.formats.registry import FILE, find_format, keep_records
 from medqlora.data.readers import READERS, Wanted, number_rows
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -116,9 +116,15 @@ def read_file(entry: DataEntry, path: Path, split: str) -> list[tuple[str, dict]
     Raises:
         DataError: The file cannot be read.
     """
-    sets = () if split == FILE else SPLIT_NAMES.get(split, (split,))
-    # A set that is named goes before the one that has the split's name.
-    wanted = Wanted((entry.subset,) if entry.subset else sets, find_format(entry.format).header)
+    kind = find_format(entry.format)
+    subset = entry.subset
+    # A format that selects rows by itself, as MMLU's, may take a subset for that.
+    if subset is not None and kind.prepare is not keep_records:
+        subset = None
+    elif subset is not None and path.suffix != ".json":
+        raise DataError(f"{entry.format}: {path.name} has no named sets; leave subset {subset} out")
+    splits = () if split == FILE else SPLIT_NAMES.get(split, (split,))
+    wanted = Wanted(subset, splits, kind.header)
     try:
         return READERS[path.suffix](path, wanted)
     except UnicodeDecodeError as error:

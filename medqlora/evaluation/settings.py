@@ -138,13 +138,13 @@ def choose_split(settings: QuestionSettings) -> str:
     return find_format(settings.format).published_split
 
 
-def make_entry(settings: QuestionSettings, path: str | None, limit: int | None) -> DataEntry:
-    """Return the data entry of the questions, or of the worked examples, at a path."""
+def make_entry(settings: QuestionSettings) -> DataEntry:
+    """Return the data entry of the questions."""
     return DataEntry(
         format=settings.format,
-        path=path,
+        path=settings.path,
         subset=settings.subset,
-        limit=limit,
+        limit=settings.limit,
         test_pmids=settings.test_pmids,
         columns=settings.columns,
         answer_is=settings.answer_is,
@@ -168,7 +168,7 @@ def read_questions(settings: QuestionSettings, style: str, lowercase: bool = Fal
     Raises:
         DataError: an invalid row or a repeated id, unless `drop_invalid` is set.
     """
-    entry = make_entry(settings, settings.path, settings.limit)
+    entry = make_entry(settings)
     reading = read_entry(entry, choose_split(settings), settings.drop_invalid)
     flag = None if settings.drop_invalid else "--drop_invalid"
     unique, repeated = drop_repeated_ids(reading.examples, settings.format, flag)
@@ -178,8 +178,11 @@ def read_questions(settings: QuestionSettings, style: str, lowercase: bool = Fal
 
 def read_pool(settings: QuestionSettings, style: str, lowercase: bool = False) -> list[Example]:
     """Read the examples that worked examples are taken from; see read_questions."""
-    # The limit is not passed on, because it bounds the questions and not the pool.
-    entry = make_entry(settings, settings.fewshot_path or settings.path, None)
+    # The limit bounds the questions and not the pool.
+    entry = make_entry(settings).model_copy(update={"limit": None})
+    if settings.fewshot_path:
+        # Another file may write its answers otherwise than that of the questions.
+        entry = entry.model_copy(update={"path": settings.fewshot_path, "answer_is": None})
     split = settings.fewshot_split or FORMATS[settings.format].fewshot_split
     # An invalid row only makes the pool smaller, while leaving a question out changes a score.
     examples, _ = read_examples(entry, split, drop_invalid=True)

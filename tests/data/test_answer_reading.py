@@ -215,6 +215,20 @@ def test_a_reading_is_never_passed_over(tmp_path, format):
         read_entry(DataEntry(format=format, path=str(tmp_path), answer_is="letter"), "train")
 
 
+@pytest.mark.parametrize(
+    ("format", "key", "value"),
+    [
+        ("medmcqa", "columns", {"question": "stem"}),
+        ("pubmedqa", "columns", {"question": "stem"}),
+        ("mcq", "test_pmids", "list.txt"),
+        ("medqa", "test_pmids", "list.txt"),
+    ],
+)
+def test_a_key_that_a_format_would_pass_over_is_refused(tmp_path, format, key, value):
+    with pytest.raises(DataError, match=f"{key} has no meaning for this format"):
+        read_entry(DataEntry(format=format, path=str(tmp_path), **{key: value}), "train")
+
+
 def test_a_named_reading_holds_for_each_form_of_medqa(tmp_path):
     row = {"sent1": "Q?", "ending0": "x", "ending1": "y", "label": 1}
     path = tmp_path / "rows.jsonl"

@@ -219,6 +219,12 @@ def test_a_file_of_several_sets_names_them(read):
         assert len(read(sets, "benchmark.json", subset="medqa").examples) == 2
         found = read(sets, "benchmark.json", subset="mmlu").examples
         assert [item.id for item in found] == ["other 1", "other 2"]
+    for name in ("bench", "train"):
+        with pytest.raises(DataError, match="holds the sets medqa, mmlu; name one with subset"):
+            read({"medqa": WHOLE, "mmlu": other}, "benchmark.json", subset=name)
+    for content, file in ((WHOLE, "list.json"), (LINES, "rows.jsonl"), ("question\nQ?", "r.csv")):
+        with pytest.raises(DataError, match="has no named sets; leave subset x out"):
+            read(content, file, subset="x")
     # A set that has the name of the split is that split, as a file in a folder would be.
     sets = {"train": WHOLE, "test": other}
     assert read(sets, "all.json", split="train").examples[0].id == "1"

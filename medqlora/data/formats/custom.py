@@ -76,6 +76,8 @@ def parse_text(record: dict, source: str, entry: DataEntry) -> Passage:
 
 
 # These formats have no signatures, because the column map decides what a record must hold.
-register(Format(name="mcq", parse=parse_mcq))
-register(Format(name="qa", parse=parse_qa, scoring="generate", answers=()))
-register(Format(name="text", parse=parse_text, scoring="perplexity", answers=()))
+register(Format(name="mcq", parse=parse_mcq, takes_columns=True))
+register(Format(name="qa", parse=parse_qa, scoring="generate", answers=(), takes_columns=True))
+register(
+    Format(name="text", parse=parse_text, scoring="perplexity", answers=(), takes_columns=True)
+)

@@ -85,6 +85,7 @@ class Format:
         answers: The ways in which the dataset is known to write its answers (see answer_reading);
             none where `parse` itself knows the right option, or where there are no options.
         hub_answers: The way in which the dataset's home on the hub writes them, if it differs.
+        takes_columns: Whether `parse` uses the entry's column map.
         prepare: Takes (records, entry) and returns the records that are read.
         select_split: Takes (examples, entry, split) and returns the examples of that split, for a
             file that holds several splits. The split is FILE where a file is evaluated whose split
@@ -106,6 +107,7 @@ class Format:
     header: tuple[str, ...] = ()
     answers: tuple[str, ...] = ("letter", "text", "index0", "index1")
     hub_answers: str | None = None
+    takes_columns: bool = False
     prepare: Callable[[Records, DataEntry], Records] = keep_records
     select_split: Callable[[list, DataEntry, str], list] = keep_examples
     describe: Callable[[list, DataEntry], str] = say_nothing
