@@ -440,9 +440,8 @@ def test_mistakes_of_prediction(finished, tmp_path, monkeypatch):
     adapter = finished[0] / "run" / "adapter"
     common = ["--format", "medmcqa", "--path", DEMO / "data" / "test.jsonl"]
     predict = ROOT / "eval" / "predict.py"
-    (tmp_path / "twice.jsonl").write_text(
-        (DEMO / "data" / "test.jsonl").read_text().splitlines()[0].join(["", "\n"]) * 2
-    )
+    lines = (DEMO / "data" / "test.jsonl").read_text().splitlines()
+    (tmp_path / "twice.jsonl").write_text("\n".join([*lines, lines[0]]))
     (tmp_path / "open.jsonl").write_text(
         '{"question": "What is fever?", "answer": "A high temperature."}\n'
     )
