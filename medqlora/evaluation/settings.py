@@ -170,6 +170,11 @@ def read_questions(settings: QuestionSettings, style: str, lowercase: bool = Fal
     """
     entry = make_entry(settings)
     reading = read_entry(entry, choose_split(settings), settings.drop_invalid)
+    if not reading.examples:
+        raise DataError(
+            f"{settings.format}: no valid row is left of {len(reading.removals)}; the first one"
+            f" that was left out: {reading.removals[0].source}: {reading.removals[0].reason}"
+        )
     flag = None if settings.drop_invalid else "--drop_invalid"
     unique, repeated = drop_repeated_ids(reading.examples, settings.format, flag)
     removals = reading.removals + repeated

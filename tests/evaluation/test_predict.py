@@ -254,6 +254,12 @@ def test_wrong_data(tmp_path, monkeypatch):
         assert code == 2, name
         assert message in shown, name
         assert not (tmp_path / "out.jsonl").exists()
+    # Nothing is left where every row is dropped.
+    code, shown = predict_inside(
+        tmp_path / "out.jsonl", monkeypatch, "--drop_invalid", path=tmp_path / "gold.jsonl"
+    )
+    assert code == 2
+    assert "no valid row is left of 1; the first one that was left out: gold.jsonl line 1" in shown
     code, shown = predict_inside(tmp_path / "no" / "out.jsonl", monkeypatch)
     assert code == 2
     assert "make it first" in shown
