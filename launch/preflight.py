@@ -107,7 +107,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from medqlora.batches.budgets import PlanError, describe_batch
 from medqlora.batches.cache import Prepared
 from medqlora.batches.collate import most_supervised
-from medqlora.batches.pipeline import count_reasons, prepare
+from medqlora.batches.pipeline import prepare
 from medqlora.batches.plan import Plan
 from medqlora.core.command import run_command
 from medqlora.core.files import check_disk
@@ -389,13 +389,11 @@ def check_data(config: Config, model: BaseModel) -> tuple[Prepared, str]:
                 f"data.train: none of the first {ROWS} rows of each entry is left; give other data"
                 " or a larger data.max_length"
             )
-        reasons = count_reasons(prepared.removals).items()
-        dropped = ", ".join(f"{count} {reason}" for reason, count in reasons)
         supervised = int(table.supervised.sum()) / len(table.lengths)
         text = (
             f"of the first {ROWS} rows of each entry: {len(table.lengths):,} to train on,"
-            f" {int(table.lengths.mean())} tokens each, {supervised:.1f} supervised; removed:"
-            f" {dropped or 'none'}"
+            f" {int(table.lengths.mean())} tokens each, {supervised:.1f} supervised;"
+            f" {'; '.join(prepared.descriptions)}"
         )
         # The table is mapped from the temporary folder, so it is copied before that is removed.
         return replace(prepared, train=copy.deepcopy(prepared.train)), text
