@@ -84,8 +84,13 @@ class LiteralTokenizer:
         expected = self.tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
         if getattr(self.tokenizer, "backend_tokenizer", None) is not None:
             for behind_newline in (False, True):
-                if self.join(harmless, behind_newline) == expected:
-                    return self.join(pieces, behind_newline)
+                if self.join(harmless, behind_newline) != expected:
+                    continue
+                ids = self.join(pieces, behind_newline)
+                # The vocabulary of some tokenizers makes the token out of plain text too.
+                special = set(self.special.values())
+                if sum(i in special for i in ids) == sum(i in special for i in expected):
+                    return ids
         name = next(found[0] for text, ours in pieces if not ours for found in self.find(text))
         raise PromptError(
             f"a text has {name} in it, the name of a special token, which this tokenizer cannot"
