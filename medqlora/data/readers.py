@@ -55,7 +55,7 @@ def read_json_lines(path: Path, wanted: Wanted) -> Records:
         file.seek(0)
         # A list that was named .jsonl is read as the list that it is.
         if beginning == "[":
-            return read_tree(path, parse_json(path, file.read()), wanted)
+            return read_tree(path, decode(file.read(), path.name), wanted)
         # A file is divided at line ends alone. str.splitlines would also divide at U+2028, which
         # JSON allows inside a text.
         return parse_json_lines(path, file)
@@ -68,14 +68,7 @@ def parse_json_lines(path: Path, lines: Iterable[str]) -> Records:
         if not line.strip():
             continue
         source = f"{path.name} line {number}"
-        try:
-            record = DECODER.decode(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{source}: not valid JSON ({error.msg} at column {error.colno}); correct the line"
-            ) from None
-        except ValueError as error:
-            raise DataError(f"{source}: {error}") from None
+        record = decode(line, source)
         if not isinstance(record, dict):
             raise DataError(f"{source}: expected an object, got {type(record).__name__}")
         records.append((source, record))
@@ -96,8 +89,12 @@ def refuse_repeated_keys(pairs: list[tuple[str, object]]) -> dict:
 DECODER = json.JSONDecoder(object_pairs_hook=refuse_repeated_keys)
 
 
-def parse_json(path: Path, text: str) -> object:
+def decode(text: str, source: str) -> object:
     """Return the value of a JSON text.
+
+    Args:
+        text: The text.
+        source: The file, or the line where the text is one, for messages.
 
     Raises:
         DataError: The text is not valid, or an object has a key twice.
@@ -105,11 +102,12 @@ def parse_json(path: Path, text: str) -> object:
     try:
         return DECODER.decode(text)
     except json.JSONDecodeError as error:
+        line = f" line {error.lineno}" if "\n" in text.strip() else ""
         raise DataError(
-            f"{path.name} line {error.lineno}: not valid JSON ({error.msg} at column {error.colno})"
+            f"{source}{line}: not valid JSON ({error.msg} at column {error.colno}); correct it"
         ) from None
     except ValueError as error:
-        raise DataError(f"{path.name}: {error}") from None
+        raise DataError(f"{source}: {error}") from None
 
 
 def read_json(path: Path, wanted: Wanted) -> Records:
@@ -127,7 +125,7 @@ def read_json(path: Path, wanted: Wanted) -> Records:
             tree = None
         if tree is not None and text.strip() != first_line.strip() and wanted.subset is None:
             return parse_json_lines(path, text.split("\n"))
-    return read_tree(path, parse_json(path, text), wanted)
+    return read_tree(path, decode(text, path.name), wanted)
 
 
 def read_tree(path: Path, tree: object, wanted: Wanted) -> Records:

@@ -17,8 +17,8 @@ from medqlora.model.adapter_preview import Preview
 from medqlora.model.base import ModelError
 from medqlora.model.identity import architecture_hash, resolve_base, sample_weights
 
-# What scales or changes an update beside its tensors, by the keys of adapter_config.json, with the
-# keys of the configuration.
+# These settings scale or change an update beside its tensors: the keys of adapter_config.json with
+# those of the configuration.
 SCALES = {"r": "r", "lora_alpha": "alpha", "use_rslora": "variant", "use_dora": "variant"}
 
 

@@ -122,7 +122,7 @@ def separates_head(tensors: AdapterTensors, head: str, embedding: str) -> bool:
         )
     copies = [tensors.replaced.get(name) for name in (head, embedding)]
     if copies[0] is None or copies[1] is None:
-        return copies != [None, None]
+        return copies[0] is not copies[1]
     return not torch.equal(*copies)
 
 

@@ -66,8 +66,8 @@ def run_rank(main: Callable[..., int], environ: Mapping[str, str], *arguments: A
         if isinstance(error, AgreedError) and environ.get("RANK", "0") != "0":
             return MISTAKE
         raise
-    # Any other exception is a fault of the program. It is only recorded here, in the file from
-    # which the launcher shows it together with the rank, and raised again.
+    # Any other exception is a fault of the program. It is only recorded here and raised again. The
+    # launcher shows the record together with the rank.
     except Exception as error:
         get_error_handler().record_exception(error)
         raise

@@ -364,8 +364,8 @@ def main() -> None:
         recent_accuracy = 0.98 * recent_accuracy + 0.02 * accuracy
         longest = 3 if recent_accuracy > 0.85 else longest
         if step % 250 == 0:
-            # A generator of its own draws the same questions at every check, and leaves the draws
-            # of the training alone.
+            # A generator of its own draws the same questions at every check. The draws of the
+            # training stay as they are.
             batch = make_batch(random.Random(2), words, tokenizer, 300, longest, world)
             with torch.no_grad():
                 _, held_out = compute_loss(model, *batch)

@@ -186,6 +186,14 @@ def test_a_column_that_is_not_there_is_named(read):
     assert "1 without an answer" in read([{"question": "Q?", "options": TEXTS}]).description
 
 
+def test_two_groups_of_columns_are_refused_until_one_is_named(read):
+    row = {"question": "Q?", "A": "x", "B": "y", "opa": "v", "opb": "w", "answer": "B"}
+    with pytest.raises(DataError, match="may stand in A, B or in opa, opb; name the columns"):
+        read([row])
+    (example,) = read([row], columns={"options": ["opa", "opb"]}).examples
+    assert example.options[example.answer] == "w"
+
+
 WHOLE = [ROW | {"id": "1"}, ROW | {"id": "2", "answer": "B"}]
 LINES = "".join(json.dumps(row) + "\n" for row in WHOLE)
 FILES = {

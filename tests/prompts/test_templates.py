@@ -8,6 +8,9 @@ import pytest
 from conftest import real_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
+from transformers import PreTrainedTokenizerFast
 
 from medqlora.data.examples import MultipleChoice, OpenAnswer
 from medqlora.prompts.chat_template import make_encoder, render_template
@@ -189,6 +192,21 @@ def test_the_name_of_a_special_token_in_a_row_is_text(name, style, data):
     assert count_special(encoder, row[len(prefix) :]) == 1
     assert row[-1] == encoder.end_id
     assert special in tokenizer.decode(row[len(prefix) : -1], clean_up_tokenization_spaces=False)
+
+
+def test_a_vocabulary_that_makes_the_token_out_of_text_is_refused():
+    """A Unigram vocabulary may hold the special token as an ordinary piece too."""
+    pieces = [(character, -2.0) for character in "#abcdefghijklmnopqrstuvwxyz?:.\n<>/"]
+    model = Unigram([("<unk>", -9.0), ("</s>", -1.0), (" ", -2.0), *pieces], unk_id=0)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(model), eos_token="</s>", unk_token="<unk>"
+    )
+    encoder = make_encoder(tokenizer, "plain", "letter")
+    good = OpenAnswer("q", "what is it?", "that.", "qa", "line 1")
+    assert encode_examples(encoder, [good], 512)[0].ids[-1] == encoder.end_id
+    bad = OpenAnswer("q", "what is </s> here?", "that.", "qa", "line 1")
+    with pytest.raises(PromptError, match="a text has </s> in it"):
+        encode_prefixes(encoder, [render(bad, "plain", "letter")])
 
 
 def test_lm_eval_reads_special_tokens_as_the_harness_does():

@@ -68,7 +68,7 @@ def find_option_columns(record: Mapping) -> list[str]:
     Their names differ only in a letter from A, or in a number from 0 or 1.
 
     Raises:
-        ValueError: Two columns have the same letter.
+        ValueError: Two columns have the same letter, or two groups of columns have such names.
     """
     groups: dict[tuple, dict[int, str]] = {}
     for name in record:
@@ -82,12 +82,18 @@ def find_option_columns(record: Mapping) -> list[str]:
         other = groups.setdefault(kind, {}).setdefault(number, name)
         if other != name:
             raise ValueError(f'the columns "{other}" and "{name}" name the same option')
+    complete = []
     for numbered in groups.values():
         first = min(numbered)
         consecutive = sorted(numbered) == list(range(first, first + len(numbered)))
         if len(numbered) > 1 and first <= 1 and consecutive:
-            return [numbered[number] for number in sorted(numbered)]
-    return []
+            complete.append([numbered[number] for number in sorted(numbered)])
+    if len(complete) > 1:
+        raise ValueError(
+            f"the options may stand in {', '.join(complete[0])} or in {', '.join(complete[1])};"
+            " name the columns with columns"
+        )
+    return complete[0] if complete else []
 
 
 def read_columns(cells: list) -> tuple[str, ...]:

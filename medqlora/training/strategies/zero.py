@@ -34,8 +34,8 @@ class Zero:
         causal = unwrap(loss_model.model)
         if strategy.sharded:
             # A decoder layer is gathered as a whole. The fused adapter code does not call the
-            # adapters' own modules, so DeepSpeed would not gather them; one message per layer is
-            # also faster than fourteen.
+            # adapters' own modules, so DeepSpeed would not gather them. One message per layer is
+            # faster than fourteen besides.
             layer_types = {type(layer) for layer in find_layers(causal)}
             deepspeed.utils.set_z3_leaf_modules(loss_model, list(layer_types))
             # A weight is empty outside the forward pass of its layer. The replaced matrix products
