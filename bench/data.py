@@ -21,11 +21,16 @@ import tempfile
 import time
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from medqlora.core.entry import enter
+
+    enter()
+
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
-from medqlora.core.command import CommandParser, run_command
+from medqlora.core.command import CommandParser, make_console, run_command
 from medqlora.core.config_loading import load_config
 from medqlora.core.environment import describe_environment, name_command, read_peak_resident
 from medqlora.core.errors import RunError
@@ -51,7 +56,7 @@ SYLLABLES = (
     " co se pro te in ren al"
 )
 STAGES = ("read", "clean", "render", "tokenize", "plan", "write")
-console = Console(highlight=False, soft_wrap=True)
+console = make_console(soft_wrap=True)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -18,6 +18,12 @@ import sys
 import zipfile
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from medqlora.core.entry import enter
+
+    enter()
+
 from medqlora.core.command import CommandParser, run_command
 from medqlora.core.errors import ConfigError
 

@@ -36,10 +36,21 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from medqlora.core.entry import enter
+
+    enter()
+
 from rich.table import Table
 
-from medqlora.core.command import CommandParser, quiet_libraries, run_command, run_early
+from medqlora.core.command import (
+    CommandParser,
+    make_console,
+    quiet_libraries,
+    run_command,
+    run_early,
+)
 from medqlora.core.config import DataEntry, Model
 from medqlora.core.environment import describe_environment, name_command, prefer_expandable_segments
 from medqlora.core.files import check_new, write_json
@@ -204,7 +215,7 @@ from medqlora.prompts.chat_template import make_encoder
 
 START_SECONDS = 600  # A server may take so long to load.
 
-console = Console(highlight=False, soft_wrap=True)
+console = make_console(soft_wrap=True)
 
 # An Answer takes the token ids of a prompt.
 Answer = Callable[[list[int]], Awaitable[Served]]
@@ -232,8 +243,9 @@ def main() -> None:
     )
     if not distinct:
         console.print(
-            "[yellow]the file has fewer questions: prompts repeat, which a server's prefix cache"
-            " answers sooner"
+            "the file has fewer questions: prompts repeat, which a server's prefix cache answers"
+            " sooner",
+            style="yellow",
         )
     figures["prompts_repeat"] = not distinct
     if arguments.scoring:
@@ -450,7 +462,7 @@ class Client:
             import openai
         except ImportError:
             raise LatencyError(
-                "the openai package is not installed here; pip install 'medqlora[openai]'"
+                "the openai package is not installed here; pip install -e '.[openai]'"
             ) from None
         self.openai = openai
         self.address = address
@@ -613,7 +625,7 @@ def show(loops: list[dict]) -> None:
         goodput = loop["goodput_requests_per_second"]
         row.append("" if goodput is None else f"{goodput:,.2f}")
         table.add_row(*row)
-    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+    make_console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 # ---- sizes ---------------------------------------------------------------------------------------

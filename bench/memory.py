@@ -34,15 +34,26 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from medqlora.core.entry import enter
+
+    enter()
+
 import numpy as np
 import psutil
 import yaml
-from rich.console import Console
 from rich.table import Table
 
 from medqlora.batches.budgets import list_budgets
 from medqlora.batches.plan import make_plan
-from medqlora.core.command import CommandParser, quiet_libraries, run_command, run_early
+from medqlora.core.command import (
+    CommandParser,
+    make_console,
+    quiet_libraries,
+    run_command,
+    run_early,
+)
 from medqlora.core.config import Config
 from medqlora.core.config_loading import change, load_config
 from medqlora.core.environment import describe_environment, name_command, prefer_expandable_segments
@@ -189,7 +200,7 @@ ARCHITECTURES = Path(__file__).parent / "architectures"
 DISPLAY = "0.3 to 1 GiB"  # We assume this for a desktop with a browser.
 SEQUENCES = 32  # The forecast for serving assumes so many sequences side by side.
 
-console = Console(highlight=False, soft_wrap=True)
+console = make_console(soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -318,7 +329,7 @@ def predict(case: Case) -> dict:
     tokens = list_budgets(training, case.config.data.max_length, ranks)[-1]
     supervised = case.supervised(tokens)
     plan = forecast_plan(case.config, case.architecture, case.target, tokens, mode, supervised)
-    console.print(f"[bold]{case.config.model.base}[/]: {describe(case, plan)}")
+    console.print(f"{case.config.model.base}: {describe(case, plan)}")
     if "auto" in (training.gradient_checkpointing, training.max_tokens_per_batch):
         console.print(
             "the recipe says auto: here every layer is recomputed; --fit SIZE shows what auto"
@@ -357,7 +368,7 @@ def show(plan: StepPlan, target: TargetHardware) -> None:
     for name, value in sorted(forecast.by_category.items(), key=lambda item: -item[1]):
         if value >= 2**20:
             table.add_row(name, f"{value / GIB:.2f}", f"{value / forecast.peak:.0%}")
-    table.add_row("[bold]peak", f"[bold]{forecast.peak / GIB:.2f}", "")
+    table.add_row("peak", f"{forecast.peak / GIB:.2f}", "", style="bold")
     if target.device.type == "cuda":
         reserved = target.needs(forecast, plan.short)  # bytes
         # This is usable() (target.py) solved for the size of the GPU.
@@ -407,7 +418,7 @@ def fit(case: Case, size: str) -> dict:
     case = replace(case, config=config)
     target = case.target
     plan = plan_step(config, case.architecture, target, case.supervised)
-    console.print(f"[bold]{config.model.base} on a GPU of {size}[/]: {describe(case, plan)}")
+    console.print(f"{config.model.base} on a GPU of {size}: {describe(case, plan)}")
     show(plan, target)
     longest = longest_sequence(config, case.architecture, target, case.supervised)
     mode = least_memory(target.device)

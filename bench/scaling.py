@@ -16,10 +16,17 @@ traffic and time, each with its reason; docs/scaling.md says what follows from t
 import argparse
 import math
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from medqlora.core.entry import enter
+
+    enter()
 
 from medqlora.core.command import CommandParser, run_command, run_early
 from medqlora.core.config_loading import load_config

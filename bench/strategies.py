@@ -18,10 +18,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from medqlora.core.entry import enter
+
+    enter()
+
 from rich.table import Table
 
-from medqlora.core.command import CommandParser, run_command
+from medqlora.core.command import CommandParser, make_console, run_command
 from medqlora.core.config_loading import load_config
 from medqlora.core.environment import describe_environment
 from medqlora.core.errors import UserError
@@ -181,7 +186,7 @@ def show(rows: dict[str, dict], arguments: argparse.Namespace) -> None:
             f"{peak:,.0f} MiB",
             f"{row['speed']:.2f} x",
         )
-    Console(highlight=False).print(table)
+    make_console().print(table)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,15 @@ Nobody types a figure between markers: record it with the command in its file, t
 import argparse
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from medqlora.core.entry import enter
+
+    enter()
 
 from medqlora.core.command import CommandParser, run_command
 from medqlora.core.errors import ConfigError

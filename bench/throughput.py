@@ -35,13 +35,24 @@ import tempfile
 import time
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from medqlora.core.entry import enter
+
+    enter()
+
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from medqlora.batches.budgets import list_budgets
 from medqlora.batches.plan import Plan, make_plan
-from medqlora.core.command import CommandParser, quiet_libraries, run_command, run_early
+from medqlora.core.command import (
+    CommandParser,
+    make_console,
+    quiet_libraries,
+    run_command,
+    run_early,
+)
 from medqlora.core.config import Config
 from medqlora.core.config_loading import change, load_config
 from medqlora.core.environment import (
@@ -163,7 +174,7 @@ from medqlora.training.trial import (
 ARCHITECTURES = Path(__file__).parent / "architectures"
 SUPERVISED_PER_ROW = 2  # a letter and the end token
 
-console = Console(highlight=False, soft_wrap=True)
+console = make_console(soft_wrap=True)
 
 
 def main() -> None:
@@ -351,7 +362,7 @@ def name_case(result: dict) -> str:
 
 def report(result: dict) -> None:
     if "error" in result:
-        console.print(f"[yellow]{name_case(result)}: {result['error']}")
+        console.print(f"{name_case(result)}: {result['error']}", style="yellow")
     else:
         console.print(f"{name_case(result)}: {result['real_tokens_per_second']:,.0f} tokens/s")
 
@@ -382,7 +393,7 @@ def show(results: list[dict]) -> None:
             f"{result['warm_up_seconds']:.1f}",
         )
     # A pipe has no width of its own, so a table gets enough for its columns.
-    Console(highlight=False, width=None if sys.stdout.isatty() else 180).print(table)
+    make_console(width=None if sys.stdout.isatty() else 180).print(table)
     first = next((result for result in results if "error" not in result), None)
     if first:
         peak = first["peak_source"]

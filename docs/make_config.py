@@ -8,6 +8,7 @@ To describe another model, add a line there.
 """
 
 import argparse
+import sys
 import types
 import typing
 from collections.abc import Iterator
@@ -17,6 +18,12 @@ from typing import Any, Literal
 import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from medqlora.core.entry import enter
+
+    enter()
 
 from medqlora.core.command import CommandParser, run_command
 from medqlora.core.config import Data, DataEntry, Lora, Model, Training

@@ -19,24 +19,28 @@ import argparse
 import sys
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from medqlora.core.entry import enter
+
+    enter()
+
 from rich.table import Table
 
-from medqlora.core.command import CommandParser, run_command
+from medqlora.core.command import CommandParser, make_console, run_command
 from medqlora.core.errors import ConfigError
 from medqlora.core.files import check_new, write_json
 from medqlora.evaluation.comparison import compare_predictions
 from medqlora.evaluation.predictions import read_all_predictions
 
 # Where the output is no terminal, rich would take 80 columns and cut the table.
-console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+console = make_console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
 
 def show(first: Path, second: Path, comparison: dict) -> None:
     """Print the comparison of two files."""
     # rich would take brackets in a file's name for styles.
-    table = Table(title=escape(f"A {first}\nB {second}"), title_justify="left")
+    table = Table(title=f"A {first}\nB {second}", title_justify="left")
     table.add_column("subject")
     for heading in (
         "n",
@@ -53,7 +57,7 @@ def show(first: Path, second: Path, comparison: dict) -> None:
     for name, part in [("all", comparison), *comparison["per_subject"].items()]:
         low, high = part["difference_ci95"]
         table.add_row(
-            escape(name),
+            name,
             str(part["n"]),
             f"{part['accuracy_a']:.1%}",
             f"{part['accuracy_b']:.1%}",

@@ -12,14 +12,25 @@ OUTPUT. N may change between runs.
 """
 
 import os
+import sys
 import warnings
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from medqlora.core.entry import enter
+
+    enter()
+
 from rich.progress import Progress
 
-from medqlora.core.command import quiet_libraries, read_settings, run_command, run_early
+from medqlora.core.command import (
+    make_console,
+    quiet_libraries,
+    read_settings,
+    run_command,
+    run_early,
+)
 from medqlora.core.environment import prefer_expandable_segments
 from medqlora.core.files import hash_json
 from medqlora.evaluation.settings import (
@@ -59,13 +70,13 @@ from medqlora.evaluation.predictions import (
 )
 from medqlora.evaluation.questions import PreparedQuestion, prepare_questions
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+console = make_console(stderr=True, soft_wrap=True)
 INTERRUPTED = "interrupted; finished batches are kept, the same command goes on from there"
 
 
 def main(settings: EvaluationSettings) -> None:
     # Python's own form would add a file name and a line of source.
-    warnings.showwarning = lambda message, *_: console.print(escape(str(message)), style="yellow")
+    warnings.showwarning = lambda message, *_: console.print(str(message), style="yellow")
     if settings.api != "chat":  # A chat server needs no transformers, whose import takes seconds.
         quiet_libraries()
     asking = prepare_asking(settings)
@@ -142,7 +153,7 @@ def prepare(
     print(reading.description)
     for removal in reading.removals:
         line = f"left out {removal.source}: {removal.reason}"
-        console.print(line, style="yellow", markup=False)
+        console.print(line, style="yellow")
     pool = read_pool(settings, style, lowercase) if method.num_fewshot else []
     questions, shared = prepare_questions(
         asking.encoder, reading.examples, method, pool, asking.max_length

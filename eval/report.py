@@ -11,12 +11,18 @@ import argparse
 import itertools
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from medqlora.core.entry import enter
 
-from medqlora.core.command import CommandParser, run_command
+    enter()
+
+
+from medqlora.core.command import CommandParser, make_console, run_command
 from medqlora.core.files import read_lines, write_atomic
 from medqlora.core.run_folder import LOG
 from medqlora.evaluation.comparison import compare_predictions
@@ -163,7 +169,7 @@ def main() -> None:
         label = name if names.count(name) == 1 else str(folder)
         runs.append(collect_run(label, folder, {path: rows[path] for path in files}))
     write_atomic(arguments.output, render_report(runs))
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = make_console(soft_wrap=True)
     for run in runs:
         console.print(f"{run.name}: {judge(run).sentence}")
     console.print(f"report in {arguments.output}")

@@ -8,13 +8,19 @@ perplexity. The command needs neither torch nor a GPU.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from medqlora.core.entry import enter
+
+    enter()
+
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from medqlora.core.command import CommandParser, run_command
+from medqlora.core.command import CommandParser, make_console, run_command
 from medqlora.core.files import check_new, write_atomic, write_json
 from medqlora.data.examples import LETTERS
 from medqlora.evaluation.metrics import NEAR_TIE, score_predictions
@@ -35,7 +41,7 @@ def show(path: Path, metrics: dict, console: Console) -> None:
     headings = [key.replace("_", " ") for key in keys]
     if not is_open:
         headings.append("95 % interval")
-    table = Table(title=escape(str(path)), title_justify="left")
+    table = Table(title=str(path), title_justify="left")
     table.add_column("subject")
     for heading in ("n", *headings):
         table.add_column(heading, justify="right")
@@ -44,7 +50,7 @@ def show(path: Path, metrics: dict, console: Console) -> None:
         if not is_open:
             low, high = scores["accuracy_ci95"]
             values.append(f"{low:.1%} – {high:.1%}")
-        table.add_row(escape(name), str(scores["n"]), *values)
+        table.add_row(name, str(scores["n"]), *values)
     console.print(table)
     console.print(", ".join(list_notes(metrics)))
 
@@ -115,7 +121,7 @@ def main() -> None:
         help="do not score, but write the one file given as a MedMCQA test submission (.csv)",
     )
     arguments = parser.parse_args()
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console(soft_wrap=True)
     if arguments.submission:
         if len(arguments.predictions) > 1:
             raise PredictionError(

@@ -20,3 +20,6 @@ python eval/predict.py --model "$output/merged" --format medmcqa --path recipes/
     --output "$output/predictions/merged.jsonl"
 python eval/score.py "$output/predictions/merged.jsonl"
 echo "this is a demonstration and not a medical model; all files that it wrote are in $output"
+if [ "${VIRTUAL_ENV:-}" = "$PWD/.venv" ]; then
+    echo "for the next commands of README.md, enter the environment first: . .venv/bin/activate"
+fi

@@ -29,7 +29,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from medqlora.core.command import CommandParser, run_early
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from medqlora.core.entry import enter
+
+    enter()
+
+from medqlora.core.command import CommandParser, make_console, run_early
 from medqlora.core.config import Config
 from medqlora.core.config_loading import change, load_config
 from medqlora.core.environment import prefer_expandable_segments
@@ -98,10 +104,9 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 import transformers
-import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from medqlora.batches.budgets import PlanError, describe_batch
@@ -132,6 +137,7 @@ from medqlora.training.strategies.launch import (
     check_strategy,
     choose_storage,
     launch_environ,
+    read_accelerate_config,
     read_strategy,
 )
 
@@ -158,14 +164,17 @@ def main() -> None:
     )
     for column in ("check", "", "result"):
         table.add_column(column)
-    results = {True: "[green]ok", False: "[red]FAILED", None: "[yellow]not checked"}
+    results = {
+        True: Text("ok", style="green"),
+        False: Text("FAILED", style="red"),
+        None: Text("not checked", style="yellow"),
+    }
     failed = 0
     for check in run_checks(arguments, OVERRIDES):
         # None is no failure, since this machine could not tell.
         failed += check.passed is False
-        text = check.text.replace("[", "\\[")  # rich would take a bracket for a style.
-        table.add_row(check.name, results[check.passed], text)
-    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+        table.add_row(check.name, results[check.passed], check.text)
+    make_console(width=None if sys.stdout.isatty() else 160).print(table)
     print(f"{time.perf_counter() - start:.1f} s")
     if failed:
         raise ProcessError(f"preflight: {failed} check(s) failed; see the table")
@@ -284,19 +293,16 @@ def read_config(path: Path, overrides: list[str]) -> tuple[Config, str]:
 
 def read_launch(path: Path) -> tuple[Launch, str]:
     """Read the accelerate config, and check its keys and numbers."""
+    tree = read_accelerate_config(path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
         load_config_from_file(str(path))  # Accelerate checks the keys of the file here.
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: {error.strerror}; give the path of an accelerate YAML"
-        ) from None
-    except (yaml.YAMLError, ValueError, TypeError, KeyError) as error:
+    # Accelerate has no error of its own for a wrong value.
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(
             f"{path}: accelerate cannot read this file: {' '.join(str(error).split())[:300]}"
         ) from None
-    machines = int(tree.get("num_machines") or 1)
-    ranks = int(tree.get("num_processes") or 1)
+    machines = tree.get("num_machines") or 1
+    ranks = tree.get("num_processes") or 1
     if ranks % machines:
         raise ConfigError(
             f"{path}: num_processes {ranks} is not a multiple of num_machines {machines}; it counts"
@@ -320,7 +326,7 @@ def check_processes(launch: Launch) -> tuple[None, str]:
     gpus = torch.cuda.device_count()
     if launch.strategy.name.startswith("zero") and find_spec("deepspeed") is None:
         raise ProcessError(
-            "deepspeed is not installed; pip install 'medqlora[deepspeed]', or use ddp or fsdp2"
+            "deepspeed is not installed; pip install -e '.[deepspeed]', or use ddp or fsdp2"
         )
     if not gpus:
         raise Unchecked(f"{local} process(es) per machine; this machine has no GPU to count")

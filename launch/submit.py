@@ -15,9 +15,14 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
-import yaml
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from medqlora.core.entry import enter
+
+    enter()
 
 from medqlora.batches.budgets import describe_batch
 from medqlora.core.command import CommandParser, run_command, run_early
@@ -105,7 +110,12 @@ if __name__ == "__main__":
     prefer_expandable_segments(os.environ)
 
 from medqlora.model.hardware import DTYPES
-from medqlora.training.strategies.launch import check_strategy, launch_environ, read_strategy
+from medqlora.training.strategies.launch import (
+    check_strategy,
+    launch_environ,
+    read_accelerate_config,
+    read_strategy,
+)
 
 TEMPLATE = Path(__file__).parent / "slurm_train.sbatch"
 
@@ -126,8 +136,10 @@ def main() -> None:
     for path in (arguments.accelerate_config, arguments.recipe):
         if not path.is_file():
             raise ConfigError(f"{path}: no such file; give its path from the root of the checkout")
-    tree = yaml.safe_load(arguments.accelerate_config.read_text(encoding="utf-8"))
-    if not isinstance(tree, dict) or (tree.get("distributed_type") == "NO" and ranks > 1):
+    check_directives(arguments)
+    tree = read_accelerate_config(arguments.accelerate_config)
+    # YAML reads a bare NO as false.
+    if tree.get("distributed_type") in (None, "NO", False) and ranks > 1:
         raise ConfigError(
             f"--accelerate_config {arguments.accelerate_config} is for one process, but --nodes x"
             f" --gpus_per_node asks for {ranks}; use a ddp, zero or fsdp2 file"
@@ -165,6 +177,25 @@ def main() -> None:
         f"job {job}: {ranks} processes; its output is {name}-{job}.out, the logs of each rank are"
         f" in {arguments.output_dir}/launch/"
     )
+
+
+def check_directives(arguments: argparse.Namespace) -> None:
+    """Refuse a text that would end its line in the script, where the rest would be a command.
+
+    Raises:
+        ConfigError: A directive has a line break, or a name begins with a dash or has a blank.
+    """
+    names = {
+        "--job_name": arguments.job_name or arguments.config.stem,
+        "--partition": arguments.partition,
+        "--account": arguments.account,
+    }
+    for flag, name in names.items():
+        if name is not None and not re.fullmatch(r"[^\s-]\S*", name):
+            raise ConfigError(f"{flag} {name!r}: expected a name without blanks and line breaks")
+    for directive in arguments.sbatch:
+        if not directive.startswith("-") or not directive.isprintable():
+            raise ConfigError(f"--sbatch {directive!r}: expected one directive, such as --mem=0")
 
 
 def fill(arguments: argparse.Namespace) -> str:

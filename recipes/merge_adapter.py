@@ -10,14 +10,25 @@ than the trained one, and a second printed error says how much their logits diff
 import argparse
 import gc
 import os
+import sys
 import warnings
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from medqlora.core.entry import enter
+
+    enter()
+
 from rich.progress import track
 
-from medqlora.core.command import CommandParser, quiet_libraries, run_command, run_early
+from medqlora.core.command import (
+    CommandParser,
+    make_console,
+    quiet_libraries,
+    run_command,
+    run_early,
+)
 from medqlora.core.config import Model
 from medqlora.core.environment import prefer_expandable_segments
 
@@ -88,13 +99,13 @@ VERIFY_TEXTS = (
     ),
 )
 
-console = Console(highlight=False, soft_wrap=True)
+console = make_console(soft_wrap=True)
 
 
 def main() -> None:
     arguments = ARGUMENTS
     # Python's own form would add a file name and a line of source.
-    warnings.showwarning = lambda message, *_: console.print(escape(str(message)), style="yellow")
+    warnings.showwarning = lambda message, *_: console.print(str(message), style="yellow")
     quiet_libraries()
     if arguments.output.exists():
         raise MergeError(f"--output {arguments.output} exists; give a new folder")

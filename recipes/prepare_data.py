@@ -8,13 +8,19 @@ The rows are read, cleaned, separated from the evaluation rows, tokenized, and p
 
 import argparse
 import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from medqlora.core.entry import enter
+
+    enter()
+
 
 from medqlora.batches.budgets import choose_packing, list_budgets
-from medqlora.core.command import CommandParser, run_command, run_early
+from medqlora.core.command import CommandParser, make_console, run_command, run_early
 from medqlora.core.config_loading import change, help_text, load_config
 from medqlora.core.environment import prefer_expandable_segments
 from medqlora.core.files import check_new, write_json_lines
@@ -67,7 +73,7 @@ from medqlora.batches.pipeline import prepare
 from medqlora.model.base import load_tokenizer
 from medqlora.prompts.chat_template import make_encoder
 
-console = Console(highlight=False, soft_wrap=True)
+console = make_console(soft_wrap=True)
 
 
 def main() -> None:
@@ -90,7 +96,7 @@ def main() -> None:
     config = change(config, "training", max_tokens_per_batch=budget)
     plan, _ = prepare_plan(config, prepared, arguments.processes, packed)
     for text in prepared.descriptions:
-        console.print(text, markup=False)
+        console.print(text)
     for source in prepared.mixture:
         console.print(
             f"{source['entry']} {source['format']} {source['path'] or ''}: {source['rows']:,} rows,"
@@ -114,8 +120,8 @@ def main() -> None:
         prompt_length = int(table.prompt_lengths[row])
         console.rule(table.names[row])
         # No line ends between the two parts, just as no token stands between them in the row.
-        console.print(tokenizer.decode(ids[:prompt_length]), end="", markup=False)
-        console.print(tokenizer.decode(ids[prompt_length:]), style="bold", markup=False)
+        console.print(tokenizer.decode(ids[:prompt_length]), end="")
+        console.print(tokenizer.decode(ids[prompt_length:]), style="bold")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,12 @@ import os
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from medqlora.core.entry import enter
+
+    enter()
+
 from medqlora.core.command import read_recipe, run_command, run_early
 from medqlora.core.config import Config
 from medqlora.core.errors import ConfigError

@@ -11,12 +11,19 @@ import contextlib
 import itertools
 import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from medqlora.core.entry import enter
+
+    enter()
+
 from medqlora.batches.pipeline import check_entries
-from medqlora.core.command import read_recipe, run_command, run_early
+from medqlora.core.command import make_console, read_recipe, run_command, run_early
 from medqlora.core.environment import prefer_expandable_segments
 
 if __name__ == "__main__":
@@ -29,7 +36,6 @@ if __name__ == "__main__":
     prefer_expandable_segments(os.environ)
 
 from peft import PeftModel
-from rich.console import Console
 from safetensors.torch import load_file
 
 from medqlora.core.config import Config
@@ -64,7 +70,7 @@ from medqlora.training.signals import catch_signals, exit_code, run_rank
 from medqlora.training.strategies.gradient_check import open_session
 from medqlora.training.strategies.launch import choose_storage
 
-console = Console(highlight=False, soft_wrap=True)
+console = make_console(soft_wrap=True)
 
 
 def main(config: Config, output_dir: Path, resume: bool) -> int:

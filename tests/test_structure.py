@@ -82,7 +82,7 @@ def test_package_neither_prints_nor_reads_arguments(room):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
     }
     touched = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    if room == "medqlora.core.command":  # the frame of every command
+    if room in ("medqlora.core.command", "medqlora.core.entry"):  # the frame of every command
         return
     assert "print" not in called
     assert not touched & {"sys.argv", "os.environ", "os.getenv"}
@@ -153,3 +153,20 @@ def test_the_table_of_contracts_names_every_test_file_and_its_tier():
             assert tiers[name] & {"full", "both"}, name
         else:
             assert tiers[name] == {"quick"}, name
+
+
+def test_consoles_print_texts_as_they_are():
+    """Brackets in a question or a path must not become rich's markup."""
+    for path in [*SCRIPTS, *(ROOT / "medqlora").rglob("*.py")]:
+        if path == ROOT / "medqlora" / "core" / "command.py":  # the owner of make_console
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        assert not calls & {"Console", "rich.print", "rich.console.Console"}, path
+
+
+def test_every_script_enters_before_it_imports_other_packages():
+    for path in SCRIPTS:
+        text = path.read_text(encoding="utf-8")
+        if "run_command(" in text and "bench/peers/llamafactory" not in path.as_posix():
+            assert "enter()" in text, path

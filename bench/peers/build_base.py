@@ -7,7 +7,14 @@ The shape of SmolLM2-135M with 13 of its 30 layers (74 million parameters with a
 """
 
 import argparse
+import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    from medqlora.core.entry import enter
+
+    enter()
 
 SHAPES = {
     "74m": {

@@ -22,6 +22,12 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    from medqlora.core.entry import enter
+
+    enter()
+
 import numpy as np
 
 from medqlora.core.command import CommandParser, run_command

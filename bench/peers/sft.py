@@ -35,6 +35,12 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    from medqlora.core.entry import enter
+
+    enter()
+
 from medqlora.core.command import CommandParser, run_command, run_early
 from medqlora.core.config import Config
 from medqlora.core.config_loading import load_config

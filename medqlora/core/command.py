@@ -7,11 +7,14 @@ stderr and exit code 2. No other module of the package reads arguments or prints
 from __future__ import annotations
 
 import argparse
+import errno
+import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 # Scripts import this module before their slow imports, and a misspelt key is said in under a
 # second. Nothing here may therefore import torch or transformers when it is read.
@@ -26,12 +29,27 @@ from medqlora.core.config_loading import (
     load_settings,
     suggest_key,
 )
+from medqlora.core.entry import BROKEN_PIPE, INTERRUPTED, MISTAKE, say, stop_at_once
 from medqlora.core.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Result = TypeVar("Result")
 Settings = TypeVar("Settings", bound=Section)
-MISTAKE = 2  # This is the exit code after a mistake of the user.
-INTERRUPTED = 128 + 2  # A shell reports a program that SIGINT ended in this form.
+# torch's launcher tells a process its place in these variables.
+PLACE = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER_NUMBERS = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_WORLD_SIZE",
+    "MASTER_PORT",
+    "TORCHELASTIC_RESTART_COUNT",
+    "SLURM_RESTART_COUNT",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE",
+)
 
 
 def run_command(main: Callable[[], int | None], interrupted: str = "") -> NoReturn:
@@ -41,16 +59,29 @@ def run_command(main: Callable[[], int | None], interrupted: str = "") -> NoRetu
         main: returns an exit code; None stands for 0.
         interrupted: a line for stderr after Ctrl-C, where there is something to say.
     """
+    # From here on Ctrl-C is an exception, so that files can be closed.
+    if signal.getsignal(signal.SIGINT) is stop_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code = main() or 0
+        # What a full disk or a reader that has gone refuses shows itself here, and not at the end
+        # of the program, where Python would say it in its own way.
+        sys.stdout.flush()
     # Any other exception is a defect of the program and keeps its traceback.
     except UserError as error:
-        print(error, file=sys.stderr)
+        say(str(error))
+        code = MISTAKE
+    except BrokenPipeError:
+        code = BROKEN_PIPE
+    except OSError as error:
+        say(describe_refusal(error))
         code = MISTAKE
     except KeyboardInterrupt:
         if interrupted:
             print(interrupted, file=sys.stderr)
         code = INTERRUPTED
+    if code in (BROKEN_PIPE, MISTAKE):
+        drop_output()
     sys.exit(code)
 
 
@@ -65,11 +96,92 @@ def run_early(read: Callable[[], Result], environ: Mapping[str, str] | None = No
             prints the line; the others end silently.
     """
     try:
+        check_arguments(sys.argv[1:])
+        check_launcher(environ or {})
         return read()
-    except UserError as error:
+    except (UserError, OSError) as error:
         if (environ or {}).get("LOCAL_RANK", "0") == "0":
-            print(error, file=sys.stderr)
+            say(str(error) if isinstance(error, UserError) else describe_refusal(error))
         sys.exit(MISTAKE)
+
+
+def check_launcher(environ: Mapping[str, str]) -> None:
+    """Check the variables by which a launcher tells a process its place among the others.
+
+    Raises:
+        ConfigError: A variable is no whole number, or one is missing.
+    """
+    for name in LAUNCHER_NUMBERS:
+        value = environ.get(name) or "0"
+        if not (value.isascii() and value.isdigit()):
+            raise ConfigError(
+                f"environment variable {name} is {value!r}; expected a whole number, as the"
+                " launcher sets it; unset it, or start with accelerate launch"
+            )
+    missing = [name for name in PLACE if not environ.get(name)]
+    if "LOCAL_RANK" in environ and missing:
+        raise ConfigError(
+            f"environment variable LOCAL_RANK is set and {missing[0]} is not; unset it, or start"
+            " with accelerate launch"
+        )
+    if "LOCAL_RANK" in environ and int(environ["RANK"]) >= int(environ["WORLD_SIZE"]):
+        raise ConfigError(
+            f"environment variable RANK is {environ['RANK']} of WORLD_SIZE"
+            f" {environ['WORLD_SIZE']} processes; ranks are counted from 0"
+        )
+
+
+def describe_refusal(error: OSError) -> str:
+    """Return the line for a file that the system refuses.
+
+    Raises:
+        OSError: The system refused something else than a file, such as a connection. That is no
+            mistake in a path.
+    """
+    if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        raise error
+    name = "the output" if error.filename is None else str(error.filename)
+    # A name that the system finds too long would fill the terminal.
+    if len(name) > 200:
+        name = f"{name[:200]}…"
+    return f"{name}: {error.strerror}; check the path, its permissions and the space on the disk"
+
+
+def drop_output() -> None:
+    """Let what still waits for stdout go nowhere, if stdout is a file that refuses it."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def check_arguments(arguments: list[str]) -> None:
+    """Refuse an argument that is no text, because no file that we write could hold it.
+
+    Raises:
+        ConfigError: An argument is not valid UTF-8.
+    """
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"argument {argument!a}: not valid UTF-8; rename the file, or give text"
+            ) from None
+
+
+def make_console(**options: Any) -> Console:
+    """Return a console that prints every text as it is.
+
+    rich would take a name in brackets, such as a folder [old], for a style and leave it out, and
+    :pill: for a picture. Styles are therefore given beside a text and never inside it.
+
+    Args:
+        options: what else rich's Console takes.
+    """
+    from rich.console import Console
+
+    return Console(markup=False, emoji=False, highlight=False, **options)
 
 
 class CommandParser(argparse.ArgumentParser):

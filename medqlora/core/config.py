@@ -6,6 +6,7 @@ Every numeric fact has its default here and nowhere else.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -13,21 +14,38 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 Attention = Literal["auto", "varlen", "flash", "grouped", "flex", "sdpa", "eager"]
 PromptStyle = Literal["auto", "chat", "plain", "lm_eval"]
 Completion = Literal["letter", "letter_text", "explanation", "text"]
+LARGEST = 2**53  # A float of 64 bits holds every whole number up to this one.
 
 
 class Section(BaseModel):
     # An unknown key is refused, because a misspelt one would leave its default in force without a
     # word. The text below each field becomes its description, which --help prints. pydantic's lax
     # mode stays on, because YAML 1.1 reads 2e-4 as text and pydantic makes it a number.
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     @field_validator("*", mode="before")
     @classmethod
-    def refuse_boolean_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse true and false for a number; pydantic would read them as 1 and 0."""
+    def refuse_odd_values(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse what pydantic would take and no later stage could use."""
         kind = cls.model_fields[info.field_name].annotation
+        # pydantic would read true and false as 1 and 0.
         if isinstance(value, bool) and kind is not bool and bool not in get_args(kind):
             raise ValueError("true and false are no values of this key")
+        if isinstance(value, str) and value.startswith("~"):
+            try:
+                Path(value).expanduser()
+            except RuntimeError:
+                raise ValueError("no user of this name has a home here; give the path") from None
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def refuse_large_numbers(cls, value: Any) -> Any:
+        """Refuse numbers that the 64-bit integers of files and tensors cannot count with."""
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise ValueError(f"the largest number is {LARGEST}")
         return value
 
 

@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 
 from medqlora.core.config import Config, Section
 from medqlora.core.errors import ConfigError
+from medqlora.core.yaml_reading import parse_yaml, read_yaml_file
 
 Settings = TypeVar("Settings", bound=Section)
 
@@ -86,20 +87,8 @@ def read_yaml(path: Path) -> tuple[dict, yaml.Node | None]:
     Raises:
         ConfigError: the file cannot be read, or does not hold a mapping in valid YAML.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        # The text is read twice: safe_load returns plain values without line numbers, and compose
-        # returns nodes that know theirs. An empty file loads as None.
-        tree = yaml.safe_load(text) or {}
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except OSError as error:
-        raise ConfigError(
-            f"config {path}: {error.strerror}; give the path of a YAML file with --config"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"config {path}: not valid YAML: {' '.join(str(error).split())}"
-        ) from None
+    tree, root = read_yaml_file(path, f"config {path}")
+    tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise ConfigError(
             f"config {path}: expected keys with values (key: value), got {type(tree).__name__}"
@@ -187,12 +176,8 @@ def parse_overrides(arguments: list[str]) -> list[tuple[tuple[str, ...], Any]]:
             if not arguments or arguments[0].startswith("--"):
                 raise ConfigError(f"argument {flag}: no value; expected {flag} VALUE")
             value = arguments.pop(0)
-        try:
-            parsed.append((tuple(flag[2:].split(".")), yaml.safe_load(value)))
-        except yaml.YAMLError:
-            raise ConfigError(
-                f"argument {flag}: value {value!r} is not valid YAML; quote it"
-            ) from None
+        tree, _ = parse_yaml(value, f"argument {flag}")
+        parsed.append((tuple(flag[2:].split(".")), tree))
     return parsed
 
 

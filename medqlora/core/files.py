@@ -73,7 +73,7 @@ def check_picture(path: Path | None) -> None:
     if path.suffix not in PICTURES:
         raise RunError(f"--plot {path}: expected a name that ends in {', '.join(PICTURES)}")
     if importlib.util.find_spec("matplotlib") is None:
-        raise RunError("--plot needs matplotlib; pip install 'medqlora[bench]', or leave it out")
+        raise RunError("--plot needs matplotlib; pip install -e '.[bench]', or leave it out")
 
 
 def write_json(path: Path, tree: Any) -> None:

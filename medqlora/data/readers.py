@@ -6,13 +6,13 @@ Each reader takes a file and what the caller knows of it, and returns records wi
 from __future__ import annotations
 
 import csv
-import json
 import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from medqlora.core.json_reading import parse_json
 from medqlora.data.examples import DataError
 from medqlora.data.formats.fields import MISSING_CELL, PLACE
 
@@ -75,20 +75,6 @@ def parse_json_lines(path: Path, lines: Iterable[str]) -> Records:
     return records
 
 
-def refuse_repeated_keys(pairs: list[tuple[str, object]]) -> dict:
-    """Return an object of JSON; json.loads would keep the last of two equal keys without a word."""
-    tree = dict(pairs)
-    if len(tree) < len(pairs):
-        names = [key for key, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f'the key "{repeated}" stands twice in one object; keep one of them')
-    return tree
-
-
-# json.loads would make a decoder for each line.
-DECODER = json.JSONDecoder(object_pairs_hook=refuse_repeated_keys)
-
-
 def decode(text: str, source: str) -> object:
     """Return the value of a JSON text.
 
@@ -97,15 +83,10 @@ def decode(text: str, source: str) -> object:
         source: The file, or the line where the text is one, for messages.
 
     Raises:
-        DataError: The text is not valid, or an object has a key twice.
+        DataError: parse_json refuses the text.
     """
     try:
-        return DECODER.decode(text)
-    except json.JSONDecodeError as error:
-        line = f" line {error.lineno}" if "\n" in text.strip() else ""
-        raise DataError(
-            f"{source}{line}: not valid JSON ({error.msg} at column {error.colno}); correct it"
-        ) from None
+        return parse_json(text, nan=True)
     except ValueError as error:
         raise DataError(f"{source}: {error}") from None
 
@@ -120,8 +101,8 @@ def read_json(path: Path, wanted: Wanted) -> Records:
     # JSON lines are often named .json. Their first line is a whole object.
     if first_line.startswith("{") and first_line.rstrip().endswith("}"):
         try:
-            tree = json.loads(first_line)
-        except json.JSONDecodeError:
+            tree = parse_json(first_line, nan=True)
+        except ValueError:
             tree = None
         if tree is not None and text.strip() != first_line.strip() and wanted.subset is None:
             return parse_json_lines(path, text.split("\n"))

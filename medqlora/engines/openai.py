@@ -55,7 +55,7 @@ class Connection:
         except ImportError:
             raise EngineError(
                 "--engine openai: the openai package is not installed here; pip install"
-                " 'medqlora[openai]'"
+                " -e '.[openai]'"
             ) from None
         # Without a key the client would take the one in OPENAI_API_KEY, or refuse to start; a
         # server that asks for none gets a word in its place.

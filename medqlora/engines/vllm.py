@@ -65,7 +65,7 @@ class VllmEngine:
         if importlib.util.find_spec("vllm") is None:
             raise EngineError(
                 "--engine vllm: the vllm package is not installed here; pip install"
-                " 'medqlora[vllm]', or use --engine hf"
+                " -e '.[vllm]', or use --engine hf"
             )
         if dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise EngineError(

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from medqlora.batches.budgets import describe_batch
 from medqlora.core.files import append_line
@@ -104,13 +104,12 @@ class TrainingDisplay(AbstractContextManager):
         self.log({"step": step, "eval_loss": loss, "perplexity": perplexity})
 
 
-def describe_planned(setup: Setup, planned: Planned) -> Iterator[Table | str]:
+def describe_planned(setup: Setup, planned: Planned) -> Iterator[Table | Text | str]:
     """Describe the data, the steps and the memory of a training, before its model is loaded."""
     for warning in planned.damaged:
-        yield f"[yellow]warning: {warning}"
+        yield Text(f"warning: {warning}", style="yellow")
     prepared = planned.prepared
-    # The names of files may hold brackets, which rich would take for markup.
-    yield from map(escape, prepared.descriptions)
+    yield from prepared.descriptions
     yield tabulate_mixture(prepared.mixture)
     if prepared.removals:
         yield f"removed rows are listed in {setup.output_dir / 'removed.jsonl'}"
@@ -144,12 +143,12 @@ def tabulate_mixture(mixture: list[dict[str, Any]]) -> Table:
     return table
 
 
-def describe_decision(decision: Decision) -> str:
+def describe_decision(decision: Decision) -> Text:
     """Describe the micro-batch, the recomputation, and the forecast memory of a step."""
-    # A console prints these texts, so [yellow] is rich's markup and not part of them.
     if decision.no_forecast is not None:
-        return f"[yellow]the memory of a step cannot be forecast: {decision.no_forecast}"
-    text = (
+        refusal = f"the memory of a step cannot be forecast: {decision.no_forecast}"
+        return Text(refusal, style="yellow")
+    text = Text(
         f"micro-batches of {decision.max_tokens_per_batch:,} tokens,"
         f" {decision.recomputed_layers} of {decision.layers} layers recomputed: predicted peak"
         f" {decision.predicted_peak_bytes / GIB:.2f} GiB, with the allocator's reserve"
@@ -157,9 +156,9 @@ def describe_decision(decision: Decision) -> str:
         f" {decision.memory_bytes / GIB:.2f} GiB that may be used"
     )
     if decision.predicted_needed_bytes > decision.memory_bytes:
-        text += "; [yellow]memory will probably run out[/]"
+        text.append("; memory will probably run out", style="yellow")
     if decision.predicted_host_bytes:
-        text += f"; {decision.predicted_host_bytes / GIB:.2f} GiB pinned in the host's memory"
+        text.append(f"; {decision.predicted_host_bytes / GIB:.2f} GiB pinned in the host's memory")
     return text
 
 
@@ -193,7 +192,7 @@ def describe_model(
     if kept is not None:
         yield kept
     if setup.preview.unmergeable is not None:
-        yield f"[yellow]{setup.preview.unmergeable}"
+        yield Text(setup.preview.unmergeable, style="yellow")
 
 
 def describe_check(setup: Setup, check: GradientCheck) -> str:
@@ -249,7 +248,7 @@ def add_accuracies(table: Table, name: str, base: dict, tuned: dict) -> None:
         str(base["n"]),
         f"{base['accuracy']:.1%}",
         interval(base),
-        f"[bold]{tuned['accuracy']:.1%}",
+        Text(f"{tuned['accuracy']:.1%}", style="bold"),
         interval(tuned),
     )
 

@@ -283,7 +283,7 @@ class Session:
                 return gradients
             self.recover_from_full_memory()
             say(
-                f"[yellow]out of memory: training continues with micro-batches of {self.budget}"
+                f"out of memory: training continues with micro-batches of {self.budget}"
                 " tokens and the same global batch"
             )
 

@@ -13,7 +13,14 @@ a medical resource. Do not use it for care.
 import argparse
 import json
 import random
+import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    from medqlora.core.entry import enter
+
+    enter()
 
 # Each row: name, unit, lower limit, upper limit, decimals, term for a low value, for a high value.
 RANGES = [

@@ -17,8 +17,15 @@ import argparse
 import copy
 import json
 import random
+import sys
 from dataclasses import replace
 from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    from medqlora.core.entry import enter
+
+    enter()
 
 import torch
 import torch.nn.functional as F

@@ -58,7 +58,7 @@ def test_resolved_config_is_valid_input(write, tmp_path):
         (BASE, ["--training.lr", "abc"], ["--training.lr", "'abc'"]),
         (BASE, ["--training.lr", "true"], ["--training.lr", "true and false are no values"]),
         (BASE + "data: {max_length: yes}\n", [], ["line 3", "data.max_length", "true and false"]),
-        (BASE, ["--training.lr", ".nan"], ["--training.lr", "greater than 0"]),
+        (BASE, ["--training.lr", ".nan"], ["--training.lr", "finite number"]),
         (BASE, ["--training.lr"], ["no value"]),
         (BASE, ["lr"], ["expected --section.key VALUE"]),
         (BASE, ["--data.max_length", "9999"], ["max_tokens_per_batch"]),

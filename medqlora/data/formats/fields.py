@@ -11,12 +11,12 @@ import ast
 import contextlib
 import io
 import itertools
-import json
 import math
 import tokenize
 from collections.abc import Mapping
 
 from medqlora.core.config import DataEntry
+from medqlora.core.json_reading import parse_json
 from medqlora.data.examples import Written
 
 # read_csv puts this into the cells that a short row lacks.
@@ -166,14 +166,14 @@ def parse_literal(text: str, subject: str) -> object:
     """
     text = text.strip()
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
+        return parse_json(text, nan=True)
+    except ValueError:
         pass
     problem = f"{subject} {text[:60]!r}, neither JSON nor a Python list"
     try:
         tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, tokenize.TokenError):
+    except (ValueError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError):
         raise ValueError(problem) from None
     strings = [token.type == tokenize.STRING for token in tokens if token.type != tokenize.NL]
     # Python joins texts that only a blank separates, and numpy writes arrays in that way.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from medqlora.core.config import DataEntry
+from medqlora.core.json_reading import parse_json
 from medqlora.data.examples import DataError, MultipleChoice
 from medqlora.data.formats.fields import (
     is_blank,
@@ -115,10 +115,18 @@ def read_test_list(entry: DataEntry) -> tuple[set[str] | None, str | None]:
         return None, None
     try:
         text = Path(list_file).expanduser().read_text(encoding="utf-8-sig")
-        pmids = set(json.loads(text)) if list_file.endswith(".json") else set(text.split())
+        pmids = parse_json(text) if list_file.endswith(".json") else text.split()
     except (OSError, ValueError) as error:
         raise DataError(f"pubmedqa: test_pmids {list_file} cannot be read: {error}") from None
-    return pmids, list_file
+    # The official file is an object whose keys are the PMIDs; a list is an array of them.
+    if not isinstance(pmids, (list, dict)) or not all(
+        isinstance(pmid, str) and pmid.isdecimal() for pmid in pmids
+    ):
+        raise DataError(
+            f"pubmedqa: test_pmids {list_file}: expected PMIDs, as the keys of a JSON object, in a"
+            " JSON list of texts, or one per line of a .txt file"
+        )
+    return set(pmids), list_file
 
 
 def describe_official(examples: list[MultipleChoice], entry: DataEntry) -> str:

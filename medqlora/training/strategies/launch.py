@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from medqlora.core.config import Config
-from medqlora.core.errors import UserError
+from medqlora.core.errors import ConfigError, UserError
+from medqlora.core.json_reading import read_json_object
+from medqlora.core.yaml_reading import read_yaml_file
 
 # A DeepSpeed file must not set these keys, because the recipe's configuration owns their values.
 RECIPE_KEYS = (
@@ -27,6 +29,7 @@ RECIPE_KEYS = (
 )
 # A DeepSpeed file may have these keys; the last two change nothing here.
 USED_KEYS = ("zero_optimization", "steps_per_print", "wall_clock_breakdown")
+MOST_PROCESSES = 1_000_000  # A larger number is a slip of the keyboard.
 PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -93,6 +96,35 @@ def read_strategy(environ: Mapping[str, str], ranks: int) -> Strategy:
     return Strategy("ddp" if ranks > 1 else "one", ranks)
 
 
+def read_accelerate_config(path: Path) -> dict[str, Any]:
+    """Return the content of a configuration file of `accelerate launch`.
+
+    Raises:
+        ConfigError: The file cannot be read, is no mapping, counts processes with something else
+            than a number from 1, or has a section that is no mapping.
+    """
+    tree, _ = read_yaml_file(path, f"accelerate config {path}")
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"accelerate config {path}: expected keys with values (key: value), got"
+            f" {type(tree).__name__}"
+        )
+    for key in ("num_machines", "num_processes"):
+        value = tree.get(key, 1)
+        # true is a whole number for Python.
+        if type(value) is not int or not 1 <= value <= MOST_PROCESSES:
+            raise ConfigError(
+                f"accelerate config {path}: {key} {value!r}; expected a number from 1 to"
+                f" {MOST_PROCESSES:,}"
+            )
+    for key in ("deepspeed_config", "fsdp_config", "parallelism_config"):
+        if not isinstance(tree.get(key) or {}, dict):
+            raise ConfigError(
+                f"accelerate config {path}: {key} got {tree[key]!r}; expected keys with values"
+            )
+    return tree
+
+
 def launch_environ(accelerate_config: dict[str, Any]) -> dict[str, str]:
     """Return the environment variables that `accelerate launch` would set for a configuration file.
 
@@ -149,16 +181,7 @@ def read_zero(environ: Mapping[str, str], ranks: int) -> Strategy:
 
 def read_deepspeed_file(file: str) -> dict[str, Any]:
     """Return the section zero_optimization of a DeepSpeed file; refuse keys that are not read."""
-    try:
-        given = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StrategyError(
-            f"deepspeed_config_file {file} cannot be read: {error}; give a JSON file"
-        ) from None
-    if not isinstance(given, dict):
-        raise StrategyError(
-            f"deepspeed_config_file {file}: expected a JSON object, got {type(given).__name__}"
-        )
+    given = read_json_object(Path(file), "deepspeed_config_file")
     for key, value in given.items():
         # `auto` and a section that is not enabled say nothing against the recipe.
         unset = value == "auto" or (
@@ -175,7 +198,12 @@ def read_deepspeed_file(file: str) -> dict[str, Any]:
                 f"deepspeed_config_file {file}: {key} is not used; remove it (only"
                 " zero_optimization is read)"
             )
-    return dict(given.get("zero_optimization", {}))
+    section = given.get("zero_optimization", {})
+    if not isinstance(section, dict):
+        raise StrategyError(
+            f"deepspeed_config_file {file}: zero_optimization got {section!r}; expected an object"
+        )
+    return section
 
 
 def check_strategy(
