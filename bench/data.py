@@ -30,7 +30,7 @@ if __name__ == "__main__":
 import numpy as np
 from rich.table import Table
 
-from medqlora.core.command import CommandParser, make_console, run_command
+from medqlora.core.command import CommandParser, make_console, run_command, whole
 from medqlora.core.config_loading import load_config
 from medqlora.core.environment import describe_environment, name_command, read_peak_resident
 from medqlora.core.errors import RunError
@@ -63,7 +63,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = CommandParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", type=int, default=ROWS, help="rows to make up (default 182,822)")
+    parser.add_argument(
+        "--rows", type=whole(100), default=ROWS, help="rows to make up (default 182,822)"
+    )
     parser.add_argument(
         "--tokenizer",
         type=Path,
@@ -71,7 +73,10 @@ def parse_arguments() -> argparse.Namespace:
         help="folder of a tokenizer (default: the demonstration's)",
     )
     parser.add_argument(
-        "--max_tokens_per_batch", type=int, default=4096, help="tokens of a pack (default 4,096)"
+        "--max_tokens_per_batch",
+        type=whole(1),
+        default=4096,
+        help="tokens of a pack (default 4,096)",
     )
     parser.add_argument("--peer", action="store_true", help="run TRL's preparation too")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
@@ -86,8 +91,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def check_arguments(arguments: argparse.Namespace) -> None:
     check_new(arguments.json, "--json")
-    if arguments.rows < 100:
-        raise RunError(f"--rows {arguments.rows}: expected 100 or more")
     if not (arguments.tokenizer / "tokenizer.json").is_file():
         raise RunError(
             f"--tokenizer {arguments.tokenizer}: no tokenizer.json there; give the folder of a"

@@ -36,7 +36,7 @@ if __name__ == "__main__":
 
     enter()
 
-from medqlora.core.command import CommandParser, run_command
+from medqlora.core.command import CommandParser, above_zero, run_command
 from medqlora.core.errors import ConfigError
 from medqlora.core.files import write_json
 
@@ -92,7 +92,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--minutes",
-        type=float,
+        type=above_zero,
         help="time for all stages (default 9, and as long as --peers and --multi may take)",
     )
     parser.add_argument(

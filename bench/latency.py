@@ -50,6 +50,7 @@ from medqlora.core.command import (
     quiet_libraries,
     run_command,
     run_early,
+    whole,
 )
 from medqlora.core.config import DataEntry, Model
 from medqlora.core.environment import describe_environment, name_command, prefer_expandable_segments
@@ -140,10 +141,13 @@ def add_load_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rate", default="", metavar="R,R", help="open loops, requests per second")
     parser.add_argument(
-        "--requests", type=int, default=32, help="requests of each loop (default 32)"
+        "--requests", type=whole(1), default=32, help="requests of each loop (default 32)"
     )
     parser.add_argument(
-        "--output_tokens", type=int, default=32, help="tokens of each answer at most (default 32)"
+        "--output_tokens",
+        type=whole(1),
+        default=32,
+        help="tokens of each answer at most (default 32)",
     )
     parser.add_argument(
         "--goodput",
@@ -152,7 +156,7 @@ def add_load_flags(parser: argparse.ArgumentParser) -> None:
         metavar="MEASURE=MS",
         help="objective: ttft=, tpot= or e2el= milliseconds",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the arrivals (default 0)")
+    parser.add_argument("--seed", type=whole(0), default=0, help="seed of the arrivals (default 0)")
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
@@ -164,13 +168,6 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             f"--dtype nf4 --engine {arguments.engine}: only hf runs 4-bit bases; merge first"
             " (recipes/merge_adapter.py)"
         )
-    if arguments.requests < 1 or arguments.output_tokens < 1:
-        raise LatencyError(
-            f"--requests {arguments.requests}, --output_tokens {arguments.output_tokens}: expected"
-            " 1 or more"
-        )
-    if arguments.seed < 0:
-        raise LatencyError(f"--seed {arguments.seed}: expected 0 or more")
     # Both raise for a value that is not allowed. They are called again where it is used.
     list_loads(arguments)
     parse_objectives(arguments.goodput)

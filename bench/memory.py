@@ -53,6 +53,7 @@ from medqlora.core.command import (
     quiet_libraries,
     run_command,
     run_early,
+    whole,
 )
 from medqlora.core.config import Config
 from medqlora.core.config_loading import change, load_config
@@ -108,7 +109,7 @@ def add_hardware_flags(parser: argparse.ArgumentParser) -> None:
         ),
     )
     parser.add_argument(
-        "--gpus", type=int, default=1, help="processes that train together (default 1)"
+        "--gpus", type=whole(1), default=1, help="processes that train together (default 1)"
     )
     parser.add_argument(
         "--strategy",
@@ -120,7 +121,7 @@ def add_hardware_flags(parser: argparse.ArgumentParser) -> None:
 def add_mode_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--supervised",
-        type=int,
+        type=whole(1),
         help=(
             "supervised tokens of a micro-batch (default: assumed from data.completion; the output"
             " says so)"
@@ -133,7 +134,7 @@ def add_mode_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--serve",
-        type=int,
+        type=whole(1),
         metavar="TOKENS",
         help="forecast of serving: weights, and keys and values of sequences this long",
     )
@@ -143,7 +144,7 @@ def add_mode_flags(parser: argparse.ArgumentParser) -> None:
         help="train real steps (random weights where the base's are not in a folder) and compare",
     )
     parser.add_argument(
-        "--steps", type=int, default=3, help="with --measure: optimizer steps (default 3)"
+        "--steps", type=whole(1), default=3, help="with --measure: optimizer steps (default 3)"
     )
 
 

@@ -28,7 +28,7 @@ if __name__ == "__main__":
 
     enter()
 
-from medqlora.core.command import CommandParser, run_command, run_early
+from medqlora.core.command import CommandParser, run_command, run_early, whole
 from medqlora.core.config_loading import load_config
 from medqlora.core.errors import ConfigError
 from medqlora.core.files import write_atomic
@@ -46,13 +46,14 @@ def parse_arguments() -> tuple[argparse.Namespace, str]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--tokens", type=int, default=8192, help="tokens of a micro-batch (default %(default)s)"
+        "--tokens",
+        type=whole(1),
+        default=8192,
+        help="tokens of a micro-batch (default %(default)s)",
     )
     parser.add_argument("--write", type=Path, help="page whose tables are replaced")
     parser.add_argument("--check", type=Path, help="page whose tables must be these")
     arguments = parser.parse_args()
-    if arguments.tokens < 1:
-        raise ConfigError(f"--tokens {arguments.tokens}: expected 1 or more")
     page = arguments.write or arguments.check
     if page is None:
         return arguments, ""

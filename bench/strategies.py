@@ -26,7 +26,7 @@ if __name__ == "__main__":
 
 from rich.table import Table
 
-from medqlora.core.command import CommandParser, make_console, run_command
+from medqlora.core.command import CommandParser, make_console, run_command, whole
 from medqlora.core.config_loading import load_config
 from medqlora.core.environment import describe_environment
 from medqlora.core.errors import UserError
@@ -59,12 +59,12 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument(
         "--processes",
-        type=int,
+        type=whole(2),
         default=2,
         help="processes of every strategy but one; default %(default)s",
     )
     parser.add_argument(
-        "--steps", type=int, default=30, help="optimizer steps; default %(default)s"
+        "--steps", type=whole(1), default=30, help="optimizer steps; default %(default)s"
     )
     parser.add_argument("--json", type=Path, help="file for the figures")
     arguments, overrides = parser.parse_known_args()

@@ -48,10 +48,12 @@ from medqlora.batches.budgets import list_budgets
 from medqlora.batches.plan import Plan, make_plan
 from medqlora.core.command import (
     CommandParser,
+    above_zero,
     make_console,
     quiet_libraries,
     run_command,
     run_early,
+    whole,
 )
 from medqlora.core.config import Config
 from medqlora.core.config_loading import change, load_config
@@ -95,13 +97,13 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         help="rows like MedMCQA's, or all of data.max_length (default medmcqa)",
     )
     parser.add_argument(
-        "--steps", type=int, default=10, help="optimizer steps that are timed (default 10)"
+        "--steps", type=whole(1), default=10, help="optimizer steps that are timed (default 10)"
     )
     parser.add_argument(
-        "--warm_up", type=int, default=2, help="steps before them that are not (default 2)"
+        "--warm_up", type=whole(0), default=2, help="steps before them that are not (default 2)"
     )
     parser.add_argument(
-        "--peak_tflops", type=float, help="the device's dense rate, where it is not known here"
+        "--peak_tflops", type=above_zero, help="the device's dense rate, where it is not known here"
     )
     parser.add_argument("--json", type=Path, help="write the figures to this file, after each case")
     parser.add_argument(
@@ -120,13 +122,6 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
 def check_arguments(arguments: argparse.Namespace) -> None:
     check_new(arguments.json, "--json")
     check_picture(arguments.plot)
-    if arguments.steps < 1 or arguments.warm_up < 0:
-        raise ConfigError(
-            f"--steps {arguments.steps}, --warm_up {arguments.warm_up}: expected 1 or more, and 0"
-            " or more"
-        )
-    if arguments.peak_tflops is not None and not arguments.peak_tflops > 0:
-        raise ConfigError(f"--peak_tflops {arguments.peak_tflops}: expected a number above 0")
 
 
 def list_cases(sweeps: list[str]) -> list[dict[str, str]]:

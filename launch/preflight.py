@@ -35,7 +35,7 @@ if __name__ == "__main__":
 
     enter()
 
-from medqlora.core.command import CommandParser, make_console, run_early
+from medqlora.core.command import CommandParser, above_zero, make_console, run_early, whole
 from medqlora.core.config import Config
 from medqlora.core.config_loading import change, load_config
 from medqlora.core.environment import prefer_expandable_segments
@@ -59,12 +59,12 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         help="address of machine 0, where all machines meet; no recipe is checked then",
     )
     parser.add_argument(
-        "--num_machines", type=int, help="with --rendezvous: number of machines that must meet"
+        "--num_machines", type=whole(1), help="with --rendezvous: number of machines that must meet"
     )
     parser.add_argument(
         "--machine_rank",
-        type=int,
-        default=int(os.environ.get("SLURM_NODEID", "0")),
+        type=whole(0),
+        default=os.environ.get("SLURM_NODEID", "0"),
         help="number of this machine, from 0 (default: the one that Slurm gives, or 0)",
     )
     parser.add_argument(
@@ -74,7 +74,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument(
         "--seconds",
-        type=float,
+        type=above_zero,
         default=60,
         help=(
             "with --rendezvous: seconds that the machines wait for each other (default %(default)s)"

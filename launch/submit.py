@@ -25,7 +25,7 @@ if __name__ == "__main__":
     enter()
 
 from medqlora.batches.budgets import describe_batch
-from medqlora.core.command import CommandParser, run_command, run_early
+from medqlora.core.command import CommandParser, run_command, run_early, whole
 from medqlora.core.config_loading import load_config
 from medqlora.core.environment import prefer_expandable_segments
 from medqlora.core.errors import ConfigError
@@ -56,11 +56,11 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         help="the training script (default %(default)s)",
     )
     parser.add_argument(
-        "--nodes", type=int, default=1, help="number of nodes (default %(default)s)"
+        "--nodes", type=whole(1), default=1, help="number of nodes (default %(default)s)"
     )
     parser.add_argument(
         "--gpus_per_node",
-        type=int,
+        type=whole(1),
         default=1,
         help="number of processes per node, one per GPU (default %(default)s)",
     )
@@ -71,7 +71,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument(
         "--cpus_per_gpu",
-        type=int,
+        type=whole(1),
         default=8,
         help="CPU cores per process; not used with --cpu (default %(default)s)",
     )
@@ -126,11 +126,6 @@ def main() -> None:
     # A mistake is refused here, and not after hours in the queue.
     config = load_config(arguments.config, overrides)
     ranks = arguments.nodes * arguments.gpus_per_node
-    if min(arguments.nodes, arguments.gpus_per_node) < 1:
-        raise ConfigError(
-            f"--nodes {arguments.nodes} --gpus_per_node {arguments.gpus_per_node}: expected 1 or"
-            " more of each"
-        )
     if not re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", arguments.time):
         raise ConfigError(f"--time {arguments.time}: expected [DAYS-]HH:MM:SS")
     for path in (arguments.accelerate_config, arguments.recipe):

@@ -20,7 +20,7 @@ if __name__ == "__main__":
 
 
 from medqlora.batches.budgets import choose_packing, list_budgets
-from medqlora.core.command import CommandParser, make_console, run_command, run_early
+from medqlora.core.command import CommandParser, make_console, run_command, run_early, whole
 from medqlora.core.config_loading import change, help_text, load_config
 from medqlora.core.environment import prefer_expandable_segments
 from medqlora.core.files import check_new, write_json_lines
@@ -40,13 +40,13 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument(
         "--processes",
-        type=int,
+        type=whole(1),
         default=1,
         help="number of training processes to plan for (default 1)",
     )
     parser.add_argument(
         "--show",
-        type=int,
+        type=whole(0),
         default=1,
         help="number of rows to print, with their supervised part in bold (default 1)",
     )

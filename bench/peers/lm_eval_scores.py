@@ -30,7 +30,7 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from medqlora.core.command import CommandParser, run_command
+from medqlora.core.command import CommandParser, run_command, whole
 from medqlora.core.config import DataEntry, Model
 from medqlora.core.environment import describe_environment, name_command, read_peak_resident
 from medqlora.core.files import check_new, write_json
@@ -278,11 +278,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--num_fewshot",
-        type=int,
+        type=whole(0),
         default=0,
         help="worked examples before each question (default 0)",
     )
-    parser.add_argument("--limit", type=int, help="first N questions of each file")
+    parser.add_argument("--limit", type=whole(1), help="first N questions of each file")
     add_engine_flags(parser)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument(
@@ -312,12 +312,12 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--batch_size",
-        type=int,
+        type=whole(1),
         default=16,
         help="rows per batch of the harness's hf backend (default 16)",
     )
     parser.add_argument(
-        "--max_length", type=int, help="vllm: tokens per row (default: the model's positions)"
+        "--max_length", type=whole(1), help="vllm: tokens per row (default: the model's positions)"
     )
     parser.add_argument("--cpu", action="store_true", help="use no GPU")
 

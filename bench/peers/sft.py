@@ -41,7 +41,7 @@ if __name__ == "__main__":
 
     enter()
 
-from medqlora.core.command import CommandParser, run_command, run_early
+from medqlora.core.command import CommandParser, run_command, run_early, whole
 from medqlora.core.config import Config
 from medqlora.core.config_loading import load_config
 from medqlora.core.environment import MemoryMeter, describe_environment, name_command
@@ -73,7 +73,7 @@ def parse_arguments() -> tuple[argparse.Namespace, dict[str, str]]:
     add_work_flags(parser)
     parser.add_argument(
         "--repetitions",
-        type=int,
+        type=whole(1),
         default=1,
         help="runs of every contestant, in turn; the median counts (default 1)",
     )
@@ -104,8 +104,10 @@ def add_work_flags(parser: argparse.ArgumentParser) -> None:
         help="folder of a tokenizer with 32k tokens or more",
     )
     parser.add_argument("--data", type=Path, required=True, help="MedMCQA file")
-    parser.add_argument("--rows", type=int, default=500, help="rows to train on (default 500)")
-    parser.add_argument("--epochs", type=int, default=1, help="passes over them (default 1)")
+    parser.add_argument(
+        "--rows", type=whole(100), default=500, help="rows to train on (default 500)"
+    )
+    parser.add_argument("--epochs", type=whole(1), default=1, help="passes over them (default 1)")
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],
@@ -122,12 +124,6 @@ def add_work_flags(parser: argparse.ArgumentParser) -> None:
 
 def check_arguments(arguments: argparse.Namespace) -> None:
     check_new(arguments.json, "--json")
-    if arguments.rows < 100 or arguments.epochs < 1 or arguments.repetitions < 1:
-        raise ConfigError(
-            f"--rows {arguments.rows} --epochs {arguments.epochs} --repetitions"
-            f" {arguments.repetitions}: expected 100 rows or more, for a few steps after"
-            f" {WARM_UP} of warming up, and an epoch and a repetition or more"
-        )
     for path in (arguments.tokenizer, arguments.data):
         if not path.exists():
             raise ConfigError(f"{path}: not here; expected a tokenizer's folder and a MedMCQA file")

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import errno
+import math
 import os
+import re
 import signal
 import sys
 import warnings
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 Settings = TypeVar("Settings", bound=Section)
+MOST = 1_000_000_000  # A larger number of a flag is a slip of the keyboard.
 # torch's launcher tells a process its place in these variables.
 PLACE = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LAUNCHER_NUMBERS = (
@@ -96,7 +99,6 @@ def run_early(read: Callable[[], Result], environ: Mapping[str, str] | None = No
             prints the line; the others end silently.
     """
     try:
-        check_arguments(sys.argv[1:])
         check_launcher(environ or {})
         return read()
     except (UserError, OSError) as error:
@@ -184,8 +186,45 @@ def make_console(**options: Any) -> Console:
     return Console(markup=False, emoji=False, highlight=False, **options)
 
 
+def whole(least: int, most: int = MOST) -> Callable[[str], int]:
+    """Return a type for argparse: a whole number from `least` to `most`."""
+
+    def read(text: str) -> int:
+        if not re.fullmatch(r"-?[0-9]{1,12}", text) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(
+                f"got {text[:40]!r}; expected a whole number from {least} to {most:,}"
+            )
+        return int(text)
+
+    return read
+
+
+def real(text: str, least: float = 0.0) -> float:
+    """Read a flag as a finite number that is `least` or larger; a type for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    # A comparison with NaN is false, so NaN is refused too.
+    if not least <= value <= MOST:
+        raise argparse.ArgumentTypeError(
+            f"got {text[:40]!r}; expected a number from {least:g} to {MOST:,}"
+        )
+    return value
+
+
+def above_zero(text: str) -> float:
+    """Read a flag as a finite number above zero; a type for argparse."""
+    return real(text, sys.float_info.min)
+
+
 class CommandParser(argparse.ArgumentParser):
     """A parser that reports a mistake in one line, without the whole usage."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Parse as argparse does, and refuse arguments that are no text."""
+        check_arguments(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError where argparse would print the usage and exit."""

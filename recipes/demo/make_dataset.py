@@ -10,7 +10,6 @@ textbooks. Therefore it can be checked what fine-tuning has taught. The data is 
 a medical resource. Do not use it for care.
 """
 
-import argparse
 import json
 import random
 import sys
@@ -21,6 +20,8 @@ if __name__ == "__main__":
     from medqlora.core.entry import enter
 
     enter()
+
+from medqlora.core.command import CommandParser, run_command, whole
 
 # Each row: name, unit, lower limit, upper limit, decimals, term for a low value, for a high value.
 RANGES = [
@@ -297,7 +298,7 @@ def make_row(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = CommandParser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--output_dir",
         type=Path,
@@ -305,7 +306,7 @@ def main() -> None:
         help="folder to write to (default recipes/demo/data)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the random generator (default 0)"
+        "--seed", type=whole(0), default=0, help="seed of the random generator (default 0)"
     )
     parser.add_argument(
         "--full",
@@ -352,4 +353,4 @@ def write_rows(folder: Path, name: str, rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

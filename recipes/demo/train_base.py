@@ -13,7 +13,6 @@ words, and quantities with a usual range. It learns no clinical fact, so it answ
 the demonstration little better than by chance.
 """
 
-import argparse
 import copy
 import json
 import random
@@ -38,6 +37,7 @@ from transformers import (
     get_wsd_schedule,
 )
 
+from medqlora.core.command import CommandParser, above_zero, run_command, whole
 from medqlora.data.examples import LETTERS, MultipleChoice
 from medqlora.prompts.styles import render
 
@@ -307,7 +307,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = CommandParser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--stage",
         choices=["find", "facts"],
@@ -329,9 +329,13 @@ def main() -> None:
         required=True,
         help="folder that make_dataset.py --full wrote; the vocabulary comes from its questions",
     )
-    parser.add_argument("--steps", type=int, default=5000, help="optimizer steps (default 5000)")
-    parser.add_argument("--rows", type=int, default=48, help="questions per step (default 48)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
+    parser.add_argument(
+        "--steps", type=whole(1), default=5000, help="optimizer steps (default 5000)"
+    )
+    parser.add_argument("--rows", type=whole(1), default=48, help="questions per step (default 48)")
+    parser.add_argument(
+        "--lr", type=above_zero, default=1e-3, help="peak learning rate (default 1e-3)"
+    )
     arguments = parser.parse_args()
     torch.manual_seed(0)
     rng = random.Random(1)
@@ -388,4 +392,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
