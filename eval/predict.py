@@ -177,7 +177,7 @@ def hash_run(settings: EvaluationSettings, asking: Asking, method: Method) -> st
             "completion": asking.encoder.completion,
             "method": vars(method),
             "engine": settings.engine,
-            "rows": 2,  # This number rises with every change of what a row holds.
+            "rows": 3,  # This number rises with every change of what a row holds.
         }
     )
 
@@ -215,6 +215,8 @@ def summarise(rows: list[dict]) -> str:
         parts.append(f"letter mass {scores['letter_mass']:.3f}")
     if scores["unparsed"]:
         parts.append(f"{scores['unparsed']} without an answer")
+    if scores["unfinished"]:
+        parts.append(f"{scores['unfinished']} of them broke off while thinking")
     return ", ".join(parts)
 
 

@@ -58,6 +58,8 @@ def show(path: Path, metrics: dict, console: Console) -> None:
 def list_notes(metrics: dict) -> list[str]:
     """Return the scores that do not stand in the table, each with its name."""
     notes = [f"unparsed {metrics['unparsed']}"]
+    if metrics["unfinished"]:
+        notes.append(f"of these, thoughts without an end {metrics['unfinished']}")
     if metrics["truncated"]:
         notes.append(f"prompts cut to fit {metrics['truncated']}")
     for key, name in (

@@ -23,7 +23,7 @@ from medqlora.evaluation.questions import (
     describe_prompt,
     prepare_questions,
 )
-from medqlora.prompts.answers import parse_answer
+from medqlora.prompts.answers import find_final, parse_answer
 from medqlora.prompts.chat_template import Encoder, MessageEncoder
 
 
@@ -231,12 +231,17 @@ def read_texts(
     Several samples vote; of equal counts the answer that came first wins.
     """
     texts = [text.strip() for text in texts]
+    finals = [find_final(text) for text in texts]
+    # The key is absent from most rows, as "truncated" is.
+    unfinished = {"unfinished": finals.count(None)} if None in finals else {}
     if isinstance(entry.example, OpenAnswer):
         return describe_example(entry, "open") | {
-            "prediction": texts[0],
+            # Thoughts are no part of the answer.
+            "prediction": None if finals[0] is None else finals[0].strip(),
             "text": texts[0],
             "option_logprobs": None,
             "letter_mass": None,
+            **unfinished,
         }
     parsed = [parse_answer(text, entry.example.options, encoder.completion) for text in texts]
     # A text that names no option has no vote; it is never taken for a letter.
@@ -245,6 +250,7 @@ def read_texts(
         "text": texts[0],
         "option_logprobs": None,
         "letter_mass": None,
+        **unfinished,
     }
     row["prediction"] = votes.most_common(1)[0][0] if votes else None
     if method.samples > 1:

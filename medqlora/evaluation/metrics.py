@@ -39,6 +39,7 @@ def score_predictions(rows: Predictions) -> dict[str, Any]:
     scores = {
         **summarise(right),
         "unparsed": sum(prediction is None for prediction in rows.prediction),
+        "unfinished": rows.unfinished,
         "truncated": rows.truncated,
         "letter_mass": float(rows.letter_mass[known].mean()) if known.any() else None,
         **measure_calibration(rows.confidence, right),

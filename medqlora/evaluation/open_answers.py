@@ -77,6 +77,7 @@ def score_open(rows: Predictions) -> dict[str, Any]:
         "rouge_l": float(rouge.mean()),
         "rouge_l_ci95": mean_interval(rouge),
         "unparsed": sum(not text.strip() for text in texts),
+        "unfinished": rows.unfinished,
         "truncated": rows.truncated,
         "per_subject": per_subject,
     }

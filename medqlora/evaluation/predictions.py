@@ -56,6 +56,7 @@ class Predictions:
         confidence: the model's probability of its own prediction among the options, or the
             prediction's share of the votes, float64 [rows]; NaN where unknown.
         truncated: how many rows have a prompt that was cut to fit.
+        unfinished: how many rows have no prediction, and a text whose thoughts have no end.
         extras: further values by row number, for the rows that have them: the keys of EXTRAS, or
             the log-probability and the lengths of a text.
         offsets: the byte at which each row's line starts.
@@ -74,6 +75,7 @@ class Predictions:
     letter_mass: np.ndarray | None = None
     confidence: np.ndarray | None = None
     truncated: int = 0
+    unfinished: int = 0
     extras: dict[int, dict[str, Any]] = field(default_factory=dict)
     offsets: list[int] = field(default_factory=list)
     length: list[int] = field(default_factory=list)
@@ -108,6 +110,7 @@ TYPES: dict[str, Any] = {
     "permutations": dict,
     "predictions": dict,
     "votes": dict,
+    "unfinished": int,
     "bytes": (int, float),
     "words": (int, float),
 }
@@ -197,6 +200,7 @@ def collect_lines(path: Path, lines: Iterable[bytes], labelled: bool) -> Predict
         masses.append(np.nan if row.get("letter_mass") is None else row["letter_mass"])
         confidences.append(find_confidence(row, option_logprobs))
         predictions.truncated += bool(row.get("truncated"))
+        predictions.unfinished += bool(row.get("unfinished")) and not row.get("prediction")
         predictions.offsets.append(offset)
         question = row.get("question") or ""
         # Spaces stand for words here, because only groups of lengths are made of them.

@@ -138,6 +138,12 @@ MEASURES: list[tuple[str, Callable[[dict], Any], str]] = [
     ),
     ("95 % interval", lambda s: interval(s["accuracy_ci95"]), "Wilson score interval"),
     ("unreadable answers", lambda s: f"{s['unparsed']:,}", "answers that name no option"),
+    (
+        "unfinished thoughts",
+        # A metrics.json of an earlier version has no such count.
+        lambda s: f"{s['unfinished']:,}" if "unfinished" in s else number(None),
+        "unreadable because they broke off while thinking",
+    ),
     ("shortened prompts", lambda s: f"{s['truncated']:,}", "cut to fit the model"),
     (
         "letter mass",

@@ -181,6 +181,15 @@ def test_open_answers():
     assert metrics["unparsed"] == 1
 
 
+def test_unfinished_thoughts_have_a_count_of_their_own():
+    read = row("A", "A", text="<think>x</think>A", unfinished=1)  # another sample was read
+    broken = row("A", None, unfinished=1)
+    metrics = score(read, broken, row("A", None))
+    assert (metrics["unparsed"], metrics["unfinished"]) == (2, 1)
+    metrics = score(row("fever", None, kind="open", unfinished=1))
+    assert (metrics["unparsed"], metrics["unfinished"], metrics["f1"]) == (1, 1, 0)
+
+
 def test_perplexity():
     rows = [
         {

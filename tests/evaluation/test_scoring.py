@@ -299,6 +299,38 @@ def test_generated_answers_are_parsed_or_left_open(demo_tokenizer):
         assert row["prediction"] == (None if index is None else LETTERS[index])
 
 
+class Thinker:
+    """An engine that writes the same texts for every question."""
+
+    name = "hf"
+    weights = "float32"
+
+    def __init__(self, *texts):
+        self.texts = list(texts)
+
+    def generate(self, prefixes, sampling):
+        return [self.texts for _ in prefixes]
+
+
+def test_thoughts_are_no_answer(demo_tokenizer):
+    encoder = make_encoder(demo_tokenizer, "plain")
+    choice = MultipleChoice("q", "Which?", ("one", "two"), 0, "mcq", "s")
+    open_question = OpenAnswer("o", "What?", "Fever.", "qa", "s")
+    once = Method(scoring="generate")
+    twice = Method(scoring="generate", samples=2, temperature=1.0)
+    for example, method, texts, prediction, unfinished in (
+        (choice, once, ["<think>one?</think>B"], "B", None),
+        (choice, once, ["<think>The answer is A."], None, 1),
+        (choice, twice, ["<think>The answer is A.", "B"], "B", 1),
+        (open_question, once, ["<think>Cough?</think>\n\nFever."], "Fever.", None),
+        (open_question, once, ["<think>Fever."], None, 1),
+    ):
+        asked, shared = prepare_questions(encoder, [example], method)
+        ((row,),) = predict(Thinker(*texts), encoder, asked, shared, method, "m")
+        assert (row["prediction"], row.get("unfinished")) == (prediction, unfinished), texts
+        assert row["text"] == texts[0]
+
+
 def test_samples_vote(demo_tokenizer):
     examples, _ = read_examples(DEMO_TEST, "test")
     encoder = make_encoder(demo_tokenizer, "plain")

@@ -176,7 +176,7 @@ class AnyAnswers:
         return [[-1.0 - number for number in range(len(r.options))] for r in requests]
 
     def generate(self, prefixes, sampling):
-        return [["A", "B", ""][: sampling.samples] for _ in prefixes]
+        return [["A", "B", "<think>"][: sampling.samples] for _ in prefixes]
 
 
 @pytest.mark.parametrize("name", METHODS)
