@@ -70,6 +70,13 @@ def show(first: Path, second: Path, comparison: dict) -> None:
             str(part["only_b_right"]),
         )
     console.print(table)
+    left_out = comparison["too_long_a"], comparison["too_long_b"]
+    if any(left_out):
+        console.print(
+            f"questions that are not compared, because they were left out as too long: A"
+            f" {left_out[0]}, B {left_out[1]}",
+            style="yellow",
+        )
     outcomes = [
         f"{name.replace('_', ' ')} {part['n']}"
         for name, part in comparison["outcomes"].items()

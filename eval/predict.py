@@ -36,6 +36,7 @@ from medqlora.core.files import hash_json
 from medqlora.evaluation.settings import (
     GROUPS,
     EvaluationSettings,
+    check_dropping,
     check_output,
     choose_method,
     read_pool,
@@ -71,6 +72,7 @@ from medqlora.evaluation.predictions import (
 from medqlora.evaluation.questions import PreparedQuestion, prepare_questions
 
 console = make_console(stderr=True, soft_wrap=True)
+SHOWN = 10  # So many ids of questions are named on the terminal; the output holds all.
 INTERRUPTED = "interrupted; finished batches are kept, the same command goes on from there"
 
 
@@ -81,6 +83,7 @@ def main(settings: EvaluationSettings) -> None:
         quiet_libraries()
     asking = prepare_asking(settings)
     method = choose_method(settings)
+    check_dropping(settings, method, asking.max_length)
     questions, shared = prepare(settings, asking, method)
     run_key = hash_run(settings, asking, method)
     keys = [entry.key(run_key) for entry in questions]
@@ -138,7 +141,8 @@ def main(settings: EvaluationSettings) -> None:
         # first.
         ordered = [rows[key] for key in keys]
         journal.finish(settings.output, ordered)
-    console.print(f"{len(ordered)} predictions in {settings.output}; {summarise(ordered)}")
+    answered = sum("too_long" not in row for row in ordered)
+    console.print(f"{answered} predictions in {settings.output}; {summarise(ordered)}")
 
 
 def prepare(
@@ -156,8 +160,14 @@ def prepare(
         console.print(line, style="yellow")
     pool = read_pool(settings, style, lowercase) if method.num_fewshot else []
     questions, shared = prepare_questions(
-        asking.encoder, reading.examples, method, pool, asking.max_length
+        asking.encoder,
+        reading.examples,
+        method,
+        pool,
+        asking.max_length,
+        settings.drop_too_long,
     )
+    say_too_long(questions, asking.max_length)
     cut = sum(entry.truncated for entry in questions)
     if cut:
         console.print(
@@ -166,6 +176,20 @@ def prepare(
             style="yellow",
         )
     return questions, shared
+
+
+def say_too_long(questions: list[PreparedQuestion], max_length: int | None) -> None:
+    """Say how many questions are left out because they do not fit, and name some of them."""
+    ids = [entry.example.id for entry in questions if entry.too_long]
+    if not ids:
+        return
+    named = ", ".join(ids[:SHOWN]) + (", …" if len(ids) > SHOWN else "")
+    console.print(
+        f"{len(ids)} of {len(questions)} questions are longer than the model's {max_length} tokens"
+        f" and are left out: {named}",
+        style="yellow",
+        markup=False,
+    )
 
 
 def hash_run(settings: EvaluationSettings, asking: Asking, method: Method) -> str:
@@ -186,7 +210,8 @@ def check_finished(output: Path, keys: list[str]) -> None:
     """Leave the output of this very command as it is, and refuse to write over any other."""
     try:
         predictions = read_predictions(output, labelled=False)
-        same = {row.get("key") for row in read_rows(output, predictions.offsets)} == set(keys)
+        offsets = [*predictions.offsets, *predictions.too_long.values()]
+        same = {row.get("key") for row in read_rows(output, offsets)} == set(keys)
     except PredictionError as error:
         raise PredictionError(
             f"--output {output} exists and is no finished predictions file ({error}); give a new"
@@ -215,6 +240,8 @@ def summarise(rows: list[dict]) -> str:
         parts.append(f"letter mass {scores['letter_mass']:.3f}")
     if scores["unparsed"]:
         parts.append(f"{scores['unparsed']} without an answer")
+    if scores["too_long"]:
+        parts.append(f"{scores['too_long']} questions left out as too long")
     if scores["unfinished"]:
         parts.append(f"{scores['unfinished']} of them broke off while thinking")
     return ", ".join(parts)

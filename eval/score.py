@@ -60,6 +60,8 @@ def list_notes(metrics: dict) -> list[str]:
     notes = [f"unparsed {metrics['unparsed']}"]
     if metrics["unfinished"]:
         notes.append(f"of these, thoughts without an end {metrics['unfinished']}")
+    if metrics["too_long"]:
+        notes.append(f"questions left out as too long {metrics['too_long']}")
     if metrics["truncated"]:
         notes.append(f"prompts cut to fit {metrics['truncated']}")
     for key, name in (
@@ -94,10 +96,10 @@ def write_submission(path: Path, predictions: Path) -> None:
             f"{predictions}: a submission needs predictions of kind choice, got {rows.kind}; give a"
             " file of multiple-choice questions"
         )
-    if None in rows.prediction:
+    without = rows.prediction.count(None) + len(rows.too_long)
+    if without:
         raise PredictionError(
-            f"{predictions}: a submission needs an option for every question;"
-            f" {rows.prediction.count(None)} have none"
+            f"{predictions}: a submission needs an option for every question; {without} have none"
         )
     lines = [
         # MedMCQA's own files count options from 1.

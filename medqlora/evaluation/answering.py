@@ -71,12 +71,30 @@ def predict(
         keyed = [(key, entry) for key, entry in keyed if key not in done]
         if not keyed:
             continue
-        entries = [entry for _, entry in keyed]
-        if method.scoring == "generate":
-            rows = generate_rows(engine, encoder, entries, method)
+        entries = [entry for _, entry in keyed if entry.too_long is None]
+        if not entries:
+            asked = []
+        elif method.scoring == "generate":
+            asked = generate_rows(engine, encoder, entries, method)
         else:
-            rows = score_rows(engine, entries, shared, method)
-        yield [row | common | {"key": key} for row, (key, _) in zip(rows, keyed, strict=True)]
+            asked = score_rows(engine, entries, shared, method)
+        rows = iter(asked)
+        yield [
+            (describe_too_long(entry) if entry.too_long else next(rows)) | common | {"key": key}
+            for key, entry in keyed
+        ]
+
+
+def describe_too_long(entry: PreparedQuestion) -> dict[str, Any]:
+    """Make the row of a question that was left out; it is counted and not scored."""
+    kind = "open" if isinstance(entry.example, OpenAnswer) else "choice"
+    return describe_example(entry, kind) | {
+        "prediction": None,
+        "text": None,
+        "option_logprobs": None,
+        "letter_mass": None,
+        "too_long": entry.too_long,
+    }
 
 
 def generate_rows(

@@ -65,11 +65,14 @@ def align(
     pairs = [(i, place[id]) for i, id in enumerate(a.ids) if id in place]
     only_first = len(a) - len(pairs)
     only_second = len(b) - len(pairs)
+    left_out = ""
+    if a.too_long or b.too_long:
+        left_out = f"; {len(a.too_long)} and {len(b.too_long)} were left out as too long"
     if not pairs or ((only_first or only_second) and not common):
         raise PredictionError(
             f"{a.path} and {b.path} hold different questions ({only_first} only in the first,"
-            f" {only_second} only in the second, {len(pairs)} in both); predict the same file with"
-            " both, or compare the shared ones with --common"
+            f" {only_second} only in the second, {len(pairs)} in both{left_out}); predict the same"
+            " file with both, or compare the shared ones with --common"
         )
     for i, j in pairs:
         # Equal ids do not prove equal questions: options in another order have another label.
@@ -111,6 +114,7 @@ def compare_predictions(
     right_a = a.right[first]  # bool [pairs]
     right_b = b.right[second]
     result = compare_paired(right_a, right_b)
+    result |= {"too_long_a": len(a.too_long), "too_long_b": len(b.too_long)}
     subjects = np.array(a.column("subject"), dtype=object)[first]
     parts = {
         str(name): compare_paired(right_a[subjects == name], right_b[subjects == name])

@@ -41,6 +41,8 @@ def score_predictions(rows: Predictions) -> dict[str, Any]:
         "unparsed": sum(prediction is None for prediction in rows.prediction),
         "unfinished": rows.unfinished,
         "truncated": rows.truncated,
+        "too_long": len(rows.too_long),
+        "too_long_ids": list(rows.too_long),
         "letter_mass": float(rows.letter_mass[known].mean()) if known.any() else None,
         **measure_calibration(rows.confidence, right),
         "brier": brier_score(rows),

@@ -79,6 +79,8 @@ def score_open(rows: Predictions) -> dict[str, Any]:
         "unparsed": sum(not text.strip() for text in texts),
         "unfinished": rows.unfinished,
         "truncated": rows.truncated,
+        "too_long": len(rows.too_long),
+        "too_long_ids": list(rows.too_long),
         "per_subject": per_subject,
     }
 

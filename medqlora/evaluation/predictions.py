@@ -56,6 +56,8 @@ class Predictions:
         confidence: the model's probability of its own prediction among the options, or the
             prediction's share of the votes, float64 [rows]; NaN where unknown.
         truncated: how many rows have a prompt that was cut to fit.
+        too_long: the questions that were left out because the model cannot read them, id -> the
+            byte at which the line starts; no column has them.
         unfinished: how many rows have no prediction, and a text whose thoughts have no end.
         extras: further values by row number, for the rows that have them: the keys of EXTRAS, or
             the log-probability and the lengths of a text.
@@ -75,6 +77,7 @@ class Predictions:
     letter_mass: np.ndarray | None = None
     confidence: np.ndarray | None = None
     truncated: int = 0
+    too_long: dict[str, int] = field(default_factory=dict)
     unfinished: int = 0
     extras: dict[int, dict[str, Any]] = field(default_factory=dict)
     offsets: list[int] = field(default_factory=list)
@@ -111,6 +114,7 @@ TYPES: dict[str, Any] = {
     "predictions": dict,
     "votes": dict,
     "unfinished": int,
+    "too_long": int,
     "bytes": (int, float),
     "words": (int, float),
 }
@@ -185,6 +189,10 @@ def collect_lines(path: Path, lines: Iterable[bytes], labelled: bool) -> Predict
         if problem is not None:
             raise PredictionError(f"{path} line {number}: {problem}")
         line_of_id[row["id"]] = number
+        if row.get("too_long"):
+            predictions.too_long[row["id"]] = offset
+            offset += len(line)
+            continue
         predictions.ids.append(row["id"])
         for name, values in predictions.columns.items():
             value = row.get(name)
@@ -212,9 +220,14 @@ def collect_lines(path: Path, lines: Iterable[bytes], labelled: bool) -> Predict
         else:
             extras = {key: row[key] for key in EXTRAS if row.get(key)}
         if extras:
-            predictions.extras[number - 1] = extras
+            predictions.extras[len(predictions.ids) - 1] = extras
         # Lines are bytes and not text, so that read_rows can seek to these offsets.
         offset += len(line)
+    if not predictions.ids and predictions.too_long:
+        raise PredictionError(
+            f"{path}: all {len(predictions.too_long)} questions are longer than the model can read;"
+            " there is nothing to score"
+        )
     if not predictions.ids:
         raise PredictionError(f"{path} is empty; expected one prediction per line")
     predictions.logprobs = stack_rows(scores)

@@ -21,6 +21,14 @@ from medqlora.prompts.fingerprint import fingerprint
 from medqlora.prompts.styles import Prompt, candidates, render
 
 
+class TooLongError(ScoringError):
+    """A question that needs more tokens than the model can read."""
+
+    def __init__(self, message: str, tokens: int):
+        super().__init__(message)
+        self.tokens = tokens
+
+
 @dataclass
 class PreparedQuestion:
     """One example with everything that an engine is asked about it.
@@ -33,6 +41,8 @@ class PreparedQuestion:
         places: for each request, the positions of the options it scores, counted over all orders
             one after the other.
         shots: worked examples that stand before the question.
+        too_long: tokens that its prompt needs, where the model cannot read so many; such a question
+            has no requests.
     """
 
     example: Example
@@ -41,6 +51,7 @@ class PreparedQuestion:
     truncated: bool
     places: list[list[int]] = field(default_factory=list)
     shots: tuple[Prompt, ...] = ()
+    too_long: int | None = None
 
     def sort(self, scores: list[list[float]]) -> list[float]:
         """Bring the scores of each request into the order of `places`."""
@@ -64,6 +75,7 @@ def prepare_questions(
     method: Method,
     pool: Sequence[Example] = (),
     max_length: int | None = None,
+    drop_too_long: bool = False,
 ) -> tuple[list[PreparedQuestion], int]:
     """Make the requests of all examples.
 
@@ -74,6 +86,7 @@ def prepare_questions(
         pool: labelled examples to take few-shot examples from; those that are asked themselves
             are left out.
         max_length: tokens that the model can read, an option or answer included; None is any.
+        drop_too_long: gives a question that is too long no requests, instead of raising.
 
     Returns:
         An entry per example, and how many tokens all prefixes have in common at their start.
@@ -112,9 +125,16 @@ def prepare_questions(
     if chat_server:
         add_messages(questions, prompts, texts)
         return questions, 0
-    add_token_ids(encoder, questions, variants, prompts, texts, method, max_length)
+    add_token_ids(encoder, questions, variants, prompts, texts, method, max_length, drop_too_long)
+    asked = [entry for entry in questions if entry.requests]
+    if not asked:
+        raise ScoringError(
+            f"each of the {len(questions)} questions is longer than the {max_length} tokens that"
+            " the model can read; use fewer few-shot examples or new tokens, or a larger"
+            " --max_length"
+        )
     # A prompt that was cut from the left no longer begins as the others do.
-    whole = [entry.requests[0].prefix for entry in questions if not entry.truncated]
+    whole = [entry.requests[0].prefix for entry in asked if not entry.truncated]
     return questions, count_common(whole)
 
 
@@ -140,6 +160,7 @@ def add_token_ids(
     texts: list[list[str]],
     method: Method,
     max_length: int | None,
+    drop_too_long: bool,
 ) -> None:
     """Add the requests of token ids of each question and order.
 
@@ -148,7 +169,7 @@ def add_token_ids(
         questions: the entries to add requests to.
         variants, prompts, texts: one per question and order: the reordered example, its prompt and
             the texts of its options.
-        method, max_length: see `prepare_questions`.
+        method, max_length, drop_too_long: see `prepare_questions`.
     """
     prefixes = encode_prefixes(encoder, prompts)
     # A generated answer has no options; an empty one keeps the lengths' arithmetic the same.
@@ -158,20 +179,29 @@ def add_token_ids(
     number = 0
     for entry in questions:
         for order in range(len(entry.orders)):
-            parts, cut = fit_request(
-                encoder,
-                variants[number],
-                prompts[number],
-                prefixes[number],
-                options[number],
-                method,
-                max_length,
-            )
+            try:
+                parts, cut = fit_request(
+                    encoder,
+                    variants[number],
+                    prompts[number],
+                    prefixes[number],
+                    options[number],
+                    method,
+                    max_length,
+                )
+            except TooLongError as error:
+                if not drop_too_long:
+                    raise
+                entry.too_long = max(entry.too_long or 0, error.tokens)
+                parts, cut = [], False
             for prefix, members in parts:
                 entry.requests.append(Request(prefix, [options[number][i] for i in members]))
                 entry.places.append([order * len(options[number]) + i for i in members])
             entry.truncated |= cut
             number += 1
+        # A question is asked in all of its orders or in none.
+        if entry.too_long:
+            entry.requests, entry.places, entry.truncated = [], [], False
 
 
 def choose_completion(encoder: Encoder | MessageEncoder, method: Method) -> str:
@@ -259,10 +289,12 @@ def fit_request(
         )
         prefix = encode_prefixes(encoder, [replace(prompt, user=shorter.user)])[0]
     if len(prefix) + longest > room:
-        raise ScoringError(
-            f"{example.dataset}: {example.source}: needs {len(prefix) + longest - 1} tokens without"
-            f" its context, the model has room for {room - 1}; use fewer few-shot examples or new"
-            " tokens, or leave the question out"
+        needed = len(prefix) + longest - 1
+        raise TooLongError(
+            f"{example.dataset}: {example.source}: needs {needed} tokens without its context, the"
+            f" model has room for {room - 1}; use fewer few-shot examples or new tokens, or leave"
+            " such questions out with --drop_too_long",
+            needed,
         )
     return [(prefix, every)], True
 

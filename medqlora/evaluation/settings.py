@@ -44,6 +44,10 @@ class QuestionSettings(Section):
     """Ask only the first questions."""
     drop_invalid: bool = False
     """Leave invalid rows out instead of stopping at the first."""
+    drop_too_long: bool = False
+    """Leave questions out whose prompt is longer than the model can read, instead of stopping at
+    the first; they are counted and named.
+    """
     fewshot_path: str | None = None
     """File, folder or hub id of the worked examples; by default --path."""
     fewshot_split: str | None = None
@@ -124,6 +128,20 @@ def choose_method(settings: EvaluationSettings) -> Method:
         if settings.prompt_style == "lm_eval" and kind.harness.answer == "cloze":
             values["scoring"] = "cloze"
     return Method(**values)
+
+
+def check_dropping(settings: EvaluationSettings, method: Method, max_length: int | None) -> None:
+    """Refuse to drop what is too long where nothing is, or where no length is known."""
+    if not settings.drop_too_long:
+        return
+    if method.scoring == "perplexity":
+        raise ConfigError(
+            "--drop_too_long is for questions; texts are read in windows, so none is too long:"
+            " leave it out"
+        )
+    if max_length is None:
+        fix = "leave it out" if settings.api == "chat" else "give --max_length, or leave it out"
+        raise ConfigError(f"--drop_too_long: it is not known how much this model can read; {fix}")
 
 
 def choose_split(settings: QuestionSettings) -> str:

@@ -144,6 +144,11 @@ MEASURES: list[tuple[str, Callable[[dict], Any], str]] = [
         lambda s: f"{s['unfinished']:,}" if "unfinished" in s else number(None),
         "unreadable because they broke off while thinking",
     ),
+    (
+        "questions left out",
+        lambda s: f"{s['too_long']:,}" if "too_long" in s else number(None),
+        "longer than the model can read, and not scored",
+    ),
     ("shortened prompts", lambda s: f"{s['truncated']:,}", "cut to fit the model"),
     (
         "letter mass",

@@ -236,6 +236,24 @@ def test_comparison_names_what_changed():
     assert result["agreement"]["different_predictions"] == 2
 
 
+def test_questions_left_out_are_counted_and_compared_with_nothing():
+    first, second, third = (row("A", "A", too_long=None) for _ in range(3))
+    dropped = second | {"prediction": None, "too_long": 700}
+    metrics = score(first, dropped, third)
+    assert (metrics["n"], metrics["accuracy"], metrics["unparsed"]) == (2, 1, 0)
+    assert (metrics["too_long"], metrics["too_long_ids"]) == (1, [second["id"]])
+    some, all_three = collect_rows([first, dropped, third]), collect_rows([first, second, third])
+    with pytest.raises(
+        PredictionError, match=r"1 only in the second, 2 in both; 1 and 0 were left out as too long"
+    ):
+        compare_predictions(some, all_three)
+    for a, b, common in ((some, all_three, True), (some, some, False)):
+        result = compare_predictions(a, b, common)
+        assert (result["n"], result["too_long_a"], result["too_long_b"]) == (2, 1, int(b is some))
+    with pytest.raises(PredictionError, match="all 1 questions are longer than the model can read"):
+        collect_rows([dropped])
+
+
 def test_comparison_refuses_what_cannot_be_compared():
     a = [row("A", "A"), row("A", "B")]
     b = [row("A", "A"), row("A", "B")]

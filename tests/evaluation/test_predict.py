@@ -288,6 +288,31 @@ def test_hidden_answers_and_submission(tmp_path):
     assert lines == [f"{id},{'ABCD'.index(letter) + 1}" for id, letter in letters.items()]
 
 
+def test_too_long_questions_are_left_out_and_counted(tmp_path, monkeypatch):
+    rows = [json.loads(line) for line in TEST.read_text().splitlines()[:6]]
+    rows[2]["question"] = "word " * 2000
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = tmp_path / "p.jsonl"
+    code, shown = predict_inside(output, monkeypatch, "--drop_invalid", path=path)
+    assert code == 2
+    assert "leave such questions out with --drop_too_long" in shown
+    for text in ("5 predictions in", "p.jsonl is complete already: 5 predictions"):
+        code, shown = predict_inside(output, monkeypatch, "--drop_too_long", path=path)
+        assert code == 0, shown
+        assert f"longer than the model's 512 tokens and are left out: {rows[2]['id']}" in shown
+        assert text in shown
+    scored = run_script("eval/score.py", output, "--output", tmp_path / "m.json")
+    assert "questions left out as too long 1" in scored.stdout
+    metrics = json.loads((tmp_path / "m.json").read_text())
+    assert (metrics["n"], metrics["too_long_ids"]) == (5, [rows[2]["id"]])
+    refused = run_script("eval/score.py", output, "--submission", tmp_path / "s.csv")
+    assert refused.returncode == 2
+    assert "1 have none" in refused.stderr
+    compared = run_script("eval/compare.py", output, output)
+    assert "left out as too long: A 1, B 1" in compared.stdout
+
+
 def test_brackets_in_data_are_text(tmp_path):
     """Subjects, ids and paths that look like the markup of the console."""
     rows = [

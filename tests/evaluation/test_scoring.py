@@ -163,6 +163,31 @@ def test_prompts_that_are_too_long():
         prepare_questions(make_encoder(tokenizer, "plain"), [example], Method(), (), 8)
 
 
+@pytest.mark.parametrize("permutations", [1, 2])
+def test_questions_that_are_too_long_are_left_out(demo_tokenizer, permutations):
+    """The other questions are asked as if the long one were not there."""
+    encoder = make_encoder(demo_tokenizer, "plain")
+    short, other = (
+        MultipleChoice(id, "Which one?", ("yes", "no"), 0, "mcq", "here") for id in ("q", "r")
+    )
+    long = dataclasses.replace(short, id="long", question="word " * 400)
+    method = Method(permutations=permutations)
+    with pytest.raises(ScoringError, match="such questions out with --drop_too_long"):
+        prepare_questions(encoder, [short, long, other], method, (), 100)
+    asked, shared = prepare_questions(encoder, [short, long, other], method, (), 100, True)
+    alone, alone_shared = prepare_questions(encoder, [short, other], method, (), 100)
+    assert [asked[0], asked[2]] == alone
+    assert shared == alone_shared
+    engine = HfEngine(*load(DEMO / "base"))
+    rows = rows_of(engine, encoder, asked, shared, method)
+    assert rows["long"]["too_long"] > 400
+    assert rows["long"]["prediction"] is None
+    expected = rows_of(engine, encoder, alone, shared, method)
+    assert {id: rows[id] for id in ("q", "r")} == expected
+    with pytest.raises(ScoringError, match="each of the 1 questions is longer than the 100 tokens"):
+        prepare_questions(encoder, [long], method, (), 100, True)
+
+
 @pytest.mark.parametrize("style", ["plain", "lm_eval"])
 def test_option_tokens_are_those_of_the_whole_text(tokenizer, style):
     """Prompt and option encoded together, cut at the prompt's length, as the reference harness

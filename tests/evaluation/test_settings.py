@@ -13,7 +13,12 @@ from medqlora.core.errors import ConfigError
 from medqlora.data.examples import MultipleChoice, Passage
 from medqlora.evaluation.method import Method, ScoringError
 from medqlora.evaluation.questions import prepare_questions
-from medqlora.evaluation.settings import GROUPS, EvaluationSettings, choose_method
+from medqlora.evaluation.settings import (
+    GROUPS,
+    EvaluationSettings,
+    check_dropping,
+    choose_method,
+)
 from medqlora.prompts.chat_template import MessageEncoder
 
 TEST = DEMO / "data" / "test.jsonl"
@@ -106,6 +111,16 @@ def test_mistakes_are_one_clear_line(tmp_path, monkeypatch, text, flags, parts):
     assert "\n" not in str(error.value)
     for part in parts:
         assert part in str(error.value)
+
+
+def test_dropping_needs_questions_and_a_known_length(monkeypatch):
+    settings = read(monkeypatch, *LEAST, "--drop_too_long")
+    check_dropping(settings, Method(), 512)
+    check_dropping(read(monkeypatch, *LEAST), Method(), None)
+    with pytest.raises(ConfigError, match="not known how much this model can read; give --max_le"):
+        check_dropping(settings, Method(), None)
+    with pytest.raises(ConfigError, match="texts are read in windows"):
+        check_dropping(settings, Method(scoring="perplexity"), 512)
 
 
 def test_a_chat_server_knows_no_log_probabilities_of_texts():
