@@ -46,8 +46,8 @@ TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.I | re.S)
 # A sentence goes on with these words, and no name of a species or of a vitamin does.
 REASON = r"(?:because|since|as|due)\b"
 PLAIN_WORD = (
-    r"(?:(?:(?-i:an?)|the|this|that|these|those|it|its|he|she|they|we|his|her|there|for|given|which|who"
-    rf"|in|on|by|with|when|so|therefore|thus|hence)\b|{REASON})"
+    r"(?:(?:(?-i:an?)|the|this|that|these|those|it|its|he|she|they|we|his|her|there|given|which|who"
+    rf"|so|therefore|thus|hence)\b|{REASON})"
 )
 VERDICT = (
     r"is\s+the\s+(?:(?:correct|right|best|most\s+likely)\s+)?(?:answer|option|choice)\b"
@@ -55,7 +55,9 @@ VERDICT = (
 )
 # An answer by an option's text ends in one of these ways.
 TEXT_END = re.compile(
-    rf"\s*$|\s*\n|[.;!]+{CLOSERS}(?:\s|$)|,?\s+(?:{PLAIN_WORD}|{VERDICT})|,\s+not\b", re.I
+    rf"\s*$|\s*\n|[.;!]+{CLOSERS}(?:\s|$)|,?\s+(?:{REASON}|{VERDICT})"
+    rf"|,\s+(?:{PLAIN_WORD}|not\b)",
+    re.I,
 )
 # An answer by a letter ends in one of these ways, or with a mark and the beginning of a sentence.
 LETTER_END = re.compile(
@@ -72,6 +74,25 @@ DENIED_NEXT = re.compile(
     r"\W*(?:(?:this|that|it)\s+(?:is|was)\s+|is\s+)?(?:not|no|wrong|incorrect|false|unlikely)\b",
     re.I,
 )
+# These words behind an option take it back.
+RETRACTION = re.compile(r"\W*(?:no[,.]|no,?\s+wait|wait|actually|(?:is|are)\s+also)\b", re.I)
+# Another letter behind a letter or an option is a second answer: what stands between them, and what
+# must stand behind the second. A letter that begins a sentence ("B. A is wrong") is none.
+SAME_LINE = re.compile(r"[.;,]+[^\S\n]*")
+SECOND = [
+    (
+        re.compile(
+            r"\s*(?:,|/|&|\+|\bor\b|\band\b|\bto\b|\bthrough\b)\s*(?:(?:or|and)\s+)?"
+            r"(?:(?:option|choice)\s+)?",
+            re.I,
+        ),
+        "",
+    ),
+    (SAME_LINE, rf"(?:[.):]\s|{CLOSERS}\s*(?:$|[,;]|(?:is|are)\s+also\b|and\b|or\b))"),
+    (re.compile(r"[.;,]?[^\S\n]*\n\s*"), rf"{CLOSERS}[.,;:]?\s*(?:$|\n)"),
+]
+# These words join two answers to one.
+JOINED = re.compile(rf"{CLOSERS}\s*(?:[,+&/]|\b(?:and|or|with|plus|but|as well as)\b)", re.I)
 
 
 def parse_answer(text: str, options: tuple[str, ...], completion: str = "letter") -> int | None:
@@ -156,7 +177,7 @@ def read_statements(text: str, options: tuple[str, ...]) -> set[int]:
         if not is_doubted(text, lead.start()):
             named = read_start(text[lead.end() :], options, True, bool(lead["link"]))
             found.append((lead.start(), named))
-    subject = rf"(?:^|[.;:!?\n]|\b(?:so|but|therefore|thus|hence|option|choice)\b,?){OPENERS}"
+    subject = rf"(?:^|[.;!?\n]|\b(?i:so|but|therefore|thus|hence|option|choice)\b,?){OPENERS}"
     for verdict in re.finditer(rf"{subject}([{letters}])(?![\w'’]){CLOSERS}\s+{VERDICT}", text):
         if not is_doubted(text, verdict.start(1)):
             found.append((verdict.start(1), {letters.index(verdict[1])}))
@@ -203,22 +224,54 @@ def read_start(
         end = max(ends)[0]
         best = {i for place, i in ends if place == end}
         if all(ends_answer(text[end:], i, options, TEXT_END) for i in best):
-            return best if stated or not is_denied(text[end:]) else set()
-        if not letter or best != {named}:
+            return best | read_second(text[end:], options) if holds(text[end:], stated) else set()
+        # "A. Aspirin and heparin" is another answer than aspirin.
+        if not letter or best != {named} or JOINED.match(text, end):
+            return set()
+        if not stated and mentions_another(text[letter.end() :], named, options):
             return set()
     if not letter:
         return set()
     rest = text[letter.end() :]
-    second = re.match(
-        rf"{REMARK.pattern}\s*(?:,|/|&|\+|\bor\b|\band\b|\bto\b)\s*(?:(?:or|and)\s+)?"
-        rf"(?:(?i:option|choice)\s+)?{OPENERS}([{letters}])(?![\w'’])",
-        rest,
-    )
+    second = read_second(rest, options) - {named}
     if second:
-        return {named, letters.index(second[2])}
-    if not stated and is_denied(rest.lstrip(".:)]* ")):
+        return {named} | second
+    # Behind a letter the marks are no end of a sentence.
+    if not holds(rest if stated else rest.lstrip(".:)]* "), stated):
         return set()
     return {named} if ends_letter(rest, named, options, stated) else set()
+
+
+def read_second(rest: str, options: tuple[str, ...]) -> set[int]:
+    """Return the option that is named at once behind another one, as in "B or D" or "A; B"."""
+    letters = LETTERS[: len(options)]
+    remark = REMARK.match(rest).end()
+    for pattern in SECOND:
+        gap = pattern[0].match(rest, remark)
+        if not gap:
+            continue
+        letter = re.compile(rf"{OPENERS}([{letters}])(?![\w'’]){pattern[1]}", re.I).match(
+            rest, gap.end()
+        )
+        if letter and letter[1].isupper():
+            return {letters.index(letter[1])}
+    gap = SAME_LINE.match(rest, remark)
+    for i, option in enumerate(options if gap else ()):
+        match = match_words(option).match(rest, gap.end())
+        if match and TEXT_END.match(rest, match.end()):
+            return {i}
+    return set()
+
+
+def mentions_another(rest: str, named: int, options: tuple[str, ...]) -> bool:
+    """Whether a line has the letter with a mark, or the words, of another option."""
+    line = rest.split("\n")[0]
+    for i, option in enumerate(options):
+        if i != named and (
+            re.search(rf"(?<![\w.]){LETTERS[i]}[.):]\s", line) or match_words(option).search(line)
+        ):
+            return True
+    return False
 
 
 @functools.lru_cache(4096)
@@ -230,13 +283,16 @@ def match_words(option: str) -> re.Pattern[str]:
     # An option of marks alone, or of a letter alone, is matched as a whole text only.
     if not words or option.upper() in tuple(LETTERS):
         return re.compile(r"(?!)")
-    return re.compile(r"\s+".join(words) + r"(?!\w)", re.I)
+    return re.compile(r"(?<!\w)" + r"\s+".join(words) + r"(?!\w)", re.I)
 
 
-def is_denied(rest: str) -> bool:
-    """Whether the words behind an option deny it, in its sentence or at the next one's start."""
+def holds(rest: str, stated: bool) -> bool:
+    """Whether the words behind an option do not take it back."""
+    if stated:
+        return RETRACTION.match(rest) is None
+    # An announcement is clear; a start alone may also be what is ruled out.
     sentence = re.split(rf"[.;\n]|\b{REASON}", rest, maxsplit=1)[0]
-    return DENIAL.search(sentence) is not None or DENIED_NEXT.match(rest) is not None
+    return not (DENIAL.search(sentence) or DENIED_NEXT.match(rest) or RETRACTION.match(rest))
 
 
 def ends_answer(rest: str, named: int, options: tuple[str, ...], ending: re.Pattern[str]) -> bool:
@@ -298,5 +354,5 @@ def ends_letter(rest: str, named: int, options: tuple[str, ...], stated: bool) -
 
 def is_species(initial: str, word: str, options: tuple[str, ...]) -> bool:
     """Whether an option is a name of two words such as "Clostridium difficile"."""
-    pattern = rf"\b{initial}[\w.]*\s+{re.escape(word)}\b"
+    pattern = rf"\b{initial}[\w.]*\s+{re.escape(word)}"  # It may be cut, as in "C. diff".
     return any(re.search(pattern, option, re.I) for option in options)
