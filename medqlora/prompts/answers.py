@@ -224,9 +224,14 @@ def read_start(
         end = max(ends)[0]
         best = {i for place, i in ends if place == end}
         if all(ends_answer(text[end:], i, options, TEXT_END) for i in best):
-            return best | read_second(text[end:], options) if holds(text[end:], stated) else set()
+            # Behind "No" a denial goes on with the answer.
+            sure = stated or all(options[i].strip().lower() in ("yes", "no", "maybe") for i in best)
+            return best | read_second(text[end:], options) if holds(text[end:], sure) else set()
         # "A. Aspirin and heparin" is another answer than aspirin.
         if not letter or best != {named} or JOINED.match(text, end):
+            return set()
+        # "Answer A (aspirin) is incorrect" names no answer.
+        if DENIAL.search(re.split(r"[.;\n]", text[end:], maxsplit=1)[0]):
             return set()
         if not stated and mentions_another(text[letter.end() :], named, options):
             return set()
@@ -239,7 +244,7 @@ def read_start(
     # Behind a letter the marks are no end of a sentence.
     if not holds(rest if stated else rest.lstrip(".:)]* "), stated):
         return set()
-    return {named} if ends_letter(rest, named, options, stated) else set()
+    return {named} if ends_letter(rest, named, options, stated, bool(ends)) else set()
 
 
 def read_second(rest: str, options: tuple[str, ...]) -> set[int]:
@@ -314,8 +319,18 @@ def ends_answer(rest: str, named: int, options: tuple[str, ...], ending: re.Patt
     return ending.match(rest, remark.end()) is not None
 
 
-def ends_letter(rest: str, named: int, options: tuple[str, ...], stated: bool) -> bool:
-    """Whether a letter stands for itself before `rest`, and is no part of a name."""
+def ends_letter(
+    rest: str, named: int, options: tuple[str, ...], stated: bool, with_text: bool
+) -> bool:
+    """Whether a letter stands for itself before `rest`, and is no part of a name.
+
+    Args:
+        rest: What stands behind the letter.
+        named: The index of the letter's option.
+        options: The texts of the options.
+        stated: Whether an answer was announced.
+        with_text: Whether the option's own text stands behind the letter.
+    """
     if ends_answer(rest, named, options, LETTER_END):
         return True
     if not ends_answer(rest, named, options, re.compile("")):
@@ -344,8 +359,11 @@ def ends_letter(rest: str, named: int, options: tuple[str, ...], stated: bool) -
     dotted = rest[0] == "."
     if dotted and is_species(LETTERS[named], word, options):
         return False
-    if word in re.findall(r"[\w'’-]+", own):
+    if with_text:
         return True
+    if word in re.findall(r"[\w'’-]+", own):
+        # "D. Vitamin K" is no "D. Vitamin A": the first word must tell the options apart.
+        return not any(word in re.findall(r"[\w'’-]+", option.lower()) for option in others)
     if not (following[0].isupper() or following[0].isdigit()):
         return False
     # A whole sentence behind the full stop is no name.

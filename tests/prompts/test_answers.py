@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medqlora.core.config import DataEntry
-from medqlora.data.examples import LETTERS
+from medqlora.data.examples import LETTERS, MultipleChoice
 from medqlora.data.reading import read_examples
 from medqlora.prompts.answers import find_final, parse_answer
+from medqlora.prompts.styles import render_answer
 
 DRUGS = ("Aspirin", "Clopidogrel", "Vitamin K", "C. difficile colitis")
 FILES = (
@@ -66,6 +67,7 @@ FORMS = (
         ("(A) is wrong, (B) is right", None),
         ("A. Aspirin is incorrect. B. Clopidogrel is correct.", None),
         ("A) Incorrect", None),
+        ("Answer A (Aspirin) is incorrect", None),
         ("Not A. The answer is B", "B"),
         ("The answer is A, not B", "A"),
         ("The answer cannot be A", None),
@@ -116,6 +118,14 @@ def test_options_with_letters_in_their_names():
     for index, option in enumerate(options):
         for form in ("{o}", "The answer is {o}.", "Answer: {o} because it grows", r"\boxed{{{o}}}"):
             assert parse_answer(form.format(o=option), options) == index, (form, option)
+    vitamins = ("Vitamin D", "Vitamin C", "Vitamin B12", "Vitamin A")
+    for text in ("D. Vitamin K", "D. Vitamin D", "The answer is D (Vitamin D)", "Vitamin A excess"):
+        assert parse_answer(text, vitamins) is None, text
+    assert parse_answer("Vitamin A", vitamins) == 3
+    # A denial behind "No" belongs to the answer.
+    for text in ("No, it does not.", "No. It is not associated.", "B. No, they are not"):
+        assert parse_answer(text, ("yes", "no", "maybe")) == 1, text
+    assert parse_answer("No effect", ("yes", "no", "maybe")) is None
     # A letter alone is the letter that the prompt asked for, whatever the options' texts are.
     assert parse_answer("Answer: B", ("B", "C", "A", "D")) == 1
 
@@ -267,6 +277,25 @@ def test_thoughts_are_never_read(thoughts, tag):
         spoken = parse_answer(answer, DRUGS)
         assert parse_answer(f"<{tag}>{thoughts}</{tag}>\n{answer}", DRUGS) == spoken
         assert parse_answer(f"{thoughts.replace('<think>', '')}</{tag}>{answer}", DRUGS) == spoken
+
+
+ODD = (
+    *("A", "a", "A.", "(A)", "B. coli", "A or B", "Both A and B", "not A", "B’s", "C:", "**B**"),
+    *("the answer is A", "answer A", "A is wrong", r"\boxed{A}", "yes", "no", "...", "1", '"x"'),
+)
+
+
+@given(
+    st.lists(st.sampled_from(ODD), min_size=2, max_size=5, unique=True),
+    st.lists(st.sampled_from((*ODD, *PIECES[:12])), min_size=1, max_size=6).map(" ".join),
+    st.data(),
+)
+def test_odd_options_and_explanations_are_read_as_written(options, explanation, data):
+    answer = data.draw(st.integers(0, len(options) - 1))
+    example = MultipleChoice("q", "Which?", tuple(options), answer, "mcq", "f")
+    for completion in ("letter", "letter_text", "explanation"):
+        text = render_answer(example, completion, explanation)
+        assert parse_answer(text, example.options, completion) == answer
 
 
 @given(st.permutations(DRUGS), st.sampled_from(DRUGS), st.sampled_from(FORMS[6:]))
