@@ -129,9 +129,9 @@ def prepare_questions(
     asked = [entry for entry in questions if entry.requests]
     if not asked:
         raise ScoringError(
-            f"each of the {len(questions)} questions is longer than the {max_length} tokens that"
-            " the model can read; use fewer few-shot examples or new tokens, or a larger"
-            " --max_length"
+            f"each of the {len(questions)} questions needs, with its answer, more than the"
+            f" {max_length} tokens that the model can read; use fewer few-shot examples or new"
+            " tokens, or a larger --max_length"
         )
     # A prompt that was cut from the left no longer begins as the others do.
     whole = [entry.requests[0].prefix for entry in asked if not entry.truncated]

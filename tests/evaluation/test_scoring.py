@@ -184,7 +184,7 @@ def test_questions_that_are_too_long_are_left_out(demo_tokenizer, permutations):
     assert rows["long"]["prediction"] is None
     expected = rows_of(engine, encoder, alone, shared, method)
     assert {id: rows[id] for id in ("q", "r")} == expected
-    with pytest.raises(ScoringError, match="each of the 1 questions is longer than the 100 tokens"):
+    with pytest.raises(ScoringError, match="each of the 1 questions needs"):
         prepare_questions(encoder, [long], method, (), 100, True)
 
 
