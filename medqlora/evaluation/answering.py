@@ -207,8 +207,14 @@ def read_option_scores(
     if len(entry.orders) > 1:
         row["permutations"] = describe_orders(entry, table)
     if method.scoring == "cloze":
-        row["predictions"] = normalize_cloze(entry, logprobs)
+        normalized = normalize_cloze(entry, logprobs)
+        # Of equal values the first one is the largest. An unknown option is never chosen.
+        row["predictions"] = {
+            name: max(values, key=values.get) if values else None
+            for name, values in normalized.items()
+        }
         row["prediction"] = row["predictions"][method.normalization]
+        row["normalized_logprobs"] = normalized[method.normalization]
     return row
 
 
@@ -225,8 +231,11 @@ def describe_orders(entry: PreparedQuestion, table: np.ndarray) -> dict[str, lis
     return described
 
 
-def normalize_cloze(entry: PreparedQuestion, logprobs: np.ndarray) -> dict[str, str]:
-    """Return the letter that each normalization predicts; of equal values the first one."""
+def normalize_cloze(entry: PreparedQuestion, logprobs: np.ndarray) -> dict[str, dict[str, float]]:
+    """Return the options' log-probabilities by letter under each normalization.
+
+    Options whose log-probability is unknown (NaN) are left out.
+    """
     options = entry.example.options
     # A longer text has more factors below one, for which a division makes up.
     lengths = {
@@ -237,7 +246,12 @@ def normalize_cloze(entry: PreparedQuestion, logprobs: np.ndarray) -> dict[str, 
         ),
     }
     return {
-        name: LETTERS[int(np.argmax(logprobs / np.array(some)))] for name, some in lengths.items()
+        name: {
+            letter: float(value)
+            for letter, value in zip(LETTERS, logprobs / np.array(some), strict=False)
+            if not np.isnan(value)
+        }
+        for name, some in lengths.items()
     }
 
 

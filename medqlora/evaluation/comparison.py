@@ -9,39 +9,33 @@ import numpy as np
 
 from medqlora.evaluation.journal import hash_id
 from medqlora.evaluation.predictions import PredictionError, Predictions
-from medqlora.evaluation.statistics import adjust_holm, mcnemar_exact
+from medqlora.evaluation.statistics import adjust_holm, difference_interval, mcnemar_exact
 
 
-def compare_paired(
-    a: np.ndarray, b: np.ndarray, resamples: int = 10_000, seed: int = 0
-) -> dict[str, Any]:
-    """Compare two models on the same questions.
-
-    `difference` is b - a with a paired bootstrap interval (Efron & Tibshirani, An Introduction to
-    the Bootstrap, 1993). Resampling n pairs with replacement only changes how many of them fall
-    into (only a right, only b right, other), so each resample is one multinomial draw.
+def compare_paired(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
+    """Compare two models on the same questions; see compare_counts.
 
     Args:
         a, b: bool [n], which questions each model got right.
-        resamples: how often the pairs are drawn.
-        seed: of the draws.
     """
     a = np.asarray(a, bool)
     b = np.asarray(b, bool)
-    n = len(a)
-    only_a = int((a & ~b).sum())
-    only_b = int((b & ~a).sum())
-    # int64 [resamples, 3]: only a right, only b right, other
-    counts = np.random.default_rng(seed).multinomial(
-        n, [only_a / n, only_b / n, 1 - (only_a + only_b) / n], resamples
-    )
-    low, high = np.quantile((counts[:, 1] - counts[:, 0]) / n, [0.025, 0.975])
+    return compare_counts(int((a & b).sum()), int((a & ~b).sum()), int((b & ~a).sum()), len(a))
+
+
+def compare_counts(both: int, only_a: int, only_b: int, n: int) -> dict[str, Any]:
+    """Return the accuracies, their difference b - a with its interval, and the exact test.
+
+    Args:
+        both, only_a, only_b: how many questions both and only one of the models got right.
+        n: questions.
+    """
     return {
         "n": n,
-        "accuracy_a": float(a.mean()),
-        "accuracy_b": float(b.mean()),
+        "accuracy_a": (both + only_a) / n,
+        "accuracy_b": (both + only_b) / n,
         "difference": (only_b - only_a) / n,
-        "difference_ci95": [float(low), float(high)],
+        "difference_ci95": list(difference_interval(only_a, only_b, n)),
         "mcnemar_p": mcnemar_exact(only_a, only_b),
         "only_a_right": only_a,
         "only_b_right": only_b,

@@ -14,7 +14,7 @@ import numpy as np
 from medqlora.data.examples import LETTERS
 from medqlora.evaluation.open_answers import score_open, score_passages
 from medqlora.evaluation.predictions import Predictions
-from medqlora.evaluation.statistics import wilson_interval
+from medqlora.evaluation.statistics import mean_interval, wilson_interval
 
 # Where the two best options lie less than this apart, in nats, rounding in bfloat16 may change
 # which of them is chosen.
@@ -60,8 +60,10 @@ def score_predictions(rows: Predictions) -> dict[str, Any]:
     }
     if choices:  # Only cloze scoring chooses by several normalizations.
         scores["per_normalization"] = {}
-        for name in next(iter(choices.values())):
-            hits = [choice[name] == rows.gold[i] for i, choice in choices.items()]
+        # The order is that of the file; a row that lacks a normalization is not counted under it.
+        for name in dict.fromkeys(name for choice in choices.values() for name in choice):
+            named = {i: choice[name] for i, choice in choices.items() if name in choice}
+            hits = [letter == rows.gold[i] for i, letter in named.items()]
             scores["per_normalization"][name] = summarise(np.array(hits))
     return scores
 
@@ -145,6 +147,7 @@ def measure_calibration(
         "ece": float(np.abs(confidence_sums - right_sums).sum() / len(right)),
         "reliability": reliability,
         "selective": {
+            "n": len(right),
             "area_under_risk_coverage": float(risk.mean()),
             "accuracy_at_coverage": accuracy_at_coverage,
         },
@@ -154,11 +157,12 @@ def measure_calibration(
 def option_probabilities(rows: Predictions) -> np.ndarray:
     """Return the probabilities of the options among each other, float64 [rows, options].
 
-    They are 0 where a row has fewer options, and NaN in rows without log-probabilities.
+    They follow from the values that chose the predictions. They are 0 where a row has fewer
+    options, and NaN in rows without such values.
     """
-    if rows.logprobs.shape[1] == 0:
+    if rows.deciding.shape[1] == 0:
         return np.full((len(rows), 1), np.nan)
-    values = np.where(np.isnan(rows.logprobs), -np.inf, rows.logprobs)
+    values = np.where(np.isnan(rows.deciding), -np.inf, rows.deciding)
     # The largest value is subtracted so that not all exponentials underflow to 0.
     top = values.max(1, keepdims=True)
     # A row without any value has a top of -inf. As NaN it makes the row NaN without the warning
@@ -177,21 +181,25 @@ def brier_score(rows: Predictions) -> float | None:
     known = ~np.isnan(probabilities[:, 0])
     if not known.any():
         return None
-    truth = np.zeros_like(probabilities)  # [rows, options]
-    truth[np.arange(len(rows)), [LETTERS.index(gold) for gold in rows.gold]] = 1
-    return float(((probabilities - truth) ** 2).sum(1)[known].mean())
+    # The letter of a row without probabilities may lie beyond the columns of the others.
+    gold = [LETTERS.index(letter) for letter, used in zip(rows.gold, known, strict=True) if used]
+    probabilities = probabilities[known]
+    truth = np.zeros_like(probabilities)  # [rows with probabilities, options]
+    truth[np.arange(len(gold)), gold] = 1
+    return float(((probabilities - truth) ** 2).sum(1).mean())
 
 
 def measure_margins(rows: Predictions) -> dict[str, Any]:
     """Compute the margins between the best and the second option, in nats.
 
-    The result has their quartiles, and the number of answers with a margin below NEAR_TIE; both are
-    None where no row has two options with log-probabilities.
+    With cloze scoring they are nats of what decides, such as nats per character. The result has
+    their quartiles, and the number of answers with a margin below NEAR_TIE; both are None where no
+    row has two options with such values.
     """
-    if rows.logprobs.shape[1] < 2:
+    if rows.deciding.shape[1] < 2:
         return {"margin_quartiles": None, "near_ties": None}
     # [rows, options], the most likely option first
-    best = np.sort(np.where(np.isnan(rows.logprobs), -np.inf, rows.logprobs), 1)[:, ::-1]
+    best = np.sort(np.where(np.isnan(rows.deciding), -np.inf, rows.deciding), 1)[:, ::-1]
     # A row with fewer than two known options has -inf in second place.
     known = np.isfinite(best[:, 1])
     margins = best[known, 0] - best[known, 1]
@@ -227,23 +235,61 @@ def measure_position_bias(rows: Predictions) -> dict[str, Any]:
     }
     if not permuted:
         return {"letters": letters}
+    flips, per_position = score_orders(rows, permuted)
+    return {"letters": letters, "flip_rate": flips / len(permuted), "per_position": per_position}
+
+
+def score_orders(
+    rows: Predictions, permuted: dict[int, dict[str, list[float | None]]]
+) -> tuple[int, dict[str, Any]]:
+    """Score the answers to each order of the options.
+
+    Args:
+        rows: the rows.
+        permuted: row number -> order -> log-probabilities by place.
+
+    Returns:
+        How many questions have answers that change with the order, and for each place of the right
+        option the share of right answers with its interval. The answers to one question are alike,
+        so every question counts once there, with its share.
+    """
     flips = 0
-    hits: dict[str, list[bool]] = {}
+    answered: Counter[str] = Counter()
+    shares: dict[str, list[float]] = {}
     for i, orders in permuted.items():
         answers = set()
+        hits: dict[str, list[bool]] = {}
         for order, logprobs in orders.items():
-            values = [-math.inf if logprob is None else logprob for logprob in logprobs]
-            # `order` names the options by their letters in the file, so that answers to different
-            # orders are comparable. The position is where the option stands in this order.
-            answer = order[values.index(max(values))]
+            answer = choose_option(order, logprobs)
             position = LETTERS[order.index(rows.gold[i])]
             answers.add(answer)
             hits.setdefault(position, []).append(answer == rows.gold[i])
         flips += len(answers) > 1
+        for position, values in hits.items():
+            answered[position] += len(values)
+            shares.setdefault(position, []).append(float(np.mean(values)))
     per_position = {
-        position: summarise(np.array(values)) for position, values in sorted(hits.items())
+        position: {
+            "n": answered[position],
+            "questions": len(values),
+            "accuracy": float(np.mean(values)),
+            "accuracy_ci95": list(mean_interval(np.array(values))),
+        }
+        for position, values in sorted(shares.items())
     }
-    return {"letters": letters, "flip_rate": flips / len(permuted), "per_position": per_position}
+    return flips, per_position
+
+
+def choose_option(order: str, logprobs: list[float | None]) -> str | None:
+    """Return the answer to one order of the options, None where nothing is known of any.
+
+    `order` names the options by their letters in the file, so that answers to different orders are
+    comparable.
+    """
+    values = [-math.inf if logprob is None else logprob for logprob in logprobs]
+    if max(values) == -math.inf:
+        return None
+    return order[values.index(max(values))]
 
 
 def column_mean(probabilities: np.ndarray, column: int) -> float | None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from medqlora.evaluation.predictions import PredictionError, Predictions
-from medqlora.evaluation.statistics import mean_interval, wilson_interval
+from medqlora.evaluation.statistics import mean_interval
 
 
 def normalise_answer(text: str) -> str:
@@ -25,64 +25,87 @@ def normalise_answer(text: str) -> str:
 
 
 def token_f1(prediction: str, gold: str) -> float:
-    """Compute SQuAD's F1, the overlap of normalised words, from 0 to 1."""
+    """Compute SQuAD's F1, the overlap of normalised words, from 0 to 1.
+
+    A text without words has nothing in common with any other. SQuAD 2.0 rewards an empty answer
+    where there is no answer; questions here always have one.
+    """
     predicted_words = normalise_answer(prediction).split()
     gold_words = normalise_answer(gold).split()
-    # Two empty texts agree fully; an empty one and another have nothing in common.
     if not predicted_words or not gold_words:
-        return float(predicted_words == gold_words)
+        return 0.0
     # A repeated word counts as often as both texts have it.
     common = sum((Counter(predicted_words) & Counter(gold_words)).values())
     # This is 2PR / (P + R), where P = common / predicted and R = common / gold.
     return 2 * common / (len(predicted_words) + len(gold_words))
 
 
+def matches(prediction: str, gold: str) -> bool:
+    """Whether a normalised answer is the right one; one without words never is."""
+    return normalise_answer(prediction) == normalise_answer(gold) != ""
+
+
+def is_latin(text: str) -> bool:
+    """Whether ROUGE's own words, of the letters a to z and digits, hold most of a text.
+
+    The package drops every other letter without a word, so a text in another script has no words.
+    """
+    characters = [character for character in text.lower() if character.isalnum()]
+    read = sum(character.isascii() for character in characters)
+    return 2 * read >= len(characters) > 0
+
+
 def score_open(rows: Predictions) -> dict[str, Any]:
     """Score free text by exact match, SQuAD's F1 and ROUGE-L, with 95 % intervals.
 
     ROUGE-L is the F-measure of the longest common subsequence of words (Lin, ROUGE: A Package for
-    Automatic Evaluation of Summaries, 2004), without stemming. An empty answer counts as unparsed.
+    Automatic Evaluation of Summaries, 2004), without stemming. It is the mean over the questions
+    whose right answer is in Latin letters, see is_latin. An empty answer counts as unparsed, and
+    all its scores are 0.
     """
     # Multiple-choice questions are scored without the slow import of this package.
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"])
     texts = [prediction or "" for prediction in rows.prediction]
-    exact_values = []
-    f1_values = []
-    rouge_values = []
+    columns: dict[str, list[float]] = {"exact_match": [], "f1": [], "rouge_l": []}
     for text, gold in zip(texts, rows.gold, strict=True):
-        exact_values.append(normalise_answer(text) == normalise_answer(gold))
-        f1_values.append(token_f1(text, gold))
-        rouge_values.append(scorer.score(gold, text)["rougeL"].fmeasure)
-    exact = np.array(exact_values)
-    f1 = np.array(f1_values)
-    rouge = np.array(rouge_values)
-    subjects = np.array(rows.column("subject"))
-    per_subject = {}
-    for name in sorted(set(rows.column("subject"))):
-        here = subjects == name
-        per_subject[name] = {
-            "n": int(here.sum()),
-            "exact_match": float(exact[here].mean()),
-            "f1": float(f1[here].mean()),
-            "rouge_l": float(rouge[here].mean()),
-        }
+        columns["exact_match"].append(matches(text, gold))
+        columns["f1"].append(token_f1(text, gold))
+        # ROUGE's words include articles, by which an answer without other words would score.
+        rouge = scorer.score(gold, text if normalise_answer(text) else "")["rougeL"].fmeasure
+        columns["rouge_l"].append(rouge if is_latin(gold) else math.nan)
+    values = {name: np.array(column, float) for name, column in columns.items()}
+    subjects = np.array(rows.column("subject"), dtype=object)
     return {
-        "n": len(rows),
-        "exact_match": float(exact.mean()),
-        "exact_match_ci95": list(wilson_interval(int(exact.sum()), len(rows))),
-        "f1": float(f1.mean()),
-        "f1_ci95": mean_interval(f1),
-        "rouge_l": float(rouge.mean()),
-        "rouge_l_ci95": mean_interval(rouge),
+        **summarise_open(values, np.ones(len(rows), bool)),
         "unparsed": sum(not text.strip() for text in texts),
         "unfinished": rows.unfinished,
+        "wordless_references": sum(not normalise_answer(gold) for gold in rows.gold),
         "truncated": rows.truncated,
         "too_long": len(rows.too_long),
         "too_long_ids": list(rows.too_long),
-        "per_subject": per_subject,
+        "per_subject": {
+            name: summarise_open(values, subjects == name)
+            for name in sorted(set(rows.column("subject")))
+        },
     }
+
+
+def summarise_open(values: dict[str, np.ndarray], here: np.ndarray) -> dict[str, Any]:
+    """Return the number of some answers, and the mean of each score with its interval.
+
+    Args:
+        values: score -> float64 [n], NaN where an answer has no such score.
+        here: bool [n], which answers are meant.
+    """
+    summary: dict[str, Any] = {"n": int(here.sum())}
+    for name, column in values.items():
+        known = column[here & ~np.isnan(column)]
+        summary[name] = float(known.mean()) if len(known) else None
+        summary[f"{name}_ci95"] = list(mean_interval(known)) if len(known) else None
+    summary["rouge_l_n"] = int((here & ~np.isnan(values["rouge_l"])).sum())
+    return summary
 
 
 def score_passages(rows: Predictions) -> dict[str, Any]:
@@ -105,8 +128,7 @@ def score_passages(rows: Predictions) -> dict[str, Any]:
         )
     word_perplexity = None
     if total["words"]:
-        # The bound keeps the exponential within the range of a float.
-        word_perplexity = math.exp(min(700.0, -total["logprob"] / total["words"]))
+        word_perplexity = exponential(-total["logprob"] / total["words"])
     bits_per_byte = None
     if total["bytes"]:
         # The last division turns nats into bits.
@@ -114,7 +136,12 @@ def score_passages(rows: Predictions) -> dict[str, Any]:
     return {
         "n": len(rows),
         "tokens": total["tokens"],
-        "perplexity": math.exp(-total["logprob"] / total["tokens"]),
+        "perplexity": exponential(-total["logprob"] / total["tokens"]),
         "word_perplexity": word_perplexity,
         "bits_per_byte": bits_per_byte,
     }
+
+
+def exponential(loss: float) -> float:
+    """Return the exponential of a loss in nats, bounded to the range of a float."""
+    return math.exp(min(700.0, loss))

@@ -19,19 +19,14 @@ from typing import Any
 import numpy as np
 
 from medqlora.core.errors import UserError
-from medqlora.data.examples import LETTERS
+from medqlora.data.readers import DECODER
+from medqlora.evaluation.row_checks import check_row, name_columns, quote
 
 
 class PredictionError(UserError):
     """A predictions file or a journal that cannot be used."""
 
 
-KINDS = ("choice", "open", "text")
-REQUIRED = {
-    "choice": ("id", "gold", "prediction"),
-    "open": ("id", "gold", "prediction"),
-    "text": ("id", "logprob", "tokens"),
-}
 # The text is lower-cased before this is searched.
 NEGATION = re.compile(
     r"\b(?:not|no|never|none|neither|nor|except|false|incorrect|least|without)\b|n't\b"
@@ -52,6 +47,8 @@ class Predictions:
         prediction: the model's answers; None where it named no option.
         logprobs: log-probabilities of the options in nats, float64 [rows, options]; NaN where a row
             has fewer options or none.
+        deciding: the values that chose the predictions, as `logprobs`: with cloze scoring they are
+            divided by the options' lengths; NaN where the file does not hold them.
         letter_mass: the letters' summed probabilities, float64 [rows]; NaN where unknown.
         confidence: the model's probability of its own prediction among the options, or the
             prediction's share of the votes, float64 [rows]; NaN where unknown.
@@ -74,6 +71,7 @@ class Predictions:
     gold: list[str | None] = field(default_factory=list)
     prediction: list[str | None] = field(default_factory=list)
     logprobs: np.ndarray | None = None
+    deciding: np.ndarray | None = None
     letter_mass: np.ndarray | None = None
     confidence: np.ndarray | None = None
     truncated: int = 0
@@ -104,20 +102,6 @@ class Predictions:
         return [value or "none" for value in self.columns[name]]
 
 
-# These are the types of values that a row may leave out.
-TYPES: dict[str, Any] = {
-    "option_logprobs": dict,
-    "options": list,
-    "question": str,
-    "letter_mass": (int, float),
-    "permutations": dict,
-    "predictions": dict,
-    "votes": dict,
-    "unfinished": int,
-    "too_long": int,
-    "bytes": (int, float),
-    "words": (int, float),
-}
 COLUMNS = ("dataset", "subject", "topic", "choice_type", "engine", "model", "prompt_sha256")
 EXTRAS = ("permutations", "votes", "predictions")
 
@@ -172,23 +156,25 @@ def collect_lines(path: Path, lines: Iterable[bytes], labelled: bool) -> Predict
     predictions = Predictions(path, "choice", columns={name: [] for name in COLUMNS})
     line_of_id: dict[str, int] = {}
     scores: list[list[float]] = []
+    deciding: list[list[float]] = []
     masses = []
     confidences = []
     offset = 0
+    first: dict[str, Any] = {}
     for number, line in enumerate(lines, 1):
         row = parse_line(path, number, line)
-        if number == 1:
-            # The first row decides what the file holds; check_row refuses any other kind.
-            predictions.kind = row.get("kind", "choice")
-        problem = check_row(row, predictions.kind, labelled)
+        # The first row decides what the file holds; check_row refuses any other kind or model.
+        first = first or row
+        problem = check_row(row, first, labelled)
         if problem is None and row["id"] in line_of_id:
             problem = (
-                f"id {row['id']} stands on line {line_of_id[row['id']]} too; every question may"
-                " stand once"
+                f"id {quote(row['id'])[1:-1]} stands on line {line_of_id[row['id']]} too; every"
+                " question may stand once"
             )
         if problem is not None:
             raise PredictionError(f"{path} line {number}: {problem}")
         line_of_id[row["id"]] = number
+        kind = predictions.kind = row.get("kind", "choice")
         if row.get("too_long"):
             predictions.too_long[row["id"]] = offset
             offset += len(line)
@@ -197,16 +183,15 @@ def collect_lines(path: Path, lines: Iterable[bytes], labelled: bool) -> Predict
         for name, values in predictions.columns.items():
             value = row.get(name)
             # A column repeats a few values many times; interned, each is one object.
-            values.append(None if value is None else sys.intern(str(value)))
-        predictions.gold.append(read_answer(row, "gold", predictions.kind))
-        predictions.prediction.append(read_answer(row, "prediction", predictions.kind))
-        option_logprobs = row.get("option_logprobs") or {}
-        # Values are taken by their letters, so the order of keys in the file does not matter. A
-        # letter without a value is NaN and keeps its column.
-        letters = LETTERS[: len(row.get("options") or option_logprobs)] if option_logprobs else ""
-        scores.append([option_logprobs.get(letter, np.nan) for letter in letters])
+            values.append(None if value is None else sys.intern(value))
+        predictions.gold.append(read_answer(row, "gold", kind))
+        predictions.prediction.append(read_answer(row, "prediction", kind))
+        chosen_by = find_deciding(row)
+        letters = name_columns(row) if row.get("option_logprobs") else ""
+        scores.append([row["option_logprobs"].get(letter, np.nan) for letter in letters])
+        deciding.append([chosen_by.get(letter, np.nan) for letter in letters])
         masses.append(np.nan if row.get("letter_mass") is None else row["letter_mass"])
-        confidences.append(find_confidence(row, option_logprobs))
+        confidences.append(find_confidence(row, chosen_by))
         predictions.truncated += bool(row.get("truncated"))
         predictions.unfinished += bool(row.get("unfinished")) and not row.get("prediction")
         predictions.offsets.append(offset)
@@ -215,7 +200,7 @@ def collect_lines(path: Path, lines: Iterable[bytes], labelled: bool) -> Predict
         predictions.length.append(question.count(" ") + 1)
         predictions.negated.append(NEGATION.search(question.lower()) is not None)
         predictions.numeric.append(NUMBER.search(question) is not None)
-        if predictions.kind == "text":
+        if kind == "text":
             extras = {key: row.get(key) or 0 for key in ("logprob", "tokens", "bytes", "words")}
         else:
             extras = {key: row[key] for key in EXTRAS if row.get(key)}
@@ -231,8 +216,11 @@ def collect_lines(path: Path, lines: Iterable[bytes], labelled: bool) -> Predict
     if not predictions.ids:
         raise PredictionError(f"{path} is empty; expected one prediction per line")
     predictions.logprobs = stack_rows(scores)
-    predictions.letter_mass = np.array(masses)
-    predictions.confidence = np.array(confidences)
+    # Only cloze scoring decides by other values than the log-probabilities, which takes memory.
+    cloze = any("predictions" in extra for extra in predictions.extras.values())
+    predictions.deciding = stack_rows(deciding) if cloze else predictions.logprobs
+    predictions.letter_mass = np.array(masses, float)
+    predictions.confidence = np.array(confidences, float)
     return predictions
 
 
@@ -257,113 +245,65 @@ def stack_rows(rows: list[list[float]]) -> np.ndarray:
 def parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
     """Return the row of a line, or raise PredictionError with the line's number."""
     try:
-        row = json.loads(line)
+        row = DECODER.decode(line.decode())
+        # An escaped half of a surrogate pair is JSON, but no text that can be written.
+        if b"\\u" in line:
+            json.dumps(row, ensure_ascii=False).encode()
     except UnicodeDecodeError:
         raise PredictionError(
             f"{path} line {number}: not UTF-8; expected a file of eval/predict.py"
+        ) from None
+    except UnicodeEncodeError:
+        raise PredictionError(
+            f"{path} line {number}: half of a surrogate pair, which is no text; expected a file of"
+            " eval/predict.py"
         ) from None
     except json.JSONDecodeError:
         raise PredictionError(
             f"{path} line {number}: not valid JSON; was the file cut short? Run eval/predict.py"
             " again"
         ) from None
+    except RecursionError:
+        raise PredictionError(
+            f"{path} line {number}: too deeply nested; expected a row of eval/predict.py"
+        ) from None
+    # A key that stands twice, or a number of thousands of digits.
+    except ValueError as error:
+        raise PredictionError(f"{path} line {number}: {error}") from None
     if not isinstance(row, dict):
         raise PredictionError(f"{path} line {number}: expected an object, got {type(row).__name__}")
     return row
 
 
-def check_row(row: dict[str, Any], kind: str, labelled: bool) -> str | None:
-    """Say what is wrong with a row; None where nothing is."""
-    # The kind is checked first, because the other checks depend on it.
-    if row.get("kind", "choice") != kind or kind not in KINDS:
-        return (
-            f"kind is {row.get('kind')!r} in a file of kind {kind!r}; one file holds one kind of"
-            f" {', '.join(KINDS)}"
-        )
-    for key in REQUIRED[kind]:
-        if key not in row:
-            return f'no "{key}"; expected a row of eval/predict.py'
-    if not isinstance(row["id"], str) or not row["id"]:
-        return f"id is {row['id']!r}; expected a text"
-    for key, types in TYPES.items():
-        if row.get(key) is not None and not isinstance(row[key], types):
-            return f"{key} is {str(row[key])[:40]!r}; expected a row of eval/predict.py"
-    if kind == "text":
-        for key in ("logprob", "tokens"):
-            if not is_number(row[key]):
-                return f"{key} is {row[key]!r}; expected a number"
-        return None
-    if labelled and row["gold"] is None:
-        return "no label (gold is null); a split with hidden answers cannot be scored"
-    for key in ("gold", "prediction"):
-        if row[key] is not None and not isinstance(row[key], str):
-            return f"{key} is {row[key]!r}; expected a text or null"
-    option_logprobs = row.get("option_logprobs") or {}
-    if kind == "choice":
-        letters = list_letters(row, option_logprobs)
-        for key in ("gold", "prediction"):
-            # A list is searched, because the string "ABCD" would also hold "" and "AB".
-            if row[key] is not None and row[key] not in list(letters):
-                return f"{key} is {row[key]!r}, which is not one of the options {letters}"
-    prediction = row["prediction"]
-    # find_confidence looks the prediction's own value up.
-    if option_logprobs and prediction is not None and prediction not in option_logprobs:
-        return (
-            f"prediction is {prediction!r}, which has no value in option_logprobs; expected a row"
-            " of eval/predict.py"
-        )
-    for order, values in (row.get("permutations") or {}).items():
-        if not is_permutation(order, values):
-            return (
-                f"permutations {order!r} is {str(values)[:40]}; expected a number for each letter"
-                " of an order"
-            )
-    for letter, value in option_logprobs.items():
-        # Rounding may take a log-probability slightly over 0.
-        if not is_number(value) or value > 1e-3:
-            return f"option_logprobs {letter} is {value!r}; expected a log-probability"
-    return None
+def find_deciding(row: dict[str, Any]) -> dict[str, float]:
+    """Return the values that chose a row's prediction, by letter; empty where it holds none."""
+    if row.get("predictions"):
+        # Cloze rows of earlier versions hold only the values before the division by length.
+        return row.get("normalized_logprobs") or {}
+    return row.get("option_logprobs") or {}
 
 
-def is_number(value: Any) -> bool:
-    """Whether a value is a number other than NaN."""
-    # NaN is the only number that differs from itself.
-    return isinstance(value, (int, float)) and value == value
-
-
-def list_letters(row: dict[str, Any], option_logprobs: dict[str, float]) -> str:
-    """Return the letters that a row may name: those of its options, where it says what they are."""
-    if row.get("options"):
-        return LETTERS[: len(row["options"])]
-    return "".join(option_logprobs) or LETTERS
-
-
-def is_permutation(order: str, values: Any) -> bool:
-    """Whether `order` is an order of the first letters, with a number or null for each of them."""
-    if sorted(order) != list(LETTERS[: len(order)]):
-        return False
-    if not isinstance(values, list) or len(values) != len(order):
-        return False
-    return all(value is None or isinstance(value, (int, float)) for value in values)
-
-
-def find_confidence(row: dict[str, Any], option_logprobs: dict[str, float]) -> float:
+def find_confidence(row: dict[str, Any], deciding: dict[str, float]) -> float:
     """Return the probability of a row's prediction among its options, or its share of the votes.
+
+    Args:
+        row: the row.
+        deciding: what find_deciding returns for it.
 
     NaN stands for a row without a prediction, or with neither log-probabilities nor votes.
     """
     prediction = row.get("prediction")
     if prediction is None:
         return np.nan
-    if option_logprobs:
+    if deciding:
         # The largest value is subtracted so that not all exponentials underflow to 0.
-        top = max(option_logprobs.values())
-        total = sum(math.exp(value - top) for value in option_logprobs.values())
-        return math.exp(option_logprobs[prediction] - top) / total
-    votes = row.get("votes") or {}
-    if prediction not in votes:
-        return np.nan
-    return votes[prediction] / sum(votes.values())
+        top = max(deciding.values())
+        if top == -math.inf:
+            return np.nan
+        total = sum(math.exp(value - top) for value in deciding.values())
+        return math.exp(deciding[prediction] - top) / total
+    votes = row.get("votes")
+    return votes[prediction] / sum(votes.values()) if votes else np.nan
 
 
 def read_rows(path: Path, offsets: Sequence[int]) -> list[dict[str, Any]]:

@@ -9,11 +9,12 @@ import numpy as np
 Z95 = 1.959963984540054  # the standard normal quantile of 0.975
 
 
-def wilson_interval(right: int, total: int, z: float = Z95) -> tuple[float, float]:
+def wilson_interval(right: float, total: float, z: float = Z95) -> tuple[float, float]:
     """Return the Wilson score interval of a proportion (Wilson, JASA 22, 1927, p. 209-212).
 
     Args:
-        right, total: the proportion; nothing is known of 0 of 0, so its interval is (0, 1).
+        right, total: the proportion; nothing is known of 0 of 0, so its interval is (0, 1). Both
+            may be fractions of a count, as `mean_interval` gives them.
         z: standard normal quantile of the interval's upper end.
     """
     if total == 0:
@@ -28,15 +29,62 @@ def wilson_interval(right: int, total: int, z: float = Z95) -> tuple[float, floa
     return (low, high)
 
 
-def mean_interval(values: np.ndarray) -> list[float]:
-    """Return the 95 % interval of a mean by the central limit theorem.
+def mean_interval(values: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % interval of the mean of values from 0 to 1, one for each question.
 
-    values: float [n]. The interval of a single value has no width.
+    It is Wilson's interval with an effective number of questions: the number of yes-or-no answers
+    that would give a mean of this variance (Korn & Graubard, Survey Methodology 24, 1998, p.
+    193-201; with Wilson's interval Franco et al., Journal of Survey Statistics and Methodology 7,
+    2019, p. 334-364). So it stays within [0, 1], and values of only 0 and 1 get exactly Wilson's
+    interval. A share of several answers to one question is one value, whatever the answers have in
+    common, which makes the questions the clusters.
+
+    Args:
+        values: float [n], one value of each question.
     """
-    half = 0.0
-    if len(values) > 1:
-        half = Z95 * float(values.std(ddof=1)) / math.sqrt(len(values))
-    return [float(values.mean()) - half, float(values.mean()) + half]
+    n = len(values)
+    if n == 0:
+        return (0.0, 1.0)
+    # One more 0 and one more 1, as Agresti & Coull add them (The American Statistician 52, 1998),
+    # keep the variance of equal values from being 0, and the interval from having no width.
+    mean = (float(values.sum()) + 1) / (n + 2)
+    variance = (float((values * values).sum()) + 1) / (n + 2) - mean * mean
+    effective = n * mean * (1 - mean) / variance
+    # A mean of rounded sums may lie beyond its bounds by the last bit.
+    share = min(1.0, max(0.0, float(values.mean())))
+    return wilson_interval(share * effective, effective)
+
+
+def difference_interval(only_a: int, only_b: int, n: int) -> tuple[float, float]:
+    """Return the 95 % interval of the difference of two paired proportions, b less a.
+
+    The Wilson intervals of the two kinds of disagreement are squared and added, with the
+    correlation of two counts of one sample. This is Newcombe's way (Statistics in Medicine 17,
+    1998, p. 2635-2650, method 10) of combining limits (Zou & Donner, Statistics in Medicine 27,
+    2008, p. 1693-1702). Newcombe combines the limits of both accuracies, which come too close where
+    few pairs disagree. The limits of the disagreements never coincide.
+
+    Args:
+        only_a, only_b: how many questions only the first and only the second model got right.
+        n: questions.
+    """
+    share_a = only_a / n
+    share_b = only_b / n
+    low_a, high_a = wilson_interval(only_a, n)
+    low_b, high_b = wilson_interval(only_b, n)
+    correlation = 0.0
+    # Where all pairs are of one kind there is nothing to correlate.
+    if only_a < n and only_b < n:
+        correlation = -math.sqrt(share_a * share_b / ((1 - share_a) * (1 - share_b)))
+    below = add_squares(share_b - low_b, high_a - share_a, correlation)
+    above = add_squares(high_b - share_b, share_a - low_a, correlation)
+    difference = share_b - share_a
+    return (max(-1.0, difference - below), min(1.0, difference + above))
+
+
+def add_squares(first: float, second: float, correlation: float) -> float:
+    """Return the length of the difference of two deviations with this correlation."""
+    return math.sqrt(first * first + second * second - 2 * correlation * first * second)
 
 
 def mcnemar_exact(only_a: int, only_b: int) -> float:
