@@ -1,8 +1,8 @@
 """Compare prediction files of the same questions.
 
-The comparison has an exact McNemar test, a paired bootstrap interval, both also by subject with
-Holm's correction, and the questions that were fixed or broken. The command needs neither torch nor
-a GPU.
+The comparison has an exact McNemar test and an interval of the paired difference, both also by
+subject with Holm's correction, and the questions that were fixed or broken. The command needs
+neither torch nor a GPU.
 
     python eval/compare.py base.jsonl tuned.jsonl --output comparison.json
 
@@ -16,6 +16,7 @@ The exit code is 1 where a file breaks a bound, and 2 where files cannot be comp
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -32,6 +33,8 @@ from medqlora.core.errors import ConfigError
 from medqlora.core.files import check_new, write_json
 from medqlora.evaluation.comparison import compare_predictions
 from medqlora.evaluation.predictions import read_all_predictions
+from medqlora.reporting.numbers import p_value
+from medqlora.reporting.subjects import fold_small, merge_changes
 
 # Where the output is no terminal, rich would take 80 columns and cut the table.
 console = make_console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
@@ -54,7 +57,8 @@ def show(first: Path, second: Path, comparison: dict) -> None:
         "only B",
     ):
         table.add_column(heading, justify="right")
-    for name, part in [("all", comparison), *comparison["per_subject"].items()]:
+    (subjects,) = fold_small([comparison["per_subject"]], merge_changes)
+    for name, part in [("all", comparison), *subjects.items()]:
         low, high = part["difference_ci95"]
         table.add_row(
             name,
@@ -63,9 +67,10 @@ def show(first: Path, second: Path, comparison: dict) -> None:
             f"{part['accuracy_b']:.1%}",
             f"{100 * part['difference']:+.1f}",
             f"{100 * low:+.1f} to {100 * high:+.1f}",
-            f"{part['mcnemar_p']:.2g}",
-            # Only the subjects are corrected for their number; the first row is one test.
-            f"{part['holm_p']:.2g}" if "holm_p" in part else "",
+            p_value(part["mcnemar_p"]),
+            # Only the subjects are corrected for their number; the first row is one test, and so is
+            # that of several subjects together.
+            p_value(part["holm_p"]) if "holm_p" in part else "",
             str(part["only_a_right"]),
             str(part["only_b_right"]),
         )
@@ -110,10 +115,18 @@ def check_bounds(first: Path, second: Path, agreement: dict, arguments: argparse
         )
     verdict = "FAILED" if broken else "ok"
     console.print(
-        f"{verdict}: {second} answers {differing:.2%} of the questions otherwise than"
-        f" {first}{distance}"
+        f"{verdict}: {escape(str(second))} answers {differing:.2%} of the questions otherwise than"
+        f" {escape(str(first))}{distance}"
     )
     return not broken
+
+
+def read_bound(text: str) -> float:
+    """Return a bound; NaN would be broken by nothing."""
+    bound = float(text)
+    if not (math.isfinite(bound) and bound >= 0):
+        raise argparse.ArgumentTypeError(f"expected a number from 0, got {text!r}")
+    return bound
 
 
 def main() -> int:
@@ -144,12 +157,12 @@ def main() -> int:
     )
     parser.add_argument(
         "--max_disagreement",
-        type=float,
+        type=read_bound,
         help="bound: largest share of questions that may be answered otherwise, e.g. 0.01",
     )
     parser.add_argument(
         "--max_mean_difference",
-        type=float,
+        type=read_bound,
         help="bound: largest mean distance of the options' log-probabilities in nats, e.g. 0.05",
     )
     arguments = parser.parse_args()

@@ -21,13 +21,14 @@ if __name__ == "__main__":
 
     enter()
 
-
 from medqlora.core.command import CommandParser, make_console, run_command
-from medqlora.core.files import read_lines, write_atomic
+from medqlora.core.files import check_new, read_lines, write_atomic
+from medqlora.core.json_reading import parse_json
 from medqlora.core.run_folder import LOG
 from medqlora.evaluation.comparison import compare_predictions
 from medqlora.evaluation.metrics import score_predictions
 from medqlora.evaluation.predictions import PredictionError, Predictions, read_all_predictions
+from medqlora.reporting.kept import Comparison, Environment, Metrics, Scores, check_kept
 from medqlora.reporting.run_page import render_report
 from medqlora.reporting.runs import ReportError, Run
 from medqlora.reporting.scores import judge
@@ -51,7 +52,7 @@ def find_predictions(folder: Path) -> list[Path]:
     Raises:
         ReportError: it is not a folder, or one with neither predictions nor a log.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # Path.is_dir raises where a name is too long.
         raise ReportError(
             f"{folder} is not a folder; expected a run folder, the --output_dir of"
             " recipes/sft_qlora.py"
@@ -78,28 +79,26 @@ def collect_run(name: str, folder: Path, predictions: dict[Path, Predictions]) -
     Raises:
         ReportError: a file is not what a run writes.
     """
-    metrics = read_tree(folder / "metrics.json")
-    # A value of another form, as in a file that was edited, counts as missing.
-    for key in ("base", "memory_bytes", "comparison"):
-        if not isinstance(metrics.get(key), dict):
-            metrics.pop(key, None)
+    path = folder / "metrics.json"
+    metrics = read_tree(path)
+    check_kept(path, metrics, Metrics)
+    environment = read_tree(folder / "environment.json")
+    check_kept(folder / "environment.json", environment, Environment)
     run = Run(
         name,
         metrics=metrics,
-        environment=read_tree(folder / "environment.json"),
+        environment=environment,
         config=read_text(folder / "config.yaml"),
     )
     run.rows = {path.stem: rows for path, rows in predictions.items()}
     run.missing = [part for part in PARTS if not (folder / part).is_file()]
-    try:
-        run.log = [row for row in read_lines(folder / LOG) if isinstance(row, dict)]
-    except UnicodeDecodeError:
-        raise ReportError(
-            f"{folder / LOG} is not UTF-8; expected the log of recipes/sft_qlora.py"
-        ) from None
-    for part, scores in (("base", metrics.get("base") or {}), ("tuned", metrics)):
-        if scores.keys() >= SCORE_KEYS:
-            run.scores[part] = scores
+    # Lines are counted as read_lines divides them.
+    written = sum(bool(line.strip()) for line in read_text(folder / LOG).split("\n"))
+    run.log = [row for row in read_lines(folder / LOG) if isinstance(row, dict)]
+    run.lost_lines = written - len(run.log)
+    for part, where, scores in (("base", "base", metrics.get("base")), ("tuned", "", metrics)):
+        if scores and scores.keys() >= SCORE_KEYS:
+            run.scores[part] = check_kept(path, scores, Scores, where)
     # Scores of prediction files that are there replace those of metrics.json.
     for part, rows in run.rows.items():
         run.scores[part] = score_predictions(rows)
@@ -108,15 +107,15 @@ def collect_run(name: str, folder: Path, predictions: dict[Path, Predictions]) -
             run.comparison = compare_predictions(run.rows["base"], run.rows["tuned"])
         except PredictionError as error:
             run.obstacle = str(error)
-    elif {"base", "tuned"} <= set(run.scores):
-        run.comparison = metrics.get("comparison")
+    elif {"base", "tuned"} <= set(run.scores) and metrics.get("comparison"):
+        run.comparison = check_kept(path, metrics["comparison"], Comparison, "comparison")
     return run
 
 
 def read_text(path: Path) -> str:
     """Return the text of a file, which is empty where there is no file."""
     try:
-        return path.read_text(encoding="utf-8") if path.is_file() else ""
+        return path.read_text(encoding="utf-8") if path.exists() else ""
     except (OSError, UnicodeDecodeError):
         raise ReportError(
             f"{path} cannot be read as UTF-8 text; correct it or take it out of the folder"
@@ -126,11 +125,11 @@ def read_text(path: Path) -> str:
 def read_tree(path: Path) -> dict[str, Any]:
     """Return the object of a JSON file, which is empty where there is no file."""
     try:
-        tree = json.loads(read_text(path) or "{}")
-    except json.JSONDecodeError as error:
-        raise ReportError(
-            f"{path} line {error.lineno}: not valid JSON; correct it or take it out of the folder"
-        ) from None
+        tree = parse_json(read_text(path) or "{}", nan=True)
+    except ValueError as error:
+        raise ReportError(f"{path}: {error}; correct it or take the file out of the folder") from None
+    if is_deep(tree):
+        raise ReportError(f"{path}: too deeply nested; correct it or take it out of the folder")
     if not isinstance(tree, dict):
         raise ReportError(
             f"{path}: expected an object, got {type(tree).__name__}; correct it or take it out of"
@@ -139,15 +138,12 @@ def read_tree(path: Path) -> dict[str, Any]:
     return tree
 
 
-def check_output(path: Path) -> None:
-    """Raise ReportError where the report cannot be written to a new file."""
-    if path.exists():
-        raise ReportError(f"--output {path} exists; give a new file name")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ReportError(
-            f"--output {path}: {path.parent} is no folder that can be written to; make it or give"
-            " another"
-        )
+def is_deep(tree: Any, left: int = 50) -> bool:
+    """Whether objects and lists stand in each other more than `left` times."""
+    if not isinstance(tree, (dict, list)):
+        return False
+    values = tree.values() if isinstance(tree, dict) else tree
+    return left == 0 or any(is_deep(value, left - 1) for value in values)
 
 
 def main() -> None:
@@ -158,7 +154,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="page to write (.html)")
     arguments = parser.parse_args()
     # This is checked before the files are read, which takes nearly all of the time.
-    check_output(arguments.output)
+    check_new(arguments.output)
     paths = {folder: find_predictions(folder) for folder in arguments.runs}
     # The files of all runs are read together, each in a process of its own.
     rows = read_all_predictions(list(itertools.chain.from_iterable(paths.values())))

@@ -8,6 +8,8 @@ perplexity. The command needs neither torch nor a GPU.
 """
 
 import argparse
+import csv
+import io
 import sys
 from pathlib import Path
 
@@ -25,6 +27,8 @@ from medqlora.core.files import check_new, write_atomic, write_json
 from medqlora.data.examples import LETTERS
 from medqlora.evaluation.metrics import NEAR_TIE, score_predictions
 from medqlora.evaluation.predictions import PredictionError, read_all_predictions, read_predictions
+from medqlora.reporting.numbers import interval
+from medqlora.reporting.subjects import fold_small, merge_accuracies, merge_open
 
 
 def show(path: Path, metrics: dict, console: Console) -> None:
@@ -45,8 +49,10 @@ def show(path: Path, metrics: dict, console: Console) -> None:
     table.add_column("subject")
     for heading in ("n", *headings):
         table.add_column(heading, justify="right")
-    for name, scores in [("all", metrics), *metrics["per_subject"].items()]:
-        values = [f"{scores[key]:.1%}" for key in keys]
+    merge = merge_open if is_open else merge_accuracies
+    (subjects,) = fold_small([metrics["per_subject"]], merge)
+    for name, scores in [("all", metrics), *subjects.items()]:
+        values = ["–" if scores[key] is None else f"{scores[key]:.1%}" for key in keys]
         if not is_open:
             low, high = scores["accuracy_ci95"]
             values.append(f"{low:.1%} – {high:.1%}")
@@ -64,6 +70,8 @@ def list_notes(metrics: dict) -> list[str]:
         notes.append(f"questions left out as too long {metrics['too_long']}")
     if metrics["truncated"]:
         notes.append(f"prompts cut to fit {metrics['truncated']}")
+    if "f1" in metrics:
+        notes += list_open_notes(metrics)
     for key, name in (
         ("letter_mass", "letter mass"),
         ("ece", "calibration error"),
@@ -79,6 +87,21 @@ def list_notes(metrics: dict) -> list[str]:
             "answers that change with the order of options"
             f" {metrics['position_bias']['flip_rate']:.1%}"
         )
+    return notes
+
+
+def list_open_notes(metrics: dict) -> list[str]:
+    """Return the intervals of the scores of open answers, and what could not be scored."""
+    notes = [
+        f"{name} 95 % interval {interval(metrics[key + '_ci95'])} %"
+        for key, name in (("exact_match", "exact match"), ("f1", "F1"), ("rouge_l", "ROUGE-L"))
+        if metrics[key] is not None
+    ]
+    left_out = metrics["n"] - metrics["rouge_l_n"]
+    if left_out:
+        notes.append(f"no ROUGE-L of {left_out} right answers that are not in Latin letters")
+    if metrics["wordless_references"]:
+        notes.append(f"right answers without a word {metrics['wordless_references']}")
     return notes
 
 
@@ -101,12 +124,13 @@ def write_submission(path: Path, predictions: Path) -> None:
         raise PredictionError(
             f"{predictions}: a submission needs an option for every question; {without} have none"
         )
-    lines = [
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["id", "Prediction (correct option)"])
+    for id, letter in zip(rows.ids, rows.prediction, strict=True):
         # MedMCQA's own files count options from 1.
-        f"{id},{LETTERS.index(letter) + 1}"
-        for id, letter in zip(rows.ids, rows.prediction, strict=True)
-    ]
-    write_atomic(path, "\n".join(["id,Prediction (correct option)", *lines]) + "\n")
+        writer.writerow([id, LETTERS.index(letter) + 1])
+    write_atomic(path, text.getvalue())
 
 
 def main() -> None:
@@ -134,7 +158,8 @@ def main() -> None:
             )
         check_new(arguments.submission, "--submission")
         write_submission(arguments.submission, arguments.predictions[0])
-        console.print(f"submission for {arguments.predictions[0]} in {arguments.submission}")
+        told = f"submission for {arguments.predictions[0]} in {arguments.submission}"
+        console.print(told)
         return
     # This is checked before the files are read, which takes nearly all of the time.
     check_new(arguments.output)

@@ -106,14 +106,15 @@ def append_line(path: Path, row: dict) -> None:
 def read_lines(path: Path) -> list[dict]:
     """Return the rows of a log; a file that does not exist has none.
 
-    A line that is no complete JSON, such as one that a kill cut short, is left out.
+    A line that is no complete JSON, such as one that a kill cut short, is left out; so is one that
+    Python cannot hold, as a number of thousands of digits.
     """
     if not path.is_file():
         return []
     rows = []
     # str.splitlines would also divide at U+2028, which JSON allows inside a text.
     for line in path.read_text(encoding="utf-8").split("\n"):
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
     return rows
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,17 +20,25 @@ def refuse_repeated_keys(pairs: list[tuple[str, object]]) -> dict:
     if len(tree) < len(pairs):
         names = [key for key, _ in pairs]
         repeated = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f'the key "{repeated}" stands twice in one object; keep one of them')
+        raise ValueError(f'the key "{repeated}" stands twice in one object')
     return tree
 
 
 def refuse_constant(name: str) -> NoReturn:
     """Refuse NaN, Infinity and -Infinity, which Python reads and JSON does not have."""
-    raise ValueError(f"{name} is no number; give a finite one or null")
+    raise ValueError(f"{name} is no number")
+
+
+def read_finite(text: str) -> float:
+    """Return a number; Python reads 1e999 as infinity."""
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text[:20]} is larger than any number of a computer")
+    return number
 
 
 # json.loads would make a decoder for each text.
-STRICT = json.JSONDecoder(object_pairs_hook=refuse_repeated_keys, parse_constant=refuse_constant)
+STRICT = json.JSONDecoder(object_pairs_hook=refuse_repeated_keys, parse_constant=refuse_constant, parse_float=read_finite)
 WITH_NAN = json.JSONDecoder(object_pairs_hook=refuse_repeated_keys)
 
 
@@ -47,16 +56,21 @@ def parse_json(text: str, nan: bool = False) -> Any:
     """
     try:
         value = (WITH_NAN if nan else STRICT).decode(text)
+        # Only an escape can give such a character, so most texts need no second look.
+        if "\\u" in text and SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+            raise ValueError("not valid JSON (half of a surrogate pair, such as \\ud800)")
     except json.JSONDecodeError as error:
         line = f"line {error.lineno} " if "\n" in text.strip() else ""
         raise ValueError(
-            f"not valid JSON ({error.msg} at {line}column {error.colno}); correct it"
+            f"not valid JSON ({error.msg} at {line}column {error.colno})"
         ) from None
     except RecursionError:
-        raise ValueError("not valid JSON (values are nested too deeply); correct it") from None
-    # Only an escape can give such a character, so most texts need no second look.
-    if "\\u" in text and SURROGATE.search(json.dumps(value, ensure_ascii=False)):
-        raise ValueError("not valid JSON (half of a surrogate pair, such as \\ud800); correct it")
+        raise ValueError("not valid JSON (values are nested too deeply)") from None
+    # Python refuses whole numbers of over 4,300 digits, with advice for programmers.
+    except ValueError as error:
+        if "digits" in str(error):
+            raise ValueError("not valid JSON (a number of thousands of digits)") from None
+        raise
     return value
 
 
@@ -75,7 +89,7 @@ def read_json_object(path: Path, name: str) -> dict[str, Any]:
     except OSError as error:
         raise RunError(f"{name} {path}: {error.strerror}; give a file that can be read") from None
     except ValueError as error:
-        raise RunError(f"{name} {path}: {error}") from None
+        raise RunError(f"{name} {path}: {error}; correct it") from None
     if not isinstance(tree, dict):
         raise RunError(f"{name} {path}: expected a JSON object, got {type(tree).__name__}")
     return tree

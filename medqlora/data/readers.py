@@ -88,7 +88,7 @@ def decode(text: str, source: str) -> object:
     try:
         return parse_json(text, nan=True)
     except ValueError as error:
-        raise DataError(f"{source}: {error}") from None
+        raise DataError(f"{source}: {error}; correct it") from None
 
 
 def read_json(path: Path, wanted: Wanted) -> Records:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from typing import Any
 
@@ -10,6 +11,10 @@ import numpy as np
 from medqlora.evaluation.journal import hash_id
 from medqlora.evaluation.predictions import PredictionError, Predictions
 from medqlora.evaluation.statistics import adjust_holm, difference_interval, mcnemar_exact
+
+# A model that gives less than this share of its probability to letters, or names an option in less
+# than this share of its answers, would mostly answer in another form.
+FORM = 0.5
 
 
 def compare_paired(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
@@ -40,6 +45,28 @@ def compare_counts(both: int, only_a: int, only_b: int, n: int) -> dict[str, Any
         "only_a_right": only_a,
         "only_b_right": only_b,
     }
+
+
+def find_doubt(base: dict[str, Any], tuned: dict[str, Any]) -> str | None:
+    """Say why a difference may be one of form and not of knowledge; None where it is not.
+
+    Args:
+        base, tuned: scores of multiple-choice questions, as score_predictions returns them.
+    """
+    for name, scores in (("base", base), ("tuned model", tuned)):
+        mass = scores.get("letter_mass")
+        if mass is not None and mass < FORM:
+            return (
+                f"the {name} gives only {mass:.1%} of its probability to letters at all, so its"
+                " answers by letter say little about what it knows"
+            )
+        read = 1 - scores["unparsed"] / scores["n"]
+        if read < FORM:
+            return (
+                f"only {read:.1%} of the answers of the {name} name an option, so they say little"
+                " about what it knows"
+            )
+    return None
 
 
 def align(
@@ -135,19 +162,10 @@ def describe_outcomes(
         right_a, right_b: bool [n], which of them each model got right.
         shown: how many ids are named; a hash of the id draws them, the same ones in every run.
     """
-    words = np.array(a.length)[rows]
-    edges = np.quantile(words, [0.25, 0.5, 0.75]) if len(words) else [0, 0, 0]
-    bounds = [
-        f"up to {edges[0]:.0f} words",
-        f"up to {edges[1]:.0f} words",
-        f"up to {edges[2]:.0f} words",
-        f"over {edges[2]:.0f} words",
-    ]
     groups = {
         "subject": np.array(a.column("subject"), dtype=object)[rows],
         "choice_type": np.array(a.column("choice_type"), dtype=object)[rows],
-        # A length that equals an edge falls into the group up to it.
-        "length": np.array(bounds, dtype=object)[np.searchsorted(edges, words)],
+        "length": name_lengths(np.array(a.length)[rows]),
         "negation": np.where(np.array(a.negated)[rows], "negated", "plain"),
         "numbers": np.where(np.array(a.numeric)[rows], "with numbers", "without numbers"),
     }
@@ -164,6 +182,22 @@ def describe_outcomes(
             ids = sorted((a.ids[i] for i in rows[here]), key=hash_id)[:shown]
         described[name] = {"n": int(here.sum()), "ids": ids} | count_groups(groups, here)
     return described
+
+
+def name_lengths(words: np.ndarray) -> np.ndarray:
+    """Return a name for the length of each question, by the quarters of all lengths.
+
+    words: int [n]
+    """
+    # Lengths are whole numbers, so the names of the groups are those of their shortest and longest
+    # questions. Quarters that end at one length are one group.
+    edges = sorted({int(edge) for edge in np.quantile(words, [0.25, 0.5, 0.75])})
+    names = [f"up to {edges[0]} words"]
+    for before, edge in itertools.pairwise(edges):
+        names.append(f"{before + 1} to {edge} words" if before + 1 < edge else f"{edge} words")
+    names.append(f"over {edges[-1]} words")
+    # A length that equals an edge falls into the group up to it.
+    return np.array(names, dtype=object)[np.searchsorted(edges, words)]
 
 
 def count_groups(groups: dict[str, np.ndarray], here: np.ndarray) -> dict[str, dict[str, int]]:

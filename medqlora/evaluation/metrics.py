@@ -70,8 +70,11 @@ def score_predictions(rows: Predictions) -> dict[str, Any]:
 
 def summarise(right: np.ndarray) -> dict[str, Any]:
     """Return number, accuracy and its interval of answers that are right or not, bool [n]."""
-    n = len(right)
-    hits = int(np.sum(right))
+    return summarise_counts(int(np.sum(right)), len(right))
+
+
+def summarise_counts(hits: int, n: int) -> dict[str, Any]:
+    """Return number, accuracy and its interval of n answers, of which some are right."""
     return {
         "n": n,
         "accuracy": hits / n if n else None,
@@ -90,11 +93,7 @@ def group(names: list[str], right: np.ndarray) -> dict[str, dict[str, Any]]:
     totals = np.bincount(codes)
     hits = np.bincount(codes, weights=right)  # float64 [groups]
     return {
-        str(name): {
-            "n": int(total),
-            "accuracy": float(hit / total),
-            "accuracy_ci95": list(wilson_interval(int(hit), int(total))),
-        }
+        str(name): summarise_counts(int(hit), int(total))
         for name, total, hit in zip(unique, totals, hits, strict=True)
     }
 

@@ -5,10 +5,12 @@ A predictions file is JSON lines, one row per example; docs/outputs.md explains 
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from medqlora.core.errors import UserError
-from medqlora.data.readers import DECODER
+from medqlora.core.json_reading import parse_json
 from medqlora.evaluation.row_checks import check_row, name_columns, quote
 
 
@@ -139,7 +141,10 @@ def read_all_predictions(paths: Sequence[Path]) -> dict[Path, Predictions]:
     if len(paths) < 2:
         return {path: read_predictions(path) for path in paths}
     # Threads would wait for each other, because parsing JSON holds the interpreter's lock.
-    with ProcessPoolExecutor(min(len(paths), os.cpu_count() or 1)) as pool:
+    # Ctrl-C reaches all processes of the terminal; only this one may say so.
+    ignore = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    workers = min(len(paths), os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, initializer=ignore) as pool:
         return dict(zip(paths, pool.map(read_predictions, paths), strict=True))
 
 
@@ -245,31 +250,15 @@ def stack_rows(rows: list[list[float]]) -> np.ndarray:
 def parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
     """Return the row of a line, or raise PredictionError with the line's number."""
     try:
-        row = DECODER.decode(line.decode())
-        # An escaped half of a surrogate pair is JSON, but no text that can be written.
-        if b"\\u" in line:
-            json.dumps(row, ensure_ascii=False).encode()
+        row = parse_json(line.decode(), nan=True)
     except UnicodeDecodeError:
         raise PredictionError(
             f"{path} line {number}: not UTF-8; expected a file of eval/predict.py"
         ) from None
-    except UnicodeEncodeError:
-        raise PredictionError(
-            f"{path} line {number}: half of a surrogate pair, which is no text; expected a file of"
-            " eval/predict.py"
-        ) from None
-    except json.JSONDecodeError:
-        raise PredictionError(
-            f"{path} line {number}: not valid JSON; was the file cut short? Run eval/predict.py"
-            " again"
-        ) from None
-    except RecursionError:
-        raise PredictionError(
-            f"{path} line {number}: too deeply nested; expected a row of eval/predict.py"
-        ) from None
-    # A key that stands twice, or a number of thousands of digits.
     except ValueError as error:
-        raise PredictionError(f"{path} line {number}: {error}") from None
+        raise PredictionError(
+            f"{path} line {number}: {error}; was the file cut short? Run eval/predict.py again"
+        ) from None
     if not isinstance(row, dict):
         raise PredictionError(f"{path} line {number}: expected an object, got {type(row).__name__}")
     return row

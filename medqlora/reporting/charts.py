@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -293,7 +293,10 @@ class BarChart:
 
 
 def bar_chart(
-    title: str, groups: dict[str, dict[str, dict[str, Any]]], chance: float | None
+    title: str,
+    groups: dict[str, dict[str, dict[str, Any]]],
+    chance: float | None,
+    end: Collection[str] = (),
 ) -> BarChart:
     """Draw a bar with its 95 % interval for each group and model.
 
@@ -301,13 +304,14 @@ def bar_chart(
         title: names the kind of group.
         groups: model -> group -> its n, accuracy and accuracy_ci95.
         chance: accuracy of guessing, or None.
+        end: groups that stand after all others.
     """
     # The last model, which is the tuned one where there are two, orders the groups.
     last = list(groups.values())[-1]
 
-    def rank(name: str) -> tuple[float, str]:
-        # Groups that the last model lacks come after all others.
-        return (-last[name]["accuracy"] if name in last else 1, name)
+    def rank(name: str) -> tuple[bool, float, str]:
+        # Groups that the last model lacks come after those that it has.
+        return (name in end, -last[name]["accuracy"] if name in last else 1, name)
 
     drawn = []
     for name in sorted({name for scores in groups.values() for name in scores}, key=rank):

@@ -34,9 +34,15 @@ def interval_points(bounds: Sequence[float]) -> str:
     return f"{points(bounds[0])} to {points(bounds[1])}"
 
 
+def p_value(p: float) -> str:
+    """Format a p-value for a table; below 1e-12 no digit of it means anything."""
+    return "< 1e-12" if p < 1e-12 else f"{p:.2g}"
+
+
 def p_text(p: float) -> str:
     """Format a p-value with its relation sign, such as "= 0.02"."""
-    return "< 1e-12" if p < 1e-12 else f"= {p:.2g}"
+    text = p_value(p)
+    return text if text.startswith("<") else f"= {text}"
 
 
 def number(value: float | None) -> str:

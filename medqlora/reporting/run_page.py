@@ -13,7 +13,7 @@ from typing import Any
 from medqlora import __version__
 from medqlora.evaluation.comparison import compare_predictions
 from medqlora.evaluation.predictions import PredictionError
-from medqlora.reporting.examples import show_outcomes, show_samples, show_worst
+from medqlora.reporting.examples import show_open_samples, show_outcomes, show_samples, show_worst
 from medqlora.reporting.numbers import interval, interval_points, number, p_text, percent, points
 from medqlora.reporting.rendering import Table, render
 from medqlora.reporting.runs import Run, flatten, shorten
@@ -81,7 +81,7 @@ def describe_run(run: Run, id: str, several: bool) -> RunPage:
         ("training", "Training", show_training(run)),
         ("worst", "Weakest subjects", show_worst(run)),
         ("outcomes", "What changed", show_outcomes(run)),
-        ("samples", "Sample questions", show_samples(run)),
+        ("samples", "Sample questions", show_samples(run) + show_open_samples(run)),
         ("files", "All prediction files", show_files(run)),
         ("environment", "How it was made", show_environment(run)),
     ]
@@ -109,8 +109,9 @@ def show_files(run: Run) -> list[Table]:
             choices.append([name, f"{scores['n']:,}", *accuracy, number(scores.get("ece"))])
         if "exact_match" in scores:
             values = [
-                f"{percent(scores[key])} ({interval(scores[key + '_ci95'])})"
-                for key in ("exact_match", "f1", "rouge_l")
+                show_mean(scores, "exact_match"),
+                show_mean(scores, "f1"),
+                show_mean(scores, "rouge_l"),
             ]
             answers.append([name, f"{scores['n']:,}", *values, f"{scores['unparsed']:,}"])
         if "perplexity" in scores:
@@ -122,12 +123,23 @@ def show_files(run: Run) -> list[Table]:
         head = ["multiple choice", "n", "accuracy", "95 % interval", "calibration error"]
         tables.append(Table("Multiple-choice files", head, choices))
     if answers:
-        head = ["open answers", "n", "exact match (95 % interval)", "F1 of words", "ROUGE-L"]
+        head = ["open answers", "n", "exact match (95 % interval)", "F1 of words"]
+        head.append("ROUGE-L (Latin letters only)")
         tables.append(Table("Open answers", [*head, "empty"], answers))
     if texts:
         head = ["texts", "n", "tokens", "perplexity per token", "per word", "bits per byte"]
         tables.append(Table("Texts", head, texts))
     return tables
+
+
+def show_mean(scores: dict[str, Any], key: str) -> str:
+    """Return a mean of open answers with its interval, and of how many where not of all."""
+    if scores[key] is None:
+        return "– (no right answer is in Latin letters)"
+    text = f"{percent(scores[key])} ({interval(scores[key + '_ci95'])})"
+    if key == "rouge_l" and scores["rouge_l_n"] < scores["n"]:
+        text += f" of {scores['rouge_l_n']:,}"
+    return text
 
 
 def show_environment(run: Run) -> dict[str, Any] | None:

@@ -29,6 +29,7 @@ class Run:
         environment: Content of environment.json.
         config: Text of config.yaml.
         missing: Names of the files that are not there.
+        lost_lines: Number of lines of train_log.jsonl that are no rows.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Run:
     environment: dict[str, Any] = field(default_factory=dict)
     config: str = ""
     missing: list[str] = field(default_factory=list)
+    lost_lines: int = 0
 
     @property
     def shown(self) -> list[str]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from medqlora.core.run_folder import LOG
+from medqlora.evaluation.comparison import find_doubt
 from medqlora.evaluation.metrics import NEAR_TIE
 from medqlora.evaluation.predictions import Predictions
 from medqlora.evaluation.statistics import wilson_interval
@@ -22,6 +25,7 @@ from medqlora.reporting.numbers import (
 )
 from medqlora.reporting.rendering import Table
 from medqlora.reporting.runs import Run
+from medqlora.reporting.subjects import fold_small, merge_accuracies
 
 LEVEL = 0.05  # A two-sided test below this level counts as shown.
 
@@ -39,7 +43,7 @@ def judge(run: Run) -> Verdict:
     """Say in one sentence whether the tuned model is better than the base.
 
     A difference counts as shown only where both its 95 % interval leaves out 0 and the exact test
-    is below 0.05.
+    is below 0.05. It is one of knowledge only where both models answer in the form that is scored.
     """
     comparison = run.comparison
     if comparison is None:
@@ -51,11 +55,19 @@ def judge(run: Run) -> Verdict:
         f" interval {points(low)} to {points(high)}, exact McNemar p"
         f" {p_text(comparison['mcnemar_p'])})."
     )
-    # The interval comes from a bootstrap and the test is exact, so near the level they may
-    # disagree.
+    # The interval comes from scores and the test is exact, so near the level they may disagree.
     if not (low > 0 or high < 0) or comparison["mcnemar_p"] >= LEVEL:
         sentence = f"No difference was shown: tuned answers {figures}"
         return Verdict("even", "No difference shown", sentence)
+    doubt = None
+    if {"base", "tuned"} <= set(run.scores):
+        doubt = find_doubt(run.scores["base"], run.scores["tuned"])
+    if doubt is not None:
+        sentence = (
+            f"Not a comparison of knowledge: tuned answers {figures} But {doubt}. Ask both in a"
+            " form that both know, as with --scoring generate or --num_fewshot."
+        )
+        return Verdict("open", "Not comparable", sentence)
     if comparison["difference"] < 0:
         return Verdict("worse", "Worse", f"Tuned got worse: it answers {figures}")
     return Verdict("better", "Better", f"Tuned answers {figures}")
@@ -117,6 +129,9 @@ def describe_missing(run: Run) -> list[Note]:
         if stem in run.scores:
             lost = "its scores are those kept in metrics.json, without sample questions"
         notes.append(Note(name, f" is missing: {lost}."))
+    if run.lost_lines:
+        text = f" has {run.lost_lines:,} line(s) that are no rows, as a kill leaves one; left out."
+        notes.append(Note(LOG, text))
     kept = run.metrics.get("accuracy")
     scored = run.scores.get("tuned", {}).get("accuracy")
     # Both numbers are ratios of the same counts, so the tolerance is for rounding only.
@@ -211,7 +226,14 @@ def show_groups(run: Run) -> list[BarChart]:
     ):
         groups = {name: run.scores[name][key] for name in run.shown if run.scores[name].get(key)}
         if groups and (key == "per_subject" or max(map(len, groups.values())) > 1):
-            shown.append(bar_chart(title, groups, guessing(run.rows.get(run.shown[-1]))))
+            drawn = groups
+            if key == "per_subject":
+                folded = fold_small(list(groups.values()), merge_accuracies)
+                drawn = dict(zip(groups, folded, strict=True))
+            # What stands for several subjects comes after them.
+            merged = set().union(*drawn.values()) - set().union(*groups.values())
+            chance = guessing(run.rows.get(run.shown[-1]))
+            shown.append(bar_chart(title, drawn, chance, merged))
     return shown
 
 
@@ -235,13 +257,9 @@ def show_confidence(run: Run) -> dict[str, Any] | None:
             (b["confidence"], *wilson_interval(round(b["accuracy"] * b["n"]), b["n"])) for b in bins
         ]
         calibration.append(Line(name, points, spread, marks=True))
-        kept = run.scores[name]["selective"]["accuracy_at_coverage"]
-        # The keys are shares in percent, such as "25%".
-        points = [(float(share.rstrip("%")) / 100, accuracy) for share, accuracy in kept.items()]
-        selective.append(Line(name, points, marks=True))
+        selective.append(Line(name, place_coverage(run.scores[name]["selective"]), marks=True))
         for b in bins:
-            # No line breaks at this space.
-            bounds = f"{100 * b['from']:.0f}–{100 * b['to']:.0f}\u00a0%"
+            bounds = name_bin(b["from"], b["to"])
             numbers = [f"{b['n']:,}", percent(b["confidence"]), percent(b["accuracy"])]
             rows.append([bounds, name, *numbers])
     unit = {"x_range": (0, 1), "y_range": (0, 1), "form": percent_short}
@@ -267,6 +285,27 @@ def show_confidence(run: Run) -> dict[str, Any] | None:
     ]
     head = ["confidence", "model", "n", "mean confidence", "accuracy"]
     return {"charts": charts, "numbers": Table("Calibration", head, rows, texts=2)}
+
+
+def name_bin(low: float, high: float) -> str:
+    """Return the bounds of a bin of confidence; only the last bin holds its upper one."""
+    # No line breaks at these spaces.
+    text = f"{100 * low:.4g} to {'' if high >= 1 else 'under '}{100 * high:.4g} %"
+    return text.replace(" ", "\u00a0")
+
+
+def place_coverage(selective: dict[str, Any]) -> list[tuple[float, float]]:
+    """Return (share of answers that are kept, accuracy).
+
+    Of few answers a tenth is one, which is more than a tenth of them.
+    """
+    n = selective.get("n")
+    points = []
+    for name, accuracy in selective["accuracy_at_coverage"].items():
+        share = float(name.rstrip("%")) / 100  # The keys are shares in percent, such as "25%".
+        points.append((max(1, math.ceil(share * n)) / n if n else share, accuracy))
+    # Several shares of few answers are the same answers.
+    return list(dict.fromkeys(points))
 
 
 def show_positions(run: Run) -> dict[str, Any] | None:

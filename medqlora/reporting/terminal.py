@@ -17,11 +17,12 @@ from rich.text import Text
 from medqlora.batches.budgets import describe_batch
 from medqlora.core.files import append_line
 from medqlora.core.run_folder import LOG
-from medqlora.evaluation.comparison import compare_paired
+from medqlora.evaluation.comparison import compare_paired, find_doubt
 from medqlora.evaluation.metrics import score_predictions
 from medqlora.evaluation.predictions import collect_rows
 from medqlora.model.agreement import Agreement
 from medqlora.reporting.numbers import p_text
+from medqlora.reporting.subjects import fold_small, merge_accuracies
 from medqlora.training.memory.tracker import GIB
 from medqlora.training.planning import Decision, Planned
 from medqlora.training.session import Built, Loaded
@@ -226,13 +227,17 @@ def compare_scores(base: list[dict], tuned: list[dict]) -> tuple[dict[str, Any],
     for column in ("", "n", "base", "95 % interval", "tuned", "95 % interval"):
         table.add_column(column, justify="left" if not column else "right")
     add_accuracies(table, "all", before, after)
-    for name, scores in before["per_subject"].items():
-        add_accuracies(table, name, scores, after["per_subject"][name])
+    subjects = fold_small([before["per_subject"], after["per_subject"]], merge_accuracies)
+    for name, scores in subjects[0].items():
+        add_accuracies(table, name, scores, subjects[1][name])
     low, high = comparison["difference_ci95"]
     difference = (
         f"difference {comparison['difference']:+.1%} (95 % interval {low:+.1%} to {high:+.1%}),"
         f" paired exact McNemar p {p_text(comparison['mcnemar_p'])}"
     )
+    doubt = find_doubt(before, after)
+    if doubt is not None:
+        difference += f"; [yellow]{doubt}"
     return {**after, "base": before, "comparison": comparison}, table, difference
 
 

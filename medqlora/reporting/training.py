@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -84,8 +83,12 @@ def curve(
 
 
 def has_number(row: dict[str, Any], key: str) -> bool:
-    """Whether a row of the log has a finite number there; a damaged log may have anything."""
-    return isinstance(row.get(key), (int, float)) and math.isfinite(row[key])
+    """Whether a row of the log has a number there that can be drawn; a damaged log may have
+    anything.
+    """
+    value = row.get(key)
+    # A whole number of JSON may be larger than a float can be; NaN is below nothing.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
 
 
 def best_loss(run: Run) -> str | None:

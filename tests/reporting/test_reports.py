@@ -19,7 +19,7 @@ from conftest import run_script
 from medqlora.reporting.charts import make_ticks
 from medqlora.reporting.run_page import render_report
 from medqlora.reporting.runs import Run
-from medqlora.reporting.scores import judge
+from medqlora.reporting.scores import judge, name_bin, place_coverage
 from medqlora.reporting.training import POINTS, curve
 
 # ---- run folders made in code --------------------------------------------------------------------
@@ -347,10 +347,10 @@ def test_same_run_same_bytes(full_run, tmp_path):
         (
             (100, 0, 0, 100),
             "No difference shown",
-            "+0.0 points (95 % interval +0.0 to +0.0, exact McNemar p = 1)",
+            "+0.0 points (95 % interval −1.9 to +1.9, exact McNemar p = 1)",
         ),
         # the interval leaves out 0, the exact test does not
-        ((100, 4, 0, 96), "No difference shown", "No difference was shown: tuned"),
+        ((100, 5, 0, 95), "No difference shown", "+2.5 points (95 % interval +0.1 to +5.7"),
     ],
 )
 def test_verdict(tmp_path, counts, label, sentence):
@@ -506,7 +506,25 @@ def test_open_answers_as_base_and_tuned(tmp_path):
     ]
     page = check_page(report(tmp_path, make_run(tmp_path / "run", rows, rows)))
     assert "paired comparison is for multiple-choice" in page.text
-    assert "100.0 %" in page.text
+    assert "100.0 % (43.9 – 100.0)" in page.text
+    assert "Open answers of base and tuned: 3 of 3 shown" in page.text
+    assert page.text.count("tuned (F1 of words 100.0 %) wrote: vitamin C") == 3
+
+
+def test_open_answers_are_shown(tmp_path):
+    """Ten of each file, drawn by a hash; an empty one and one of another script say so."""
+    answers = [(EVIL, "skin"), ("", "liver"), ("печень", "печень")] * 5
+    rows = [
+        {"id": f"o{i}", "kind": "open", "gold": gold, "prediction": text, "question": f"What {i}?"}
+        for i, (text, gold) in enumerate(answers)
+    ]
+    run = make_run(tmp_path / "run", tuned=rows)
+    page = check_page(report(tmp_path, run))
+    assert "Open answers of tuned: 10 of 15 shown" in page.text
+    assert "tuned wrote nothing." in page.text
+    assert re.search(r"0\.0 % \(0\.0 – \d+\.\d\) of 10", page.text)
+    scored = run_script("eval/score.py", run / "predictions" / "tuned.jsonl")
+    assert "no ROUGE-L of 5 right answers that are not in Latin letters" in scored.stdout
 
 
 def test_rows_without_probabilities(tmp_path):
@@ -558,18 +576,90 @@ def test_several_runs(tmp_path):
 
 def test_many_subjects_fold(tmp_path):
     before, after = hits(60, 90, 25, 45)
-    subjects = [f"subject {i}" for i in range(60)]
+    subjects = [f"subject {i}" for i in range(44)]
     page = check_page(
         report(
             tmp_path,
             make_run(
                 tmp_path / "run",
-                make_rows("base", before, subjects),
-                make_rows("tuned", after, subjects),
+                make_rows("base", before * 4, subjects),
+                make_rows("tuned", after * 4, subjects),
             ),
         )
     )
-    assert "20 more, of lower accuracy" in page.text
+    assert "4 more, of lower accuracy" in page.text
+
+
+def test_small_subjects_share_a_row(tmp_path):
+    """Two subjects have 19 and 18 questions: they stand together in tables, apart in the scores."""
+    subjects = ["large"] * 25 + ["small"] * 19 + ["tiny"] * 18
+    base = make_rows("base", [1] * 50 + [0] * 12, subjects)
+    tuned = make_rows("tuned", [0] * 12 + [1] * 50, subjects)
+    run = make_run(tmp_path / "run", base, tuned)
+    page = check_page(report(tmp_path, run))
+    assert "2 subjects under 20 questions 37 100.0 % 90.6 – 100.0" in page.text
+    assert "2 subjects under 20 questions n = 37" in page.text
+    assert not re.search(r"\b(small|tiny) (\d|n =)", page.text)
+    files = [run / "predictions" / f"{name}.jsonl" for name in ("base", "tuned")]
+    scored = run_script("eval/score.py", files[0], "--output", tmp_path / "m.json")
+    assert re.search(
+        r"2 subjects under 20 questions +│ +37 │ +67\.6% │ +51\.5% – 80\.4%", scored.stdout
+    )
+    assert set(json.loads((tmp_path / "m.json").read_text())["per_subject"]) == set(subjects)
+    compared = run_script("eval/compare.py", *files, "--output", tmp_path / "c.json")
+    assert re.search(r"2 subjects under 20 +│ +37 │.*\+32\.4", compared.stdout)
+    assert set(json.loads((tmp_path / "c.json").read_text())["per_subject"]) == set(subjects)
+
+
+def test_p_values_are_written_alike(tmp_path):
+    """A p-value of 1e-40 has no digit that means anything, on the page and on the terminal."""
+    run = make_run(tmp_path / "run", make_rows("base", [0] * 150), make_rows("tuned", [1] * 150))
+    assert "exact McNemar p < 1e-12" in check_page(report(tmp_path, run)).text
+    files = [run / "predictions" / f"{name}.jsonl" for name in ("base", "tuned")]
+    compared = run_script("eval/compare.py", *files)
+    assert compared.stdout.count("< 1e-12") == 5
+    assert not re.search(r"\de-", compared.stdout.replace("1e-12", ""))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"letter_mass": 0.03}, "the base gives only 3.0% of its probability to letters at all"),
+        (
+            {"letter_mass": None, "option_logprobs": None, "prediction": None},
+            "only 0.0% of the answers of the base name an option",
+        ),
+    ],
+)
+def test_better_needs_a_base_that_knows_the_form(tmp_path, changes, words):
+    """A base that hardly gives letters has a meaningless score by letters."""
+    base = [row | changes for row in make_rows("base", [0] * 100)]
+    run = make_run(tmp_path / "run", base, make_rows("tuned", [1] * 100))
+    page = check_page(report(tmp_path, run))
+    assert "Not comparable Not a comparison of knowledge: tuned answers 100.0 %" in page.text
+    assert words in page.text
+    assert "Better" not in page.text
+
+
+def test_bins_are_named_as_they_are(tmp_path):
+    """The upper bound belongs to the last bin alone; of five answers a tenth is a fifth."""
+    sure = {"A": 0.0, "B": -50.0, "C": -50.0, "D": -50.0}
+    rows = [row | {"gold": "A", "prediction": "A"} for row in make_rows("tuned", [1] * 5)]
+    rows = [row | {"option_logprobs": sure} for row in rows]
+    page = check_page(report(tmp_path, make_run(tmp_path / "run", tuned=rows)))
+    assert "90 to 100 % tuned 5" in page.text.replace("\u00a0", " ")
+    assert name_bin(0.3, 0.4).replace("\u00a0", " ") == "30 to under 40 %"
+    assert name_bin(1 / 15, 2 / 15).replace("\u00a0", " ") == "6.667 to under 13.33 %"
+    selective = {"n": 5, "accuracy_at_coverage": {"10%": 1.0, "25%": 0.5, "100%": 0.4}}
+    assert place_coverage(selective) == [(0.2, 1.0), (0.4, 0.5), (1.0, 0.4)]
+
+
+def test_lost_lines_of_the_log_are_counted(tmp_path):
+    run = make_run(tmp_path / "run", tuned=make_rows("tuned", [1, 0]), log=make_log(3))
+    with (run / "train_log.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    page = check_page(report(tmp_path, run))
+    assert "train_log.jsonl has 1 line(s) that are no rows" in page.text
 
 
 def test_long_texts_are_cut(tmp_path):
@@ -593,7 +683,7 @@ def test_refusals_name_what_is_wrong(tmp_path):
     empty = make_run(tmp_path / "empty")
     assert "holds neither predictions" in refuse(tmp_path, empty)
     run = make_run(tmp_path / "run", log=make_log(3))
-    assert "is no folder" in refuse(tmp_path, run, output="no/such/report.html")
+    assert "make it first" in refuse(tmp_path, run, output="no/such/report.html")
     (run / "metrics.json").write_text("{")
     assert "metrics.json line 1: not valid JSON" in refuse(tmp_path, run)
     (run / "metrics.json").write_text("[]")
