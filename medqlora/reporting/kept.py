@@ -48,7 +48,9 @@ class Selective(Kept):
 
     n: Annotated[int, Field(ge=1, le=LARGEST)] | None = None
     area_under_risk_coverage: Share
-    accuracy_at_coverage: dict[Annotated[str, Field(pattern=r"^\d{1,3}%$")], Share]
+    accuracy_at_coverage: Annotated[
+        dict[Annotated[str, Field(pattern=r"^\d{1,3}%$")], Share], Field(min_length=1)
+    ]
 
 
 class Letter(Kept):
@@ -63,7 +65,7 @@ class PositionBias(Kept):
     """What the letters of options do to the answers."""
 
     letters: dict[str, Letter]
-    flip_rate: Share | None = None
+    flip_rate: Share = 0
     per_position: dict[str, Group] | None = None
 
 

@@ -315,7 +315,7 @@ def show_positions(run: Run) -> dict[str, Any] | None:
     biases = {
         name: run.scores[name]["position_bias"]
         for name in run.shown
-        if run.scores[name].get("position_bias", {}).get("letters")
+        if (run.scores[name].get("position_bias") or {}).get("letters")
     }
     if not biases:
         return None
@@ -331,14 +331,14 @@ def show_positions(run: Run) -> dict[str, Any] | None:
         for count in counts:
             row += [percent(count["predicted"]), percent(count["mean_probability"])]
         rows.append(row)
-    flips = [show_flips(name, bias) for name, bias in biases.items() if "flip_rate" in bias]
+    flips = [show_flips(name, bias) for name, bias in biases.items() if bias.get("per_position")]
     return {"letters": Table("Letters", head, rows), "flips": flips}
 
 
 def show_flips(name: str, bias: dict[str, Any]) -> dict[str, Any]:
     """Return how one model's answers depend on the order of the options."""
     sentence = (
-        f"{name.capitalize()}: {percent(bias['flip_rate'])} of the answers change with the order of"
+        f"{name.capitalize()}: {percent(bias.get('flip_rate'))} of the answers change with the order of"
         " the options."
     )
     rows = [
