@@ -13,6 +13,9 @@ import numpy as np
 from medqlora.evaluation.predictions import PredictionError, Predictions
 from medqlora.evaluation.statistics import mean_interval
 
+# Each score of an open answer, with the key of its interval.
+OPEN_SCORES = {"exact_match": "exact_match_ci95", "f1": "f1_ci95", "rouge_l": "rouge_l_ci95"}
+
 
 def normalise_answer(text: str) -> str:
     """Normalise a text as SQuAD does (Rajpurkar et al., EMNLP 2016; official script v1.1).
@@ -68,7 +71,7 @@ def score_open(rows: Predictions) -> dict[str, Any]:
 
     scorer = RougeScorer(["rougeL"])
     texts = [prediction or "" for prediction in rows.prediction]
-    columns: dict[str, list[float]] = {"exact_match": [], "f1": [], "rouge_l": []}
+    columns: dict[str, list[float]] = {name: [] for name in OPEN_SCORES}
     for text, gold in zip(texts, rows.gold, strict=True):
         columns["exact_match"].append(matches(text, gold))
         columns["f1"].append(token_f1(text, gold))
@@ -103,7 +106,7 @@ def summarise_open(values: dict[str, np.ndarray], here: np.ndarray) -> dict[str,
     for name, column in values.items():
         known = column[here & ~np.isnan(column)]
         summary[name] = float(known.mean()) if len(known) else None
-        summary[f"{name}_ci95"] = list(mean_interval(known)) if len(known) else None
+        summary[OPEN_SCORES[name]] = list(mean_interval(known)) if len(known) else None
     summary["rouge_l_n"] = int((here & ~np.isnan(values["rouge_l"])).sum())
     return summary
 

@@ -172,7 +172,7 @@ def is_finite_logprob(value: Any) -> bool:
 
 def is_share(value: Any) -> bool:
     """Whether a value is a share."""
-    return is_number(value) and 0 <= value <= 1 + ROUNDING
+    return is_number(value) and 0 <= value <= 1 + 10 * ROUNDING
 
 
 def is_count(value: Any) -> bool:

@@ -74,7 +74,7 @@ class Scores(Group):
 
     unparsed: Count
     truncated: Count
-    letter_mass: Annotated[float, Field(ge=0, le=1.001)] | None = None
+    letter_mass: Annotated[float, Field(ge=0, le=1.01)] | None = None
     ece: Share | None = None
     brier: Annotated[float, Field(ge=0, le=2)] | None = None
     near_ties: Count | None = None

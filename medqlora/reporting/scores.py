@@ -338,8 +338,8 @@ def show_positions(run: Run) -> dict[str, Any] | None:
 def show_flips(name: str, bias: dict[str, Any]) -> dict[str, Any]:
     """Return how one model's answers depend on the order of the options."""
     sentence = (
-        f"{name.capitalize()}: {percent(bias.get('flip_rate'))} of the answers change with the order of"
-        " the options."
+        f"{name.capitalize()}: {percent(bias.get('flip_rate'))} of the answers change with the"
+        " order of the options."
     )
     rows = [
         [place, f"{score['n']:,}", percent(score["accuracy"]), interval(score["accuracy_ci95"])]
