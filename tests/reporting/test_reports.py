@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import io
 import itertools
 import json
 import math
@@ -15,11 +16,13 @@ from html.parser import HTMLParser
 
 import pytest
 from conftest import run_script
+from rich.console import Console
 
 from medqlora.reporting.charts import make_ticks
 from medqlora.reporting.run_page import render_report
 from medqlora.reporting.runs import Run
 from medqlora.reporting.scores import judge, name_bin, place_coverage
+from medqlora.reporting.terminal import compare_scores
 from medqlora.reporting.training import POINTS, curve
 
 # ---- run folders made in code --------------------------------------------------------------------
@@ -619,6 +622,20 @@ def test_p_values_are_written_alike(tmp_path):
     compared = run_script("eval/compare.py", *files)
     assert compared.stdout.count("< 1e-12") == 5
     assert not re.search(r"\de-", compared.stdout.replace("1e-12", ""))
+
+
+def test_training_shows_its_scores_alike():
+    """The table at the end of a training folds small subjects and takes no name for markup."""
+    subjects = ["[/x] large"] * 25 + ["small"] * 3 + ["tiny"] * 2
+    base = [row | {"letter_mass": 0.1} for row in make_rows("base", [0] * 30, subjects)]
+    scores, table, difference = compare_scores(base, make_rows("tuned", [1] * 30, subjects))
+    console = Console(width=120, file=io.StringIO())
+    console.print(table, difference)
+    shown = " ".join(console.file.getvalue().split())
+    assert "[/x] large │ 25" in shown
+    assert "2 subjects under 20 questions │ 5 │ 0.0%" in shown
+    assert "the base gives only 10.0% of its probability to letters at all" in shown
+    assert set(scores["per_subject"]) == set(subjects)
 
 
 @pytest.mark.parametrize(
