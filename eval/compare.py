@@ -115,8 +115,8 @@ def check_bounds(first: Path, second: Path, agreement: dict, arguments: argparse
         )
     verdict = "FAILED" if broken else "ok"
     console.print(
-        f"{verdict}: {escape(str(second))} answers {differing:.2%} of the questions otherwise than"
-        f" {escape(str(first))}{distance}"
+        f"{verdict}: {second} answers {differing:.2%} of the questions otherwise than"
+        f" {first}{distance}"
     )
     return not broken
 

@@ -9,7 +9,6 @@ neither torch nor a GPU, only the files of the run folders.
 
 import argparse
 import itertools
-import json
 import os
 import sys
 from pathlib import Path
@@ -127,7 +126,9 @@ def read_tree(path: Path) -> dict[str, Any]:
     try:
         tree = parse_json(read_text(path) or "{}", nan=True)
     except ValueError as error:
-        raise ReportError(f"{path}: {error}; correct it or take the file out of the folder") from None
+        raise ReportError(
+            f"{path}: {error}; correct it or take the file out of the folder"
+        ) from None
     if is_deep(tree):
         raise ReportError(f"{path}: too deeply nested; correct it or take it out of the folder")
     if not isinstance(tree, dict):

@@ -38,7 +38,9 @@ def read_finite(text: str) -> float:
 
 
 # json.loads would make a decoder for each text.
-STRICT = json.JSONDecoder(object_pairs_hook=refuse_repeated_keys, parse_constant=refuse_constant, parse_float=read_finite)
+STRICT = json.JSONDecoder(
+    object_pairs_hook=refuse_repeated_keys, parse_constant=refuse_constant, parse_float=read_finite
+)
 WITH_NAN = json.JSONDecoder(object_pairs_hook=refuse_repeated_keys)
 
 
@@ -61,9 +63,7 @@ def parse_json(text: str, nan: bool = False) -> Any:
             raise ValueError("not valid JSON (half of a surrogate pair, such as \\ud800)")
     except json.JSONDecodeError as error:
         line = f"line {error.lineno} " if "\n" in text.strip() else ""
-        raise ValueError(
-            f"not valid JSON ({error.msg} at {line}column {error.colno})"
-        ) from None
+        raise ValueError(f"not valid JSON ({error.msg} at {line}column {error.colno})") from None
     except RecursionError:
         raise ValueError("not valid JSON (values are nested too deeply)") from None
     # Python refuses whole numbers of over 4,300 digits, with advice for programmers.

@@ -249,7 +249,7 @@ def add_accuracies(table: Table, name: str, base: dict, tuned: dict) -> None:
         return f"{low:.1%} – {high:.1%}"
 
     table.add_row(
-        escape(name),
+        name,
         str(base["n"]),
         f"{base['accuracy']:.1%}",
         interval(base),

@@ -16,8 +16,8 @@ from html.parser import HTMLParser
 
 import pytest
 from conftest import run_script
-from rich.console import Console
 
+from medqlora.core.command import make_console
 from medqlora.reporting.charts import make_ticks
 from medqlora.reporting.run_page import render_report
 from medqlora.reporting.runs import Run
@@ -629,7 +629,7 @@ def test_training_shows_its_scores_alike():
     subjects = ["[/x] large"] * 25 + ["small"] * 3 + ["tiny"] * 2
     base = [row | {"letter_mass": 0.1} for row in make_rows("base", [0] * 30, subjects)]
     scores, table, difference = compare_scores(base, make_rows("tuned", [1] * 30, subjects))
-    console = Console(width=120, file=io.StringIO())
+    console = make_console(width=120, file=io.StringIO())
     console.print(table, difference)
     shown = " ".join(console.file.getvalue().split())
     assert "[/x] large │ 25" in shown
@@ -702,7 +702,7 @@ def test_refusals_name_what_is_wrong(tmp_path):
     run = make_run(tmp_path / "run", log=make_log(3))
     assert "make it first" in refuse(tmp_path, run, output="no/such/report.html")
     (run / "metrics.json").write_text("{")
-    assert "metrics.json line 1: not valid JSON" in refuse(tmp_path, run)
+    assert "metrics.json: not valid JSON" in refuse(tmp_path, run)
     (run / "metrics.json").write_text("[]")
     assert "expected an object, got list" in refuse(tmp_path, run)
     (run / "metrics.json").unlink()
