@@ -102,7 +102,9 @@ def run_early(read: Callable[[], Result], environ: Mapping[str, str] | None = No
         check_launcher(environ or {})
         return read()
     except (UserError, OSError) as error:
-        if (environ or {}).get("LOCAL_RANK", "0") == "0":
+        # A rank that is no number belongs to no launcher, so it speaks for itself.
+        rank = (environ or {}).get("LOCAL_RANK", "0")
+        if rank == "0" or not rank.isdecimal():
             say(str(error) if isinstance(error, UserError) else describe_refusal(error))
         sys.exit(MISTAKE)
 
@@ -223,7 +225,12 @@ class CommandParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         """Parse as argparse does, and refuse arguments that are no text."""
-        check_arguments(sys.argv[1:] if args is None else args)
+        given = sys.argv[1:] if args is None else args
+        check_arguments(given)
+        for argument in given:
+            # argparse takes the two dashes out and stores an empty list.
+            if argument.endswith("=--"):
+                raise ConfigError(f"argument {argument}: no value; expected --key VALUE")
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:

@@ -44,7 +44,7 @@ class Section(BaseModel):
     @classmethod
     def refuse_large_numbers(cls, value: Any) -> Any:
         """Refuse numbers that the 64-bit integers of files and tensors cannot count with."""
-        if isinstance(value, int) and abs(value) > LARGEST:
+        if isinstance(value, (int, float)) and abs(value) > LARGEST:
             raise ValueError(f"the largest number is {LARGEST}")
         return value
 
@@ -92,7 +92,7 @@ class Lora(Section):
     """
     dropout: float = Field(0.0, ge=0, lt=1)
     """Probability that an element of the adapter's input is dropped in training."""
-    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
     """Names of the linear layers that get an adapter. all-linear takes those of attention and MLP,
     but not the head, and neither towers for images or sound nor their projectors.
     """

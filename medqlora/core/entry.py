@@ -69,6 +69,8 @@ def say(line: str) -> None:
     accelerate adds a traceback of its own when a process has failed, and the line would stand
     above it. A copy of this process therefore waits for the launcher's end.
     """
+    # A name or a value in the message may hold a line break.
+    line = " ".join(line.splitlines())
     print(line, file=sys.stderr, flush=True)
     if LAUNCHED not in os.environ or not hasattr(os, "fork"):
         return

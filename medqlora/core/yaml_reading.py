@@ -36,8 +36,9 @@ def parse_yaml(text: str, source: str) -> tuple[Any, yaml.Node | None]:
         ConfigError: It is not valid YAML, or a part of it can be read in two ways. The message is
             one line with the line of the document.
     """
-    loader = yaml.SafeLoader(text)
     try:
+        # The loader refuses control characters as soon as it is made.
+        loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
         if root is None:
             return None, None
@@ -54,8 +55,6 @@ def parse_yaml(text: str, source: str) -> tuple[Any, yaml.Node | None]:
         raise ConfigError(
             f"{source}: values are nested too deeply; a configuration has a few levels"
         ) from None
-    finally:
-        loader.dispose()
 
 
 def read_yaml_file(path: Path, name: str) -> tuple[Any, yaml.Node | None]:
