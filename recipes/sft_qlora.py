@@ -39,11 +39,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from medqlora.core.config import Config
-from medqlora.core.files import read_lines, write_json, write_json_lines
-from medqlora.core.run_folder import LOG
+from medqlora.core.files import read_lines, write_json
 from medqlora.engines.hf import HfEngine
 from medqlora.evaluation.answering import answer_letters
-from medqlora.model.adapter import name_parameters
+from medqlora.model.adapter import name_parameters, read_adapter_metadata
 from medqlora.reporting.terminal import (
     TrainingDisplay,
     compare_scores,
@@ -51,17 +50,22 @@ from medqlora.reporting.terminal import (
     describe_memory,
     describe_model,
     describe_planned,
+    describe_result,
+    measure_perplexity,
 )
 from medqlora.training.optimizers import learning_rate
 from medqlora.training.planning import Planned, plan_run
 from medqlora.training.processes import agree_on_errors, end_processes, gather
+from medqlora.training.progress import begin, is_due, note_loss, stops_early
 from medqlora.training.records import (
     describe_adapter,
     describe_run,
+    has_base_predictions,
     restore,
     restore_weights,
     write_adapter,
     write_checkpoint,
+    write_predictions,
     write_start,
 )
 from medqlora.training.session import Session, TrainingError, build, load, prove
@@ -73,14 +77,20 @@ from medqlora.training.strategies.launch import choose_storage
 console = make_console(soft_wrap=True)
 
 
-def main(config: Config, output_dir: Path, resume: bool) -> int:
+def main(config: Config, output_dir: Path, resume: bool, accept_changes: bool) -> int:
     """Run all stages, and return the exit code."""
-    setup = start(config, output_dir, resume, os.environ)
+    setup = start(config, output_dir, resume, os.environ, accept_changes)
+    with setup.lock:  # One training at a time writes to the run folder.
+        return run_stages(setup)
+
+
+def run_stages(setup: Setup) -> int:
+    """Run all stages after the first checks, and return the exit code."""
     planned = plan_run(setup, console.print if setup.is_local_main else lambda stage: None)
     say(setup, *describe_planned(setup, planned))
 
     with agree_on_errors():
-        storage = choose_storage(setup.strategy, config.model.quantization, setup.dtype)
+        storage = choose_storage(setup.strategy, setup.config.model.quantization, setup.dtype)
         loaded = load(planned.config, setup.device, storage)
         built = build(loaded, planned.config)
         restore_weights(setup, planned, built)
@@ -99,27 +109,25 @@ def main(config: Config, output_dir: Path, resume: bool) -> int:
     environment = describe_run(setup, planned, loaded, built, metadata, agreement, check)
     write_start(setup, planned, environment)
 
-    code, best_step = train(setup, planned, session, metadata)
+    state = begin(planned.checkpoint)
+    code = train(setup, planned, session, metadata, state)
     if code == 0:
-        finish(setup, planned, session, memory, best_step)
+        finish(setup, planned, session, memory, state)
     end_processes(setup.accelerator, os.environ)
     return code
 
 
-def train(
-    setup: Setup, planned: Planned, session: Session, metadata: dict[str, Any]
-) -> tuple[int, int]:
-    """Take all remaining steps; return the exit code and the step of the best adapter."""
+def train(setup: Setup, planned: Planned, session: Session, metadata: dict, state: dict) -> int:
+    """Take all remaining steps, which `state` follows, and return the exit code."""
     training = planned.config.training
     plan = planned.plan
     table = planned.prepared.train
-    state = {"step": 0, "best_loss": None, "best_step": 0, "patience": 0}
-    if planned.checkpoint is not None:
-        state |= planned.checkpoint.state
+    # A run that has stopped early takes no more steps when it is resumed.
+    end = state["step"] if stops_early(state, training) else len(plan)
     signals = catch_signals()
     setup.meter.begin()
     with TrainingDisplay(console, setup, planned, state["step"]) as display:
-        for step in range(state["step"], len(plan)):
+        for step in range(state["step"], end):
             start_time = time.perf_counter()
             lr = learning_rate(step, len(plan), training)
             rows = plan.rows_of(step)
@@ -150,25 +158,20 @@ def train(
             final = done == len(plan)
             if planned.prepared.eval is not None and is_due(done, training.eval_steps, final):
                 evaluate(setup, planned, session, metadata, state, display)
-            patience = training.early_stopping_patience
-            stopping = patience is not None and state["patience"] >= patience
+            stopping = stops_early(state, training)
             if stopped or stopping or is_due(done, training.save_steps, final):
                 path = write_checkpoint(session, setup.output_dir, state)
             if stopped and not final:
                 received = f"signal {signals[0]}" if signals else "signal on another rank"
                 display.say(f"{received}: wrote checkpoint {path}; continue with --resume")
-                return exit_code(signals), 0
+                return exit_code(signals)
             if stopping:
                 display.say(f"stopping early: no lower loss in {state['patience']} evaluations")
                 break
     if planned.prepared.eval is None:
+        state["best_step"] = len(plan)
         write_adapter(session, setup.output_dir, metadata | {"step": len(plan)})
-    return 0, state["best_step"] or len(plan)
-
-
-def is_due(step: int, every: int | None, final: bool) -> bool:
-    """Say whether something that happens every so many steps is due; at the last step it is."""
-    return final or bool(every and step % every == 0)
+    return 0
 
 
 def evaluate(
@@ -181,13 +184,12 @@ def evaluate(
 ) -> None:
     """Measure the evaluation loss, note it in `state`, and write the adapter if it is the best."""
     loss = session.evaluate(planned.prepared.eval)
-    display.log_evaluation(state["step"], loss)
-    if state["best_loss"] is not None and loss >= state["best_loss"]:
-        state["patience"] += 1
-        return
-    state |= {"best_loss": loss, "best_step": state["step"], "patience": 0}
-    measured = {"step": state["step"], "eval_loss": loss}
-    write_adapter(session, setup.output_dir, metadata | measured)
+    with agree_on_errors():
+        lowest = note_loss(state, loss)
+    display.log_evaluation(state["step"], loss, state["best_step"])
+    if lowest:
+        measured = {"step": state["step"], "eval_loss": loss}
+        write_adapter(session, setup.output_dir, metadata | measured)
 
 
 def score(setup: Setup, planned: Planned, model: PeftModel, backend: str, name: str) -> None:
@@ -196,9 +198,8 @@ def score(setup: Setup, planned: Planned, model: PeftModel, backend: str, name: 
     Each rank answers a part of them. A divided model answers all of them on every rank at the same
     time, because its layers are gathered from all ranks.
     """
-    path = setup.output_dir / "predictions" / f"{name}.jsonl"
     test = planned.prepared.test
-    if not test or (name == "base" and gather(path.is_file())[0]):
+    if not test or (name == "base" and gather(has_base_predictions(setup, planned))[0]):
         return
     divided = name == "tuned" and setup.strategy.sharded
     part = (0, 1) if divided else (setup.rank, setup.strategy.ranks)
@@ -208,15 +209,14 @@ def score(setup: Setup, planned: Planned, model: PeftModel, backend: str, name: 
     by_id = {row["id"]: row for row in itertools.chain(*gather(rows))}
     with agree_on_errors():
         if setup.rank == 0:
-            path.parent.mkdir(exist_ok=True)
-            write_json_lines(path, [by_id[example.id] for example in test])
+            write_predictions(setup, planned, name, [by_id[example.id] for example in test])
 
 
-def finish(
-    setup: Setup, planned: Planned, session: Session, memory: dict[str, int], best_step: int
-) -> None:
+def finish(setup: Setup, planned: Planned, session: Session, memory: dict, state: dict) -> None:
     """Score the best adapter and write metrics.json."""
     built = session.built
+    with agree_on_errors():
+        read_adapter_metadata(setup.output_dir / "adapter")  # It refuses a damaged adapter.
     if planned.prepared.test:
         best = load_file(setup.output_dir / "adapter" / "adapter_model.safetensors")
         session.trainer.write_weights(name_parameters(built.model, best))
@@ -226,10 +226,10 @@ def finish(
     with agree_on_errors():
         if setup.rank != 0:
             return
-        lines = read_lines(setup.output_dir / LOG)
         report = {
-            "steps": lines[-1]["step"] if lines else 0,
-            "best_step": best_step,
+            "steps": state["step"],
+            "best_step": state["best_step"],
+            **measure_perplexity(state["best_loss"]),
             "memory_bytes": memory,
             "peak_memory_bytes_per_rank": peaks,
         }
@@ -241,8 +241,7 @@ def finish(
             report |= scores
             say(setup, accuracies, difference)
         write_json(setup.output_dir / "metrics.json", report)
-        say(setup, describe_memory(memory, setup.device))
-        say(setup, f"adapter of step {best_step}: {setup.output_dir / 'adapter'}")
+        say(setup, describe_memory(memory, setup.device), describe_result(setup, state))
 
 
 def say(setup: Setup, *texts: Any) -> None:
@@ -253,4 +252,5 @@ def say(setup: Setup, *texts: Any) -> None:
 
 
 if __name__ == "__main__":
-    run_command(lambda: run_rank(main, os.environ, CONFIG, ARGUMENTS.output_dir, ARGUMENTS.resume))
+    FLAGS = (ARGUMENTS.output_dir, ARGUMENTS.resume, ARGUMENTS.resume_changed)
+    run_command(lambda: run_rank(main, os.environ, CONFIG, *FLAGS))

@@ -5,9 +5,14 @@ Each folder is named by a hash of what its content is made from, so a change mak
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import functools
 import hashlib
 import json
-import shutil
+import re
+import secrets
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,37 +22,103 @@ import numpy as np
 from medqlora.batches.budgets import PlanError
 from medqlora.batches.plan import Plan, make_plan
 from medqlora.core.config import Config, Data
-from medqlora.core.files import hash_json
+from medqlora.core.environment import read_versions
+from medqlora.core.files import find_problem, hash_file, hash_json, remove, write_manifest
 from medqlora.data.examples import MultipleChoice, Removal
 from medqlora.prompts.rows import TokenTable
 
+LOCK = "cache.lock"
+# What a kill leaves in the cache: folders aside, and the file through which rank 0 tells its
+# progress.
+UNFINISHED_ENTRY = re.compile(
+    r"(tokens|prepared|plan)-[0-9a-f]{24}\.[0-9a-f]+(\.old)?\.tmp|\.?shared-[0-9a-f]+\.json(\..*\.tmp)?"
+)
+# The tokens and plans depend on these packages and on the code of these wings.
+PACKAGES = ("medqlora", "transformers", "tokenizers", "numpy")
+WINGS = ("core", "data", "prompts", "batches")
+TABLE_ARRAYS = ("ids", "offsets", "prompt_lengths", "examples", "names")
 
-def save_arrays(folder: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write one .npy file per array in `folder`, unless the folder exists.
+
+@functools.cache
+def describe_code() -> list[Any]:
+    """Return what decides the content of the cache beside its inputs: packages and our own code.
+
+    The data side of this package is hashed file by file, because a version number stays the same
+    between two commits.
+    """
+    versions = read_versions()
+    package = Path(__file__).parent.parent
+    files = [path for wing in WINGS for path in sorted((package / wing).rglob("*.py"))]
+    return [
+        [versions.get(name) for name in PACKAGES],
+        [[path.name, hash_file(path)] for path in files],
+    ]
+
+
+@contextlib.contextmanager
+def use_cache(cache: Path) -> Iterator[None]:
+    """Tell other processes that this one may be writing to the cache, and clear up after dead ones.
+
+    Every writer holds a shared lock on one file. Whoever gets the exclusive lock knows that nobody
+    writes, so what is unfinished then was left by a kill. Without locks, or without a folder that
+    can be written, nothing is cleared up; whoever writes says what is wrong.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            cache.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((cache / LOCK).open("ab"))
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for path in cache.iterdir():
+                    if UNFINISHED_ENTRY.fullmatch(path.name):
+                        remove(path)
+            fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+def name_files(arrays: Iterable[str]) -> list[str]:
+    """Return the files that save_arrays writes."""
+    return [f"{name}.npy" for name in arrays]
+
+
+def save_arrays(folder: Path, arrays: dict[str, np.ndarray], key: str = "") -> None:
+    """Write one .npy file per array in `folder`, unless the folder is there and undamaged.
 
     The files are written to a folder aside, which is then renamed. So a folder is complete or
-    absent, also after a kill, and several processes may write the same one.
+    absent, also after a kill, and several processes may write the same one. A damaged or foreign
+    folder, or a file of its name, is replaced.
+
+    Args:
+        folder: The folder.
+        arrays: The arrays by the names of their files.
+        key: What the content is made from; the folder's manifest holds it beside sizes and hashes.
 
     Raises:
         PlanError: The disk refuses.
     """
-    # This generator is seeded by the system, so processes do not meet in a folder aside.
-    aside = folder.with_name(f"{folder.name}.{np.random.default_rng().integers(2**32):08x}.tmp")
-    try:
-        aside.mkdir(parents=True)
-        for name, array in arrays.items():
-            np.save(aside / f"{name}.npy", array)
-        # Another process may have been first; its folder of this name has the same content.
-        if not folder.is_dir():
-            aside.rename(folder)
-    except OSError as error:
-        if not folder.is_dir():
-            raise PlanError(
-                f"data.cache_dir: cannot write {folder}: {error.strerror or error}; free space or"
-                " name another folder"
-            ) from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    suffix = secrets.token_hex(8)
+    aside = folder.with_name(f"{folder.name}.{suffix}.tmp")
+    replaced = folder.with_name(f"{folder.name}.{suffix}.old.tmp")
+    with use_cache(folder.parent):
+        try:
+            aside.mkdir(parents=True)
+            for name, array in arrays.items():
+                np.save(aside / f"{name}.npy", array)
+            write_manifest(aside, {"key": key})
+            # Another process may have been first; its folder of this name has the same content.
+            if find_problem(folder, name_files(arrays), key=key) is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    folder.rename(replaced)
+                aside.rename(folder)
+        except OSError as error:
+            if find_problem(folder, name_files(arrays), key=key) is not None:
+                raise PlanError(
+                    f"data.cache_dir: cannot write {folder}: {error.strerror or error}; free space"
+                    " or name another folder"
+                ) from None
+        finally:
+            remove(aside)
+            remove(replaced)
 
 
 def load_arrays(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
@@ -109,8 +180,9 @@ def save_prepared(data: Data, prepared: Prepared) -> str:
     # same content.
     key = hash_json([content, hashlib.sha256(prepared.repeats.tobytes()).hexdigest()])
     folder = Path(data.cache_dir).expanduser() / f"prepared-{key[:24]}"
-    if not folder.is_dir():
-        save_arrays(folder, {"repeats": prepared.repeats, "facts": np.array(json.dumps(content))})
+    arrays = {"repeats": prepared.repeats, "facts": np.array(json.dumps(content))}
+    if find_problem(folder, name_files(arrays), key=key) is not None:
+        save_arrays(folder, arrays, key)
     return folder.name
 
 
@@ -174,11 +246,11 @@ def prepare_plan(
     lengths = prepared.train.lengths  # int64 [rows]
     # A plan knows rows by their lengths and repeats alone, never by their content.
     rows_sha256 = hashlib.sha256(lengths.tobytes() + prepared.repeats.tobytes()).hexdigest()
-    key = hash_json([settings, rows_sha256])
+    key = hash_json([settings, rows_sha256, describe_code()])
     folder = Path(data.cache_dir).expanduser() / f"plan-{key[:24]}"
-    if not folder.is_dir():
+    if find_problem(folder, name_files(field.name for field in fields(Plan)), key=key) is not None:
         plan = make_plan(lengths, repeats=prepared.repeats, **settings)
-        save_arrays(folder, asdict(plan))
+        save_arrays(folder, asdict(plan), key)
     return load_plan(data, folder.name), folder.name
 
 

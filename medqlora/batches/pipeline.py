@@ -19,9 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from medqlora.batches.cache import Prepared, load_table, save_arrays
+from medqlora.batches.cache import (
+    TABLE_ARRAYS,
+    Prepared,
+    describe_code,
+    load_table,
+    name_files,
+    save_arrays,
+)
 from medqlora.core.config import Config, Data, DataEntry
-from medqlora.core.files import hash_json
+from medqlora.core.files import find_problem, hash_json
 from medqlora.data.cleaning import clean, decontaminate, deduplicate, drop_repeated_ids
 from medqlora.data.examples import DataError, Example, MultipleChoice, Passage, Removal
 from medqlora.data.formats.registry import find_format
@@ -32,9 +39,6 @@ from medqlora.prompts.fingerprint import fingerprint, hash_tokenizer
 from medqlora.prompts.rows import TokenTable, encode_examples
 
 DEFAULT_SPLIT = {"train": "train", "eval": "validation", "test": "test"}
-
-# This number rises when the cached arrays of a table change; older folders are then left alone.
-TABLE_VERSION = 3
 
 
 def name_entry(role: str, index: int) -> str:
@@ -214,6 +218,9 @@ def prepare(
         removals += dropped
     hashes = {
         "data_sha256": data_sha256,
+        "eval_sha256": hash_examples(evaluation),
+        "test_sha256": hash_examples(test),
+        "tokens_sha256": hash_tokens(table, repeats, eval_table),
         "prompt_sha256": fingerprint(encoder),
         "tokenizer_sha256": hash_tokenizer(encoder),
     }
@@ -282,6 +289,18 @@ def hash_examples(examples: list[Example]) -> str:
     return digest.hexdigest()
 
 
+def hash_tokens(table: TokenTable, repeats: np.ndarray, eval_table: TokenTable | None) -> str:
+    """Return the SHA-256 of all that is trained on and evaluated: token ids, labels, repeats."""
+    digest = hashlib.sha256(repeats.tobytes())
+    for tokens in (table, eval_table):
+        if tokens is not None:
+            for array in (tokens.offsets, tokens.prompt_lengths, tokens.ids):
+                # The size marks where each array ends. A view of the memory saves a copy of it.
+                digest.update(str(array.size).encode())
+                digest.update(memoryview(np.ascontiguousarray(array)).cast("B"))
+    return digest.hexdigest()
+
+
 def tokenize(
     encoder: Encoder, examples: list[Example], data: Data, sha256: str
 ) -> tuple[str, TokenTable, list[Removal]]:
@@ -297,8 +316,7 @@ def tokenize(
         The name of the cache folder, the table, and what was dropped.
     """
     # The key must hold everything that decides the ids; style and completion are in the
-    # fingerprint. It does not hold the code: a change in how rows are cut leaves old folders in
-    # use, because the probes of the fingerprint are short.
+    # fingerprint. Its probes are short, so the key also holds the code that cuts rows.
     key = hash_json(
         [
             sha256,
@@ -307,11 +325,11 @@ def tokenize(
             data.max_length,
             data.drop_invalid,
             data.truncate,
-            TABLE_VERSION,
+            describe_code(),
         ]
     )
     folder = Path(data.cache_dir).expanduser() / f"tokens-{key[:24]}"
-    if not (folder / "names.npy").is_file():
+    if find_problem(folder, name_files(TABLE_ARRAYS), key=key) is not None:
         table, removals = encode_examples(
             encoder, examples, data.max_length, data.drop_invalid, data.truncate == "answer"
         )
@@ -327,7 +345,7 @@ def tokenize(
             "examples": table.examples,
             "names": np.array(json.dumps(notes)),
         }
-        save_arrays(folder, arrays)
+        save_arrays(folder, arrays, key)
     return folder.name, *load_table(folder)
 
 

@@ -7,6 +7,7 @@ number of ranks.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from itertools import chain
 
@@ -50,6 +51,14 @@ class Plan:
         # Micro-batch k of a step belongs to rank k % ranks. `round` relies on the same order.
         numbers = range(self.steps[step] + rank, self.steps[step + 1], ranks)
         return [self.rows[self.bins[number] : self.bins[number + 1]] for number in numbers]
+
+    def hash_steps(self) -> str:
+        """Return the SHA-256 of the rows of each step; it is the same for any number of ranks."""
+        digest = hashlib.sha256()
+        for step in range(len(self)):
+            rows = np.sort(self.rows_of(step))
+            digest.update(str(rows.size).encode() + rows.tobytes())
+        return digest.hexdigest()
 
     def round(self, step: int, number: int, ranks: int) -> list[np.ndarray]:
         """Return the row numbers of the micro-batches that the ranks compute side by side.

@@ -356,7 +356,15 @@ def read_recipe(
         action="store_true",
         help="continue the run in --output_dir from its newest checkpoint",
     )
+    parser.add_argument(
+        "--resume_changed",
+        action="store_true",
+        help="with --resume: continue although data, base, tokenizer or prompts are others than"
+        " when the run began; environment.json records it",
+    )
     arguments, overrides = parser.parse_known_args()
+    if arguments.resume_changed and not arguments.resume:
+        raise ConfigError("--resume_changed only says how to resume; give --resume too")
     config = load_config(arguments.config, overrides)
     check(config)
     arguments.output_dir = arguments.output_dir or Path("runs") / arguments.config.stem

@@ -7,13 +7,20 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
+import secrets
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from medqlora.core.errors import RunError
 
 PICTURES = (".png", ".svg", ".pdf")
+MANIFEST = "manifest.json"
+# The name of a file that write_atomic has not finished. Older versions put a process id in the
+# place of the random part.
+UNFINISHED = re.compile(r"\..+\.[0-9a-f]+\.tmp", re.DOTALL)
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -23,8 +30,8 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         RunError: The disk refuses.
     """
     # os.replace is atomic within one file system only, so the file aside lies in the same folder.
-    # The process id keeps apart processes of one machine that write the same file.
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # The random part keeps apart processes that write the same file, on any machines.
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with aside.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -117,6 +124,83 @@ def read_lines(path: Path) -> list[dict]:
         with contextlib.suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
     return rows
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal text."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
+    """Write the size and hash of every file in a folder to its manifest.json.
+
+    Args:
+        folder: The folder, with all its files.
+        facts: Further entries of the manifest.
+    """
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+        for path in sorted(folder.iterdir())
+    }
+    tree = {**facts, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(tree, indent=2), encoding="utf-8")
+
+
+def find_problem(folder: Path, names: Iterable[str] = (), **facts: Any) -> str | None:
+    """Say what is wrong with a folder of write_manifest.
+
+    Args:
+        folder: The folder.
+        names: Files that the manifest must list.
+        facts: Entries that the manifest must have.
+
+    Returns:
+        None where every file is as the manifest says.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = manifest["files"]
+        for name, recorded in files.items():
+            size = (folder / name).stat().st_size
+            if size != recorded["bytes"]:
+                return f"{name} has {size} bytes, not {recorded['bytes']}"
+            if hash_file(folder / name) != recorded["sha256"]:
+                return f"{name} does not have its recorded hash"
+        missing = [name for name in names if name not in files]
+        if missing:
+            return f"{MANIFEST} does not list {missing[0]}"
+        for key, value in facts.items():
+            if manifest[key] != value:
+                return f"{MANIFEST} has another {key}"
+    # A manifest that is JSON of another form raises the last four.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def write_checked(path: Path, tree: dict[str, Any]) -> None:
+    """Write a JSON object with a hash of its content, for read_checked."""
+    write_json(path, tree | {"sha256": hash_json(tree)})
+
+
+def read_checked(path: Path) -> dict[str, Any] | None:
+    """Return the object that write_checked wrote, or None where the file holds something else."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        recorded = tree.pop("sha256")
+        return tree if recorded == hash_json(tree) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder with all that is in it, as far as the system allows."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def check_disk(folder: Path, needed: int, purpose: str) -> None:

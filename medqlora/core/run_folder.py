@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,21 @@ from pydantic import ValidationError
 from medqlora.core.config import Config
 from medqlora.core.config_loading import dump_config
 from medqlora.core.errors import RunError
-from medqlora.core.files import read_lines, write_atomic, write_json_lines
+from medqlora.core.files import (
+    UNFINISHED,
+    read_lines,
+    remove,
+    write_atomic,
+    write_checked,
+    write_json_lines,
+)
+from medqlora.core.run_lock import LOCK
+from medqlora.core.run_origin import ORIGIN
 
 LOG = "train_log.jsonl"
 LAUNCH = "launch"  # the folder that launch/slurm_train.sbatch writes before the run exists
+# A checkpoint or an adapter that a killed process has not finished.
+UNFINISHED_FOLDER = re.compile(r"\.(step-[0-9]+|adapter)\.tmp")
 
 
 def check_run(folder: Path, config: Config, resume: bool) -> None:
@@ -42,10 +53,13 @@ def check_run(folder: Path, config: Config, resume: bool) -> None:
             )
         try:
             old_tree = yaml.safe_load(saved.read_text(encoding="utf-8"))
-        except yaml.YAMLError:
+        # A text that is no UTF-8 raises a ValueError.
+        except (OSError, yaml.YAMLError, ValueError, RecursionError):
+            old_tree = None
+        if not isinstance(old_tree, dict):
             raise RunError(
                 f"{saved} is not valid YAML; the run cannot be resumed, choose another --output_dir"
-            ) from None
+            )
         # The file of an older version lacks the keys that are new. Such a run did what their
         # defaults say. A file that is no longer valid is compared as it is.
         with contextlib.suppress(ValidationError):
@@ -57,42 +71,23 @@ def check_run(folder: Path, config: Config, resume: bool) -> None:
                     f"--resume: {key} was {old!r} in {saved}, now {new!r}; give the same value or"
                     " another --output_dir"
                 )
-    elif folder.is_dir() and any(path.name != LAUNCH for path in folder.iterdir()):
+    elif folder.is_dir() and not all(is_leftover(path) for path in folder.iterdir()):
         raise RunError(
             f"--output_dir {folder} is not empty and holds no run; choose another folder"
         )
 
 
-def check_unchanged(environment: Path, hashes: dict[str, str]) -> None:
-    """Refuse to continue a run with other prompts or other training rows.
-
-    The configuration is compared before. It names the tokenizer and the files, whose content may
-    have changed.
-
-    Args:
-        environment: The run's environment.json; a run that has none had not begun.
-        hashes: The hashes of the data that are prepared now, by key of environment.json.
-
-    Raises:
-        RunError: A hash is another one than at the start.
-    """
-    if not environment.is_file():
-        return
-    recorded = json.loads(environment.read_text(encoding="utf-8"))
-    causes = {
-        "prompt_sha256": "the prompts have changed, by another tokenizer, chat template or version",
-        "data_sha256": "the training rows have changed, in a file or by another version",
-    }
-    for key, cause in causes.items():
-        if recorded.get(key) not in (None, hashes[key]):
-            raise RunError(
-                f"--resume: {cause} ({key} was {recorded[key][:12]}, now {hashes[key][:12]});"
-                " restore what the run began with, or choose another --output_dir"
-            )
+def is_leftover(path: Path) -> bool:
+    """Say whether something in a run folder may be there before the run is opened."""
+    # A kill while the run is opened leaves a lock that nobody holds, or a file that was not
+    # finished.
+    return path.name in (LAUNCH, LOCK) or UNFINISHED.fullmatch(path.name) is not None
 
 
-def open_run(folder: Path, config: Config) -> None:
-    """Make the run folder and write its resolved configuration.
+def open_run(folder: Path, config: Config, origin: dict[str, Any]) -> None:
+    """Make the run folder, and write its resolved configuration and what it began with.
+
+    The lock of the folder must be held, because leftovers of killed processes are removed.
 
     Raises:
         RunError: The folder cannot be written.
@@ -103,7 +98,13 @@ def open_run(folder: Path, config: Config) -> None:
         raise RunError(
             f"--output_dir {folder} cannot be made: {error.strerror}; choose another folder"
         ) from None
+    for place in (folder, folder / "predictions", folder / "checkpoints"):
+        for path in place.iterdir() if place.is_dir() else ():
+            if UNFINISHED.fullmatch(path.name) or UNFINISHED_FOLDER.fullmatch(path.name):
+                remove(path)
+    # This file makes the folder a run, which a kill from here on leaves to --resume.
     write_atomic(folder / "config.yaml", dump_config(config))
+    write_checked(folder / ORIGIN, origin)
 
 
 # A resumed run may change these keys, because the losses of the remaining steps do not depend on
@@ -128,9 +129,12 @@ def list_differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, 
 
 
 def rewind_log(path: Path, step: int) -> None:
-    """Drop the log's rows after a step; the resumed run writes them again."""
+    """Drop the log's rows after a step; the resumed run writes them again.
+
+    Checkpoints of older versions have no copy of the log, and runs without a checkpoint begin anew.
+    """
     # The whole file is written again, which also takes out a last line that a kill cut short. A row
     # that is appended to such a line would be lost with it.
-    rows = [row for row in read_lines(path) if row["step"] <= step]
+    rows = [row for row in read_lines(path) if isinstance(row, dict) and row.get("step", 0) <= step]
     if path.is_file():
         write_json_lines(path, rows)

@@ -1,7 +1,7 @@
 """A journal of finished predictions, which a crash cannot damage.
 
-Finished batches are appended to files in `FILE.parts/`, one line per batch. A line that a crash cut
-short is left out when the file is read.
+Finished batches are appended to files in `FILE.parts/`, one line per batch with a hash of its rows.
+A line that a crash cut short, or that has changed since, is left out when the file is read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from medqlora.core.files import write_atomic
+from medqlora.core.files import hash_json, write_atomic
 from medqlora.evaluation.predictions import PredictionError
 
 
@@ -114,7 +114,8 @@ class Journal:
         # A batch that was written in part is taken off again, or the next one would join its line.
         start = self.file.tell()
         try:
-            self.file.write(json.dumps(rows, ensure_ascii=False).encode() + b"\n")
+            line = {"rows": rows, "sha256": hash_json(rows)}
+            self.file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
             self.file.flush()
             os.fsync(self.file.fileno())
         except OSError as error:
@@ -136,8 +137,11 @@ class Journal:
             # Another shard may have removed the part in the meantime.
             with contextlib.suppress(OSError):
                 batches = [parse_batch(line) for line in part.read_bytes().splitlines()]
-                # An empty batch stands for a line that could not be read, so the part is kept.
-                if all(batch and batch.keys() <= keys for batch in batches):
+                # An empty batch stands for a line that could not be read. Another shard may still
+                # be writing it, so its part is kept; in a part of our own the line is damaged, and
+                # its rows were made again.
+                own = part == self.path
+                if all((batch or own) and batch.keys() <= keys for batch in batches):
                     part.unlink(missing_ok=True)
         # The folder stays where a part has other rows.
         with contextlib.suppress(OSError):
@@ -147,13 +151,15 @@ class Journal:
 def parse_batch(line: bytes) -> dict[str, dict[str, Any]]:
     """Return the rows of a journal's line by their key.
 
-    The result is empty for a line that another shard has not finished writing, or that is not a
-    batch of rows.
+    The result is empty for a line that another shard has not finished writing, that has changed
+    since it was written, or that is of a version without hashes. Such rows are made again.
     """
     try:
-        rows = json.loads(line)
-        return {row["key"]: row for row in rows}
-    except (ValueError, TypeError, KeyError):
+        batch = json.loads(line)
+        rows = batch["rows"]
+        # A changed digit is valid JSON and would be a wrong score, which only the hash shows.
+        return {row["key"]: row for row in rows} if batch["sha256"] == hash_json(rows) else {}
+    except (ValueError, TypeError, KeyError, RecursionError):
         return {}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -23,6 +22,8 @@ from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from medqlora.core.config import Lora
+from medqlora.core.files import hash_file
+from medqlora.core.seeds import fit_seed
 from medqlora.model.adapter_settings import read_settings
 from medqlora.model.adapter_tokenizer import (
     count_rows,
@@ -34,6 +35,9 @@ from medqlora.model.checkpoint_names import LINEAR, PREFIX, make_skeleton, map_n
 from medqlora.model.dropout import SeededDropout
 from medqlora.model.identity import architecture_hash
 from medqlora.model.overrides import ADAPTER_OVERRIDES, apply_overrides
+
+# The keys of medqlora.json that hold the hash of another file of the adapter.
+HASHED = {"weights_sha256": "adapter_model.safetensors", "config_sha256": "adapter_config.json"}
 
 
 def attach_adapter(model: torch.nn.Module, lora: Lora, seed: int) -> PeftModel:
@@ -50,7 +54,7 @@ def attach_adapter(model: torch.nn.Module, lora: Lora, seed: int) -> PeftModel:
         ModelError: The base has no layer of a target's name.
     """
     # PEFT draws the factors A from torch's global generator, so this seed alone decides them.
-    torch.manual_seed(seed)
+    torch.manual_seed(fit_seed(seed, 64))
     try:
         # PEFT casts adapter weights to float32 by default (autocast_adapter_dtype).
         adapted = get_peft_model(model, make_settings(model, lora))
@@ -229,12 +233,12 @@ def read_adapter_metadata(folder: Path) -> dict[str, Any]:
     if not metadata_file.is_file():
         return {}
     metadata = json.loads(metadata_file.read_text(encoding="utf-8"))
-    digest = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
-    if metadata.get("weights_sha256") not in (None, digest):
-        raise ModelError(
-            f"adapter {folder}: adapter_model.safetensors is not the file medqlora.json describes;"
-            " it was cut or changed"
-        )
+    for key, name in HASHED.items():
+        if metadata.get(key) not in (None, hash_file(folder / name)):
+            raise ModelError(
+                f"adapter {folder}: {name} is not the file medqlora.json describes; it was cut or"
+                " changed"
+            )
     return metadata
 
 
@@ -335,9 +339,9 @@ def write_adapter_files(
     content = serialize(weights, metadata={"format": "pt"})
     (aside / "adapter_model.safetensors").write_bytes(content)
     model.active_peft_config.save_pretrained(aside)
-    digest = hashlib.sha256(content).hexdigest()
+    digests = {key: hash_file(aside / name) for key, name in HASHED.items()}
     (aside / "medqlora.json").write_text(
-        json.dumps({**metadata, "weights_sha256": digest}, indent=2) + "\n", encoding="utf-8"
+        json.dumps({**metadata, **digests}, indent=2) + "\n", encoding="utf-8"
     )
     # A rename cannot replace a folder that has content, so the files move one by one.
     folder.mkdir(exist_ok=True)

@@ -24,6 +24,7 @@ from medqlora.model.agreement import Agreement
 from medqlora.reporting.numbers import p_text
 from medqlora.reporting.subjects import fold_small, merge_accuracies
 from medqlora.training.memory.tracker import GIB
+from medqlora.training.optimizers import count_warmup, learning_rate
 from medqlora.training.planning import Decision, Planned
 from medqlora.training.session import Built, Loaded
 from medqlora.training.setup import Setup
@@ -99,15 +100,39 @@ class TrainingDisplay(AbstractContextManager):
         if self.writes and not self.console.is_terminal and due:
             self.console.print(f"step {done}/{self.steps}  {figures}")
 
-    def log_evaluation(self, step: int, loss: float) -> None:
-        """Log an evaluation: the mean loss per supervised token in nats, and its perplexity."""
-        perplexity = math.exp(min(loss, 700))  # exp of a number above 709 overflows a float.
-        self.log({"step": step, "eval_loss": loss, "perplexity": perplexity})
+    def log_evaluation(self, step: int, loss: float, best_step: int) -> None:
+        """Log and print an evaluation: the mean loss per supervised token in nats, and its
+        perplexity.
+
+        Args:
+            best_step: The step of the lowest evaluation loss so far.
+        """
+        measured = measure_perplexity(loss)
+        self.log({"step": step, **measured})
+        lowest = "the lowest so far" if best_step == step else f"lowest at step {best_step}"
+        self.say(
+            f"step {step}/{self.steps}  evaluation loss {loss:.4f}  perplexity"
+            f" {measured['perplexity']:.4g}  ({lowest})"
+        )
+
+
+def measure_perplexity(loss: float | None) -> dict[str, float]:
+    """Return the keys of an evaluation loss for logs and metrics; none without an evaluation."""
+    if loss is None:
+        return {}
+    # exp of a number above 709 overflows a float.
+    return {"eval_loss": loss, "perplexity": math.exp(min(loss, 700))}
+
+
+def describe_result(setup: Setup, state: dict[str, Any]) -> str:
+    """Say at the end which adapter is kept, and its evaluation loss."""
+    measured = "" if state["best_loss"] is None else f", evaluation loss {state['best_loss']:.4f}"
+    return f"adapter of step {state['best_step']}{measured}: {setup.output_dir / 'adapter'}"
 
 
 def describe_planned(setup: Setup, planned: Planned) -> Iterator[Table | Text | str]:
     """Describe the data, the steps and the memory of a training, before its model is loaded."""
-    for warning in planned.damaged:
+    for warning in planned.warnings:
         yield Text(f"warning: {warning}", style="yellow")
     prepared = planned.prepared
     yield from prepared.descriptions
@@ -122,6 +147,15 @@ def describe_planned(setup: Setup, planned: Planned) -> Iterator[Table | Text | 
         f"{len(planned.plan):,} steps of {batches} micro-batch(es) per process;"
         f" {evaluated:,} rows for the evaluation loss, {len(prepared.test):,} test questions"
     )
+    training = setup.config.training
+    steps = len(planned.plan)
+    if count_warmup(steps, training) > steps:
+        reached = learning_rate(steps - 1, steps, training)
+        yield (
+            f"[yellow]warning: training.warmup_steps {training.warmup_steps:g} is longer than the"
+            f" run of {steps:,} steps: the learning rate only rises to {reached:.1e} and never"
+            f" reaches training.lr {training.lr:.1e}"
+        )
     yield describe_decision(planned.decision)
     if planned.checkpoint is not None:
         done = planned.checkpoint.state["step"]

@@ -6,14 +6,14 @@ complete when it appears; its manifest of sizes and hashes shows damage that com
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import io
 import json
 import os
-import shutil
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,8 +21,10 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 
 from medqlora.core.errors import UserError
+from medqlora.core.files import find_problem, remove, write_manifest
 
-MANIFEST = "manifest.json"
+# The files of a checkpoint that a resumed run cannot do without.
+NEEDED = ("adapter.safetensors", "optimizer.pt", "state.json")
 
 
 class CheckpointError(UserError):
@@ -47,12 +49,6 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file as hexadecimal text."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def sync(path: Path) -> None:
     """Flush a file or folder to disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -69,8 +65,10 @@ def save_checkpoint(
     optimizer: dict[str, Any],
     state: dict[str, Any],
     keep: int,
+    copies: Mapping[str, Path] = MappingProxyType({}),
 ) -> Path:
-    """Write the folder `step-N`, then delete all but `keep` of the folders up to step N.
+    """Write the folder `step-N`, then delete the folders up to step N that are not among the newest
+    `keep` complete ones.
 
     Folders of later steps are damaged ones that a resumed run has passed over; they stay until
     their step is written again.
@@ -81,7 +79,9 @@ def save_checkpoint(
         adapter: The adapter's whole tensors on the CPU, by PEFT name.
         optimizer: The optimizer's whole state tensors on the CPU, by parameter name.
         state: What the training loop restores; it must be JSON.
-        keep: Number of checkpoints that stay on disk.
+        keep: Number of complete checkpoints that stay on disk.
+        copies: Files of the run, by the name of their copy in the checkpoint. One that does not
+            exist is left out.
 
     Returns:
         The folder that was written.
@@ -93,7 +93,7 @@ def save_checkpoint(
     unfinished = folder / f".step-{step}.tmp"
     try:
         # A run that was killed while it wrote may have left this folder.
-        shutil.rmtree(unfinished, ignore_errors=True)
+        remove(unfinished)
         unfinished.mkdir(parents=True)
         # The data is serialized in memory first, because the libraries' own writers report a full
         # disk as an error of their file format instead of an OSError.
@@ -103,59 +103,54 @@ def save_checkpoint(
         (unfinished / "optimizer.pt").write_bytes(states.getbuffer())
         saved_state = json.dumps({**state, "step": step})
         (unfinished / "state.json").write_text(saved_state, encoding="utf-8")
+        for name, source in copies.items():
+            if source.is_file():
+                (unfinished / name).write_bytes(source.read_bytes())
         # The manifest covers all files that are there by now. It cannot cover itself.
-        files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": hash_file(path)}
-            for path in sorted(unfinished.iterdir())
-        }
-        manifest = json.dumps({"step": step, "files": files}, indent=2)
-        (unfinished / MANIFEST).write_text(manifest, encoding="utf-8")
+        write_manifest(unfinished, {"step": step})
         # The contents must reach the disk before the new name does. Otherwise a power failure could
         # leave a complete name with empty files.
         for path in unfinished.iterdir():
             sync(path)
-        if target.exists():  # A damaged checkpoint of the same step may be there.
-            shutil.rmtree(target)
+        remove(target)  # A damaged checkpoint of the same step may be there.
         unfinished.rename(target)
         # The new name itself stands in the parent folder.
         sync(folder)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(unfinished)
+        remove(unfinished)
         raise CheckpointError(
             f"checkpoint {target} cannot be written: {error.strerror or error}; free some space on"
             " this disk and continue with --resume"
         ) from None
-    # Old checkpoints go only after the new one is in place, so there is always one to continue
-    # from. The number in a name follows the five letters of `step-`.
-    up_to_now = [path for path in list_checkpoints(folder) if int(path.name[5:]) <= step]
-    for old in up_to_now[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+    prune(folder, step, keep)
     return target
+
+
+def prune(folder: Path, step: int, keep: int) -> None:
+    """Delete the checkpoints up to a step that are not among the newest `keep` complete ones."""
+    # A damaged checkpoint must not count as one of those that are kept. Otherwise it could drive
+    # out the only one that a run can continue from.
+    complete = 0
+    for path in list_checkpoints(folder):
+        if step_of(path) > step:
+            continue
+        if complete == keep:
+            remove(path)
+        elif find_problem(path, NEEDED) is None:
+            complete += 1
+
+
+def step_of(path: Path) -> int:
+    """Return N of a folder `step-N`."""
+    return int(path.name.removeprefix("step-"))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the folders `step-N`, newest first, whether they are complete or not."""
     if not folder.is_dir():
         return []
-    checkpoints = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
-    return sorted(checkpoints, key=lambda path: -int(path.name[5:]))
-
-
-def find_problem(path: Path) -> str | None:
-    """Say what is wrong with a checkpoint; None means that every file matches the manifest."""
-    try:
-        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
-        for name, recorded in files.items():
-            size = (path / name).stat().st_size
-            if size != recorded["bytes"]:
-                return f"{name} has {size} bytes, not {recorded['bytes']}"
-            if hash_file(path / name) != recorded["sha256"]:
-                return f"{name} does not have its recorded hash"
-    # A manifest that is JSON of another form raises the last three.
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
+    checkpoints = [path for path in folder.iterdir() if re.fullmatch(r"step-[0-9]+", path.name)]
+    return sorted(checkpoints, key=step_of, reverse=True)
 
 
 def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -167,7 +162,7 @@ def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """
     warnings = []
     for path in list_checkpoints(folder):
-        problem = find_problem(path)
+        problem = find_problem(path, NEEDED)
         if problem is not None:
             warnings.append(f"checkpoint {path} is damaged ({problem}); using the one before it")
             continue

@@ -19,10 +19,7 @@ def learning_rate(step: int, steps: int, training: Training) -> float:
     zero (SGDR, arXiv:1608.03983, equation 5, without restarts). The rate depends on the step alone,
     so a resumed run needs no scheduler state.
     """
-    if training.warmup_steps < 1:  # The value is a fraction of all steps.
-        warmup = math.ceil(training.warmup_steps * steps)
-    else:
-        warmup = int(training.warmup_steps)
+    warmup = count_warmup(steps, training)
     if step < warmup:
         # The first step already has a rate above zero, so no step is without effect.
         return training.lr * (step + 1) / warmup
@@ -30,6 +27,13 @@ def learning_rate(step: int, steps: int, training: Training) -> float:
     done = (step - warmup) / max(1, steps - warmup)
     shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
     return training.lr * shape[training.scheduler]
+
+
+def count_warmup(steps: int, training: Training) -> int:
+    """Return the number of warm-up steps of a run of `steps` steps."""
+    if training.warmup_steps < 1:  # The value is a fraction of all steps.
+        return math.ceil(training.warmup_steps * steps)
+    return int(training.warmup_steps)
 
 
 def make_optimizer(

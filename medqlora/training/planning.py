@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,19 @@ from medqlora.batches.cache import (
     load_prepared,
     prepare_plan,
     save_prepared,
+    use_cache,
 )
 from medqlora.batches.collate import most_supervised
 from medqlora.batches.pipeline import prepare
 from medqlora.batches.plan import Plan
 from medqlora.core.config import Config
 from medqlora.core.config_loading import change
+from medqlora.core.environment import read_commit, read_versions
 from medqlora.core.errors import UserError
-from medqlora.core.run_folder import check_unchanged, open_run
+from medqlora.core.run_folder import open_run
+from medqlora.core.run_origin import ORIGIN, describe_changes, find_changes
+from medqlora.model.identity import hash_base, resolve_base
+from medqlora.model.initial_adapter import describe_initial
 from medqlora.training.checkpoints import Checkpoint, load_newest
 from medqlora.training.memory.allocator import segments_expand
 from medqlora.training.memory.estimate import forecast_plan
@@ -96,7 +102,11 @@ class Planned:
         plan_sha256: Hash of everything that the plan follows from.
         decision: Micro-batch and recomputation.
         checkpoint: The checkpoint that a resumed run continues from; None for a new run.
-        damaged: Warnings about damaged checkpoints that were passed over.
+        warnings: What the user should know of damaged checkpoints that were passed over, and of
+            what is otherwise than when a resumed run began.
+        hashes: The hashes of data, prompts and base, by the keys of run_origin.MEANINGS; on rank 0
+            alone, as is `origin`.
+        origin: The content of origin.json.
     """
 
     config: Config
@@ -105,7 +115,9 @@ class Planned:
     plan_sha256: str
     decision: Decision
     checkpoint: Checkpoint | None
-    damaged: list[str]
+    warnings: list[str]
+    hashes: dict[str, str]
+    origin: dict[str, Any]
 
 
 def plan_run(setup: Setup, show: Callable[[str], None]) -> Planned:
@@ -143,17 +155,30 @@ def plan_run(setup: Setup, show: Callable[[str], None]) -> Planned:
             "decision": asdict(decision),
         }
 
-    shared = share_once(Path(data.cache_dir).expanduser(), work, show)
+    cache = Path(data.cache_dir).expanduser()
+    # Rank 0 alone writes to the cache.
+    with use_cache(cache) if setup.rank == 0 else nullcontext():
+        shared = share_once(cache, work, show)
     decision = Decision(**shared["decision"])
     with agree_on_errors():
         prepared = prepared_here[0] if prepared_here else load_prepared(data, shared["prepared"])
         plan = load_plan(data, shared["plan"])
+    checkpoint, warnings = find_checkpoint(setup)
+    origin = {}
+    hashes = {}
+    with agree_on_errors():
         if setup.rank == 0:
-            if setup.resume:
-                check_unchanged(setup.output_dir / "environment.json", prepared.hashes)
-            # The run folder is made only now, so a mistake in the data leaves no folder behind.
-            open_run(setup.output_dir, config)
-    checkpoint, damaged = find_checkpoint(setup)
+            done = checkpoint.state["step"] if checkpoint is not None else 0
+            base = resolve_base(config.model.base, config.model.revision)
+            hashes = {
+                "base_files_sha256": hash_base(base),
+                **prepared.hashes,
+                "steps_sha256": plan.hash_steps(),
+            }
+            origin, changes = trace_origin(setup, hashes, decision, done)
+            warnings += changes
+            # The run is opened only now, so a mistake in the data leaves no folder behind.
+            open_run(setup.output_dir, config, origin)
     return Planned(
         config=decision.apply(config),
         prepared=prepared,
@@ -161,8 +186,58 @@ def plan_run(setup: Setup, show: Callable[[str], None]) -> Planned:
         plan_sha256=shared["plan"].removeprefix("plan-"),
         decision=decision,
         checkpoint=checkpoint,
-        damaged=damaged,
+        warnings=setup.warnings + warnings,
+        hashes=hashes,
+        origin=origin,
     )
+
+
+def trace_origin(
+    setup: Setup, hashes: dict[str, str], decision: Decision, done: int
+) -> tuple[dict[str, Any], list[str]]:
+    """Compare this start with the first one of the run.
+
+    Args:
+        hashes: The hashes of this start, by the keys of run_origin.MEANINGS.
+        done: Steps that were taken before this start.
+
+    Returns:
+        The content of origin.json: what the run began with, and the list of resumptions with this
+        one; and warnings about what has changed.
+
+    Raises:
+        RunError: The remaining steps would not be those of the run.
+    """
+    versions = {**read_versions(), "commit": read_commit()}
+    first = {
+        **hashes,
+        "versions": versions,
+        "packed_tokens": decision.packed_tokens,
+        "init_adapter": find_initial(setup),
+        "resumptions": [],
+    }
+    if setup.origin:
+        changes = find_changes(setup.origin, hashes, versions)
+        warnings = describe_changes(changes, setup.origin, hashes, setup.accept_changes)
+        resumption = {"step": done, "changed": changes.hashes, "versions": changes.versions}
+        resumptions = [*setup.origin.get("resumptions", []), resumption]
+        # What the run began with wins over what is found now, for this start and the next ones.
+        return {**first, **setup.origin, "resumptions": resumptions}, warnings
+    if done:
+        # The record was damaged or missing, and --resume_changed let that pass.
+        resumption = {"step": done, "changed": [ORIGIN], "versions": {}}
+        warning = f"--resume_changed: what the run began with is not known ({ORIGIN})"
+        return {**first, "resumptions": [resumption]}, [warning]
+    return first, []
+
+
+def find_initial(setup: Setup) -> dict[str, Any] | None:
+    """Return what is recorded of lora.init_adapter; None for a training that begins without it."""
+    lora = setup.config.lora
+    if lora.init_adapter is None:
+        return None
+    # The folder of a resumed run's initial adapter may be gone or changed since.
+    return setup.origin.get("init_adapter") or describe_initial(lora)
 
 
 def find_checkpoint(setup: Setup) -> tuple[Checkpoint | None, list[str]]:
@@ -175,10 +250,10 @@ def find_checkpoint(setup: Setup) -> tuple[Checkpoint | None, list[str]]:
         AgreedError: The ranks see different checkpoints.
     """
     checkpoint = None
-    damaged: list[str] = []
+    warnings: list[str] = []
     with agree_on_errors():
         if setup.resume:
-            checkpoint, damaged = load_newest(setup.output_dir / "checkpoints")
+            checkpoint, warnings = load_newest(setup.output_dir / "checkpoints")
     # gather may stand only where no rank can fail before it, so comparing has a block of its own.
     with agree_on_errors():
         steps = gather(checkpoint and checkpoint.state["step"])
@@ -187,7 +262,7 @@ def find_checkpoint(setup: Setup) -> tuple[Checkpoint | None, list[str]]:
                 f"the ranks see different newest checkpoints (steps {steps}); --output_dir must be"
                 " on a filesystem that all machines share"
             )
-    return checkpoint, damaged
+    return checkpoint, warnings
 
 
 def decide_step(setup: Setup, prepared: Prepared, memory: int) -> Decision:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,17 @@ from typing import Any
 import torch
 
 from medqlora.core.environment import describe_environment
-from medqlora.core.files import write_json, write_json_lines
+from medqlora.core.errors import RunError
+from medqlora.core.files import (
+    hash_file,
+    hash_json,
+    write_atomic,
+    write_checked,
+    write_json,
+    write_json_lines,
+)
 from medqlora.core.run_folder import LOG, rewind_log
+from medqlora.core.run_origin import ORIGIN
 from medqlora.model.adapter import adapter_weights, restore_adapter, save_adapter
 from medqlora.model.agreement import Agreement
 from medqlora.model.base import ModelError
@@ -19,14 +27,16 @@ from medqlora.model.hardware import name_dtype
 from medqlora.model.identity import architecture_hash, resolve_base, sample_weights
 from medqlora.model.initial_adapter import describe_initial, load_initial
 from medqlora.model.overrides import list_overrides
-from medqlora.training.checkpoints import save_checkpoint
-from medqlora.training.planning import Planned
+from medqlora.training.checkpoints import Checkpoint, save_checkpoint
+from medqlora.training.planning import Planned, find_initial
 from medqlora.training.processes import agree_on_errors
 from medqlora.training.session import Built, Loaded, Session
 from medqlora.training.setup import Setup
 from medqlora.training.strategies.gradient_check import GradientCheck
 from medqlora.training.strategies.launch import choose_storage
 from medqlora.training.strategies.wrapping import gather_weights, load_states
+
+BASE_PREDICTIONS = Path("predictions") / "base.jsonl"
 
 
 def describe_adapter(setup: Setup, planned: Planned, base: torch.nn.Module) -> dict[str, Any]:
@@ -53,18 +63,6 @@ def describe_adapter(setup: Setup, planned: Planned, base: torch.nn.Module) -> d
         "dtype": name_dtype(setup.dtype),
         **({} if initial is None else {"init_adapter": initial}),
     }
-
-
-def find_initial(setup: Setup) -> dict[str, Any] | None:
-    """Return what is recorded of lora.init_adapter; None for a training that begins without it."""
-    lora = setup.config.lora
-    if lora.init_adapter is None:
-        return None
-    # The folder of a resumed run's initial adapter may be gone or changed since.
-    environment = setup.output_dir / "environment.json"
-    if setup.resume and environment.is_file():
-        return json.loads(environment.read_text(encoding="utf-8"))["base"]["init_adapter"]
-    return describe_initial(lora)
 
 
 def restore_weights(setup: Setup, planned: Planned, built: Built) -> None:
@@ -109,7 +107,8 @@ def describe_run(
     environment = {
         **describe_environment(),
         "seed": setup.config.training.seed,
-        **planned.prepared.hashes,
+        **planned.hashes,
+        "resumptions": planned.origin.get("resumptions", []),
         "plan_sha256": planned.plan_sha256,
         "step_plan": planned.decision.as_dict(),
         "base": metadata,
@@ -139,8 +138,7 @@ def describe_run(
 def write_start(setup: Setup, planned: Planned, environment: dict[str, Any]) -> None:
     """Write environment.json and removed.jsonl; collective.
 
-    A resumed run also cuts the steps after its checkpoint out of the log, because it takes them
-    again.
+    A resumed run also puts back the log and the best adapter as they were at its checkpoint.
     """
     with agree_on_errors():
         # A return inside the block still takes part in its agreement, which every rank must.
@@ -151,9 +149,78 @@ def write_start(setup: Setup, planned: Planned, environment: dict[str, Any]) -> 
         removals = [asdict(removal) for removal in planned.prepared.removals]
         write_json_lines(folder / "removed.jsonl", removals)
         if setup.resume:
-            # A resumed run without a complete checkpoint begins anew, and the whole log is dropped.
-            done = planned.checkpoint.state["step"] if planned.checkpoint else 0
-            rewind_log(folder / LOG, done)
+            restore_files(folder, planned.checkpoint)
+
+
+def list_copies(folder: Path) -> dict[str, Path]:
+    """Return the files of a run that each checkpoint holds a copy of, by the copy's name.
+
+    They are what a resumed run goes on with. Read from a checkpoint they are whole, and of the same
+    step as its weights.
+    """
+    return {LOG: folder / LOG} | {
+        f"best_{name}": folder / "adapter" / name
+        for name in ("adapter_config.json", "adapter_model.safetensors", "medqlora.json")
+    }
+
+
+def restore_files(folder: Path, checkpoint: Checkpoint | None) -> None:
+    """Put back the log and the best adapter as they were at a checkpoint.
+
+    Args:
+        folder: The run folder.
+        checkpoint: The checkpoint; None for a run that begins anew, whose whole log is dropped.
+    """
+    copies = list_copies(folder) if checkpoint is not None else {}
+    # Checkpoints of older versions hold no copies.
+    if checkpoint is None or not (checkpoint.path / LOG).is_file():
+        rewind_log(folder / LOG, checkpoint.state["step"] if checkpoint is not None else 0)
+    for name, target in copies.items():
+        if (checkpoint.path / name).is_file():
+            make_folder(target.parent)
+            write_atomic(target, (checkpoint.path / name).read_bytes())
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder of the run.
+
+    Raises:
+        RunError: The disk refuses, or a file is in its place.
+    """
+    try:
+        path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"cannot make folder {path}: {error.strerror}; free space, or move away what is there"
+        ) from None
+
+
+def has_base_predictions(setup: Setup, planned: Planned) -> bool:
+    """Say whether an earlier start has answered the same questions with the same base; on rank 0.
+
+    Otherwise they are answered again: where the file is missing, was changed, or was written by a
+    version that did not record its hash.
+    """
+    recorded = setup.origin.get("base_predictions") or {}
+    path = setup.output_dir / BASE_PREDICTIONS
+    return (
+        path.is_file()
+        and recorded.get("inputs_sha256") == hash_json(planned.hashes)
+        and recorded.get("sha256") == hash_file(path)
+    )
+
+
+def write_predictions(setup: Setup, planned: Planned, name: str, rows: list[dict]) -> None:
+    """Write the predictions of the "base" or the "tuned" model; on rank 0.
+
+    The hash of those of the base goes to origin.json, because a resumed run uses them again.
+    """
+    path = setup.output_dir / "predictions" / f"{name}.jsonl"
+    make_folder(path.parent)
+    write_json_lines(path, rows)
+    if name == "base":
+        digests = {"inputs_sha256": hash_json(planned.hashes), "sha256": hash_file(path)}
+        write_checked(setup.output_dir / ORIGIN, planned.origin | {"base_predictions": digests})
 
 
 def write_checkpoint(session: Session, output_dir: Path, state: dict[str, Any]) -> Path:
@@ -186,6 +253,7 @@ def write_checkpoint(session: Session, output_dir: Path, state: dict[str, Any]) 
                 # Which float16 steps overflow and are skipped depends on the loss scale.
                 state | {"loss_scale": session.trainer.read_scale()},
                 session.config.training.keep_checkpoints,
+                list_copies(output_dir),
             )
     return folder / f"step-{state['step']}"
 

@@ -23,6 +23,7 @@ from medqlora.batches.collate import cap_batches, collate
 from medqlora.batches.plan import Plan, fit_bins
 from medqlora.core.config import Config
 from medqlora.core.errors import UserError
+from medqlora.core.seeds import fit_seed
 from medqlora.model.adapter import attach_adapter, trainable
 from medqlora.model.agreement import Agreement, prove_agreement
 from medqlora.model.attention.backends import IMPLEMENTATIONS, choose_backend
@@ -314,8 +315,8 @@ class Session:
                 # The dropout of a micro-batch depends on its number in the plan alone, so a resumed
                 # run need not restore the state of a random generator.
                 # The step has bits 16 to 39 and the micro-batch those below, so no two seeds of a
-                # run are equal.
-                seed = (self.config.training.seed << 40) + (step << 16)
+                # run are equal. torch takes 64 bits, which leaves 24 for the run's own seed.
+                seed = (fit_seed(self.config.training.seed, 24) << 40) + (step << 16)
                 torch.manual_seed(seed + number * ranks + self.rank)
                 last = number == len(batches) - 1
                 loss = run_micro_batch(self.trainer, batch, factor, last)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, MutableMapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,6 +19,8 @@ from medqlora.core.config import Config
 from medqlora.core.environment import MemoryMeter
 from medqlora.core.files import check_disk, hash_json
 from medqlora.core.run_folder import check_run
+from medqlora.core.run_lock import hold_run
+from medqlora.core.run_origin import read_origin
 from medqlora.model.adapter_preview import Preview, preview_adapter
 from medqlora.model.attention.backends import Choice, choose_backend
 from medqlora.model.base import check_hardware, check_length, load_tokenizer, read_model_config
@@ -33,12 +36,20 @@ from medqlora.training.processes import (
 )
 from medqlora.training.strategies.launch import Strategy, check_strategy, read_strategy
 
+# A restarted job waits this many seconds for the lock of its run: a process of the start before may
+# still be ending, and a network file system may give its lock back late.
+RESTART_PATIENCE = 60.0
+
 
 @dataclass(frozen=True)
 class Setup:
     """The processes of a training and its checked configuration.
 
     Args:
+        accept_changes: Whether a resumed run may have other data, base, tokenizer or prompts.
+        origin: What the resumed run began with (see read_origin); empty for a new one.
+        lock: Holds the lock of the run folder on rank 0 until it is closed.
+        warnings: What the user should know of the machine.
         dtype: The dtype of computing.
         encoder: Tokenizer and prompt style.
         architecture: Configuration of the base model, without weights.
@@ -53,6 +64,10 @@ class Setup:
     config: Config
     output_dir: Path
     resume: bool
+    accept_changes: bool
+    origin: dict[str, Any]
+    lock: ExitStack
+    warnings: list[str]
     accelerator: Accelerator
     strategy: Strategy
     dtype: torch.dtype
@@ -82,11 +97,16 @@ class Setup:
 
 
 def start(
-    config: Config, output_dir: Path, resume: bool, environ: MutableMapping[str, str]
+    config: Config,
+    output_dir: Path,
+    resume: bool,
+    environ: MutableMapping[str, str],
+    accept_changes: bool = False,
 ) -> Setup:
     """Join the processes that the launcher started, and check configuration and hardware.
 
     Args:
+        accept_changes: Whether a resumed run may have other data, base, tokenizer or prompts.
         environ: The environment variables; some are set for torch and the libraries.
 
     Raises:
@@ -113,7 +133,8 @@ def start(
     unset_hf_deepspeed_config()
     environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     # Only the machine whose process died counts a restart, so the ranks must agree on it.
-    resume = any(gather(resume or was_restarted(environ)))
+    restarted = any(gather(was_restarted(environ)))
+    resume = resume or restarted
     model = config.model
     # No collective operation may stand in this block, because any rank may fail at any line of it.
     with agree_on_errors():
@@ -135,10 +156,12 @@ def start(
         encoder = make_encoder(
             tokenizer, config.data.prompt_style, config.data.completion, model.template_arguments
         )
-        packed_tokens = read_packed_tokens(output_dir, config) if resume else None
+        origin = read_origin(output_dir, accept_changes) if resume else {}
     # check_versions is collective. In a block of its own, no rank can fail before it.
     with agree_on_errors():
         check_versions(hash_json(config.model_dump(mode="json")))
+    lock = ExitStack()
+    warnings: list[str] = []
     with agree_on_errors():
         if accelerator.is_main_process:
             # Nothing is written yet: plan_run makes the run folder after the data.
@@ -148,11 +171,18 @@ def start(
                 size_of_checkpoints(preview.adapter_parameters, training.keep_checkpoints),
                 "adapter and checkpoints",
             )
+            # From here on no other training can write to the folder.
+            warning = lock.enter_context(hold_run(output_dir, RESTART_PATIENCE * restarted))
+            warnings += [warning] if warning else []
     meter = MemoryMeter(cuda=device.type == "cuda")
     return Setup(
         config=config,
         output_dir=output_dir,
         resume=resume,
+        accept_changes=accept_changes,
+        origin=origin,
+        lock=lock,
+        warnings=warnings,
         accelerator=accelerator,
         strategy=strategy,
         dtype=dtype,
@@ -160,7 +190,7 @@ def start(
         architecture=architecture,
         attention=attention,
         preview=preview,
-        resumed_packed_tokens=packed_tokens,
+        resumed_packed_tokens=read_packed_tokens(origin, config),
         meter=meter,
         memory_before=meter.now(),
         local_ranks=int(environ.get("LOCAL_WORLD_SIZE") or 1),
@@ -177,19 +207,20 @@ def size_of_checkpoints(adapter_parameters: int, kept: int) -> int:
     """Return the bytes of disk that a run needs, from above.
 
     They are those of `kept` checkpoints, of one that is being written, and of the adapter itself.
-    Each parameter takes 4 bytes for its weight and 8 bytes for AdamW's two float32 moments.
+    Each parameter takes 4 bytes for its weight, 4 for that of the best adapter, and 8 for AdamW's
+    two float32 moments.
     """
-    return 12 * adapter_parameters * (kept + 2)
+    return 16 * adapter_parameters * (kept + 2)
 
 
-def read_packed_tokens(output_dir: Path, config: Config) -> int | None:
-    """Read the number of tokens of the bins that the run in this folder was packed into.
+def read_packed_tokens(origin: Mapping[str, Any], config: Config) -> int | None:
+    """Return the number of tokens of the bins that a resumed run was packed into.
 
     It is None where the configuration gives the number itself, or where the run has not begun.
+
+    Args:
+        origin: What the run began with (see read_origin).
     """
-    environment = output_dir / "environment.json"
-    if config.training.max_tokens_per_batch != "auto" or not environment.is_file():
+    if config.training.max_tokens_per_batch != "auto":
         return None
-    decision = json.loads(environment.read_text(encoding="utf-8")).get("step_plan", {})
-    # Older versions packed rows into the micro-batches of their processes and wrote only these.
-    return decision.get("packed_tokens", decision.get("max_tokens_per_batch"))
+    return origin.get("packed_tokens")

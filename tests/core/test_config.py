@@ -1,12 +1,10 @@
-import json
-
 import pytest
 import yaml
 
 from medqlora.core.config import Config
 from medqlora.core.config_loading import all_keys, dump_config, help_text, load_config
 from medqlora.core.errors import ConfigError, RunError
-from medqlora.core.run_folder import check_run, check_unchanged
+from medqlora.core.run_folder import check_run
 
 BASE = "model:\n  base: x\n"
 
@@ -120,15 +118,3 @@ def test_a_run_of_an_older_version_can_be_resumed(write, tmp_path):
     )
     with pytest.raises(RunError, match=r"training.deterministic was False"):
         check_run(tmp_path / "run", other, resume=True)
-
-
-@pytest.mark.parametrize("key", ["prompt_sha256", "data_sha256"])
-def test_a_run_is_not_continued_with_other_prompts_or_rows(tmp_path, key):
-    """The configuration names a tokenizer and files, whose content may have changed."""
-    hashes = {"prompt_sha256": "a" * 64, "data_sha256": "b" * 64}
-    path = tmp_path / "environment.json"
-    check_unchanged(path, hashes)  # The run had not begun.
-    path.write_text(json.dumps(hashes))
-    check_unchanged(path, hashes)
-    with pytest.raises(RunError, match=rf"--resume: the .* changed.*{key} was .*, now cccc"):
-        check_unchanged(path, hashes | {key: "c" * 64})

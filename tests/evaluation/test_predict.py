@@ -96,8 +96,8 @@ def test_killed_with_changing_shards_equals_uninterrupted(whole, tmp_path):
                 row["key"]
                 for part in parts.glob("*.jsonl")
                 for line in part.read_text().splitlines()
-                if line.endswith("]")
-                for row in json.loads(line)
+                if line.endswith("}")
+                for row in json.loads(line)["rows"]
             ]
             assert len(keys) == len(set(keys)), "a batch was computed twice"
         if output.exists():

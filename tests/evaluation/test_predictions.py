@@ -89,6 +89,29 @@ def test_a_line_cut_anywhere_is_dropped_and_no_other(tmp_path):
             assert set(again.read()) == {"a", "d"}
 
 
+def test_a_changed_line_is_dropped_and_its_batch_is_made_again(tmp_path):
+    """Most changes leave valid JSON behind: another digit, another letter of a name."""
+    output = tmp_path / "p.jsonl"
+    with Journal(output) as journal:
+        journal.append(rows_of("a"))
+        journal.append(rows_of("b"))
+    whole = journal.path.read_bytes()
+    for place in range(whole.index(b"\n")):
+        for bit in (1, 2):
+            changed = bytearray(whole)
+            changed[place] ^= bit
+            journal.path.write_bytes(changed)
+            with Journal(output) as again:
+                found = again.read()
+            # A space may become another blank; nothing else may pass.
+            assert set(found) == {"b"} or list(found.values()) == rows_of("a", "b"), place
+    journal.path.write_bytes(whole.replace(b'"gold"', b'"golf"', 1))
+    with Journal(output) as again:
+        again.append(rows_of("a"))
+        again.finish(output, rows_of("a", "b"))
+    assert list(tmp_path.iterdir()) == [output]
+
+
 def test_full_disk_keeps_earlier_batches(tmp_path, monkeypatch):
     with Journal(tmp_path / "p.jsonl") as journal:
         journal.append(rows_of("a"))
@@ -247,8 +270,9 @@ def test_parts_of_other_models_are_left_alone(tmp_path):
     output = tmp_path / "p.jsonl"
     with Journal(output, 0, 1) as journal:
         journal.append(rows_of("a"))
-        other = journal.folder / "1-of-2.jsonl"
-        other.write_text(json.dumps(rows_of("another model's")) + "\n")
+        with Journal(output, 1, 2) as other_shard:
+            other_shard.append(rows_of("another model's"))
+        other = other_shard.path
         (journal.folder / "x.jsonl").write_text('{"a": 1}\n7\n[1]\n')
         assert set(journal.read()) == {"a", "another model's"}
         journal.finish(output, rows_of("a"))

@@ -18,6 +18,8 @@ from medqlora.batches.plan import fit_bins
 from medqlora.core.config_loading import change, load_config
 from medqlora.core.environment import VARIABLES, prefer_expandable_segments
 from medqlora.core.errors import UserError
+from medqlora.core.files import write_checked
+from medqlora.core.run_origin import read_origin
 from medqlora.model.adapter_preview import preview_adapter
 from medqlora.training.memory import tracker
 from medqlora.training.memory.allocator import replay_allocator
@@ -898,15 +900,19 @@ def test_recipe_decides_by_forecast_and_a_resumed_run_keeps_its_micro_batches(tm
     ]
     done = run_script(*recipe)
     assert done.returncode == 0, done.stderr
-    manifest = tmp_path / "run" / "environment.json"
+    folder = tmp_path / "run"
+    manifest = folder / "environment.json"
     facts = json.loads(manifest.read_text())
     assert facts["step_plan"]["max_tokens_per_batch"] == 2048
     assert facts["step_plan"]["gradient_checkpointing"] == "none"
     assert facts["recomputed_layers"] == facts["step_plan"]["recomputed_layers"] == 0
     assert 0 < facts["step_plan"]["predicted_peak_bytes"] < facts["step_plan"]["memory_bytes"]
     assert "max_tokens_per_batch: auto" in (tmp_path / "run" / "config.yaml").read_text()
-    facts["step_plan"]["packed_tokens"] = 1024  # as another machine might have decided
-    manifest.write_text(json.dumps(facts))
+    origin = read_origin(folder)
+    # Another machine might have decided so. The steps then have other rows.
+    origin |= {"packed_tokens": 1024}
+    del origin["steps_sha256"]
+    write_checked(folder / "origin.json", origin)
     done = run_script(*recipe, "--resume")
     assert done.returncode == 0, done.stderr
     assert json.loads(manifest.read_text())["step_plan"]["max_tokens_per_batch"] == 1024
@@ -931,11 +937,12 @@ def test_a_resumed_run_keeps_its_bins_or_decides_as_before(ranks, packed_tokens,
 def test_a_begun_run_is_packed_as_it_was_on_any_number_of_processes(tmp_path):
     auto = ("--training.max_tokens_per_batch", "auto", "--training.global_batch_tokens", "8192")
     manifest = tmp_path / "environment.json"
-    assert read_packed_tokens(tmp_path, make_config(*auto)) is None
+    assert read_packed_tokens(read_origin(tmp_path), make_config(*auto)) is None
     manifest.write_text(json.dumps({"step_plan": {"max_tokens_per_batch": 2048}}))
-    assert read_packed_tokens(tmp_path, make_config(*auto)) == 2048  # of an older version
+    older = read_origin(tmp_path)
+    assert read_packed_tokens(older, make_config(*auto)) == 2048  # of an older version
     decided = {"max_tokens_per_batch": 600, "packed_tokens": 2048}
     manifest.write_text(json.dumps({"step_plan": decided}))
-    assert read_packed_tokens(tmp_path, make_config(*auto)) == 2048
+    assert read_packed_tokens(read_origin(tmp_path), make_config(*auto)) == 2048
     # The configuration names its micro-batch.
-    assert read_packed_tokens(tmp_path, make_config()) is None
+    assert read_packed_tokens(read_origin(tmp_path), make_config()) is None

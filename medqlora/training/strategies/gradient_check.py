@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from medqlora.batches.collate import collate
 from medqlora.core.config import Config
+from medqlora.core.seeds import fit_seed
 from medqlora.model.adapter import trainable
 from medqlora.model.attention.packed_batch import move_batch
 from medqlora.model.head_loss import AnswerLoss, count_chunks
@@ -62,7 +63,7 @@ def open_session(
     if strategy.name == "one" or setup.dtype is torch.float16:
         return Session(built, config, strategy, setup.device, setup.dtype, setup.rank), None
     start = time.perf_counter()
-    seed = config.training.seed
+    seed = fit_seed(config.training.seed, 64)
     ranks = strategy.ranks
     rows = choose_rows(table, ranks)
     targets = int(table.supervised[rows].sum())
