@@ -158,9 +158,12 @@ def list_copies(folder: Path) -> dict[str, Path]:
     They are what a resumed run goes on with. Read from a checkpoint they are whole, and of the same
     step as its weights.
     """
-    return {LOG: folder / LOG} | {
-        f"best_{name}": folder / "adapter" / name
-        for name in ("adapter_config.json", "adapter_model.safetensors", "medqlora.json")
+    adapter = folder / "adapter"
+    return {
+        LOG: folder / LOG,
+        "best_adapter_config.json": adapter / "adapter_config.json",
+        "best_adapter_model.safetensors": adapter / "adapter_model.safetensors",
+        "best_medqlora.json": adapter / "medqlora.json",
     }
 
 
