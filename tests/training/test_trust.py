@@ -380,6 +380,44 @@ def test_a_kill_at_any_moment_of_opening_leaves_a_folder_that_is_taken(tmp_path,
     assert kills >= 8
 
 
+# The same in the real recipe, up to its first step.
+KILLED_RECIPE = """
+import os, runpy, sys
+from medqlora.training import session
+folder, last, count = sys.argv[1], int(sys.argv[2]), 0
+def end(event, arguments):
+    global count
+    if event in {"open", "os.mkdir", "os.rename", "os.remove"} and folder in str(arguments):
+        count += 1
+        if count > last:
+            os._exit(9)
+sys.addaudithook(end)
+update = session.Session.update
+session.Session.update = lambda self, lr: os._exit(0)
+sys.argv = sys.argv[3:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.full
+def test_a_kill_at_any_moment_before_the_first_step_changes_no_result(halfway, monkeypatch):
+    work, expected, _ = halfway
+    kills = 0
+    for last in range(100):
+        put_back(work)
+        shutil.rmtree(work / "run")
+        given = [str(work / "run"), str(last), str(RECIPE), *flags(work)]
+        process = warm_processes.start(["-c", KILLED_RECIPE, *given], ROOT)
+        _, complaint = process.communicate()
+        if process.returncode == 0:
+            break
+        assert process.returncode == 9, complaint
+        kills += 1
+        assert run_inside(RECIPE, flags(work, "--resume"), monkeypatch) == (0, ""), last
+        assert read_result(work / "run") == expected, last
+    assert kills >= 15
+
+
 # ---- the cache -----------------------------------------------------------------------------------
 
 
