@@ -1,8 +1,7 @@
 """Fine-tune a language model on medical questions with QLoRA, and measure how much better it gets.
 
     accelerate launch recipes/sft_qlora.py                 # the embedded demonstration
-    accelerate launch recipes/sft_qlora.py --config recipes/configs/NAME.yaml --output_dir runs/mine
-    accelerate launch recipes/sft_qlora.py --config … --output_dir runs/mine --resume
+    accelerate launch recipes/sft_qlora.py --config FILE.yaml --output_dir runs/mine [--resume]
 
 It checks the configuration, prepares rows, loads and scores the base, trains, and scores again.
 """
@@ -44,7 +43,7 @@ from medqlora.engines.hf import HfEngine
 from medqlora.evaluation.answering import answer_letters
 from medqlora.model.adapter import name_parameters, read_adapter_metadata
 from medqlora.reporting.terminal import (
-    TrainingDisplay,
+    Display,
     compare_scores,
     describe_check,
     describe_memory,
@@ -126,7 +125,7 @@ def train(setup: Setup, planned: Planned, session: Session, metadata: dict, stat
     end = state["step"] if stops_early(state, training) else len(plan)
     signals = catch_signals()
     setup.meter.begin()
-    with TrainingDisplay(console, setup, planned, state["step"]) as display:
+    with Display(console, setup, planned, state["step"]) as display:
         for step in range(state["step"], end):
             start_time = time.perf_counter()
             lr = learning_rate(step, len(plan), training)
@@ -175,12 +174,7 @@ def train(setup: Setup, planned: Planned, session: Session, metadata: dict, stat
 
 
 def evaluate(
-    setup: Setup,
-    planned: Planned,
-    session: Session,
-    metadata: dict[str, Any],
-    state: dict[str, Any],
-    display: TrainingDisplay,
+    setup: Setup, planned: Planned, session: Session, metadata: dict, state: dict, display: Display
 ) -> None:
     """Measure the evaluation loss, note it in `state`, and write the adapter if it is the best."""
     loss = session.evaluate(planned.prepared.eval)

@@ -10,12 +10,14 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from medqlora.core.errors import RunError
 
+LONGEST_NAME = 200  # Most file systems take 255 bytes, and a file that is written aside needs more.
 PICTURES = (".png", ".svg", ".pdf")
 MANIFEST = "manifest.json"
 # The name of a file that write_atomic has not finished. Older versions put a process id in the
@@ -64,8 +66,18 @@ def check_new(path: Path | None, flag: str = "--output") -> None:
         raise RunError(f"{flag} {path} exists; give a new file name")
     if not path.parent.is_dir():
         raise RunError(f"{flag} {path}: no folder {path.parent}; make it first")
-    if not os.access(path.parent, os.W_OK):
-        raise RunError(f"{flag} {path}: folder {path.parent} cannot be written to; give another")
+    try:
+        # Only a file that is really made shows that one can be: root may write anywhere by its
+        # rights, but not in /proc or on a disk that is read-only.
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:200]}."):
+            pass
+    except OSError as error:
+        raise RunError(
+            f"{flag} {path}: folder {path.parent} cannot be written to ({error.strerror}); give"
+            " another"
+        ) from None
+    if len(os.fsencode(path.name)) > LONGEST_NAME:
+        raise RunError(f"{flag} {str(path)[:80]}…: the name is too long; give a shorter one")
 
 
 def check_picture(path: Path | None) -> None:

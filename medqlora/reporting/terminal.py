@@ -31,7 +31,7 @@ from medqlora.training.setup import Setup
 from medqlora.training.strategies.gradient_check import GradientCheck
 
 
-class TrainingDisplay(AbstractContextManager):
+class Display(AbstractContextManager):
     """The progress bar, the log file and the experiment tracker of one training.
 
     Every rank has such an object, but only that of rank 0 writes anything.
@@ -64,7 +64,7 @@ class TrainingDisplay(AbstractContextManager):
         self.progress = Progress(*columns, console=console, disable=hidden)
         self.task = self.progress.add_task("training", total=self.steps, completed=done, figures="")
 
-    def __enter__(self) -> TrainingDisplay:
+    def __enter__(self) -> Display:
         self.progress.start()
         return self
 
@@ -151,10 +151,11 @@ def describe_planned(setup: Setup, planned: Planned) -> Iterator[Table | Text | 
     steps = len(planned.plan)
     if count_warmup(steps, training) > steps:
         reached = learning_rate(steps - 1, steps, training)
-        yield (
-            f"[yellow]warning: training.warmup_steps {training.warmup_steps:g} is longer than the"
-            f" run of {steps:,} steps: the learning rate only rises to {reached:.1e} and never"
-            f" reaches training.lr {training.lr:.1e}"
+        yield Text(
+            f"warning: training.warmup_steps {training.warmup_steps:g} is longer than the run of"
+            f" {steps:,} steps: the learning rate only rises to {reached:.1e} and never reaches"
+            f" training.lr {training.lr:.1e}",
+            style="yellow",
         )
     yield describe_decision(planned.decision)
     if planned.checkpoint is not None:
@@ -239,7 +240,7 @@ def describe_check(setup: Setup, check: GradientCheck) -> str:
     )
 
 
-def compare_scores(base: list[dict], tuned: list[dict]) -> tuple[dict[str, Any], Table, str]:
+def compare_scores(base: list[dict], tuned: list[dict]) -> tuple[dict[str, Any], Table, Text]:
     """Score the predictions of the base and of the tuned model, and compare them.
 
     Args:
@@ -265,13 +266,13 @@ def compare_scores(base: list[dict], tuned: list[dict]) -> tuple[dict[str, Any],
     for name, scores in subjects[0].items():
         add_accuracies(table, name, scores, subjects[1][name])
     low, high = comparison["difference_ci95"]
-    difference = (
+    difference = Text(
         f"difference {comparison['difference']:+.1%} (95 % interval {low:+.1%} to {high:+.1%}),"
         f" paired exact McNemar p {p_text(comparison['mcnemar_p'])}"
     )
     doubt = find_doubt(before, after)
     if doubt is not None:
-        difference += f"; [yellow]{doubt}"
+        difference.append(f"; {doubt}", style="yellow")
     return {**after, "base": before, "comparison": comparison}, table, difference
 
 
