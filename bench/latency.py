@@ -177,7 +177,12 @@ def list_loads(arguments: argparse.Namespace) -> list[tuple[str, float]]:
     """Each loop's kind, concurrency or rate, and its level."""
     closed = parse_levels("--concurrency", arguments.concurrency, whole=True)
     opened = parse_levels("--rate", arguments.rate, whole=False)
+    if not closed and not opened:
+        raise LatencyError("--concurrency and --rate are empty; give at least one level")
     return [("concurrency", level) for level in closed] + [("rate", level) for level in opened]
+
+
+MOST_LOAD = 100_000  # One machine cannot hold more connections than this.
 
 
 def parse_levels(flag: str, text: str, whole: bool) -> list[float]:
@@ -187,9 +192,11 @@ def parse_levels(flag: str, text: str, whole: bool) -> list[float]:
         # NaN fails the comparison below, which then reports the flag.
         levels = [math.nan]
     for level in levels:
-        if not 0 < level < math.inf or (whole and not level.is_integer()):
+        if not 0 < level <= MOST_LOAD or (whole and not level.is_integer()):
             expected = "whole numbers" if whole else "numbers"
-            raise LatencyError(f"{flag} {text}: expected {expected} above 0, e.g. 1,8")
+            raise LatencyError(
+                f"{flag} {text}: expected {expected} above 0 and up to {MOST_LOAD:,}, e.g. 1,8"
+            )
     return levels
 
 

@@ -157,7 +157,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"--{flag} {value}: expected 1 or more")
     if arguments.strategy and arguments.gpus == 1:
         raise ConfigError(f"--strategy {arguments.strategy} is for several processes; give --gpus")
-    if arguments.measure and (arguments.gpus > 1 or arguments.fit or arguments.serve):
+    if arguments.measure and (arguments.gpus > 1 or arguments.fit is not None or arguments.serve):
         raise ConfigError(
             "--measure is for one process and a given step; leave out --gpus, --fit and --serve"
         )
@@ -243,7 +243,7 @@ def main() -> None:
     if arguments.serve:
         check_length(architecture, arguments.serve, "--serve")
         figures = serve(case, arguments.serve)
-    elif arguments.fit:
+    elif arguments.fit is not None:
         figures = fit(case, arguments.fit)
     else:
         figures = predict(case)
@@ -288,7 +288,7 @@ def choose_target(config: Config, arguments: argparse.Namespace) -> TargetHardwa
     name = STRATEGIES[arguments.strategy or "ddp"] if arguments.gpus > 1 else "one"
     strategy = Strategy(name, arguments.gpus)
     check_strategy(strategy, config, dtype, {})
-    memory = usable(parse_size(arguments.fit), device) if arguments.fit else sys.maxsize
+    memory = usable(parse_size(arguments.fit), device) if arguments.fit is not None else sys.maxsize
     if memory <= 0:
         raise ForecastError(
             f"--fit {arguments.fit}: {(CONTEXT + KERNELS) / GIB:.2f} GiB go to the CUDA context and"

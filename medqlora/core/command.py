@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 # Scripts import this module before their slow imports, and a misspelt key is said in under a
 # second. Nothing here may therefore import torch or transformers when it is read.
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from medqlora.core.config import Config, Section
 from medqlora.core.config_loading import (
+    describe,
     help_text,
     list_choices,
     load_config,
@@ -73,6 +75,10 @@ def run_command(main: Callable[[], int | None], interrupted: str = "") -> NoRetu
     # Any other exception is a defect of the program and keeps its traceback.
     except UserError as error:
         say(str(error))
+        code = MISTAKE
+    # Some scripts make sections of the configuration from their own flags.
+    except ValidationError as error:
+        say(describe(error, lambda place: "command line"))
         code = MISTAKE
     except BrokenPipeError:
         code = BROKEN_PIPE
@@ -160,12 +166,21 @@ def drop_output() -> None:
 
 
 def check_arguments(arguments: list[str]) -> None:
-    """Refuse an argument that is no text, because no file that we write could hold it.
+    """Refuse an argument that is no text, or that names a home that is not here.
 
     Raises:
-        ConfigError: An argument is not valid UTF-8.
+        ConfigError: An argument is not valid UTF-8, and no file that we write could hold it; or it
+            begins with ~USER, and there is no such user.
     """
     for argument in arguments:
+        value = argument.partition("=")[2] if argument.startswith("--") else argument
+        if value.startswith("~"):
+            try:
+                Path(value).expanduser()
+            except RuntimeError:
+                raise ConfigError(
+                    f"argument {argument}: no user of this name has a home here; give the path"
+                ) from None
         try:
             argument.encode()
         except UnicodeEncodeError:

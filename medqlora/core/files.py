@@ -62,6 +62,8 @@ def check_new(path: Path | None, flag: str = "--output") -> None:
     """
     if path is None:
         return
+    if len(os.fsencode(path.name)) > LONGEST_NAME:
+        raise RunError(f"{flag} {str(path)[:80]}…: the name is too long; give a shorter one")
     if path.exists():
         raise RunError(f"{flag} {path} exists; give a new file name")
     if not path.parent.is_dir():
@@ -69,15 +71,13 @@ def check_new(path: Path | None, flag: str = "--output") -> None:
     try:
         # Only a file that is really made shows that one can be: root may write anywhere by its
         # rights, but not in /proc or on a disk that is read-only.
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:200]}."):
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".medqlora."):
             pass
     except OSError as error:
         raise RunError(
             f"{flag} {path}: folder {path.parent} cannot be written to ({error.strerror}); give"
             " another"
         ) from None
-    if len(os.fsencode(path.name)) > LONGEST_NAME:
-        raise RunError(f"{flag} {str(path)[:80]}…: the name is too long; give a shorter one")
 
 
 def check_picture(path: Path | None) -> None:

@@ -44,7 +44,7 @@ class Method(Section):
     """generate: 0 is greedy."""
     samples: int = Field(1, ge=1)
     """generate: answers per question; several vote."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """Seed of the samples and of the choice of worked examples."""
 
 
