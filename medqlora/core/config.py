@@ -42,8 +42,11 @@ class Section(BaseModel):
 
     @field_validator("*", mode="after")
     @classmethod
-    def refuse_large_numbers(cls, value: Any) -> Any:
+    def refuse_large_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse numbers that the 64-bit integers of files and tensors cannot count with."""
+        # A seed of any size is brought to a size that each generator takes.
+        if info.field_name == "seed":
+            return value
         if isinstance(value, (int, float)) and abs(value) > LARGEST:
             raise ValueError(f"the largest number is {LARGEST}")
         return value

@@ -105,6 +105,8 @@ def test_odd_values_of_every_key(tmp_path):
     cases += [(f"--data.train.0.{key}", field) for key, field in DataEntry.model_fields.items()]
     for flag, field in cases:
         for value in list_odd_values(field):
+            if flag.endswith(".seed") and value == str(2**70):  # A seed may be of any size.
+                continue
             given = [flag, value]
             if ".train.0." in flag:
                 given = ["--data.train", "[{format: qa, path: a}]", *given]
@@ -294,7 +296,7 @@ SCRIPTS = {
     ),
     "recipes/prepare_data.py": (
         [],
-        ["--processes", "--show", "--training.seed"],
+        ["--processes", "--show", "--lora.r"],
         ["--config", "--model.base"],
         ["--removed"],
         ["--unknown", "--model.quantization"],
@@ -313,7 +315,7 @@ SCRIPTS = {
             "--output=odd.jsonl",
             f"--path={DEMO / 'data' / 'test.jsonl'}",
         ],
-        ["--num_fewshot", "--permutations", "--limit", "--max_length", "--batch_size", "--seed"],
+        ["--num_fewshot", "--permutations", "--limit", "--max_length", "--batch_size"],
         ["--model", "--adapter", "--path", "--config"],
         ["--output"],
         [
