@@ -24,6 +24,7 @@ if __name__ == "__main__":
 
     enter()
 
+import numpy as np
 from rich.table import Table
 
 from medqlora.core.command import CommandParser, make_console, run_command, whole
@@ -156,7 +157,8 @@ def largest_difference(rows: list[dict], others: list[dict], key: str) -> float:
     # Step by step the rows are the same, whatever the number of processes. Any difference comes
     # from the strategy.
     pairs = zip(rows, others, strict=True)
-    return max(abs(row[key] - other[key]) / other[key] for row, other in pairs)
+    # Python's max() would pass over NaN.
+    return float(np.max([abs(row[key] - other[key]) / other[key] for row, other in pairs]))
 
 
 def median_speed(rows: list[dict]) -> float:

@@ -16,6 +16,7 @@ The exit code is 1 where a file breaks a bound, and 2 where files cannot be comp
 """
 
 import argparse
+import functools
 import math
 import sys
 from pathlib import Path
@@ -99,14 +100,15 @@ def check_bounds(first: Path, second: Path, agreement: dict, arguments: argparse
     differing = 1 - agreement["same_prediction"]
     # Files of generated answers have no log-probabilities, and no distance.
     mean = agreement.get("mean_logprob_difference")
-    broken = arguments.max_disagreement is not None and differing > arguments.max_disagreement
+    # Both comparisons are this way round, because NaN must keep no bound.
+    broken = arguments.max_disagreement is not None and not differing <= arguments.max_disagreement
     if arguments.max_mean_difference is not None:
         if mean is None:
             raise ConfigError(
                 f"--max_mean_difference: {first} and {second} have no option_logprobs in common;"
                 " leave it out"
             )
-        broken |= mean > arguments.max_mean_difference
+        broken |= not mean <= arguments.max_mean_difference
     distance = ""
     if mean is not None:
         distance = (
@@ -121,11 +123,12 @@ def check_bounds(first: Path, second: Path, agreement: dict, arguments: argparse
     return not broken
 
 
-def read_bound(text: str) -> float:
-    """Return a bound; NaN would be broken by nothing."""
+def read_bound(text: str, highest: float = math.inf) -> float:
+    """Return a bound from 0 to `highest`; NaN and infinite ones would be broken by nothing."""
     bound = float(text)
-    if not (math.isfinite(bound) and bound >= 0):
-        raise argparse.ArgumentTypeError(f"expected a number from 0, got {text!r}")
+    if not (math.isfinite(bound) and 0 <= bound <= highest):
+        limits = "from 0" if math.isinf(highest) else f"from 0 to {highest}"
+        raise argparse.ArgumentTypeError(f"expected a number {limits}, got {text!r}")
     return bound
 
 
@@ -157,7 +160,7 @@ def main() -> int:
     )
     parser.add_argument(
         "--max_disagreement",
-        type=read_bound,
+        type=functools.partial(read_bound, highest=1),
         help="bound: largest share of questions that may be answered otherwise, e.g. 0.01",
     )
     parser.add_argument(

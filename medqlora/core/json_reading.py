@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from pathlib import Path
 from typing import Any, NoReturn
-
-from medqlora.core.errors import RunError
 
 # An escape such as \ud800 gives a character that no file can hold.
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -72,24 +69,3 @@ def parse_json(text: str, nan: bool = False) -> Any:
             raise ValueError("not valid JSON (a number of thousands of digits)") from None
         raise
     return value
-
-
-def read_json_object(path: Path, name: str) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
-
-    Args:
-        path: The file.
-        name: What the file is, for messages.
-
-    Raises:
-        RunError: The file cannot be read, is no valid JSON, or holds something else.
-    """
-    try:
-        tree = parse_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RunError(f"{name} {path}: {error.strerror}; give a file that can be read") from None
-    except ValueError as error:
-        raise RunError(f"{name} {path}: {error}; correct it") from None
-    if not isinstance(tree, dict):
-        raise RunError(f"{name} {path}: expected a JSON object, got {type(tree).__name__}")
-    return tree

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from medqlora.core.files import (
     write_checked,
     write_json_lines,
 )
+from medqlora.core.reading import expand_path
 from medqlora.core.run_lock import LOCK
 from medqlora.core.run_origin import ORIGIN
 
@@ -42,9 +44,12 @@ def check_run(folder: Path, config: Config, resume: bool) -> None:
         RunError: The folder holds something and `resume` is off, or it holds a run of another
             configuration.
     """
-    saved = folder / "config.yaml"
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"--output_dir {folder} is a file; give a folder")
+    saved = expand_path(folder, "--output_dir") / "config.yaml"
+    # A link to nowhere exists for mkdir, which is called only after the data are prepared.
+    above = next(path for path in folder.absolute().parents if os.path.lexists(path))
+    for path in (folder, above):
+        if os.path.lexists(path) and not path.is_dir():
+            raise RunError(f"--output_dir {folder}: {path} is a file; give a folder")
     if saved.is_file():
         if not resume:
             raise RunError(

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from medqlora.core.config import Attention, Completion, Model, PromptStyle, Section
 from medqlora.core.errors import ConfigError
+from medqlora.core.reading import expand_path
 from medqlora.engines.interface import Engine
 from medqlora.prompts.chat_template import Encoder, MessageEncoder, make_encoder
 from medqlora.prompts.fingerprint import fingerprint
@@ -65,6 +66,11 @@ class ModelSettings(Section):
     """Values of the chat template's own arguments, as a JSON object on the command line; by default
     those that the adapter was trained with.
     """
+
+    @field_validator("adapter")
+    @classmethod
+    def expand_adapter(cls, value: Path | None) -> Path | None:
+        return None if value is None else expand_path(value, "--adapter")
 
     @field_validator("template_arguments", mode="before")
     @classmethod
@@ -248,7 +254,7 @@ def choose_arguments(settings: RunSettings, metadata: dict[str, Any]) -> dict[st
 def check_prompts(encoder: Encoder, adapter: Path, metadata: dict[str, Any]) -> None:
     """Refuse a tokenizer whose prompts are not those of the adapter's training."""
     # The fingerprint is made of token ids, so it also notices a changed chat template.
-    if fingerprint(encoder) != metadata["prompt_sha256"]:
+    if fingerprint(encoder) != metadata.get("prompt_sha256"):
         raise ConfigError(
             f"--adapter {adapter}: this tokenizer does not give the prompts that the adapter was"
             f" trained with; use its base {metadata['base']}, or name a --prompt_style"

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 
 from medqlora.core.config import DataEntry, Section
 from medqlora.core.errors import ConfigError
+from medqlora.core.reading import expand_path
 from medqlora.data.cleaning import clean, drop_repeated_ids
 from medqlora.data.examples import DataError, Example
 from medqlora.data.formats.registry import FILE, FORMATS, find_format
@@ -112,6 +113,7 @@ GROUPS = {
 
 def check_output(output: Path) -> None:
     """Refuse a predictions file that cannot be written."""
+    expand_path(output, "--output")
     if output.suffix != ".jsonl":
         raise ConfigError(f"--output {output}: expected a name that ends in .jsonl")
     if not output.parent.is_dir():

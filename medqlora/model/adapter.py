@@ -15,26 +15,27 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import safe_open
-from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from medqlora.core.config import Lora
 from medqlora.core.files import hash_file
+from medqlora.core.reading import expand_path
 from medqlora.core.seeds import fit_seed
+from medqlora.model.adapter_metadata import FILE, read_metadata
 from medqlora.model.adapter_settings import read_settings
 from medqlora.model.adapter_tokenizer import (
     count_rows,
     list_embeddings,
     name_whole_embeddings,
 )
-from medqlora.model.base import ModelError, list_untrained
+from medqlora.model.base import ModelError, describe, list_untrained
 from medqlora.model.checkpoint_names import LINEAR, PREFIX, make_skeleton, map_names
 from medqlora.model.dropout import SeededDropout
 from medqlora.model.identity import architecture_hash
 from medqlora.model.overrides import ADAPTER_OVERRIDES, apply_overrides
+from medqlora.model.weight_files import load_weights, read_shapes
 
 # The keys of medqlora.json that hold the hash of another file of the adapter.
 HASHED = {"weights_sha256": "adapter_model.safetensors", "config_sha256": "adapter_config.json"}
@@ -172,7 +173,7 @@ def load_adapter(model: torch.nn.Module, folder: Path) -> PeftModel:
     if rows is not None and rows != model.get_input_embeddings().weight.shape[0]:
         # The adapter brings embeddings with tokens added, which PEFT puts into those of the model.
         model.resize_token_embeddings(rows, mean_resizing=False)
-    weights = rename_modules(model, load_file(folder / "adapter_model.safetensors"))
+    weights = rename_modules(model, load_weights(folder / "adapter_model.safetensors"))
     try:
         with warnings.catch_warnings():
             # PEFT only warns of a tensor that is missing; restore_adapter refuses it.
@@ -180,13 +181,11 @@ def load_adapter(model: torch.nn.Module, folder: Path) -> PeftModel:
             # It also warns of tied layers, which merge_plan separates where that is needed.
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
             adapted = PeftModel.from_pretrained(model, folder)
-    # PEFT raises these where a module, a size or a quantization does not fit.
-    except (ValueError, TypeError, RuntimeError, KeyError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise ModelError(
-            f"adapter {folder} does not fit this model: {' '.join(str(error).split())[:200]}"
-        ) from None
+    except torch.OutOfMemoryError:
+        raise
+    # PEFT fails in any line where a module, a size, a quantization or a setting does not fit.
+    except Exception as error:  # noqa: BLE001
+        raise ModelError(f"adapter {folder} does not fit this model: {describe(error)}") from None
     restore_adapter(adapted, weights, whole)
     replace_layer_methods(adapted)
     return adapted
@@ -220,7 +219,7 @@ def read_adapter_metadata(folder: Path) -> dict[str, Any]:
     Raises:
         ModelError: The folder holds no adapter, or weights that do not match the metadata.
     """
-    folder = Path(folder)
+    folder = expand_path(folder, "adapter")
     if (
         not (folder / "adapter_config.json").is_file()
         or not (folder / "adapter_model.safetensors").is_file()
@@ -229,10 +228,12 @@ def read_adapter_metadata(folder: Path) -> dict[str, Any]:
             f"adapter {folder}: no adapter_config.json and adapter_model.safetensors; give a run's"
             " adapter folder"
         )
-    metadata_file = folder / "medqlora.json"
-    if not metadata_file.is_file():
+    if not os.path.lexists(folder / FILE):
         return {}
-    metadata = json.loads(metadata_file.read_text(encoding="utf-8"))
+    metadata = read_metadata(folder)
+    for key in ("base", "architecture_sha256", "quantization", "double_quantization", "dtype"):
+        if metadata.get(key) is None:
+            raise ModelError(f"adapter {folder}: medqlora.json has no {key}; restore the file")
     for key, name in HASHED.items():
         if metadata.get(key) not in (None, hash_file(folder / name)):
             raise ModelError(
@@ -272,9 +273,7 @@ def check_sizes(folder: Path, model: torch.nn.Module) -> None:
     """
     known = dict(model.named_modules())
     head = model.get_output_embeddings()  # An adapter may bring one of another size.
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        tensors = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-    for key, shape in tensors.items():
+    for key, shape in read_shapes(folder / "adapter_model.safetensors").items():
         module, _, part = key.removeprefix(PREFIX).partition(".lora_")
         linear = known.get(module)
         # PEFT itself resolves what has no such layer here; load_adapter compares all names then.

@@ -6,12 +6,14 @@ an error, so a setting that is not in this list is refused.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from medqlora.model.base import ModelError
+from pydantic import BaseModel, ConfigDict, Field
+
+from medqlora.core.reading import check_types, read_object
+from medqlora.model.weight_files import ModelError
 
 # What an adapter is wanted for: the transformers engine, a merge, or vLLM.
 Use = Literal["hf", "merge", "vllm"]
@@ -71,6 +73,34 @@ NEUTRAL = frozenset(
 # which PEFT repeats when it loads such an adapter; the other ways are not repeatable.
 PLAIN_INITIAL = (True, False, "gaussian", "eva", "orthogonal", None)
 REPEATED_INITIAL = ("pissa", "olora")
+Names = str | list[str] | None
+Rank = Annotated[int, Field(ge=1)]
+Factor = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+
+
+class LoraTypes(BaseModel):
+    """The types of a LoRA adapter's settings; PEFT takes any, and computes with what it got."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    r: Rank
+    lora_alpha: Factor
+    lora_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
+    bias: Literal["none", "all", "lora_only"] = "none"
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    fan_in_fan_out: bool = False
+    rank_pattern: dict[str, Rank] = {}
+    alpha_pattern: dict[str, Factor] = {}
+    target_modules: Names = None
+    exclude_modules: Names = None
+    layers_pattern: Names = None
+    layers_to_transform: int | list[int] | None = None
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+
+
 REFUSALS = {
     "hf": "cannot be evaluated; merge it with the program that trained it and give the result as"
     " --model",
@@ -90,15 +120,19 @@ def read_settings(folder: Path, use: Use) -> dict[str, Any]:
     Raises:
         ModelError: The adapter is of a type or has a setting that is not computed.
     """
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    kind = settings.get("peft_type")
+    settings = read_object(folder / "adapter_config.json", f"adapter {folder}", ModelError)
+    kind = str(settings.get("peft_type"))
     refuse_unless(use in TYPES.get(kind, ()), folder, f"peft_type {kind}", TYPES.get(kind, ()), use)
     task = settings.get("task_type")
     refuse_unless(task in (None, "CAUSAL_LM"), folder, f"task_type {task}", (), use)
     if kind != "LORA":
         return settings
+    check_types(settings, LoraTypes, f"adapter {folder}: adapter_config.json", ModelError)
     for key, value in settings.items():
-        if key in NEUTRAL or not value or (key, value) == ("bias", "none"):
+        known = key in SETTINGS or key == "init_lora_weights"
+        # PEFT takes an empty list or object of an unknown key for a setting.
+        absent = value is None or value is False or (known and not value)
+        if key in NEUTRAL or absent or (key, value) == ("bias", "none"):
             continue
         uses = find_initial_uses(value) if key == "init_lora_weights" else SETTINGS.get(key, ())
         refuse_unless(use in uses, folder, f"{key} {value}", uses, use)

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file
 
 from medqlora.model.adapter_settings import read_settings
 from medqlora.model.checkpoint_names import PREFIX, map_names
-from medqlora.model.weight_files import MergeError
+from medqlora.model.weight_files import MergeError, load_weights
 
 # The rows of an embedding that were trained by themselves; older versions of PEFT have no
 # token_adapter in the name.
@@ -45,7 +44,7 @@ class AdapterTensors:
         self.replaced: dict[str, torch.Tensor] = {}
         self.rows: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         known = dict(model.named_modules())
-        for key, tensor in load_file(folder / "adapter_model.safetensors").items():
+        for key, tensor in load_weights(folder / "adapter_model.safetensors").items():
             name = key.removeprefix(PREFIX)
             module, update, part = name.partition(".lora_")
             if update:
@@ -59,6 +58,9 @@ class AdapterTensors:
                 module, _, parameter = name.rpartition(".")
                 module = find_module(module.removesuffix(".base_layer"), model, known)
                 self.replaced[f"{module}.{parameter}"] = tensor.float()
+
+        for module, parts in self.modules.items():
+            check_factors(folder, module, parts, read_rank(self.settings, module))
 
     def changed(self) -> set[str]:
         """Return the names of the base's parameters that the adapter changes."""
@@ -127,6 +129,28 @@ class AdapterTensors:
             # DoRA takes the norm of the weight with its update, so this follows the sum.
             row_scale = parts["magnitude_vector"].view(-1) / weight.norm(dim=1)  # [out]
             weight.mul_(row_scale[:, None])
+
+
+def read_rank(settings: dict[str, Any], module: str) -> int:
+    """Return the rank that the settings give a module."""
+    patterns = settings.get("rank_pattern") or {}
+    # PEFT's own function decides which pattern is a module's.
+    return patterns.get(get_pattern_key(patterns.keys(), module), settings["r"])
+
+
+def check_factors(folder: Path, module: str, parts: dict[str, torch.Tensor], rank: int) -> None:
+    """Refuse a module without two factors of the rank that scales their product.
+
+    Raises:
+        MergeError: The message names the module.
+    """
+    sizes = {name: list(tensor.shape) for name, tensor in parts.items() if name in ("A", "B")}
+    right = all(len(size) == 2 for size in sizes.values()) and len(sizes) == 2
+    if not right or not sizes["A"][0] == sizes["B"][1] == rank:
+        raise MergeError(
+            f"adapter {folder}: {module} has factors {sizes}, expected A [{rank}, inputs] and B"
+            f" [outputs, {rank}] as adapter_config.json says; restore the folder"
+        )
 
 
 def find_module(module: str, model: torch.nn.Module, known: dict[str, torch.nn.Module]) -> str:

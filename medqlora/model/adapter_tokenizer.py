@@ -13,11 +13,11 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from medqlora.model.base import ModelError, load_tokenizer, read_model_config
 from medqlora.model.checkpoint_names import PREFIX, make_skeleton
+from medqlora.model.weight_files import read_shapes
 
 TEMPLATE = "chat_template.jinja"
 SETTINGS = "tokenizer_config.json"
@@ -166,11 +166,8 @@ def count_rows(adapter: Path, names: Collection[str]) -> int | None:
         adapter: The adapter's folder.
         names: The result of name_whole_embeddings.
     """
-    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
-        for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-            if key in names:
-                return file.get_slice(key).get_shape()[0]
-    return None
+    shapes = read_shapes(adapter / "adapter_model.safetensors")
+    return next((shape[0] for key, shape in shapes.items() if key in names), None)
 
 
 def save_tokenizer(base: Path, adapter: Path, output: Path) -> None:

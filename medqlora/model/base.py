@@ -16,12 +16,18 @@ from transformers import (
 )
 
 from medqlora.core.config import Model
-from medqlora.core.errors import UserError
+from medqlora.core.reading import expand_path, read_object, shorten
 from medqlora.model.attention.backends import IMPLEMENTATIONS, choose_backend
-from medqlora.model.base_weights import check_quantizable, describe_quantized
+from medqlora.model.base_weights import (
+    check_files,
+    check_loaded,
+    check_quantizable,
+    describe_quantized,
+)
 from medqlora.model.hardware import choose_dtype, read_capability
 from medqlora.model.overrides import BASE_OVERRIDES, apply_overrides, make_rotary_overrides
 from medqlora.model.quantization import keep_quantized_layout, quantization_config
+from medqlora.model.weight_files import ModelError
 
 
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:
@@ -64,10 +70,6 @@ def compute_hidden(
     ).last_hidden_state
 
 
-class ModelError(UserError):
-    """A model, adapter or quantization that cannot be used."""
-
-
 def read_model_config(
     base: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> PretrainedConfig:
@@ -81,8 +83,8 @@ def read_model_config(
     Raises:
         ModelError: There is no such model, or it has no safetensors weights.
     """
-    folder = Path(base).expanduser()
-    if folder.is_dir():
+    folder = find_model(base)
+    if folder is not None:
         if not (folder / "config.json").is_file():
             is_adapter = (folder / "adapter_config.json").is_file()
             hint = "; this is an adapter, give its base" if is_adapter else ""
@@ -94,20 +96,41 @@ def read_model_config(
                 f"model {base}: no .safetensors file; convert the weights (pickled weights are not"
                 " loaded)"
             )
-    # A hub id has one slash at most and does not begin like a path.
-    elif base.startswith((".", "/", "~")) or base.count("/") > 1:
-        raise ModelError(
-            f"model {base}: no such folder; give an existing folder or a hub id (owner/name)"
-        )
+        read_object(folder / "config.json", f"model {base}", ModelError, infinite=True)
     try:
-        return AutoConfig.from_pretrained(
-            folder if folder.is_dir() else base,
+        config = AutoConfig.from_pretrained(
+            folder or base,
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"model {base}: its config cannot be read: {reason}") from None
+    # A value that is no valid one may fail in any line of any architecture's code.
+    except Exception as error:  # noqa: BLE001
+        raise ModelError(f"model {base}: its config cannot be read: {describe(error)}") from None
+    # torch counts nothing that is larger. -1 positions stand for a model without a limit.
+    for key, least in (("num_hidden_layers", 1), ("max_position_embeddings", -1)):
+        size = getattr(config.get_text_config(), key, least)
+        if isinstance(size, int) and not least <= size < 2**31:
+            raise ModelError(f"model {base}: its config has {key} {size}; fetch the model again")
+    return config
+
+
+def find_model(base: str) -> Path | None:
+    """Return a model's folder, or None for an id of the hub.
+
+    Raises:
+        ModelError: It is neither.
+    """
+    folder = expand_path(base, "model")
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ModelError(f"model {base}: a file; give the folder of a transformers model")
+    # A hub id has one slash at most and does not begin like a path.
+    if not base or base.startswith((".", "/", "~")) or base.count("/") > 1:
+        raise ModelError(
+            f"model {base}: no such folder; give an existing folder or a hub id (owner/name)"
+        )
+    return None
 
 
 def load_tokenizer(base: str, revision: str | None = None, trust_remote_code: bool = False):
@@ -116,17 +139,23 @@ def load_tokenizer(base: str, revision: str | None = None, trust_remote_code: bo
     Raises:
         ModelError: There is none that can be read.
     """
-    folder = Path(base).expanduser()
+    folder = find_model(base)
     try:
-        return AutoTokenizer.from_pretrained(
-            folder if folder.is_dir() else base,
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder or base,
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"model {base}: its tokenizer cannot be read: {' '.join(str(error).split())[:200]}"
-        ) from None
+        tokenizer("a")  # Some settings of a wrong type are noticed when they are used.
+    # The tokenizers library raises plain Exceptions, and transformers what its code meets.
+    except Exception as error:  # noqa: BLE001
+        raise ModelError(f"model {base}: its tokenizer cannot be read: {describe(error)}") from None
+    return tokenizer
+
+
+def describe(error: Exception) -> str:
+    """Return what a library raised, in one line."""
+    return shorten(" ".join(str(error).split()) or type(error).__name__, 200)
 
 
 def check_hardware(model: Model, device: torch.device, dtype: torch.dtype) -> None:
@@ -193,29 +222,35 @@ def load_base(
     config = read_model_config(model.base, model.revision, model.trust_remote_code)
     check_quantizable(model, config)
     backend = choose_backend(model.attention, device, dtype, config).backend
-    folder = Path(model.base).expanduser()
+    folder = find_model(model.base)
     quantization = quantization_config(model, dtype, storage)
     # Even None would replace what the config says of weights that are quantized in the files, and
     # their codes would be loaded as if they were the weights.
     settings = {} if quantization is None else {"quantization_config": quantization}
+    if folder is not None:
+        check_files(folder, config)
     try:
         # use_safetensors also refuses pickled weights of the hub, which read_model_config does not
         # see.
-        loaded = AutoModelForCausalLM.from_pretrained(
-            folder if folder.is_dir() else model.base,
+        loaded, found = AutoModelForCausalLM.from_pretrained(
+            folder or model.base,
             revision=model.revision,
             dtype=dtype,
             use_safetensors=True,
             attn_implementation=IMPLEMENTATIONS[backend],
             trust_remote_code=model.trust_remote_code,
             device_map={"": device},
+            output_loading_info=True,
             **settings,
         )
-    except (ImportError, KeyError, RuntimeError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    # A config that does not suit the weights may fail in any line of an architecture's code.
+    except Exception as error:  # noqa: BLE001
         advice = explain_attention(error, backend) or explain_quantized(error, config)
-        if advice is None:
-            raise
+        advice = advice or f"it cannot be loaded: {describe(error)}; fetch the whole model again"
         raise ModelError(f"model {model.base}: {advice}") from None
+    check_loaded(model.base, loaded, found)
     freeze(loaded, model, dtype)
     return loaded, backend
 

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
 from medqlora.core.config import Model
 from medqlora.core.errors import UserError
+from medqlora.core.reading import expand_path
+from medqlora.model.adapter_metadata import FILE, read_metadata
+from medqlora.model.weight_files import (
+    INDEX,
+    ModelError,
+    is_finite,
+    list_shards,
+    read_dtypes,
+    read_weight_map,
+)
 
 # The key of a merged model's medqlora.json that says which weights the adapter was merged into:
 # "dequantized" or "original".
 MERGED_WEIGHTS = "merged_base_weights"
 FOUR_BIT = ("nf4", "fp4")
+FLOATS = ("F64", "F32", "F16", "BF16")  # the names in the headers of safetensors files
+LAYER_NUMBER = re.compile(r"\.\d+(?=\.)")
 
 
 class WeightsError(UserError):
@@ -38,6 +51,88 @@ def describe_quantized(config: PretrainedConfig) -> str | None:
     if settings.get("load_in_4bit"):
         return str(settings.get("bnb_4bit_quant_type", "fp4"))
     return str(settings.get("quant_method", "unknown"))
+
+
+def check_files(folder: Path, config: PretrainedConfig) -> None:
+    """Refuse the weight files of a model that are damaged or can be read in two ways.
+
+    Only the headers are read.
+
+    Raises:
+        ModelError: The message names the file.
+    """
+    shards = list_shards(folder)
+    single = folder / "model.safetensors"
+    if single.is_file() and single not in shards:
+        raise ModelError(
+            f"model {folder}: it has {single.name} and the files of {INDEX}, which may be two"
+            " models; take one of them out of the folder"
+        )
+    homes: dict[str, Path] = {}
+    for shard in shards:
+        for name, dtype in read_dtypes(shard).items():
+            if name in homes:
+                raise ModelError(
+                    f"model {folder}: tensor {name} stands in {homes[name].name} and in"
+                    f" {shard.name}; fetch the whole model again"
+                )
+            homes[name] = shard
+            # transformers would cast codes as if they were weights. Masks of older versions are
+            # whole numbers, but are named otherwise.
+            if name.endswith("weight") and dtype not in FLOATS and not describe_quantized(config):
+                raise ModelError(
+                    f"model {folder}: tensor {name} is {dtype}, and config.json names no"
+                    " quantization; fetch the whole model again"
+                )
+    for name, file in read_weight_map(folder).items():
+        if homes.get(name) != folder / file:
+            raise ModelError(
+                f"model {folder}: {INDEX} says that tensor {name} is in {file}, and it is not;"
+                " fetch the whole model again"
+            )
+
+
+def check_loaded(base: str, model: torch.nn.Module, found: dict[str, Any]) -> None:
+    """Refuse a model that is not the one of its files.
+
+    Args:
+        base: The folder or hub id, for messages.
+        model: The model as transformers has loaded it.
+        found: What transformers has found of its tensors (output_loading_info).
+
+    Raises:
+        ModelError: A tensor is missing, has no place in the model, or is not finite.
+    """
+    # transformers only warns of these, and draws missing weights at random.
+    if missing := sorted(found["missing_keys"]):
+        raise ModelError(
+            f"model {base}: its files lack tensor {missing[0]} ({len(missing)} in all); fetch the"
+            " whole model again"
+        )
+    # Files may hold more than a causal model needs, such as heads for other tasks. A layer or a
+    # bias that its config does not count is a part of the model that would be left out.
+    modules = {LAYER_NUMBER.sub(".#", name) for name, _ in model.named_modules()}
+    for name in sorted(found["unexpected_keys"]):
+        if LAYER_NUMBER.sub(".#", name).rpartition(".")[0] in modules:
+            raise ModelError(
+                f"model {base}: config.json has no place for tensor {name} of its files; fetch the"
+                " whole model again"
+            )
+    for name, parameter in model.named_parameters():
+        if not all(map(is_finite, list_numbers(parameter))):
+            raise ModelError(
+                f"model {base}: tensor {name} has NaN or infinite values; fetch the model again,"
+                " or use another dtype if its numbers are too large for this one"
+            )
+
+
+def list_numbers(parameter: torch.nn.Parameter) -> list[torch.Tensor]:
+    """Return the numbers of a parameter: itself, or the constants of one that holds codes."""
+    state = getattr(parameter, "quant_state", None)
+    if state is not None:
+        return [state.offset, state.state2.absmax] if state.nested else [state.absmax]
+    scales = getattr(parameter, "SCB", None)  # those of bitsandbytes' int8 weights
+    return [parameter] if scales is None else [scales]
 
 
 def describe_loaded(model: Model, config: PretrainedConfig, dtype: str) -> str:
@@ -113,11 +208,11 @@ def read_merged_kind(base: str, revision: str | None) -> str | None:
         base: A folder or a hub id.
         revision: The hub's revision.
     """
-    folder = Path(base).expanduser()
+    folder = expand_path(base, "model")
     # A merged model may have been uploaded; nearly all models of the hub lack this file.
     path = cached_file(
         str(folder) if folder.is_dir() else base,
-        "medqlora.json",
+        FILE,
         revision=revision,
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_missing_entries=False,
@@ -125,7 +220,7 @@ def read_merged_kind(base: str, revision: str | None) -> str | None:
     )
     if path is None:
         return None
-    metadata = json.loads(Path(path).read_text(encoding="utf-8"))
+    metadata = read_metadata(Path(path).parent)
     quantization = metadata.get("quantization", "none")
     # Merges of older versions do not say which weights they hold; dequantized ones were the
     # default.

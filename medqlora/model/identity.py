@@ -11,7 +11,10 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from medqlora.core.files import hash_file, hash_json
-from medqlora.model.base import read_model_config
+from medqlora.core.reading import expand_path
+from medqlora.model.adapter_metadata import read_metadata
+from medqlora.model.base import find_model, read_model_config
+from medqlora.model.weight_files import open_weights
 
 # These keys of the adapter metadata decide how a model is asked.
 PROMPT_KEYS = ("prompt_style", "completion", "template_arguments", "lowercase")
@@ -22,8 +25,7 @@ def read_merged_metadata(model: str) -> dict[str, Any]:
 
     Another model has none, and the result is empty.
     """
-    path = Path(model).expanduser() / "medqlora.json"
-    metadata = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    metadata = read_metadata(expand_path(model, "model"))
     return {key: metadata[key] for key in PROMPT_KEYS if key in metadata}
 
 
@@ -33,7 +35,7 @@ def describe_model(model: str, revision: str | None, adapter: Path | None) -> di
     That is the hash of its architecture, samples of a folder's weights or a hub id with its
     revision, and the hashes of the adapter's files.
     """
-    folder = Path(model).expanduser()
+    folder = expand_path(model, "model")
     identity = {"config": architecture_hash(read_model_config(model, revision)), "adapter": None}
     # The id and revision of the hub name the weights, but a folder's files may change under the
     # same name.
@@ -76,8 +78,8 @@ def resolve_base(base: str, revision: str | None = None) -> Path:
 
     A base on the hub is downloaded to the hub's cache first.
     """
-    folder = Path(base).expanduser()
-    if folder.is_dir():
+    folder = find_model(base)
+    if folder is not None:
         return folder.resolve()
     from huggingface_hub import snapshot_download
 
@@ -117,7 +119,8 @@ def sample_weights(folder: Path) -> str:
     digest = hashlib.sha256()
     # The order must not depend on the file system.
     for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
+        # The library refuses a header that is damaged or does not fit the file's length.
+        with open_weights(path), path.open("rb") as file:
             # The first 8 bytes are the length of the JSON header that follows.
             size = int.from_bytes(file.read(8), "little")
             header = file.read(size)

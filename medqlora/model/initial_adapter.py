@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from safetensors import safe_open
-from safetensors.torch import load_file
 from transformers import PretrainedConfig
 
 from medqlora.core.config import Lora, Model
+from medqlora.core.reading import expand_path, read_object
 from medqlora.model.adapter import read_adapter_metadata, restore_adapter
 from medqlora.model.adapter_preview import Preview
 from medqlora.model.base import ModelError
 from medqlora.model.identity import architecture_hash, resolve_base, sample_weights
+from medqlora.model.weight_files import load_weights, read_shapes
 
 # These settings scale or change an update beside its tensors: the keys of adapter_config.json with
 # those of the configuration.
@@ -33,7 +32,7 @@ def check_initial(model: Model, lora: Lora, config: PretrainedConfig, preview: P
     Raises:
         ModelError: The folder holds no adapter of a run, or one of another base or other settings.
     """
-    folder = Path(lora.init_adapter).expanduser()
+    folder = expand_path(lora.init_adapter, "lora.init_adapter")
     place = f"lora.init_adapter {lora.init_adapter}"
     metadata = read_adapter_metadata(folder)
     if not metadata:
@@ -41,7 +40,7 @@ def check_initial(model: Model, lora: Lora, config: PretrainedConfig, preview: P
             f"{place}: no medqlora.json, so its base is unknown; give the adapter folder of a run"
         )
     for key in ("quantization", "double_quantization"):
-        old, new = metadata[key], getattr(model, key)
+        old, new = metadata.get(key), getattr(model, key)
         # Only 4-bit types have constants that can be quantized too.
         if old != new and (key == "quantization" or model.quantization in ("nf4", "fp4")):
             raise ModelError(f"{place} was trained with model.{key} {old}, not {new}; set it so")
@@ -52,7 +51,7 @@ def check_initial(model: Model, lora: Lora, config: PretrainedConfig, preview: P
         )
     check_settings(place, folder, preview)
     # A base on the hub is downloaded here, so this comes last.
-    if metadata["base_sha256"] != sample_weights(resolve_base(model.base, model.revision)):
+    if metadata.get("base_sha256") != sample_weights(resolve_base(model.base, model.revision)):
         raise ModelError(
             f"{place} was trained on {metadata['base']}, and the weights of model.base"
             f" {model.base} are others; give that base"
@@ -65,16 +64,14 @@ def check_settings(place: str, folder: Path, preview: Preview) -> None:
     Raises:
         ModelError: The message names the first difference.
     """
-    saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    saved = read_object(folder / "adapter_config.json", place, ModelError)
     for key, name in SCALES.items():
         if saved.get(key) != preview.settings[key]:
             raise ModelError(
                 f"{place} has {key} {saved.get(key)}, not {preview.settings[key]}; set lora.{name}"
                 " as in that run"
             )
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        names = file.keys()
-        shapes = {name: file.get_slice(name).get_shape() for name in names}
+    shapes = read_shapes(folder / "adapter_model.safetensors")
     for name in sorted(set(shapes) ^ set(preview.tensors)):
         where = "is in the folder only" if name in shapes else "is not in the folder"
         raise ModelError(
@@ -101,7 +98,7 @@ def load_initial(model: PeftModel, lora: Lora) -> None:
     """
     folder = Path(lora.init_adapter).expanduser()
     read_adapter_metadata(folder)
-    restore_adapter(model, load_file(folder / "adapter_model.safetensors"))
+    restore_adapter(model, load_weights(folder / "adapter_model.safetensors"))
 
 
 def describe_initial(lora: Lora) -> dict[str, Any]:

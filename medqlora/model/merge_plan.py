@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from medqlora.model.adapter_tensors import AdapterTensors
+from medqlora.model.base_weights import check_files
 from medqlora.model.checkpoint_names import make_skeleton, map_names, quantized_modules
 from medqlora.model.hardware import DTYPES
 from medqlora.model.weight_files import MergeError, list_shards, read_layout
@@ -56,6 +57,7 @@ def plan_merge(
         ModelError: The adapter is of a kind that cannot be merged.
         MergeError: The adapter and the base do not fit.
     """
+    check_files(base, config)
     model = make_skeleton(config)
     tensors = AdapterTensors(adapter, model)
     layouts = {shard: read_layout(shard) for shard in list_shards(base)}

@@ -6,6 +6,7 @@ compare_logits checks that the merged model and the base with its adapter agree.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from medqlora.model.weight_files import (
     INDEX,
     MergeError,
     ShardWriter,
+    is_finite,
     read_tensor,
 )
 
@@ -79,12 +81,15 @@ def merge(
     metadata: dict[str, Any],
     base_weights: str,
 ) -> Iterator[tuple[int, int]]:
-    """Write the merged model to a new folder.
+    """Write the merged model to a folder.
+
+    It may be another model than the trained one where a library computes something else, so the
+    folder should get its name (see staging.stage_folder) after compare_logits only.
 
     Args:
         adapter: The folder of a PEFT adapter.
         base: The local folder of the base, with safetensors files.
-        output: The folder to write, which must not exist.
+        output: The folder to write, which must be new or empty.
         config: The base's config.
         metadata: The adapter metadata (see adapter.read_adapter_metadata).
         base_weights: "dequantized" for the weights that were trained on, which went through
@@ -95,8 +100,8 @@ def merge(
 
     Raises:
         ModelError: The adapter is of a kind that cannot be merged.
-        MergeError: The adapter and the base do not fit, or the disk refuses. Then `output` does not
-            exist.
+        MergeError: The adapter and the base do not fit, or a merged weight is not finite.
+        OSError: The disk refuses.
     """
     quantization = "none"
     if base_weights == "dequantized":
@@ -107,43 +112,33 @@ def merge(
     if quantization != "none":
         double = metadata.get("double_quantization", True)
         quantize_and_back = make_dequantizer(quantization, double, dtype)
-    # The folder aside lies on the same file system, so the rename at the end is one step and
-    # `output` is never half a model.
-    aside = output.with_name(f".{output.name}.tmp")
-    # A merge that was killed may have left such a folder.
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        done = 0
-        total = sum(map(len, plan.layouts.values()))
-        weight_map = {}
-        size = 0
-        for shard, layout in plan.layouts.items():
-            writer = ShardWriter(aside / shard.name, layout)
-            for name, tensor in merge_shard(plan, shard, quantize_and_back):
-                writer.write(name, tensor.to(dtype))
-                weight_map[name] = shard.name
-                done += 1
-                yield done, total
-            writer.close()
-            size += writer.size
-        copy_rest(base, adapter, aside)
-        write_config(base, aside, plan, dtype)
-        write_metadata(adapter, aside, metadata, base_weights)
-        if len(plan.layouts) > 1:
-            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-            (aside / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
-        aside.rename(output)
-    except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise MergeError(
-            f"--output {output} cannot be written: {error.strerror or error}; free space or choose"
-            " another folder"
-        ) from None
-    except BaseException:
-        # Also an interrupt, or a caller that stops iterating, must leave no half written model.
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    output.mkdir(parents=True, exist_ok=True)
+    done = 0
+    total = sum(map(len, plan.layouts.values()))
+    weight_map = {}
+    size = 0
+    for shard, layout in plan.layouts.items():
+        writer = ShardWriter(output / shard.name, layout)
+        for name, tensor in merge_shard(plan, shard, quantize_and_back):
+            tensor = tensor.to(dtype)
+            # Tensors that are only copied are no weights of this model; masks may be infinite.
+            if plan.parameters.get(name, plan.head) is not None and not is_finite(tensor):
+                raise MergeError(
+                    f"tensor {name} of the merged model is not finite in {name_dtype(dtype)}: the"
+                    " adapter's update is too large or the base is damaged; fetch both again"
+                )
+            writer.write(name, tensor)
+            weight_map[name] = shard.name
+            done += 1
+            yield done, total
+        writer.close()
+        size += writer.size
+    copy_rest(base, adapter, output)
+    write_config(base, output, plan, dtype)
+    write_metadata(adapter, output, metadata, base_weights)
+    if len(plan.layouts) > 1:
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        (output / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
 def merge_shard(
@@ -166,6 +161,11 @@ def merge_shard(
         parameter = plan.parameters[name]
         transposed = parameter in plan.transposed
         tensor = read_tensor(shard, name)
+        # Rounding to codes may turn infinite weights into numbers.
+        if parameter in plan.quantized and not is_finite(tensor):
+            raise MergeError(
+                f"{shard.name}: tensor {name} is not finite; the base is damaged, fetch it again"
+            )
         # The weight is rounded before the update is added, because training added the update to the
         # rounded weight. Rounding the sum would lose nearly all of a small update.
         if parameter in plan.quantized:
@@ -214,7 +214,7 @@ def write_metadata(
     Evaluation reads from it how the model is asked, and what loads a base whether its weights may
     be quantized again.
     """
-    if not (adapter / "medqlora.json").is_file():
+    if not metadata:
         return
     if metadata.get("quantization", "none") == "none":
         base_weights = "original"  # Nothing was quantized, so there is one kind of weights only.
@@ -233,6 +233,8 @@ def compare_logits(reference: list[torch.Tensor], merged: list[torch.Tensor]) ->
         reference: The logits at the last position of each prompt, float32 [vocab] each.
         merged: The same of the merged model.
 
+    A prompt whose logits are not finite has an infinite error.
+
     Returns:
         "max_relative_error" and "mean_relative_error" over the prompts of the norm of the
         difference by that of the reference, and "same_top_token", the part of the prompts with the
@@ -244,7 +246,9 @@ def compare_logits(reference: list[torch.Tensor], merged: list[torch.Tensor]) ->
         expected = expected - expected.mean()
         logits = logits - logits.mean()
         difference = torch.linalg.vector_norm(expected - logits)
-        errors.append((difference / torch.linalg.vector_norm(expected)).item())
+        error = (difference / torch.linalg.vector_norm(expected)).item()
+        # max() would pass over NaN.
+        errors.append(error if math.isfinite(error) else math.inf)
         same.append(bool(expected.argmax() == logits.argmax()))
     return {
         "max_relative_error": max(errors),

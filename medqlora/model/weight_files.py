@@ -5,20 +5,28 @@ The writer of the safetensors library needs all tensors of a file at once.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from medqlora.core.errors import UserError
+from medqlora.core.reading import read_object, shorten
 
 # The dtypes that can be merged, with their names in the headers of safetensors files.
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 INDEX = "model.safetensors.index.json"
+
+
+class ModelError(UserError):
+    """A model, adapter or quantization that cannot be used."""
 
 
 class MergeError(UserError):
@@ -29,21 +37,83 @@ def list_shards(folder: Path) -> list[Path]:
     """Return the base's weight files.
 
     Raises:
-        MergeError: A file that the index names is missing.
+        ModelError: The index is damaged, or a file that it names is missing.
     """
-    index = folder / INDEX
-    if not index.is_file():
+    if not (folder / INDEX).is_file():
         single = folder / "model.safetensors"
         # Without an index there is one file of the usual name, or files of other names.
         return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    names = sorted(set(weight_map.values()))
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise MergeError(
-            f"base {folder}: {INDEX} names {missing[0]}, which is missing; fetch the whole model"
+    return [folder / name for name in sorted(set(read_weight_map(folder).values()))]
+
+
+def read_weight_map(folder: Path) -> dict[str, str]:
+    """Return the file's name of each tensor that the index of a folder names; {} without an index.
+
+    Raises:
+        ModelError: The index is damaged, or a file that it names is missing.
+    """
+    if not (folder / INDEX).is_file():
+        return {}
+    weight_map = read_object(folder / INDEX, f"model {folder}", ModelError).get("weight_map")
+    names = weight_map.values() if isinstance(weight_map, dict) else [weight_map]
+    # transformers would follow a name with a folder in it out of the model's folder.
+    strange = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if strange or not names:
+        raise ModelError(
+            f"model {folder}: {INDEX} needs a weight_map from tensors to names of files in this"
+            f" folder, got {shorten(strange[0] if strange else weight_map)}; fetch the whole model"
         )
-    return [folder / name for name in names]
+    missing = sorted(name for name in names if not (folder / name).is_file())
+    if missing:
+        raise ModelError(
+            f"model {folder}: {INDEX} names {missing[0]}, which is missing; fetch the whole model"
+        )
+    return weight_map
+
+
+@contextlib.contextmanager
+def open_weights(path: Path) -> Iterator[safe_open]:
+    """Open a safetensors file; its tensors are read when they are asked for.
+
+    Raises:
+        ModelError: The file is damaged or cannot be read, within the block too.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{path}: no whole safetensors file ({shorten(error)}); it was cut or changed, restore"
+            " it"
+        ) from None
+
+
+def load_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Return all tensors of a safetensors file by name.
+
+    Raises:
+        ModelError: The file is damaged, or a value is NaN, infinite or no floating-point number.
+    """
+    with open_weights(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for name, tensor in tensors.items():
+        # Codes of 8 bits would be taken for the numbers that they stand for.
+        if tensor.dtype not in (*SAFETENSORS_NAMES, torch.float64) or not is_finite(tensor):
+            raise ModelError(
+                f"{path}: tensor {name} has values that are no numbers (NaN, infinite or"
+                f" {tensor.dtype}); the training failed or the file was changed, give another"
+            )
+    return tensors
+
+
+def read_shapes(path: Path) -> dict[str, list[int]]:
+    """Return the shape of each tensor of a safetensors file by name.
+
+    Raises:
+        ModelError: The file is damaged.
+    """
+    with open_weights(path) as file:
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
 
 
 class ShardWriter:
@@ -86,8 +156,20 @@ class ShardWriter:
         self.file.write(tensor.contiguous().view(torch.uint8).numpy().data)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file when its content is on disk."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
         self.file.close()
+
+
+def read_dtypes(path: Path) -> dict[str, str]:
+    """Return the dtype of each tensor of a safetensors file by name, as its header spells it.
+
+    Raises:
+        ModelError: The file is damaged.
+    """
+    with open_weights(path) as file:
+        return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
 
 
 def read_layout(path: Path) -> dict[str, tuple[torch.dtype, list[int]]]:
@@ -97,7 +179,7 @@ def read_layout(path: Path) -> dict[str, tuple[torch.dtype, list[int]]]:
         MergeError: A tensor is of a dtype that cannot be merged.
     """
     dtypes = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
-    with safe_open(path, "pt") as file:
+    with open_weights(path) as file:
         layout = {}
         for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
             # A slice tells dtype and shape without reading the tensor.
@@ -116,5 +198,15 @@ def read_tensor(path: Path, name: str) -> torch.Tensor:
 
     The file is mapped into memory here only, so its pages do not stay resident.
     """
-    with safe_open(path, "pt") as file:
+    with open_weights(path) as file:
         return file.get_tensor(name).clone()
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has neither NaN nor infinite values."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    if tensor.dtype.itemsize == 1:
+        tensor = tensor.float()  # torch does not compare numbers of 8 bits.
+    # Both are NaN where one value is. Unlike isfinite(), this makes no copy of the tensor.
+    return all(math.isfinite(value) for value in torch.aminmax(tensor.detach()))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from medqlora.core.reading import shorten
 from medqlora.prompts.literal_text import LiteralTokenizer
 from medqlora.prompts.styles import Prompt, PromptError
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:  # Its import takes half a second.
 FIXED_DAY = datetime(2024, 7, 26)
 # A generation prompt that ends in one of these tags lets the model think before it answers.
 OPEN_TAG = re.compile(r"<(think|thinking|thought|reasoning)>\s*$")
+LONGEST = 20  # seconds; templates of real models take milliseconds
 # These arguments of apply_chat_template are ours.
 OWN_ARGUMENTS = {
     "add_generation_prompt",
@@ -108,7 +111,7 @@ def make_encoder(
         )
     arguments = dict(template_arguments or {})
     check_arguments(tokenizer, style, arguments)
-    frame = read_frame(tokenizer, arguments) if style == "chat" else None
+    frame = read_frame_in_time(tokenizer, arguments) if style == "chat" else None
     end_id = encode_text(tokenizer, frame.end)[0] if frame else tokenizer.eos_token_id
     # These tokens stand before plain text alone, because a chat template writes its own beginning.
     # Some tokenizers also append tokens, so what stands before the text is found by searching for
@@ -169,18 +172,29 @@ def render_template(
     """Return what the chat template makes of turns by user and assistant; the user begins.
 
     After a turn of the user, the generation prompt follows.
+
+    Raises:
+        PromptError: the template fails.
     """
     roles = ("user", "assistant")
     messages = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
-    return tokenizer.apply_chat_template(
-        messages,
-        chat_template=stop_clock(tokenizer.get_chat_template()),
-        tokenize=False,
-        add_generation_prompt=len(turns) % 2 == 1,
-        # Some templates take a date as an argument, and others ask the clock.
-        date_string=FIXED_DAY.strftime("%d %b %Y"),
-        **arguments,
-    )
+    try:
+        return tokenizer.apply_chat_template(
+            messages,
+            chat_template=stop_clock(tokenizer.get_chat_template()),
+            tokenize=False,
+            add_generation_prompt=len(turns) % 2 == 1,
+            # Some templates take a date as an argument, and others ask the clock.
+            date_string=FIXED_DAY.strftime("%d %b %Y"),
+            **arguments,
+        )
+    # A template is a program, which may fail in any way.
+    except Exception as error:  # noqa: BLE001
+        reason = shorten(" ".join(str(error).split()) or type(error).__name__, 200)
+        raise PromptError(
+            f"the chat template cannot be rendered: {reason}; correct it in the tokenizer's folder,"
+            " or use prompt_style plain"
+        ) from None
 
 
 def stop_clock(template: str) -> str:
@@ -196,6 +210,36 @@ def stop_clock(template: str) -> str:
     # The empty text at the end keeps Jinja from trimming the template behind the macro.
     macro = "{% macro strftime_now(format) %}{{ " + days + "[format] }}{% endmacro %}{{ '' }}"
     return macro + template
+
+
+def read_frame_in_time(
+    tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]
+) -> ChatFrame:
+    """Return the result of read_frame; a template may loop for hours.
+
+    Raises:
+        PromptError: read_frame refuses the template, or it is not rendered within LONGEST seconds.
+    """
+    results: list[ChatFrame | Exception] = []
+
+    def work() -> None:
+        try:
+            results.append(read_frame(tokenizer, arguments))
+        except Exception as error:  # noqa: BLE001
+            results.append(error)  # It is raised below, in the thread that the caller knows.
+
+    # The end of the program does not wait for a daemon thread.
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(LONGEST)
+    if not results:
+        raise PromptError(
+            f"the chat template is not rendered within {LONGEST} seconds; correct it in the"
+            " tokenizer's folder, or use prompt_style plain"
+        )
+    if isinstance(results[0], Exception):
+        raise results[0]
+    return results[0]
 
 
 def read_frame(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> ChatFrame:

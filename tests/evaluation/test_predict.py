@@ -1,8 +1,10 @@
 """eval/predict.py, score.py and compare.py as commands: kills, shards, wrong input."""
 
+import argparse
 import json
 import os
 import random
+import runpy
 import shutil
 import signal
 import time
@@ -417,6 +419,11 @@ def test_compare_and_gate(whole, tmp_path):
     assert gate.returncode == 1
     assert "FAILED" in gate.stdout
     assert "16.67%" in gate.stdout
+    read_bound = runpy.run_path(str(ROOT / "eval" / "compare.py"))["read_bound"]
+    for bound in ("nan", "inf", "-0.1", "1.01", "1e999"):
+        with pytest.raises(argparse.ArgumentTypeError, match="from 0 to 1"):
+            read_bound(bound, 1)
+    assert [read_bound(bound, 1) for bound in ("0", "0.02", "1e-3", ".5")] == [0, 0.02, 0.001, 0.5]
     taken = run_script("eval/compare.py", whole, other, "--output", other)
     assert taken.returncode == 2
     assert "exists; give a new file name" in taken.stderr

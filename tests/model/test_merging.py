@@ -20,6 +20,8 @@ from transformers import (
 )
 
 from medqlora.core.config import Lora, Model
+from medqlora.core.errors import UserError
+from medqlora.core.staging import stage_folder
 from medqlora.engines.packed_passes import run_packed
 from medqlora.model.adapter import adapter_weights, attach_adapter, load_adapter, save_adapter
 from medqlora.model.adapter_preview import preview_adapter
@@ -284,17 +286,12 @@ def test_wrong_shapes_leave_nothing_behind(tmp_path):
         },
         path,
     )
-    with pytest.raises(MergeError, match="not the base"):
-        list(
-            merge(
-                tmp_path / "adapter",
-                base,
-                tmp_path / "merged",
-                AutoConfig.from_pretrained(base),
-                metadata,
-                "original",
-            )
-        )
+    config = AutoConfig.from_pretrained(base)
+    with (
+        pytest.raises(MergeError, match="not the base"),
+        stage_folder(tmp_path / "merged") as folder,
+    ):
+        list(merge(tmp_path / "adapter", base, folder, config, metadata, "original"))
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
 
 
@@ -349,6 +346,43 @@ def test_logits_that_are_no_numbers_are_refused(tmp_path):
     done = run_script("-c", NAN_LOGITS, *arguments)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert "is not the trained one" in done.stderr
+    # Nothing stands under the name, so nobody takes the refused model for a checked one.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["adapter", "base", "sum"])
+def test_weights_that_are_no_numbers_are_not_merged(tmp_path, where, value):
+    base = make_base(tmp_path / "base")
+    _, metadata = make_adapter(base, tmp_path / "adapter", "nf4")
+    path = tmp_path / ("base/model" if where == "base" else "adapter/adapter_model")
+    path = path.with_suffix(".safetensors")
+    weights = load_file(path)
+    name = next(name for name in weights if "layers.1.mlp" in name)
+    if where == "sum":  # Each factor is finite, and the product is not.
+        weights = {name: torch.full_like(tensor, 3e20) for name, tensor in weights.items()}
+    else:
+        weights[name][1, 1] = value
+    save_file(weights, path, {"format": "pt"})
+    for kind in ("dequantized", "original"):
+        folders = (tmp_path / "adapter", base, tmp_path / kind)
+        with pytest.raises(UserError, match=r"not finite|no numbers"):
+            list(merge(*folders, AutoConfig.from_pretrained(base), metadata, kind))
+    if where == "base":
+        for quantization in ("nf4", "fp4", "int8", "none"):
+            settings = Model(base=str(base), quantization=quantization, dtype="float32")
+            with pytest.raises(ModelError, match=rf"{name} has NaN or infinite"):
+                load_base(settings, CPU)
+
+
+def test_one_prompt_without_numbers_is_seen():
+    logits = [torch.arange(9.0), torch.arange(9.0)]
+    for position in range(2):
+        spoilt = [row.clone() for row in logits]
+        spoilt[position][3] = float("nan")
+        for pair in ((logits, spoilt), (spoilt, logits)):
+            figures = compare_logits(*pair)
+            assert figures["max_relative_error"] == figures["mean_relative_error"] == float("inf")
 
 
 MEASURE = """

@@ -12,7 +12,7 @@ import torch
 
 from medqlora.core.config import Config
 from medqlora.core.errors import ConfigError, UserError
-from medqlora.core.json_reading import read_json_object
+from medqlora.core.reading import read_object
 from medqlora.core.yaml_reading import read_yaml_file
 
 # A DeepSpeed file must not set these keys, because the recipe's configuration owns their values.
@@ -181,7 +181,7 @@ def read_zero(environ: Mapping[str, str], ranks: int) -> Strategy:
 
 def read_deepspeed_file(file: str) -> dict[str, Any]:
     """Return the section zero_optimization of a DeepSpeed file; refuse keys that are not read."""
-    given = read_json_object(Path(file), "deepspeed_config_file")
+    given = read_object(Path(file), f"deepspeed_config_file {file}", StrategyError)
     for key, value in given.items():
         # `auto` and a section that is not enabled say nothing against the recipe.
         unset = value == "auto" or (
