@@ -57,7 +57,7 @@ from medqlora.core.environment import describe_environment, name_command, prefer
 from medqlora.core.files import check_new, write_json
 from medqlora.data.formats.registry import FORMATS
 from medqlora.data.reading import read_entry
-from medqlora.engines.interface import Engine, Request
+from medqlora.engines.interface import Engine, EngineError, Request
 from medqlora.engines.latency import (
     LatencyError,
     Served,
@@ -66,6 +66,7 @@ from medqlora.engines.latency import (
     parse_objectives,
     summarize,
 )
+from medqlora.engines.server_address import check_address, read_key
 
 QUESTIONS = Path(__file__).parents[1] / "recipes" / "demo" / "data" / "test.jsonl"
 
@@ -163,6 +164,9 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     check_new(arguments.json, "--json")
     if arguments.engine == "openai" and not (arguments.server and arguments.tokenizer):
         raise LatencyError("--engine openai needs --server ADDRESS and --tokenizer DIR")
+    if arguments.engine == "openai":
+        check_address(arguments.server)
+        read_key(os.environ, arguments.api_key_variable)
     if arguments.dtype == "nf4" and arguments.engine != "hf":
         raise LatencyError(
             f"--dtype nf4 --engine {arguments.engine}: only hf runs 4-bit bases; merge first"
@@ -313,9 +317,16 @@ def make_scorer(arguments: argparse.Namespace, requests: list[Request]) -> Engin
     from medqlora.engines.openai import CompletionsEngine, Connection
 
     tokenizer = load_tokenizer(arguments.tokenizer)
-    key = os.environ.get(arguments.api_key_variable)
+    key = read_key(os.environ, arguments.api_key_variable)
     connection = Connection(arguments.server, arguments.model, key)
     return CompletionsEngine(connection, tokenizer.decode)
+
+
+def check_answered(answers: list) -> None:
+    """Raise the error that stands in the place of a failed request's answer."""
+    for answer in answers:
+        if isinstance(answer, EngineError):
+            raise answer
 
 
 def time_scoring(engine: Engine, requests: list[Request]) -> dict:
@@ -327,10 +338,10 @@ def time_scoring(engine: Engine, requests: list[Request]) -> dict:
     for request in alone:
         began = time.perf_counter()
         # No shared beginning is named, so each prompt is read as a whole.
-        engine.score([request])
+        check_answered(engine.score([request]))
         seconds.append(time.perf_counter() - began)
     began = time.perf_counter()
-    engine.score(batch)
+    check_answered(engine.score(batch))
     batch_seconds = time.perf_counter() - began
     tokens = sum(len(request.prefix) for request in batch)
     figures = {
@@ -363,7 +374,7 @@ def start_answering(arguments: argparse.Namespace, requests: list[Request]) -> I
         with serve_vllm(arguments, longest) as address:
             yield Client(arguments, address, "none").answer
     else:
-        key = os.environ.get(arguments.api_key_variable) or "none"
+        key = read_key(os.environ, arguments.api_key_variable) or "none"
         yield Client(arguments, arguments.server, key).answer
 
 

@@ -15,6 +15,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -33,6 +34,7 @@ from medqlora.core.command import (
 )
 from medqlora.core.environment import prefer_expandable_segments
 from medqlora.core.files import hash_json
+from medqlora.engines.server_address import read_key
 from medqlora.evaluation.settings import (
     GROUPS,
     EvaluationSettings,
@@ -47,6 +49,8 @@ from medqlora.evaluation.settings import (
 def parse_arguments() -> EvaluationSettings:
     settings = read_settings(__doc__, EvaluationSettings, GROUPS)
     check_output(settings.output)
+    if settings.engine == "openai":
+        read_key(os.environ, settings.api_key_variable)
     return settings
 
 
@@ -57,8 +61,9 @@ if __name__ == "__main__":
     if SETTINGS.engine == "hf":
         prefer_expandable_segments(os.environ)
 
-from medqlora.engines.interface import BATCH_SIZE
+from medqlora.engines.interface import BATCH_SIZE, Engine, EngineError
 from medqlora.engines.registry import Asking, open_engine, prepare_asking
+from medqlora.engines.server_answers import Served, describe_served, read_served
 from medqlora.evaluation.answering import predict
 from medqlora.evaluation.journal import Journal, split_into_batches
 from medqlora.evaluation.method import Method
@@ -85,50 +90,21 @@ def main(settings: EvaluationSettings) -> None:
     method = choose_method(settings)
     check_dropping(settings, method, asking.max_length)
     questions, shared = prepare(settings, asking, method)
-    run_key = hash_run(settings, asking, method)
-    keys = [entry.key(run_key) for entry in questions]
-    # A finished command that is given again loads no model.
+    run = describe_run(settings, asking, method)
+    # A finished command that is given again loads no model and asks no server.
     if settings.output.exists():
-        check_finished(settings.output, keys)
+        check_finished(settings.output, questions, run)
         return
     shard, shards = (int(part) for part in settings.shard.split("/"))
-    ids = [entry.example.id for entry in questions]
-    # All questions are split into batches before a shard takes its own. A batch is thus the same
-    # for every number of shards, and its rounding too.
-    question_batches = split_into_batches(ids, BATCH_SIZE[settings.engine])[shard::shards]
     with Journal(settings.output, shard, shards) as journal:
-        # The parts may also hold rows of other settings, which this output must not take.
-        done = set(journal.read()) & set(keys)
-        if done:
-            console.print(
-                f"{len(done)} of {len(questions)} predictions stand in {journal.folder} already"
-            )
-        left = sum(keys[number] not in done for batch in question_batches for number in batch)
-        if left:
-            # The settings hold the variable's name only, so the key itself is never written.
-            key = os.environ.get(settings.api_key_variable)
-            engine = open_engine(settings, asking, method.seed, key)
-            name = "+".join(str(part) for part in (settings.model, settings.adapter) if part)
-            batches = predict(
-                engine,
-                asking.encoder,
-                questions,
-                shared,
-                method,
-                name,
-                question_batches,
-                run_key,
-                done,
-            )
-            with Progress(console=console, transient=True) as progress:
-                task = progress.add_task("predicting", total=left)
-                for batch in batches:
-                    journal.append(batch)
-                    progress.update(task, advance=len(batch))
+        served = find_served(journal.read(), questions, run)
+        if served is None:
+            served = answer_shard(settings, asking, method, questions, shared, run, journal)
         if settings.output.exists():  # Another shard was the last one and wrote it.
-            check_finished(settings.output, keys)
+            check_finished(settings.output, questions, run)
             return
         rows = journal.read()
+        keys = list_keys(questions, run, served)
         missing = sum(key not in rows for key in keys)
         if missing:
             console.print(
@@ -143,6 +119,87 @@ def main(settings: EvaluationSettings) -> None:
         journal.finish(settings.output, ordered)
     answered = sum("too_long" not in row for row in ordered)
     console.print(f"{answered} predictions in {settings.output}; {summarise(ordered)}")
+
+
+def answer_shard(
+    settings: EvaluationSettings,
+    asking: Asking,
+    method: Method,
+    questions: list[PreparedQuestion],
+    shared: int,
+    run: dict[str, Any],
+    journal: Journal,
+) -> Served:
+    """Answer the questions of this shard that have no row, and return what a server said of itself.
+
+    Raises:
+        EngineError: the engine cannot run, or questions were not answered. Finished rows are kept.
+    """
+    engine, served = None, {}
+    if settings.engine == "openai":
+        engine, served = connect(settings, asking, method, questions)
+    shard, shards = (int(part) for part in settings.shard.split("/"))
+    ids = [entry.example.id for entry in questions]
+    # All questions are split into batches before a shard takes its own. A batch is thus the same
+    # for every number of shards, and its rounding too.
+    question_batches = split_into_batches(ids, BATCH_SIZE[settings.engine])[shard::shards]
+    keys = list_keys(questions, run, served)
+    # The parts may also hold rows of other settings, which this output must not take.
+    done = set(journal.read()) & set(keys)
+    if done:
+        console.print(
+            f"{len(done)} of {len(questions)} predictions stand in {journal.folder} already"
+        )
+    left = sum(keys[number] not in done for batch in question_batches for number in batch)
+    if not left:
+        return served
+    engine = engine or open_engine(settings, asking, method.seed, None)
+    failures: list[EngineError] = []
+    batches = predict(
+        engine,
+        asking.encoder,
+        questions,
+        shared,
+        method,
+        "+".join(str(part) for part in (settings.model, settings.adapter) if part),
+        question_batches,
+        hash_json(run | served),
+        done,
+        served,
+        failures,
+    )
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("predicting", total=left)
+        for batch in batches:
+            # A batch of failures alone is no line of the journal.
+            if batch:
+                journal.append(batch)
+            progress.update(task, advance=len(batch))
+    if failures:
+        raise EngineError(
+            f"{len(failures)} of {len(questions)} questions got no answer and have no row, so"
+            f" {settings.output} is not written; the same command asks them again, and the other"
+            f" rows are kept in {journal.folder}. The last reason: {failures[-1]}"
+        )
+    return served
+
+
+def connect(
+    settings: EvaluationSettings,
+    asking: Asking,
+    method: Method,
+    questions: list[PreparedQuestion],
+) -> tuple[Engine, Served]:
+    """Connect to the server, and learn from one answer what all rows depend on."""
+    # The settings hold the variable's name only, so the key itself is never written.
+    key = read_key(os.environ, settings.api_key_variable)
+    engine = open_engine(settings, asking, method.seed, key)
+    asked = [entry for entry in questions if entry.too_long is None]
+    requests = [request for entry in asked for request in entry.requests]
+    served = engine.settle(requests, scored=method.scoring != "generate")
+    # The console writes to stderr, where an error must be the only line.
+    print(describe_served(served))
+    return engine, served
 
 
 def prepare(
@@ -188,30 +245,48 @@ def say_too_long(questions: list[PreparedQuestion], max_length: int | None) -> N
         f"{len(ids)} of {len(questions)} questions are longer than the model's {max_length} tokens"
         f" and are left out: {named}",
         style="yellow",
-        markup=False,
     )
 
 
-def hash_run(settings: EvaluationSettings, asking: Asking, method: Method) -> str:
-    """Return a hash of everything besides the question that a prediction row depends on."""
-    return hash_json(
-        {
-            **asking.identity,
-            "style": asking.encoder.style,
-            "completion": asking.encoder.completion,
-            "method": vars(method),
-            "engine": settings.engine,
-            "rows": 3,  # This number rises with every change of what a row holds.
-        }
-    )
+def describe_run(settings: EvaluationSettings, asking: Asking, method: Method) -> dict[str, Any]:
+    """Return what a prediction row depends on besides the question and a server's own word."""
+    return {
+        **asking.identity,
+        "style": asking.encoder.style,
+        "completion": asking.encoder.completion,
+        "method": vars(method),
+        "engine": settings.engine,
+        "rows": 3,  # This number rises with every change of what a row holds.
+    }
 
 
-def check_finished(output: Path, keys: list[str]) -> None:
+def list_keys(questions: list[PreparedQuestion], run: dict[str, Any], served: Served) -> list[str]:
+    """Return the key of each question's row."""
+    run_key = hash_json(run | served)
+    return [entry.key(run_key) for entry in questions]
+
+
+def find_served(
+    rows: dict[str, dict], questions: list[PreparedQuestion], run: dict[str, Any]
+) -> Served | None:
+    """Return what the server said of itself in rows that answer all questions; None without them.
+
+    Such rows were complete when a kill came, and need no server any more.
+    """
+    distinct = {tuple(read_served(row).items()) for row in rows.values()}
+    for served in map(dict, distinct):
+        if rows.keys() >= set(list_keys(questions, run, served)):
+            return served
+    return None
+
+
+def check_finished(output: Path, questions: list[PreparedQuestion], run: dict[str, Any]) -> None:
     """Leave the output of this very command as it is, and refuse to write over any other."""
     try:
         predictions = read_predictions(output, labelled=False)
-        offsets = [*predictions.offsets, *predictions.too_long.values()]
-        same = {row.get("key") for row in read_rows(output, offsets)} == set(keys)
+        rows = read_rows(output, [*predictions.offsets, *predictions.too_long.values()])
+        keys = list_keys(questions, run, read_served(rows[0]))
+        same = {row.get("key") for row in rows} == set(keys)
     except PredictionError as error:
         raise PredictionError(
             f"--output {output} exists and is no finished predictions file ({error}); give a new"

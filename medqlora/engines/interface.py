@@ -87,7 +87,8 @@ class Engine(Protocol):
     def score(self, requests: Sequence[Request], shared: int = 0) -> list[list[float]]:
         """Return the natural log-probability of each option of each request.
 
-        An option that the engine cannot know the probability of is NaN.
+        An option that the engine cannot know the probability of is NaN. A request that a server
+        failed to answer has an EngineError in its place.
 
         Args:
             requests: prompts with their options.
@@ -96,4 +97,7 @@ class Engine(Protocol):
         """
 
     def generate(self, prefixes: Sequence[list[int]], sampling: Sampling) -> list[list[str]]:
-        """Return the texts of `samples` answers to each prefix, without their stop tokens."""
+        """Return the texts of `samples` answers to each prefix, without their stop tokens.
+
+        A request that a server failed to answer has an EngineError in its place.
+        """

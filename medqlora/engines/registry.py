@@ -13,6 +13,7 @@ from medqlora.core.config import Attention, Completion, Model, PromptStyle, Sect
 from medqlora.core.errors import ConfigError
 from medqlora.core.reading import expand_path
 from medqlora.engines.interface import Engine
+from medqlora.engines.server_address import check_address
 from medqlora.prompts.chat_template import Encoder, MessageEncoder, make_encoder
 from medqlora.prompts.fingerprint import fingerprint
 
@@ -108,9 +109,13 @@ class EngineSettings(Section):
     concurrency: int = Field(32, ge=1)
     """openai: requests in flight."""
     timeout: float = Field(120, ge=0.001)
-    """openai: seconds per request."""
+    """openai: seconds per request, from its beginning to the answer's last byte."""
     retries: int = Field(5, ge=0)
     """openai: further tries of a failed request."""
+    served_model: str | None = None
+    """openai: the model's name in the server's answers, where it is neither --model nor a dated
+    version of it.
+    """
 
     @model_validator(mode="after")
     def check_server(self) -> EngineSettings:
@@ -119,6 +124,8 @@ class EngineSettings(Section):
                 "--engine openai: give the server's address with --server, as"
                 " http://127.0.0.1:8000/v1"
             )
+        if self.server is not None:
+            check_address(self.server)
         if self.api == "chat" and self.engine != "openai":
             raise ValueError(f"--api chat is for --engine openai, not {self.engine}; leave it out")
         if self.api == "chat" and self.max_length:
@@ -347,6 +354,7 @@ def open_engine(settings: RunSettings, asking: Asking, seed: int, key: str | Non
             concurrency=settings.concurrency,
             timeout=settings.timeout,
             retries=settings.retries,
+            served_model=settings.served_model,
         )
         if settings.api == "chat":
             return ChatEngine(connection, asking.encoder.template_arguments)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from medqlora.data.examples import LETTERS, Example, OpenAnswer
 from medqlora.data.formats.registry import FORMATS
-from medqlora.engines.interface import BATCH_SIZE, Engine, Sampling
+from medqlora.engines.interface import BATCH_SIZE, Engine, EngineError, Sampling
 from medqlora.evaluation.journal import split_into_batches
 from medqlora.evaluation.method import Method
 from medqlora.evaluation.questions import (
@@ -37,6 +37,8 @@ def predict(
     question_batches: Sequence[Sequence[int]] | None = None,
     run_key: str = "",
     done: Collection[str] = (),
+    served: Mapping[str, str | None] | None = None,
+    failures: list[EngineError] | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield prediction rows, a batch at a time.
 
@@ -51,6 +53,11 @@ def predict(
         run_key: a hash of all that the numbers depend on besides the question; it is a part of
             every row's key.
         done: keys of rows that exist; their questions are not asked again.
+        served: what a server said of itself; it stands in every row.
+        failures: gets one error per question that a server did not answer, which has no row.
+
+    Raises:
+        EngineError: a question was not answered, and there is no list of failures.
     """
     by_subject = questions and FORMATS[questions[0].example.dataset].fewshot_by_subject
     # The prompt's fingerprint covers worked examples only where all questions share them.
@@ -60,6 +67,7 @@ def predict(
         "engine": engine.name,
         "weights": engine.weights,
         "model": name,
+        **(served or {}),
     }
     if question_batches is None:
         ids = [entry.example.id for entry in questions]
@@ -79,10 +87,16 @@ def predict(
         else:
             asked = score_rows(engine, entries, shared, method)
         rows = iter(asked)
-        yield [
-            (describe_too_long(entry) if entry.too_long else next(rows)) | common | {"key": key}
-            for key, entry in keyed
-        ]
+        finished = []
+        for key, entry in keyed:
+            row = describe_too_long(entry) if entry.too_long else next(rows)
+            if not isinstance(row, EngineError):
+                finished.append(row | common | {"key": key})
+            elif failures is None:
+                raise row
+            else:
+                failures.append(row)
+        yield finished
 
 
 def describe_too_long(entry: PreparedQuestion) -> dict[str, Any]:
@@ -102,8 +116,8 @@ def generate_rows(
     encoder: Encoder | MessageEncoder,
     entries: Sequence[PreparedQuestion],
     method: Method,
-) -> list[dict[str, Any]]:
-    """Let the model write its answers and read them."""
+) -> list[dict[str, Any] | EngineError]:
+    """Let the model write its answers and read them; the error of a failed request stays."""
     # The seed belongs to the batch and not to its turn, so shards and restarts draw alike.
     sampling = Sampling(
         method.max_new_tokens,
@@ -122,21 +136,27 @@ def generate_rows(
         )
     answers = engine.generate([entry.requests[0].prefix for entry in entries], sampling)
     return [
-        read_texts(encoder, entry, texts, method)
+        texts if isinstance(texts, EngineError) else read_texts(encoder, entry, texts, method)
         for entry, texts in zip(entries, answers, strict=True)
     ]
 
 
 def score_rows(
     engine: Engine, entries: Sequence[PreparedQuestion], shared: int, method: Method
-) -> list[dict[str, Any]]:
-    """Ask for the options' log-probabilities and read them."""
+) -> list[dict[str, Any] | EngineError]:
+    """Ask for the options' log-probabilities and read them; a failed question keeps its error."""
     requests = [request for entry in entries for request in entry.requests]
     # One flat list of requests goes to the engine, which packs those of all questions together.
     scores = iter(engine.score(requests, shared))
     rows = []
     for entry in entries:
-        values = entry.sort([next(scores) for _ in entry.requests])
+        answers = [next(scores) for _ in entry.requests]
+        # A question of several requests, as one per order, has no row without each of them.
+        failed = [answer for answer in answers if isinstance(answer, EngineError)]
+        if failed:
+            rows.append(failed[0])
+            continue
+        values = entry.sort(answers)
         if method.scoring == "perplexity":
             rows.append(read_passage(entry, values))
         else:

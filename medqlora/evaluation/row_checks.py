@@ -214,6 +214,8 @@ VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "engine": TEXT,
     "model": TEXT,
     "weights": TEXT,
+    "served_model": TEXT,
+    "scoring_way": TEXT,
     "prompt_sha256": TEXT,
     "key": TEXT,
     "options": (are_options, f"a list of 2 to {len(LETTERS)} texts"),
