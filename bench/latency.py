@@ -66,7 +66,7 @@ from medqlora.engines.latency import (
     parse_objectives,
     summarize,
 )
-from medqlora.engines.server_address import check_address, read_key
+from medqlora.engines.server_address import check_address, hide_secrets, read_key
 
 QUESTIONS = Path(__file__).parents[1] / "recipes" / "demo" / "data" / "test.jsonl"
 
@@ -515,7 +515,12 @@ class Client:
         if self.connection is None:
             # A request that is sent again would be measured as one slow answer, hence no retries.
             self.connection = self.openai.AsyncOpenAI(
-                base_url=self.address, api_key=self.key, max_retries=0, timeout=600
+                base_url=self.address,
+                api_key=self.key,
+                max_retries=0,
+                timeout=600,
+                # A redirect could send prompts and key to another server.
+                http_client=self.openai.DefaultAsyncHttpxClient(follow_redirects=False),
             )
         sent = time.perf_counter()
         arrivals = []
@@ -533,14 +538,14 @@ class Client:
                 tokens = piece.usage.completion_tokens if piece.usage else tokens
         except self.openai.OpenAIError as error:
             raise LatencyError(
-                f"server {self.address}: {' '.join(str(error).split())[:200]}; is it running, and"
+                f"server {self.address}: {hide_secrets(str(error), self.key)}; is it running, and"
                 f" does it serve {self.model}?"
             ) from None
         # The openai package lets errors of its HTTP library through where a connection breaks in
         # the middle of a stream, and which library that is depends on its version.
         except Exception as error:  # noqa: BLE001
             raise LatencyError(
-                f"server {self.address} broke off an answer: {type(error).__name__} {error}; look"
+                f"server {self.address} broke off an answer: {type(error).__name__}; look"
                 " at its log"
             ) from None
         # A broken stream may end like a complete one. Only the reason for the end tells them apart.

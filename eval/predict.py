@@ -100,6 +100,8 @@ def main(settings: EvaluationSettings) -> None:
         served = find_served(journal.read(), questions, run)
         if served is None:
             served = answer_shard(settings, asking, method, questions, shared, run, journal)
+        elif served:
+            print(describe_served(served))
         if settings.output.exists():  # Another shard was the last one and wrote it.
             check_finished(settings.output, questions, run)
             return
@@ -168,7 +170,9 @@ def answer_shard(
         served,
         failures,
     )
-    with Progress(console=console, transient=True) as progress:
+    # Where nobody watches, a bar would leave an empty line before an error's only line.
+    watched = console.is_terminal
+    with Progress(console=console, transient=True, disable=not watched) as progress:
         task = progress.add_task("predicting", total=left)
         for batch in batches:
             # A batch of failures alone is no line of the journal.
@@ -178,8 +182,8 @@ def answer_shard(
     if failures:
         raise EngineError(
             f"{len(failures)} of {len(questions)} questions got no answer and have no row, so"
-            f" {settings.output} is not written; the same command asks them again, and the other"
-            f" rows are kept in {journal.folder}. The last reason: {failures[-1]}"
+            f" {settings.output} is not written; finished rows are kept in {journal.folder}, and"
+            f" the same command asks the others again. The last reason: {failures[-1]}"
         )
     return served
 

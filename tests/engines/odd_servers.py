@@ -15,7 +15,8 @@ import time
 RIGHT = "right"
 LINE = "one line"
 SECRET = "sk-verysecretkey0123456789"
-SECONDS = 0.5  # A request's deadline in these tests.
+# Only a deadline ends an answer of these.
+STALLS = ("never answers", "one byte at a time", "headers one byte at a time", "chunks without end")
 LONGEST = 6  # A server that never ends gives up after so many seconds, should nobody hang up.
 LIMIT = 80 << 20  # The same in bytes.
 KINDS = []
@@ -58,10 +59,15 @@ def make_good(path, body, letters):
 
 
 class OddServer:
-    """A server of one kind; `only` is a text of the questions that it answers oddly, or all."""
+    """A server of one kind; `only` is a text of the questions that it answers oddly, or all.
+
+    Both may change while it runs.
+    """
 
     def __init__(self, behave, only=""):
         self.asked = 0
+        self.behave = behave
+        self.only = only
         outer = self
         letters = []
 
@@ -73,7 +79,7 @@ class OddServer:
                 self.asked = outer.asked
                 good = make_good(self.path, self.body, letters)
                 with contextlib.suppress(OSError):
-                    (behave if only.encode() in raw else send)(self, good)
+                    (outer.behave if outer.only.encode() in raw else send)(self, good)
 
             def do_GET(self):  # A redirected POST arrives as a GET.
                 outer.asked += 1
