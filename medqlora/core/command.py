@@ -172,7 +172,7 @@ def check_arguments(arguments: list[str]) -> None:
         ConfigError: An argument is not valid UTF-8, and no file that we write could hold it; or it
             begins with ~USER, and there is no such user.
     """
-    for argument in arguments:
+    for place, argument in enumerate(arguments, 1):
         value = argument.partition("=")[2] if argument.startswith("--") else argument
         if value.startswith("~"):
             try:

@@ -48,12 +48,12 @@ def make_good(path, body, letters):
         letters[:] = wanted or letters
         choice["text"] = "B"
         if wanted:
-            values = [-3.0, -0.1, -4, -5]
+            values = [-4.0, -0.1, -4, -5]
             top = {f"token_id:{token}": values[i] for i, token in enumerate(wanted)}
             choice["logprobs"] = {"top_logprobs": [top]}
         elif body.get("echo"):
             ids = body["prompt"]
-            last = -0.1 if ids[-1] == letters[1] else -3.0
+            last = -0.1 if ids[-1] == letters[1] else -4.0
             choice["logprobs"] = {"token_logprobs": [None, *[-1.0] * (len(ids) - 2), last, -0.5]}
     return {"id": "x", "model": body["model"], "choices": [choice] * body.get("n", 1)}
 

@@ -57,7 +57,8 @@ def ask(questions, tmp_path, monkeypatch):
             rows = [json.loads(line) for line in output.read_text().splitlines()]
         kept = []
         for part in sorted((tmp_path / "p.jsonl.parts").glob("*.jsonl")):
-            kept += [row for line in part.read_text().splitlines() for row in json.loads(line)]
+            lines = map(json.loads, part.read_text().splitlines())
+            kept += [row for line in lines for row in line["rows"]]
         return code, shown, rows, kept
 
     return run
@@ -283,7 +284,7 @@ ADDRESSES = {
     "http://ho st/v1": "at place 10",
     "http://host\0/v1": "at place 12",
     "http://höst/v1": "at place 9",
-    "http://host\udcff/v1": "at place 12",
+    "http://host\udcff/v1": "not valid UTF-8",
     f"http://user:{SECRET}@host/v1": "has an @",
     f"{SECRET}@host": "has an @",
     f"http://host/v1?key={SECRET}": "has a ? or #",
@@ -344,7 +345,7 @@ def test_odd_values_of_the_environment(ask, monkeypatch, name, value, message):
     assert SECRET not in shown
 
 
-@pytest.mark.parametrize("variable", [SECRET, "A=B", "", "A\0B", "\udcff"])
+@pytest.mark.parametrize("variable", [SECRET, "A=B", "", "A\0B"])
 def test_odd_names_of_the_keys_variable(ask, variable):
     with OddServer(send) as server:
         code, shown, _, _ = ask(server, "chat", "generate", "--api_key_variable", variable)
