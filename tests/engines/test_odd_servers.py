@@ -28,6 +28,7 @@ from odd_servers import (
 from medqlora.engines.interface import ChatRequest, EngineError
 from medqlora.engines.openai import ChatEngine
 from medqlora.engines.server_connection import PATIENCE, Connection
+from medqlora.evaluation.journal import Journal
 from medqlora.evaluation.predictions import read_predictions
 
 ROWS = [json.loads(line) for line in (DEMO / "data" / "test.jsonl").read_text().splitlines()[:4]]
@@ -131,9 +132,8 @@ def test_rows_kept_by_a_kill_need_no_server(ask, tmp_path):
     with OddServer(send) as server:
         _, _, rows, _ = ask(server)
     (tmp_path / "p.jsonl").unlink()
-    folder = tmp_path / "p.jsonl.parts"
-    folder.mkdir()
-    (folder / "0-of-1.jsonl").write_text(json.dumps(rows) + "\n")
+    with Journal(tmp_path / "p.jsonl") as journal:
+        journal.append(rows)
     code, shown, again, _ = ask(server)
     assert (code, again) == (0, rows), shown
 
