@@ -71,6 +71,7 @@ import torch
 
 from medqlora.engines.packed_passes import run_packed
 from medqlora.model.adapter import check_adapter, load_adapter, read_adapter_metadata
+from medqlora.model.adapter_metadata import check_present
 from medqlora.model.base import find_model, load_base, load_tokenizer, read_model_config, unwrap
 from medqlora.model.hardware import default_device, name_dtype
 from medqlora.model.head_loss import compute_logits
@@ -122,7 +123,7 @@ def main() -> None:
     # The recorded revision is one of the hub; a folder has none.
     revision = None if find_model(base_id) else metadata.get("revision")
     config = read_model_config(base_id, revision)
-    check_adapter(arguments.adapter, config)
+    check_present(arguments.adapter, check_adapter(arguments.adapter, config))
     base = resolve_base(base_id, revision)
     if metadata.get("base_sha256") not in (None, sample_weights(base)):
         raise MergeError(

@@ -199,6 +199,7 @@ def prepare_asking(settings: RunSettings) -> Asking:
         encoder = open_encoder(settings, tokenizer, {})
         return Asking(encoder, {}, settings.max_length, identity)
     from medqlora.model.adapter import check_adapter
+    from medqlora.model.adapter_metadata import check_present
     from medqlora.model.adapter_settings import read_settings
     from medqlora.model.adapter_tokenizer import choose_tokenizer
     from medqlora.model.base import read_model_config
@@ -209,6 +210,7 @@ def prepare_asking(settings: RunSettings) -> Asking:
     config = read_model_config(settings.model, settings.revision)
     if settings.adapter:
         metadata = check_adapter(settings.adapter, config)
+        check_present(settings.adapter, metadata)
         read_settings(settings.adapter, settings.engine)
     else:
         # This holds only how the model is asked: merged weights are not quantized.

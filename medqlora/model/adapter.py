@@ -23,7 +23,7 @@ from medqlora.core.config import Lora
 from medqlora.core.files import hash_file
 from medqlora.core.reading import expand_path
 from medqlora.core.seeds import fit_seed
-from medqlora.model.adapter_metadata import FILE, read_metadata
+from medqlora.model.adapter_metadata import FILE, check_present, read_metadata
 from medqlora.model.adapter_settings import read_settings
 from medqlora.model.adapter_tokenizer import (
     count_rows,
@@ -231,9 +231,9 @@ def read_adapter_metadata(folder: Path) -> dict[str, Any]:
     if not os.path.lexists(folder / FILE):
         return {}
     metadata = read_metadata(folder)
-    for key in ("base", "architecture_sha256", "quantization", "double_quantization", "dtype"):
-        if metadata.get(key) is None:
-            raise ModelError(f"adapter {folder}: medqlora.json has no {key}; restore the file")
+    if not metadata:
+        raise ModelError(f"adapter {folder}: {FILE} is empty; restore the file")
+    check_present(folder, metadata, ("base", "architecture_sha256"))
     for key, name in HASHED.items():
         if metadata.get(key) not in (None, hash_file(folder / name)):
             raise ModelError(

@@ -7,6 +7,7 @@ the completion and the prompt's fingerprint. A merged model's also says which we
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from medqlora.core.reading import check_types, read_object
 from medqlora.model.weight_files import ModelError
 
 FILE = "medqlora.json"
+LOADING = ("quantization", "double_quantization", "dtype")
 Quantization = Model.model_fields["quantization"].annotation
 Dtype = Model.model_fields["dtype"].annotation
 
@@ -59,3 +61,19 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     tree = read_object(path, f"model {folder}", ModelError)
     check_types(tree, Metadata, f"model {folder}: {FILE}", ModelError)
     return tree
+
+
+def check_present(folder: Path, metadata: dict[str, Any], keys: Iterable[str] = LOADING) -> None:
+    """Refuse an adapter's metadata without one of some keys; those without any have none to lack.
+
+    Args:
+        folder: The adapter's folder, for messages.
+        metadata: The result of adapter.read_adapter_metadata.
+        keys: The keys; those that decide how the base is loaded by default.
+
+    Raises:
+        ModelError: The message names the key.
+    """
+    missing = [key for key in keys if metadata and metadata.get(key) is None]
+    if missing:
+        raise ModelError(f"adapter {folder}: {FILE} has no {missing[0]}; restore the file")
