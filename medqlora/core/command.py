@@ -185,7 +185,7 @@ def check_arguments(arguments: list[str]) -> None:
             argument.encode()
         except UnicodeEncodeError:
             raise ConfigError(
-                f"argument {argument!a}: not valid UTF-8; rename the file, or give text"
+                f"argument {place} of the command: not valid UTF-8; rename the file, or give text"
             ) from None
 
 

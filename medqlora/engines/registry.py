@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -79,10 +79,14 @@ class ModelSettings(Section):
         return parse_object(value, '{"enable_thinking": false}')
 
 
+EngineName = Literal["hf", "vllm", "openai"]
+ENGINES = get_args(EngineName)
+
+
 class EngineSettings(Section):
     """What runs the model."""
 
-    engine: Literal["hf", "vllm", "openai"] = "hf"
+    engine: EngineName = "hf"
     """hf is transformers with packed batches, vllm is vLLM in this process, openai is any
     OpenAI-compatible server.
     """
@@ -126,8 +130,13 @@ class EngineSettings(Section):
             )
         if self.server is not None:
             check_address(self.server)
-        if self.api == "chat" and self.engine != "openai":
-            raise ValueError(f"--api chat is for --engine openai, not {self.engine}; leave it out")
+        # The text of a key begins with its engine. Another engine would pass it over.
+        for name in sorted(self.model_fields_set & EngineSettings.model_fields.keys()):
+            owner = (EngineSettings.model_fields[name].description or "").partition(":")[0]
+            if owner in ENGINES and owner != self.engine:
+                raise ValueError(
+                    f"--{name} is for --engine {owner}, not {self.engine}; leave it out"
+                )
         if self.api == "chat" and self.max_length:
             raise ValueError(
                 "--max_length counts tokens, which a chat server makes by itself; leave it out"

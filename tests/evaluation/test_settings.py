@@ -51,6 +51,7 @@ def test_file_and_flags_give_the_same_settings(tmp_path, monkeypatch):
         "columns": {"question": "stem", "options": ["a", "b"]},
         "drop_invalid": True,
         "permutations": 4,
+        "engine": "vllm",
         "gpu_memory": 0.5,
     }
     path.write_text(yaml.safe_dump(values))
@@ -91,7 +92,7 @@ def test_paths_of_a_file_are_relative_to_it(tmp_path, monkeypatch):
         (None, [*LEAST, "--format", "medqua"], ["medqua", "did you mean medquad?"]),
         (None, [*LEAST, "--columns", "[1]"], ["--columns", "JSON object"]),
         (None, [*LEAST, "more"], ["argument more", "--key VALUE"]),
-        (None, [*LEAST, "--api", "chat"], ["--api chat is for --engine openai"]),
+        (None, [*LEAST, "--api", "chat"], ["--api is for --engine openai"]),
         (None, [*LEAST, "--engine", "openai"], ["--server"]),
         (
             None,
