@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
 import warnings
 from collections.abc import Collection
@@ -328,27 +329,28 @@ def write_adapter_files(
     folder: Path, model: PeftModel, metadata: dict[str, Any], weights: dict[str, torch.Tensor]
 ) -> None:
     """Write the three files of an adapter aside, then move each to its place."""
-    # The folder aside lies on the same file system, where os.replace is one atomic step.
-    aside = folder.with_name(f".{folder.name}.tmp")
-    # A write that was killed may have left such a folder.
-    shutil.rmtree(aside, ignore_errors=True)
+    # The folder aside lies on the same file system, where os.replace is one atomic step. Its name
+    # is one of files.UNFINISHED, so a resumed run removes what a kill has left.
+    aside = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.tmp")
     aside.mkdir(parents=True)
-    # The writer of safetensors reports a full disk as an error of the format, so its bytes are
-    # written here.
-    content = serialize(weights, metadata={"format": "pt"})
-    (aside / "adapter_model.safetensors").write_bytes(content)
-    model.active_peft_config.save_pretrained(aside)
-    digests = {key: hash_file(aside / name) for key, name in HASHED.items()}
-    (aside / "medqlora.json").write_text(
-        json.dumps({**metadata, **digests}, indent=2) + "\n", encoding="utf-8"
-    )
-    # A rename cannot replace a folder that has content, so the files move one by one.
-    folder.mkdir(exist_ok=True)
-    # The metadata moves last. Until then its old hash does not fit the new weights, and
-    # read_adapter_metadata refuses the pair.
-    for name in ("adapter_config.json", "adapter_model.safetensors", "medqlora.json"):
-        os.replace(aside / name, folder / name)
-    aside.rmdir()
+    try:
+        # The writer of safetensors reports a full disk as an error of the format, so its bytes are
+        # written here.
+        content = serialize(weights, metadata={"format": "pt"})
+        (aside / "adapter_model.safetensors").write_bytes(content)
+        model.active_peft_config.save_pretrained(aside)
+        digests = {key: hash_file(aside / name) for key, name in HASHED.items()}
+        (aside / FILE).write_text(
+            json.dumps({**metadata, **digests}, indent=2) + "\n", encoding="utf-8"
+        )
+        # A rename cannot replace a folder that has content, so the files move one by one.
+        folder.mkdir(exist_ok=True)
+        # The metadata moves last. Until then its old hash does not fit the new weights, and
+        # read_adapter_metadata refuses the pair.
+        for name in ("adapter_config.json", "adapter_model.safetensors", FILE):
+            os.replace(aside / name, folder / name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
