@@ -33,7 +33,7 @@ from medqlora.core.config_loading import (
     load_settings,
     suggest_key,
 )
-from medqlora.core.entry import BROKEN_PIPE, INTERRUPTED, MISTAKE, say, stop_at_once
+from medqlora.core.entry import BROKEN_PIPE, INTERRUPTED, MISTAKE, interrupt, say, stop_at_once
 from medqlora.core.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def run_command(main: Callable[[], int | None], interrupted: str = "") -> NoRetu
     """
     # From here on Ctrl-C is an exception, so that files can be closed.
     if signal.getsignal(signal.SIGINT) is stop_at_once:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, interrupt)
     try:
         code = main() or 0
         # What a full disk or a reader that has gone refuses shows itself here, and not at the end

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,7 @@ MISTAKE = 2  # This is the exit code after a mistake of the user.
 INTERRUPTED = 128 + 2  # A shell reports a program that SIGINT ended in this form.
 BROKEN_PIPE = 128 + 13  # A shell reports a program whose reader has gone in this form.
 LAUNCHED = "ACCELERATE_MIXED_PRECISION"  # accelerate launch sets this variable for every process.
+END_SECONDS = 5.0  # The time that a command has after Ctrl-C, to close its files.
 ROOT = Path(__file__).parents[2]
 
 
@@ -41,6 +43,18 @@ def stop_at_once(number: int, frame: object) -> None:
     An exception would be raised inside a package, which may turn it into another.
     """
     os._exit(INTERRUPTED)
+
+
+def interrupt(number: int, frame: object) -> None:
+    """Raise KeyboardInterrupt, and end the program if that leads nowhere; a second Ctrl-C does too.
+
+    Some packages catch every exception while they are imported or called, this one included.
+    """
+    signal.signal(signal.SIGINT, stop_at_once)
+    last_word = threading.Timer(END_SECONDS, os._exit, [INTERRUPTED])
+    last_word.daemon = True
+    last_word.start()
+    raise KeyboardInterrupt
 
 
 def report_missing(
