@@ -6,10 +6,10 @@ This module needs Python's own library only, so that it can say what is missing.
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 from types import TracebackType
 
@@ -18,6 +18,7 @@ INTERRUPTED = 128 + 2  # A shell reports a program that SIGINT ended in this for
 BROKEN_PIPE = 128 + 13  # A shell reports a program whose reader has gone in this form.
 LAUNCHED = "ACCELERATE_MIXED_PRECISION"  # accelerate launch sets this variable for every process.
 END_SECONDS = 5.0  # The time that a command has after Ctrl-C, to close its files.
+LAUNCHER_SECONDS = 10.0  # The time in which a launcher ends after its process.
 ROOT = Path(__file__).parents[2]
 
 
@@ -86,19 +87,16 @@ def say(line: str) -> None:
     # A name or a value in the message may hold a line break.
     line = " ".join(line.splitlines())
     print(line, file=sys.stderr, flush=True)
-    if LAUNCHED not in os.environ or not hasattr(os, "fork"):
+    if LAUNCHED not in os.environ or not hasattr(os, "pidfd_open"):
         return
-    launcher = os.getppid()
+    launcher = os.pidfd_open(os.getppid())
     if os.fork():
         return
     # The launcher ends the session of its processes, and this one has to outlive it.
     os.setsid()
-    # A launcher that starts its processes again does not end, and its last word comes later.
-    for _ in range(1_000):
-        time.sleep(0.01)
-        try:
-            os.kill(launcher, 0)
-        except OSError:
-            os.write(2, f"{line}\n".encode(errors="replace"))
-            break
+    # The descriptor of a process can be read when it has ended. A launcher that starts its processes
+    # again does not end, and its last word comes later.
+    ended, _, _ = select.select([launcher], [], [], LAUNCHER_SECONDS)
+    if ended:
+        os.write(2, f"{line}\n".encode(errors="replace"))
     os._exit(0)

@@ -313,3 +313,41 @@ def test_scaling_page_holds_the_scripts_tables(monkeypatch, tmp_path):
     (tmp_path / "page.md").write_text("nothing")
     code, complaint = run_inside(script, ["--check", tmp_path / "page.md"], monkeypatch)
     assert (code, complaint.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_last_line_of_a_launched_mistake_is_ours(processes):
+    """accelerate adds its own traceback, and our line stands below it once more."""
+    command = ["accelerate", "launch", "--cpu", f"--num_processes={processes}"]
+    if processes > 1:
+        command = [
+            "accelerate",
+            "launch",
+            "--config_file",
+            ROOT / "accelerate_configs" / "ddp.yaml",
+        ]
+    # The file is read by whoever waits for the last process that writes to it.
+    done = subprocess.run(
+        [*command, ROOT / "recipes" / "sft_qlora.py", "--training.lrr", "3"],
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    line = "--training.lrr: unknown key training.lrr; did you mean training.lr?"
+    assert done.stderr.splitlines()[-1] == line
+    assert done.stderr.count(line) == 2
+    assert done.returncode == 1
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["recipes/prepare_data.py", "recipes/sft_qlora.py", "eval/score.py", "launch/submit.py"],
+)
+def test_a_script_outside_its_environment_says_so(script):
+    # Without site packages Python has its own library only.
+    done = run_script("-S", "-I", ROOT / script, cold=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "is not installed for" in done.stderr
+    assert ".venv/bin/activate" in done.stderr or "launch/demo.sh" in done.stderr
