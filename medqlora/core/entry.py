@@ -94,8 +94,8 @@ def say(line: str) -> None:
         return
     # The launcher ends the session of its processes, and this one has to outlive it.
     os.setsid()
-    # The descriptor of a process can be read when it has ended. A launcher that starts its processes
-    # again does not end, and its last word comes later.
+    # The descriptor of a process can be read when it has ended. A launcher that starts its
+    # processes again does not end, and its last word comes later.
     ended, _, _ = select.select([launcher], [], [], LAUNCHER_SECONDS)
     if ended:
         os.write(2, f"{line}\n".encode(errors="replace"))
