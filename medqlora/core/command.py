@@ -216,23 +216,18 @@ def whole(least: int, most: int = MOST) -> Callable[[str], int]:
     return read
 
 
-def real(text: str, least: float = 0.0) -> float:
-    """Read a flag as a finite number that is `least` or larger; a type for argparse."""
+def above_zero(text: str) -> float:
+    """Read a flag as a finite number above zero; a type for argparse."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     # A comparison with NaN is false, so NaN is refused too.
-    if not least <= value <= MOST:
+    if not 0 < value <= MOST:
         raise argparse.ArgumentTypeError(
-            f"got {text[:40]!r}; expected a number from {least:g} to {MOST:,}"
+            f"got {text[:40]!r}; expected a number above 0 and up to {MOST:,}"
         )
     return value
-
-
-def above_zero(text: str) -> float:
-    """Read a flag as a finite number above zero; a type for argparse."""
-    return real(text, sys.float_info.min)
 
 
 class CommandParser(argparse.ArgumentParser):

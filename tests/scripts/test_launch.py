@@ -276,7 +276,7 @@ def test_dry_run_for_64_gpus(tmp_path):
             ["--training.global_batch_tokens", "10000"],
             "not a multiple of max_tokens_per_batch 8192",
         ),
-        (["--nodes", "0"], "expected 1 or more"),
+        (["--nodes", "0"], "expected a whole number from 1"),
         (["--time", "tomorrow"], "expected [DAYS-]HH:MM:SS"),
         (["--recipe", "recipes/none.py"], "no such file"),
         (["--training.lrr", "1"], "did you mean training.lr"),

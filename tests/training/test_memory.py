@@ -753,8 +753,8 @@ def test_drawn_lengths_are_like_medmcqa():
         (["--fit", "2GiB"], "the base alone needs"),
         (["--model.base", "missing.json"], "missing.json"),
         (["--fit", "5"], "CUDA context and kernels alone"),
-        (["--gpus", "0"], "expected 1 or more"),
-        (["--supervised", "-3"], "expected 1 or more"),
+        (["--gpus", "0"], "expected a whole number from 1"),
+        (["--supervised", "-3"], "expected a whole number from 1"),
         (["--strategy", "zero3"], "give --gpus"),
         (["--serve", "40000"], "over the model's 32768 positions"),
         (
