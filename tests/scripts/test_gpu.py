@@ -134,7 +134,7 @@ def test_stages_that_do_not_fit_the_time_are_skipped_and_named(tmp_path):
     ("flags", "message"),
     [
         (["--stages", "card,kernel"], "--stages kernel: no such stage; there are card"),
-        (["--minutes", "0"], "expected more than 0"),
+        (["--minutes", "0"], "expected a number above 0"),
     ],
 )
 def test_mistakes_are_one_line(flags, message, tmp_path):
