@@ -355,7 +355,7 @@ def test_what_cannot_train_is_refused_with_the_reason(tmp_path):
         ZERO3 | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
     )
     file.write_text("[1]")
-    assert "expected a JSON object, got list" in refuse(
+    assert "holds a list, expected an object" in refuse(
         ZERO3 | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
     )
     file.write_text("{")
