@@ -147,6 +147,7 @@ def pytest_configure(config) -> None:
 # cores.
 LONGEST = (
     "test_readme",
+    "test_trust",
     "test_lowest_versions",
     "test_gpu",
     "test_slurm",
@@ -155,6 +156,9 @@ LONGEST = (
     "test_vllm",
     "test_end_to_end",
     "test_predict",
+    "test_odd_servers",
+    "test_damaged_models",
+    "test_interrupts",
 )
 
 
