@@ -69,8 +69,8 @@ def show(first: Path, second: Path, comparison: dict) -> None:
             f"{100 * part['difference']:+.1f}",
             f"{100 * low:+.1f} to {100 * high:+.1f}",
             p_value(part["mcnemar_p"]),
-            # Only the subjects are corrected for their number; the first row is one test, and so is
-            # that of several subjects together.
+            # Only single subjects are corrected for their number. The first row is one test, and a
+            # row of several subjects is one too.
             p_value(part["holm_p"]) if "holm_p" in part else "",
             str(part["only_a_right"]),
             str(part["only_b_right"]),

@@ -28,7 +28,7 @@ from medqlora.data.examples import MultipleChoice, Removal
 from medqlora.prompts.rows import TokenTable
 
 LOCK = "cache.lock"
-# What a kill leaves in the cache: folders aside, and the file through which rank 0 tells its
+# A kill leaves such names in the cache: folders aside, and the file through which rank 0 tells its
 # progress.
 UNFINISHED_ENTRY = re.compile(
     r"(tokens|prepared|plan)-[0-9a-f]{24}\.[0-9a-f]+(\.old)?\.tmp|\.?shared-[0-9a-f]+\.json(\..*\.tmp)?"

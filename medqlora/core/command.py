@@ -69,8 +69,8 @@ def run_command(main: Callable[[], int | None], interrupted: str = "") -> NoRetu
         signal.signal(signal.SIGINT, interrupt)
     try:
         code = main() or 0
-        # What a full disk or a reader that has gone refuses shows itself here, and not at the end
-        # of the program, where Python would say it in its own way.
+        # A full disk, or a reader that has gone, shows itself here. At the end of the program
+        # Python would say it in its own way.
         sys.stdout.flush()
     # Any other exception is a defect of the program and keeps its traceback.
     except UserError as error:

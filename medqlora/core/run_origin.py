@@ -18,7 +18,7 @@ from medqlora.core.files import read_checked
 ORIGIN = "origin.json"
 ENVIRONMENT = "environment.json"
 
-# What each hash stands for, in the order in which causes come before their effects.
+# Each hash stands for one of these; causes come before their effects.
 MEANINGS = {
     "base_files_sha256": "the files of model.base",
     "tokenizer_sha256": "the tokenizer or its chat template",

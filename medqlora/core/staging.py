@@ -53,6 +53,7 @@ def stage_folder(output: Path, flag: str = "--output") -> Iterator[Path]:
                 if os.path.lexists(output):
                     raise RunError(f"{flag} {output} has come into being; give a new folder")
                 aside.rename(output)
+        # Ctrl-C and an exit must leave no folder behind either.
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise

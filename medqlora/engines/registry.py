@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -11,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from medqlora.core.config import Attention, Completion, Model, PromptStyle, Section
 from medqlora.core.errors import ConfigError
+from medqlora.core.json_reading import parse_json
 from medqlora.core.reading import expand_path
 from medqlora.engines.interface import Engine
 from medqlora.engines.server_address import check_address
@@ -33,9 +33,9 @@ def parse_object(value: Any, example: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        tree = json.loads(value)
-    except json.JSONDecodeError:
-        tree = None
+        tree = parse_json(value)
+    except ValueError as error:
+        raise ValueError(f"expected a JSON object, e.g. '{example}': {error}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"expected a JSON object, e.g. '{example}'")
     return tree

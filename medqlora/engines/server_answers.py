@@ -40,7 +40,7 @@ WAYS = {
 NO_LOGPROBS = "answers without log-probabilities; use --scoring generate"
 
 
-# What a server says of itself, and every row depends on: the keys of a row and their values.
+# Every row depends on these keys and values, by which a server describes itself.
 Served = dict[str, str | None]
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from medqlora.core.seeds import fit_seed
 from medqlora.data.examples import LETTERS, Example, MultipleChoice, OpenAnswer, Passage
 from medqlora.engines.interface import ChatRequest, Request
 from medqlora.evaluation.journal import hash_id
@@ -363,7 +364,7 @@ def describe_prompt(
 
 def derive_seed(id: str, seed: int) -> int:
     """Return a batch's own seed, the same in every run that has this batch."""
-    return (hash_id(id) + seed) % (1 << 31)
+    return (hash_id(id) + fit_seed(seed, 31)) % (1 << 31)
 
 
 def describe_example(entry: PreparedQuestion, kind: str) -> dict[str, Any]:

@@ -230,7 +230,7 @@ def show_groups(run: Run) -> list[BarChart]:
             if key == "per_subject":
                 folded = fold_small(list(groups.values()), merge_accuracies)
                 drawn = dict(zip(groups, folded, strict=True))
-            # What stands for several subjects comes after them.
+            # A row that stands for several subjects comes after the single ones.
             merged = set().union(*drawn.values()) - set().union(*groups.values())
             chance = guessing(run.rows.get(run.shown[-1]))
             shown.append(bar_chart(title, drawn, chance, merged))

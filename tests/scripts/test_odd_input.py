@@ -380,7 +380,7 @@ SCRIPTS = {
         ["--stages", "--device", "--unknown"],
     ),
 }
-ODD_WORDS = ["nonsense", "a\nb", "--", "\udcff", "[x", "-x y"]
+ODD_WORDS = ["nonsense", '{"a": 1, "a": 2}', "a\nb", "--", "\udcff", "[x", "-x y"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
