@@ -14,6 +14,10 @@ from conftest import ROOT, run_script
 from packaging.version import Version
 
 PYTHON = os.environ.get("MEDQLORA_LOWEST_PYTHON")
+# The planner's searches are arithmetic of our own on forecasts, and the forecasts are tested.
+SEARCHES = (
+    "plan or longest or too_long or impossible or recipe_decides or few_layers or hosts_memory"
+)
 MODULES = [
     "model/test_attention",
     "model/test_generated_code",
@@ -64,7 +68,7 @@ def test_the_environment_holds_what_setup_cfg_promises():
 
 @pytest.mark.parametrize("module", MODULES)
 def test_the_same_tests_pass(module):
-    options = ("-q", "-p", "no:cacheprovider", "-m", "not full")
+    options = ("-q", "-p", "no:cacheprovider", "-m", "not full", "-k", f"not ({SEARCHES})")
     done = run("-m", "pytest", *options, f"tests/{module}.py")
     assert done.returncode == 0, done.stdout[-4000:]
     assert " passed" in done.stdout
