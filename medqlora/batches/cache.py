@@ -24,7 +24,7 @@ from medqlora.batches.plan import Plan, make_plan
 from medqlora.core.config import Config, Data
 from medqlora.core.environment import read_versions
 from medqlora.core.files import find_problem, hash_file, hash_json, remove, write_manifest
-from medqlora.data.examples import MultipleChoice, Removal
+from medqlora.data.examples import MultipleChoice, OpenAnswer, Removal
 from medqlora.prompts.rows import TokenTable
 
 LOCK = "cache.lock"
@@ -135,7 +135,7 @@ class Prepared:
         train: The tokenized training rows.
         eval: The tokenized evaluation rows; None without data.eval.
         repeats: How often each training row is seen per epoch, float64 [rows].
-        test: The labelled multiple-choice questions of data.test.
+        test: The labelled questions of data.test, all of one kind.
         removals: Every record and example that was dropped.
         mixture: The rows and shares of each entry of data.train (see describe_mixture).
         hashes: SHA-256 of the training examples, the prompt and the tokenizer.
@@ -146,7 +146,7 @@ class Prepared:
     train: TokenTable
     eval: TokenTable | None
     repeats: np.ndarray
-    test: list[MultipleChoice]
+    test: list[MultipleChoice] | list[OpenAnswer]
     removals: list[Removal]
     mixture: list[dict[str, Any]]
     hashes: dict[str, str]
@@ -204,12 +204,13 @@ def load_prepared(data: Data, name: str) -> Prepared:
     )
 
 
-def restore_question(row: dict[str, Any]) -> MultipleChoice:
+def restore_question(row: dict[str, Any]) -> MultipleChoice | OpenAnswer:
     """Make a question again from its JSON, which has lists where the question has tuples."""
     fields_of_row = {}
     for key, value in row.items():
         fields_of_row[key] = tuple(value) if isinstance(value, list) else value
-    return MultipleChoice(**fields_of_row)
+    kind = MultipleChoice if "options" in row else OpenAnswer
+    return kind(**fields_of_row)
 
 
 def prepare_plan(

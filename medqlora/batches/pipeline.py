@@ -30,9 +30,17 @@ from medqlora.batches.cache import (
 from medqlora.core.config import Config, Data, DataEntry
 from medqlora.core.files import find_problem, hash_json
 from medqlora.data.cleaning import clean, decontaminate, deduplicate, drop_repeated_ids
-from medqlora.data.examples import DataError, Example, MultipleChoice, Passage, Removal
+from medqlora.data.examples import (
+    DataError,
+    Example,
+    MultipleChoice,
+    OpenAnswer,
+    Passage,
+    Removal,
+)
 from medqlora.data.formats.registry import find_format
-from medqlora.data.reading import read_entry
+from medqlora.data.reading import WHOLE, read_entry
+from medqlora.data.selection import check_part
 from medqlora.data.sources import locate_file
 from medqlora.prompts.chat_template import Encoder
 from medqlora.prompts.fingerprint import fingerprint, hash_tokenizer
@@ -56,22 +64,31 @@ def check_entries(data: Data) -> None:
         raise DataError(
             "data.train is empty; give at least one entry, e.g. {format: medmcqa, path: FILE}"
         )
-    homes: dict[Any, str] = {}
+    # The training entries that read each home, with the part that they take of it.
+    trained: dict[Any, list[tuple[str | None, str]]] = {}
     for role in ("train", "eval", "test"):
         for index, entry in enumerate(getattr(data, role)):
-            find_format(entry.format, f"{name_entry(role, index)}: format")
-            home = find_home(entry, entry.split or DEFAULT_SPLIT[role])
-            if role != "train" and home in homes:
-                raise DataError(
-                    f"{name_entry(role, index)} is the same data as {homes[home]} ({home[0]});"
-                    " evaluate on other data"
-                )
+            name = name_entry(role, index)
+            find_format(entry.format, f"{name}: format")
+            split = entry.split or DEFAULT_SPLIT[role]
+            check_part(entry, split)
+            home = find_home(entry, split)
+            # A whole file holds every part of itself.
+            part = split if entry.split_by else None
             if role == "train":
-                homes[home] = name_entry(role, index)
+                trained.setdefault(home, []).append((part, name))
+                continue
+            for other, training in trained.get(home, []):
+                if other is None or part is None or other == part:
+                    raise DataError(
+                        f"{name} is the same data as {training} ({home[0]}); evaluate on other"
+                        " data, or divide it with split_by: hash in both entries"
+                    )
 
 
 def find_home(entry: DataEntry, split: str) -> tuple[Any, str]:
     """Return what two entries have in common that read the same data: a place and a split."""
+    split = WHOLE if entry.split_by else split
     path = locate_file(entry, split)
     if path is None:
         return entry.path or entry.format, split
@@ -174,12 +191,7 @@ def prepare(
     flag = None if data.drop_invalid else "--data.drop_invalid true"
     test, repeated = drop_repeated_ids(chain.from_iterable(test_entries), "data.test", flag)
     removals += repeated
-    for example in test:
-        if not isinstance(example, MultipleChoice):
-            raise DataError(
-                f"data.test: {example.source}: not a multiple-choice question; put open answers and"
-                " text in data.eval"
-            )
+    check_test(test)
 
     # Two entries may hold equal examples, so an example's entry is known by its identity.
     # From here on examples are passed on and never copied, and train_entries keeps them alive. A
@@ -232,6 +244,28 @@ def prepare(
     return Prepared(
         table, eval_table, repeats, test, removals, mixture, hashes, folders, descriptions
     )
+
+
+def check_test(examples: list[Example]) -> None:
+    """Refuse test data that is not asked, or that one table of scores cannot hold.
+
+    Raises:
+        DataError: There are texts, or both multiple-choice and open questions.
+    """
+    first = {}
+    for example in examples:
+        first.setdefault(type(example), example.source)
+    if Passage in first:
+        raise DataError(
+            f"data.test: {first[Passage]}: not a question; put text in data.eval, which measures"
+            " its perplexity"
+        )
+    if len(first) > 1:
+        raise DataError(
+            f"data.test holds multiple-choice questions ({first[MultipleChoice]}) and open ones"
+            f" ({first[OpenAnswer]}), which have no score in common; keep one kind, and ask the"
+            " other with eval/predict.py --adapter after the training"
+        )
 
 
 def count_repeats(entries: list[DataEntry], entry_of_row: np.ndarray) -> np.ndarray:

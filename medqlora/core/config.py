@@ -15,6 +15,7 @@ Attention = Literal["auto", "varlen", "flash", "grouped", "flex", "sdpa", "eager
 PromptStyle = Literal["auto", "chat", "plain", "lm_eval"]
 Completion = Literal["letter", "letter_text", "explanation", "text"]
 LARGEST = 2**53  # A float of 64 bits holds every whole number up to this one.
+ANSWER_TOKENS = 256  # A generated answer ends here, unless the user says otherwise.
 
 
 class Section(BaseModel):
@@ -126,6 +127,13 @@ class DataEntry(Section):
     """The part of all training rows that this entry makes up, e.g. 0.15. It replaces weight: rows
     are repeated or left out to reach it.
     """
+    split_by: Literal["hash"] | None = None
+    """hash divides a file, or the train split of a hub dataset, into 80 % train, 10 % validation
+    and 10 % test by a hash of each question, so that no question is in two of them. `split` names
+    the part.
+    """
+    subjects: Annotated[list[str], Field(min_length=1)] | None = None
+    """Take only rows of these subjects, as [Cardiology]; capitals do not matter."""
     limit: int | None = Field(None, ge=1)
     """Take only the first rows, at most this many."""
     columns: dict[str, str | list[str]] = {}
@@ -153,7 +161,11 @@ class Data(Section):
     eval: list[DataEntry] = []
     """Labelled data whose loss is measured during training; the adapter with the lowest is kept."""
     test: list[DataEntry] = []
-    """Labelled multiple-choice questions that are answered before and after training."""
+    """Labelled questions that are answered before and after training: multiple-choice questions or
+    open ones, not both.
+    """
+    max_new_tokens: int = Field(ANSWER_TOKENS, ge=1)
+    """Tokens that the model may write for an open question of data.test."""
     prompt_style: PromptStyle = "auto"
     """The form of prompts. auto takes the model's chat template where it has one, and plain text
     otherwise; lm_eval takes the prompts of lm-evaluation-harness.

@@ -33,6 +33,20 @@ class Written:
 
 
 @dataclass(frozen=True, slots=True)
+class Unanswered:
+    """The answer of an open question that its record does not hold.
+
+    Whether that is a fault of the row or the file has no answers at all is only known when the
+    whole file has been read (see reading.settle_open_answers).
+
+    Args:
+        reason: What the record lacks, for messages.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class MultipleChoice:
     """A question with several options, one of which is right."""
 
@@ -57,7 +71,9 @@ class OpenAnswer:
 
     id: str
     question: str
-    answer: str | None
+    # The answer is None where the file holds no answers. A parser may return Unanswered; read_entry
+    # returns no such example.
+    answer: str | Unanswered | None
     dataset: str
     source: str
     subject: str | None = None

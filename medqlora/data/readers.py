@@ -228,6 +228,13 @@ def read_parquet(path: Path, wanted: Wanted) -> Records:
     return number_rows(path.name, pyarrow.parquet.read_table(path).to_pylist())
 
 
+def read_lines(path: Path, field: str) -> Records:
+    """Read a plain text whose lines are records of one field; empty lines are skipped."""
+    # Only line ends divide a file, as in read_json_lines.
+    lines = enumerate(read_text(path).split("\n"), 1)
+    return [(f"{path.name} line {i}", {field: line.strip()}) for i, line in lines if line.strip()]
+
+
 def read_book(path: Path, wanted: Wanted) -> Records:
     """Read plain text as passages, which together are one document."""
     passages = split_text(read_text(path))

@@ -11,10 +11,22 @@ from dataclasses import dataclass, replace
 
 from medqlora.core.config import DataEntry
 from medqlora.data.answer_reading import NAMES, settle_answers
-from medqlora.data.examples import DataError, Example, MultipleChoice, Removal
+from medqlora.data.examples import (
+    DataError,
+    Example,
+    MultipleChoice,
+    OpenAnswer,
+    Removal,
+    Unanswered,
+)
 from medqlora.data.formats.fields import check_cells, list_names
 from medqlora.data.formats.registry import FILE, FORMATS, Format, Records, find_format
+from medqlora.data.selection import check_part, take_part, take_subjects
 from medqlora.data.sources import read_records
+
+FIX = "correct the row, or leave such rows out with drop_invalid"
+# A division by hash reads this split of a folder or hub dataset: it is the only one of many.
+WHOLE = "train"
 
 
 def check_signature(entry: DataEntry, source: str, record: dict) -> None:
@@ -61,7 +73,9 @@ def read_examples(
     return reading.examples, reading.removals
 
 
-def read_entry(entry: DataEntry, split: str, drop_invalid: bool = False) -> Reading:
+def read_entry(
+    entry: DataEntry, split: str, drop_invalid: bool = False, unlabelled: bool = False
+) -> Reading:
     """Read the examples of one data entry.
 
     A missing id becomes "<dataset>-<hash of the content>".
@@ -70,6 +84,7 @@ def read_entry(entry: DataEntry, split: str, drop_invalid: bool = False) -> Read
         entry: The entry. Its own `split`, if it has one, is used instead of `split`.
         split: The split to read.
         drop_invalid: Return bad rows as removals instead of raising at the first one.
+        unlabelled: Whether open questions may come from a file without any answers.
 
     Raises:
         DataError: The entry or a row cannot be used, or the file's answers can be read in two ways.
@@ -77,7 +92,10 @@ def read_entry(entry: DataEntry, split: str, drop_invalid: bool = False) -> Read
     kind = find_format(entry.format)
     split = entry.split or split
     check_meaning(entry, kind)
-    name, records = read_records(entry, split)
+    check_part(entry, split)
+    # A division by hash is one of the rows that would be trained on without it.
+    home = split if entry.split_by is None else WHOLE
+    name, records = read_records(entry, home)
     if not records:
         raise DataError(f"{entry.format}: {name} holds no rows; expected at least one")
     # The first record stands for its file. A later one with other keys fails in its parser, which
@@ -90,15 +108,44 @@ def read_entry(entry: DataEntry, split: str, drop_invalid: bool = False) -> Read
         known = (kind.hub_answers,)
     examples, misfits, answers = settle_answers(examples, known, entry.answer_is, drop_invalid)
     removals += misfits
-    examples = kind.select_split(examples, entry, split)
+    examples, unanswered = settle_open_answers(examples, entry, drop_invalid, unlabelled)
+    removals += unanswered
+    examples = kind.select_split(examples, entry, home)
+    if entry.subjects is not None:
+        examples = take_subjects(examples, entry)
+    if entry.split_by is not None:
+        examples = take_part(examples, entry, split)
     examples = [
         example if example.id else replace(example, id=content_id(example)) for example in examples
     ]
     # The limit counts usable examples of the split, so it is applied last.
     examples = examples[: entry.limit]
-    place = "the file as it is" if split == FILE else f"split {split}"
+    place = f"{entry.format} {name}, {name_split(entry, split)}"
+    return Reading(examples, removals, describe_reading(entry, place, examples, answers))
+
+
+def name_split(entry: DataEntry, split: str) -> str:
+    """Return a split in words."""
+    if entry.split_by is not None:
+        return f"split {split} by a hash of each question"
+    return "the file as it is" if split == FILE else f"split {split}"
+
+
+def describe_reading(
+    entry: DataEntry, place: str, examples: list[Example], answers: str | None
+) -> str:
+    """Return in words how many examples were read, and how.
+
+    Args:
+        entry: The entry.
+        place: What the examples were read from.
+        examples: The examples.
+        answers: How the file writes its answers (see answer_reading); None where that is known.
+    """
+    kind = find_format(entry.format)
     unit = "passages" if kind.scoring == "perplexity" else "rows"
-    parts = [f"{entry.format} {name}, {place}: {len(examples):,} {unit}"]
+    of_subjects = f" of {', '.join(entry.subjects)}" if entry.subjects else ""
+    parts = [f"{place}: {len(examples):,} {unit}{of_subjects}"]
     if answers is not None:
         parts.append(f"answers are {NAMES[answers]}")
     hidden = sum(getattr(example, "answer", "") is None for example in examples)
@@ -106,7 +153,35 @@ def read_entry(entry: DataEntry, split: str, drop_invalid: bool = False) -> Read
         parts.append(f"{hidden:,} without an answer")
     parts.append(describe_repeated_options(examples))
     parts.append(kind.describe(examples, entry))
-    return Reading(examples, removals, "; ".join(part for part in parts if part))
+    return "; ".join(part for part in parts if part)
+
+
+def settle_open_answers(
+    examples: list[Example], entry: DataEntry, drop_invalid: bool, unlabelled: bool
+) -> tuple[list[Example], list[Removal]]:
+    """Return the examples without those open questions that lack an answer.
+
+    Where no question of the file has an answer and that is allowed, all of them stay, with the
+    answer None. All rows of the file decide this together, so that a single empty answer stays a
+    fault of its row.
+
+    Raises:
+        DataError: An answer is missing, and the row may not be dropped.
+    """
+    bare = [example for example in examples if is_unanswered(example)]
+    if not bare:
+        return examples, []
+    if unlabelled and len(bare) == len(examples):
+        return [replace(example, answer=None) for example in examples], []
+    if not drop_invalid:
+        raise DataError(f"{entry.format}: {bare[0].source}: {bare[0].answer.reason} ({FIX})")
+    removals = [Removal(example.source, example.id, example.answer.reason) for example in bare]
+    return [example for example in examples if not is_unanswered(example)], removals
+
+
+def is_unanswered(example: Example) -> bool:
+    """Whether an example is an open question whose record holds no answer."""
+    return isinstance(example, OpenAnswer) and isinstance(example.answer, Unanswered)
 
 
 def check_meaning(entry: DataEntry, kind: Format) -> None:
@@ -141,8 +216,7 @@ def parse_records(
             examples.append(kind.parse(record, source, entry))
         except (ValueError, TypeError, AttributeError) as error:
             if not drop_invalid:
-                fix = "correct the row, or leave such rows out with drop_invalid"
-                raise DataError(f"{entry.format}: {source}: {error} ({fix})") from None
+                raise DataError(f"{entry.format}: {source}: {error} ({FIX})") from None
             removals.append(Removal(source, str(record.get("id") or ""), str(error)))
     return examples, removals
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from medqlora.core.config import DataEntry
 from medqlora.data.examples import DataError
 from medqlora.data.formats.registry import FILE, find_format, keep_records
-from medqlora.data.readers import READERS, Wanted, number_rows
+from medqlora.data.readers import READERS, Wanted, number_rows, read_lines
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 BOOKS = (".txt", ".md")
+LINES = ".txt"
 SPLIT_NAMES = {
     "train": ("train",),
     "validation": ("validation", "valid", "val", "dev"),
@@ -42,6 +43,8 @@ def locate_file(entry: DataEntry, split: str) -> Path | None:
     suffixes = SUFFIXES + BOOKS if kind.scoring == "perplexity" else SUFFIXES
     if path.is_dir():
         return locate_in_folder(entry, path, split, suffixes)
+    if kind.line_field is not None:
+        suffixes += (LINES,)
     if path.is_file():
         if path.suffix not in suffixes:
             raise DataError(
@@ -126,6 +129,8 @@ def read_file(entry: DataEntry, path: Path, split: str) -> list[tuple[str, dict]
     splits = () if split == FILE else SPLIT_NAMES.get(split, (split,))
     wanted = Wanted(subset, splits, kind.header)
     try:
+        if kind.line_field is not None and path.suffix == LINES:
+            return read_lines(path, kind.line_field)
         return READERS[path.suffix](path, wanted)
     except UnicodeDecodeError as error:
         raise DataError(

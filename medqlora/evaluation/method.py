@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from medqlora.core.config import Section
+from medqlora.core.config import ANSWER_TOKENS, Section
 from medqlora.core.errors import UserError
 from medqlora.data.examples import Example, MultipleChoice, OpenAnswer, Passage
 from medqlora.prompts.styles import find_harness
@@ -38,7 +38,7 @@ class Method(Section):
     """Worked examples before each question."""
     fewshot: Literal["fixed", "nearest"] = "fixed"
     """fixed: the same worked examples for all questions; nearest: the most similar ones by BM25."""
-    max_new_tokens: int = Field(256, ge=1)
+    max_new_tokens: int = Field(ANSWER_TOKENS, ge=1)
     """generate: tokens per answer."""
     temperature: float = Field(0.0, ge=0)
     """generate: 0 is greedy."""

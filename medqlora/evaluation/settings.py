@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from medqlora.core.config import DataEntry, Section
 from medqlora.core.errors import ConfigError
+from medqlora.core.json_reading import parse_json
 from medqlora.core.reading import expand_path
 from medqlora.data.cleaning import clean, drop_repeated_ids
 from medqlora.data.examples import DataError, Example
 from medqlora.data.formats.registry import FILE, FORMATS, find_format
 from medqlora.data.reading import Reading, read_entry, read_examples
+from medqlora.data.selection import PARTS
 from medqlora.engines.registry import EngineSettings, ModelSettings, RunSettings, parse_object
 from medqlora.evaluation.method import Method
 
@@ -41,6 +43,12 @@ class QuestionSettings(Section):
     """mcq, qa, text: our field -> the file's column, as a JSON object on the command line."""
     test_pmids: str | None = None
     """pubmedqa: file with the official test PMIDs."""
+    split_by: Literal["hash"] | None = None
+    """hash divides a file by a hash of each question, as in a training configuration's data
+    entries; --split names the part: train, validation or test.
+    """
+    subjects: Annotated[list[str], Field(min_length=1)] | None = None
+    """Ask only questions of these subjects: one name, or a JSON list of several."""
     limit: int | None = Field(None, ge=1)
     """Ask only the first questions."""
     drop_invalid: bool = False
@@ -68,6 +76,14 @@ class QuestionSettings(Section):
     @classmethod
     def parse_columns(cls, value: Any) -> Any:
         return parse_object(value, '{"question": "stem"}')
+
+    @field_validator("subjects", mode="before")
+    @classmethod
+    def parse_subjects(cls, value: Any) -> Any:
+        # A subject's name may hold commas, so only a JSON list stands for several names.
+        if isinstance(value, str):
+            return parse_json(value) if value.lstrip().startswith("[") else [value]
+        return value
 
 
 class MethodSettings(Method):
@@ -151,7 +167,13 @@ def choose_split(settings: QuestionSettings) -> str:
 
     A file is taken as it is; of PubMedQA's file the official test questions are taken.
     """
-    if settings.split:
+    if settings.split or settings.split_by:
+        # The published split may be another than the part that was held out of a training.
+        if not settings.split:
+            raise DataError(
+                f"--split_by {settings.split_by} needs --split {{{','.join(PARTS)}}}: which part is"
+                " asked"
+            )
         return settings.split
     if settings.path and Path(settings.path).expanduser().is_file():
         return FILE
@@ -168,6 +190,8 @@ def make_entry(settings: QuestionSettings) -> DataEntry:
         test_pmids=settings.test_pmids,
         columns=settings.columns,
         answer_is=settings.answer_is,
+        split_by=settings.split_by,
+        subjects=settings.subjects,
     )
 
 
@@ -189,7 +213,8 @@ def read_questions(settings: QuestionSettings, style: str, lowercase: bool = Fal
         DataError: an invalid row or a repeated id, unless `drop_invalid` is set.
     """
     entry = make_entry(settings)
-    reading = read_entry(entry, choose_split(settings), settings.drop_invalid)
+    split = choose_split(settings)
+    reading = read_entry(entry, split, settings.drop_invalid, unlabelled=True)
     if not reading.examples:
         raise DataError(
             f"{settings.format}: no valid row is left of {len(reading.removals)}; the first one"
@@ -206,8 +231,9 @@ def read_pool(settings: QuestionSettings, style: str, lowercase: bool = False) -
     # The limit bounds the questions and not the pool.
     entry = make_entry(settings).model_copy(update={"limit": None})
     if settings.fewshot_path:
-        # Another file may write its answers otherwise than that of the questions.
-        entry = entry.model_copy(update={"path": settings.fewshot_path, "answer_is": None})
+        # Another file may write its answers otherwise, and is taken as it is.
+        own = {"answer_is": None, "split_by": None, "subjects": None}
+        entry = entry.model_copy(update={"path": settings.fewshot_path, **own})
     split = settings.fewshot_split or FORMATS[settings.format].fewshot_split
     # An invalid row only makes the pool smaller, while leaving a question out changes a score.
     examples, _ = read_examples(entry, split, drop_invalid=True)

@@ -10,8 +10,8 @@ from medqlora.data.examples import MultipleChoice, OpenAnswer, Passage
 from medqlora.data.formats.fields import (
     PLACE,
     list_names,
-    need_answer_text,
     need_text,
+    open_answer,
     optional_label,
     optional_text,
     read_context,
@@ -52,7 +52,7 @@ def parse_qa(record: dict, source: str, entry: DataEntry) -> OpenAnswer:
     return OpenAnswer(
         id=optional_label(record, "id") or "",
         question=need_text(record, "question"),
-        answer=need_answer_text(record, "answer"),
+        answer=open_answer(record, "answer"),
         dataset="qa",
         source=source,
         subject=optional_label(record, "subject"),
@@ -77,7 +77,16 @@ def parse_text(record: dict, source: str, entry: DataEntry) -> Passage:
 
 # These formats have no signatures, because the column map decides what a record must hold.
 register(Format(name="mcq", parse=parse_mcq, takes_columns=True))
-register(Format(name="qa", parse=parse_qa, scoring="generate", answers=(), takes_columns=True))
+register(
+    Format(
+        name="qa",
+        parse=parse_qa,
+        scoring="generate",
+        answers=(),
+        takes_columns=True,
+        line_field="question",
+    )
+)
 register(
     Format(name="text", parse=parse_text, scoring="perplexity", answers=(), takes_columns=True)
 )

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 
 from medqlora.core.config import DataEntry
 from medqlora.core.json_reading import parse_json
-from medqlora.data.examples import Written
+from medqlora.data.examples import Unanswered, Written
 
 # read_csv puts this into the cells that a short row lacks.
 MISSING_CELL = object()
@@ -47,9 +47,17 @@ def need_text(record: Mapping, key: str) -> str:
     return value
 
 
-def need_answer_text(record: Mapping, key: str) -> str:
-    """Return the text of an open answer, which may also be a number; see need_text."""
-    return to_text(need_field(record, key), f'"{key}"')
+def open_answer(record: Mapping, key: str) -> str | Unanswered:
+    """Return the text of an open answer, which may also be a number, or what the record lacks.
+
+    Raises:
+        ValueError: The field is neither.
+    """
+    try:
+        value = need_field(record, key)
+    except ValueError as error:
+        return Unanswered(str(error))
+    return to_text(value, f'"{key}"')
 
 
 def need_field(record: Mapping, key: str) -> object:

@@ -6,8 +6,8 @@ from medqlora.core.config import DataEntry
 from medqlora.data.examples import OpenAnswer
 from medqlora.data.formats.fields import (
     list_names,
-    need_answer_text,
     need_text,
+    open_answer,
     optional_label,
 )
 from medqlora.data.formats.options import is_multiple_choice
@@ -15,7 +15,10 @@ from medqlora.data.formats.registry import Format, register
 
 
 def parse_medquad(record: dict, source: str, entry: DataEntry) -> OpenAnswer:
-    """Parse a MedQuAD question; "qtype" or "question_type" becomes its subject."""
+    """Parse a MedQuAD question; "qtype" or "question_type" becomes its subject.
+
+    The disease that a question is about is its "focus", of which there are thousands.
+    """
     # The answer of a multiple-choice question is often a letter, which would be learned as text.
     if is_multiple_choice(record):
         raise ValueError(f"the row has options ({list_names(record)}); MedQuAD has none, use mcq")
@@ -26,7 +29,7 @@ def parse_medquad(record: dict, source: str, entry: DataEntry) -> OpenAnswer:
         question=need_text(record, "question"),
         # Many answers were removed at the source for copyright; data.drop_invalid leaves such rows
         # out.
-        answer=need_answer_text(record, "answer"),
+        answer=open_answer(record, "answer"),
         dataset="medquad",
         source=source,
         subject=subject,

@@ -86,6 +86,8 @@ class Format:
             none where `parse` itself knows the right option, or where there are no options.
         hub_answers: The way in which the dataset's home on the hub writes them, if it differs.
         takes_columns: Whether `parse` uses the entry's column map.
+        line_field: The field that each line of a .txt file is; None where no such file is read, or
+            where it is a book.
         prepare: Takes (records, entry) and returns the records that are read.
         select_split: Takes (examples, entry, split) and returns the examples of that split, for a
             file that holds several splits. The split is FILE where a file is evaluated whose split
@@ -108,6 +110,7 @@ class Format:
     answers: tuple[str, ...] = ("letter", "text", "index0", "index1")
     hub_answers: str | None = None
     takes_columns: bool = False
+    line_field: str | None = None
     prepare: Callable[[Records, DataEntry], Records] = keep_records
     select_split: Callable[[list, DataEntry, str], list] = keep_examples
     describe: Callable[[list, DataEntry], str] = say_nothing
