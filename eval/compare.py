@@ -1,8 +1,9 @@
 """Compare prediction files of the same questions.
 
 The comparison has an exact McNemar test and an interval of the paired difference, both also by
-subject with Holm's correction, and the questions that were fixed or broken. The command needs
-neither torch nor a GPU.
+subject with Holm's correction, and the questions that were fixed or broken. Open answers are
+compared by exact match, F1 and ROUGE-L, with bootstrap intervals and a permutation test. The
+command needs neither torch nor a GPU.
 
     python eval/compare.py base.jsonl tuned.jsonl --output comparison.json
 
@@ -35,6 +36,7 @@ from medqlora.core.files import check_new, write_json
 from medqlora.evaluation.comparison import compare_predictions
 from medqlora.evaluation.predictions import read_all_predictions
 from medqlora.reporting.numbers import p_value
+from medqlora.reporting.open_tables import describe_open
 from medqlora.reporting.subjects import fold_small, merge_changes
 
 # Where the output is no terminal, rich would take 80 columns and cut the table.
@@ -43,8 +45,25 @@ console = make_console(soft_wrap=True, width=None if sys.stdout.isatty() else 12
 
 def show(first: Path, second: Path, comparison: dict) -> None:
     """Print the comparison of two files."""
+    title = f"A {first}\nB {second}"
+    if "f1" in comparison:  # The keys tell open answers from multiple choice.
+        for line in describe_open(title, comparison, ("A", "B")):
+            console.print(line)
+    else:
+        show_choices(title, comparison)
+    left_out = comparison["too_long_a"], comparison["too_long_b"]
+    if any(left_out):
+        console.print(
+            f"questions that are not compared, because they were left out as too long: A"
+            f" {left_out[0]}, B {left_out[1]}",
+            style="yellow",
+        )
+
+
+def show_choices(title: str, comparison: dict) -> None:
+    """Print the comparison of two files of multiple-choice questions."""
     # rich would take brackets in a file's name for styles.
-    table = Table(title=f"A {first}\nB {second}", title_justify="left")
+    table = Table(title=title, title_justify="left")
     table.add_column("subject")
     for heading in (
         "n",
@@ -76,13 +95,6 @@ def show(first: Path, second: Path, comparison: dict) -> None:
             str(part["only_b_right"]),
         )
     console.print(table)
-    left_out = comparison["too_long_a"], comparison["too_long_b"]
-    if any(left_out):
-        console.print(
-            f"questions that are not compared, because they were left out as too long: A"
-            f" {left_out[0]}, B {left_out[1]}",
-            style="yellow",
-        )
     outcomes = [
         f"{name.replace('_', ' ')} {part['n']}"
         for name, part in comparison["outcomes"].items()

@@ -260,7 +260,7 @@ def describe_run(settings: EvaluationSettings, asking: Asking, method: Method) -
         "completion": asking.encoder.completion,
         "method": vars(method),
         "engine": settings.engine,
-        "rows": 3,  # This number rises with every change of what a row holds.
+        "rows": 4,  # This number rises with every change of what a row holds.
     }
 
 

@@ -40,7 +40,7 @@ from safetensors.torch import load_file
 from medqlora.core.config import Config
 from medqlora.core.files import read_lines, write_json
 from medqlora.engines.hf import HfEngine
-from medqlora.evaluation.answering import answer_letters
+from medqlora.evaluation.answering import answer_questions
 from medqlora.model.adapter import name_parameters, read_adapter_metadata
 from medqlora.reporting.terminal import (
     Display,
@@ -198,8 +198,9 @@ def score(setup: Setup, planned: Planned, model: PeftModel, backend: str, name: 
     divided = name == "tuned" and setup.strategy.sharded
     part = (0, 1) if divided else (setup.rank, setup.strategy.ranks)
     with model.disable_adapter() if name == "base" else contextlib.nullcontext():
-        engine = HfEngine(model, backend, planned.config.training.max_tokens_per_batch)
-        rows = answer_letters(engine, setup.encoder, test, name, part=part)
+        engine = HfEngine(model, backend, planned.config.training.max_tokens_per_batch, divided)
+        limits = engine.max_length, part, planned.config.data.max_new_tokens
+        rows = answer_questions(engine, setup.encoder, test, name, *limits)
     by_id = {row["id"]: row for row in itertools.chain(*gather(rows))}
     with agree_on_errors():
         if setup.rank == 0:
@@ -229,11 +230,10 @@ def finish(setup: Setup, planned: Planned, session: Session, memory: dict, state
         }
         if planned.prepared.test:
             folder = setup.output_dir / "predictions"
-            base = read_lines(folder / "base.jsonl")
-            tuned = read_lines(folder / "tuned.jsonl")
-            scores, accuracies, difference = compare_scores(base, tuned)
+            answers = [read_lines(folder / f"{name}.jsonl") for name in ("base", "tuned")]
+            scores, shown = compare_scores(*answers)
             report |= scores
-            say(setup, accuracies, difference)
+            say(setup, *shown)
         write_json(setup.output_dir / "metrics.json", report)
         say(setup, describe_memory(memory, setup.device), describe_result(setup, state))
 

@@ -82,7 +82,7 @@ def check_entries(data: Data) -> None:
                 if other is None or part is None or other == part:
                     raise DataError(
                         f"{name} is the same data as {training} ({home[0]}); evaluate on other"
-                        " data, or divide it with split_by: hash in both entries"
+                        " data, or on another split of it, with split_by: hash in both entries"
                     )
 
 

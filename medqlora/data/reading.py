@@ -144,7 +144,8 @@ def describe_reading(
     """
     kind = find_format(entry.format)
     unit = "passages" if kind.scoring == "perplexity" else "rows"
-    of_subjects = f" of {', '.join(entry.subjects)}" if entry.subjects else ""
+    subjects = [" ".join(subject.split()) for subject in entry.subjects or ()]
+    of_subjects = f" of {', '.join(subjects)}" if subjects else ""
     parts = [f"{place}: {len(examples):,} {unit}{of_subjects}"]
     if answers is not None:
         parts.append(f"answers are {NAMES[answers]}")

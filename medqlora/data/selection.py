@@ -75,20 +75,17 @@ def take_subjects(examples: Sequence[Example], entry: DataEntry) -> list[Example
     Raises:
         DataError: No example has one of the subjects.
     """
-    counts = Counter(subject for example in examples if (subject := find_subject(example)))
-    names = {subject: fold(subject) for subject in counts}
+    # A passage has no subject.
+    subjects = [fold(getattr(example, "subject", None) or "") for example in examples]
+    counts = Counter(filter(None, subjects))
+    chosen = {fold(wanted) for wanted in entry.subjects}
     for wanted in entry.subjects:
-        if examples and fold(wanted) not in names.values():
+        if examples and fold(wanted) not in counts:
             raise DataError(
                 f"{entry.format}: no row has the subject {wanted!r}; {suggest(wanted, counts)}"
             )
-    chosen = {fold(wanted) for wanted in entry.subjects}
-    return [example for example in examples if fold(find_subject(example) or "") in chosen]
-
-
-def find_subject(example: Example) -> str | None:
-    """Return an example's subject; a passage has none."""
-    return getattr(example, "subject", None)
+    pairs = zip(examples, subjects, strict=True)
+    return [example for example, subject in pairs if subject in chosen]
 
 
 def fold(name: str) -> str:
@@ -97,15 +94,18 @@ def fold(name: str) -> str:
 
 
 def suggest(wanted: str, counts: Counter[str]) -> str:
-    """Name the subjects nearest to one that no row has, or the most frequent, with their counts."""
+    """Name the subjects nearest to one that no row has, or the most frequent ones.
+
+    Args:
+        wanted: The name that no row has.
+        counts: The number of rows of each subject.
+    """
     if not counts:
         return "the rows name no subjects, so leave subjects out"
-    spellings = {fold(name): name for name in counts}
-    near = difflib.get_close_matches(fold(wanted), spellings, n=SHOWN)
-    names = [spellings[name] for name in near]
+    names = difflib.get_close_matches(fold(wanted), counts, n=SHOWN)
     which = "nearest"
     if not names:
         names = [name for name, _ in counts.most_common(SHOWN)]
         which = "most frequent"
-    listed = ", ".join(f"{name} ({counts[name]:,} rows)" for name in names)
-    return f"the {which} of {len(counts):,} subjects: {listed}"
+    listed = ", ".join(f"{name} ({counts[name]:,})" for name in names)
+    return f"the {which} of {len(counts):,} subjects, with their rows: {listed}"

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from medqlora.batches.plan import fit_bins
-from medqlora.engines.interface import EngineError, Request, Sampling, decode_answer
+from medqlora.engines.interface import Answer, EngineError, Request, Sampling, decode_answer
 from medqlora.engines.packed_passes import (
     make_generation_config,
     pad_left,
@@ -47,7 +47,13 @@ class HfEngine:
 
     name = "hf"
 
-    def __init__(self, model: torch.nn.Module, backend: str, max_tokens: int | None = None):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        backend: str,
+        max_tokens: int | None = None,
+        together: bool = False,
+    ):
         """Check on the model itself that rows can be packed, and otherwise run each row alone.
 
         Args:
@@ -55,12 +61,15 @@ class HfEngine:
             backend: the attention backend that load_base returned with the model.
             max_tokens: tokens per forward pass; by default as many as the device's free memory
                 allows.
+            together: whether all processes ask the same at the same time, because each holds only a
+                part of every layer. Then none of them ends a generation before the others.
 
         Raises:
             AttentionError: the model's own attention and head give other logits, even on rows that
                 run alone.
         """
         self.model = model
+        self.together = together
         self.causal = unwrap(model)
         config = self.causal.config.get_text_config()
         # transformers notes in the config how it quantized the weights, or found them.
@@ -304,7 +313,7 @@ class HfEngine:
         return scores
 
     @torch.no_grad()
-    def generate(self, prefixes: Sequence[list[int]], sampling: Sampling) -> list[list[str]]:
+    def generate(self, prefixes: Sequence[list[int]], sampling: Sampling) -> list[list[Answer]]:
         """See interface.Engine.
 
         Rows of like length run together, padded on the left. Sampled answers depend on the seed and
@@ -319,10 +328,10 @@ class HfEngine:
         if self.max_length is not None and longest > self.max_length:
             raise EngineError(
                 f"a prompt and its answer need {longest} tokens, the model has {self.max_length}"
-                " positions; lower --max_new_tokens"
+                " positions; lower max_new_tokens"
             )
         config = make_generation_config(sampling)
-        answers: list[list[str]] = [[] for _ in prefixes]
+        answers: list[list[Answer]] = [[] for _ in prefixes]
         # The longest prompts come first: pad_left relies on it, and memory runs out early if at
         # all.
         order = sorted(range(len(prefixes)), key=lambda i: -len(prefixes[i]))
@@ -343,6 +352,7 @@ class HfEngine:
                         input_ids=ids.to(self.device),
                         attention_mask=mask.to(self.device),
                         generation_config=config,
+                        synced_gpus=self.together,
                     )
                 except torch.OutOfMemoryError:
                     out = None

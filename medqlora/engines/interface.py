@@ -64,12 +64,26 @@ class Sampling:
     seed: int = 0
 
 
-def decode_answer(tokens: list[int], sampling: Sampling) -> str:
-    """Return the text of an answer's tokens up to the first stop token."""
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A generated text.
+
+    Attributes:
+        text: what the model wrote, without a stop token.
+        reached_limit: whether it ended at `max_new_tokens` and not by a stop token. A server that
+            does not say why an answer ended leaves this False.
+    """
+
+    text: str
+    reached_limit: bool = False
+
+
+def decode_answer(tokens: list[int], sampling: Sampling) -> Answer:
+    """Return the answer of generated tokens, up to the first stop token."""
     for end, token in enumerate(tokens):
         if token in sampling.stop_ids:
-            return sampling.decode(tokens[:end])
-    return sampling.decode(tokens)
+            return Answer(sampling.decode(tokens[:end]))
+    return Answer(sampling.decode(tokens), len(tokens) >= sampling.max_new_tokens)
 
 
 # A batch has at least this many questions, enough to keep the engine busy. A crash loses at most
@@ -96,8 +110,8 @@ class Engine(Protocol):
                 do; an engine may use it to read them once.
         """
 
-    def generate(self, prefixes: Sequence[list[int]], sampling: Sampling) -> list[list[str]]:
-        """Return the texts of `samples` answers to each prefix, without their stop tokens.
+    def generate(self, prefixes: Sequence[list[int]], sampling: Sampling) -> list[list[Answer]]:
+        """Return `samples` answers to each prefix.
 
         A request that a server failed to answer has an EngineError in its place.
         """

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from medqlora.engines.interface import ChatRequest, EngineError, Request, Sampling
+from medqlora.engines.interface import Answer, ChatRequest, EngineError, Request, Sampling
 from medqlora.engines.server_answers import (
     RefusedError,
     Served,
@@ -17,7 +17,7 @@ from medqlora.engines.server_answers import (
     read_echo,
     read_first_alternatives,
     read_first_top,
-    read_text,
+    read_generated,
     read_wanted,
 )
 from medqlora.engines.server_connection import Connection, StopError
@@ -114,10 +114,10 @@ class CompletionsEngine:
         texts = [self.decode(option) for option in request.options]
         return pick_options(list(top.items()), texts)
 
-    def generate(self, prefixes: Sequence[list[int]], sampling: Sampling) -> list[list[str]]:
+    def generate(self, prefixes: Sequence[list[int]], sampling: Sampling) -> list[list[Answer]]:
         """See interface.Engine. A server may ignore the seed."""
 
-        async def ask(prefix: list[int]) -> list[str]:
+        async def ask(prefix: list[int]) -> list[Answer]:
             answer = await self.connection.complete(
                 prompt=prefix,
                 # This parameter is not OpenAI's own, so it travels in extra_body.
@@ -125,7 +125,7 @@ class CompletionsEngine:
                 **request_sampling(sampling),
             )
             choices = read_choices(answer, sampling.samples)
-            return [read_text(choice, chat=False) for choice in choices]
+            return [read_generated(choice, chat=False) for choice in choices]
 
         return self.connection.map(ask, prefixes)
 
@@ -179,15 +179,15 @@ class ChatEngine:
 
     def generate(
         self, prefixes: Sequence[list[dict[str, str]]], sampling: Sampling
-    ) -> list[list[str]]:
+    ) -> list[list[Answer]]:
         """See interface.Engine. A server may ignore the seed."""
 
-        async def ask(messages: list[dict[str, str]]) -> list[str]:
+        async def ask(messages: list[dict[str, str]]) -> list[Answer]:
             answer = await self.connection.chat(
                 messages=messages, **request_sampling(sampling), **self.extra
             )
             choices = read_choices(answer, sampling.samples)
-            return [read_text(choice, chat=True) for choice in choices]
+            return [read_generated(choice, chat=True) for choice in choices]
 
         return self.connection.map(ask, prefixes)
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from medqlora.engines.interface import EngineError
+from medqlora.engines.interface import Answer, EngineError
 
 
 class AnswerError(EngineError):
@@ -103,8 +103,8 @@ def read_choices(answer: dict[str, Any], count: int = 1) -> list[dict[str, Any]]
     return sorted(choices, key=lambda choice: choice["index"])
 
 
-def read_text(choice: dict[str, Any], chat: bool) -> str:
-    """Return the text of a generated choice."""
+def read_generated(choice: dict[str, Any], chat: bool) -> Answer:
+    """Return the answer of a generated choice."""
     end = choice.get("finish_reason")
     if end is not None and not isinstance(end, str):
         raise AnswerError(f'answers nonsense ("finish_reason" is no text){IS_IT}')
@@ -118,7 +118,8 @@ def read_text(choice: dict[str, Any], chat: bool) -> str:
         text = choice.get("text")
     expect(text, str, "the answer's text")
     # A lone surrogate can stand in JSON, but in no file; it becomes the replacement character.
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return Answer(text, end == "length")
 
 
 def read_logprob(value: Any) -> float:

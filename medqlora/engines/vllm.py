@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from medqlora.engines.interface import EngineError, Request, Sampling, decode_answer
+from medqlora.engines.interface import Answer, EngineError, Request, Sampling, decode_answer
 from medqlora.model.adapter_settings import read_settings
 from medqlora.model.hardware import name_dtype
 
@@ -247,7 +247,7 @@ class VllmEngine:
             )
         self.unproven = False
 
-    def generate(self, prefixes: Sequence[list[int]], sampling: Sampling) -> list[list[str]]:
+    def generate(self, prefixes: Sequence[list[int]], sampling: Sampling) -> list[list[Answer]]:
         """See interface.Engine.
 
         Sampled answers depend on the seed and on the prompt's place in `prefixes`.

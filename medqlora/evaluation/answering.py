@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from medqlora.core.config import ANSWER_TOKENS
 from medqlora.data.examples import LETTERS, Example, OpenAnswer
 from medqlora.data.formats.registry import FORMATS
-from medqlora.engines.interface import BATCH_SIZE, Engine, EngineError, Sampling
+from medqlora.engines.interface import BATCH_SIZE, Answer, Engine, EngineError, Sampling
 from medqlora.evaluation.journal import split_into_batches
 from medqlora.evaluation.method import Method
 from medqlora.evaluation.questions import (
@@ -136,8 +137,8 @@ def generate_rows(
         )
     answers = engine.generate([entry.requests[0].prefix for entry in entries], sampling)
     return [
-        texts if isinstance(texts, EngineError) else read_texts(encoder, entry, texts, method)
-        for entry, texts in zip(entries, answers, strict=True)
+        some if isinstance(some, EngineError) else read_answers(encoder, entry, some, method)
+        for entry, some in zip(entries, answers, strict=True)
     ]
 
 
@@ -164,15 +165,18 @@ def score_rows(
     return rows
 
 
-def answer_letters(
+def answer_questions(
     engine: Engine,
     encoder: Encoder,
     examples: Sequence[Example],
     name: str,
     max_length: int | None = None,
     part: tuple[int, int] = (0, 1),
+    max_new_tokens: int = ANSWER_TOKENS,
 ) -> list[dict[str, Any]]:
-    """Return prediction rows of multiple-choice examples by letters, in their order.
+    """Return prediction rows of questions of one kind, in their order.
+
+    Multiple-choice questions are answered by letters, open ones by greedily generated text.
 
     Args:
         engine, encoder, examples: what is asked of which model.
@@ -180,8 +184,14 @@ def answer_letters(
         max_length: tokens that the model can read.
         part: (i, n) answers only every n-th batch from the i-th, so that n processes answer all.
             A row does not depend on n.
+        max_new_tokens: tokens of a generated answer.
+
+    Raises:
+        ScoringError: a question is longer than the model can read.
     """
-    method = Method()
+    open_questions = isinstance(examples[0], OpenAnswer)
+    scoring = "generate" if open_questions else "letters"
+    method = Method(scoring=scoring, max_new_tokens=max_new_tokens)
     questions, shared = prepare_questions(encoder, examples, method, (), max_length)
     ids = [example.id for example in examples]
     # All examples are split into batches before the parts are taken, so a row has the same
@@ -275,17 +285,24 @@ def normalize_cloze(entry: PreparedQuestion, logprobs: np.ndarray) -> dict[str, 
     }
 
 
-def read_texts(
-    encoder: Encoder | MessageEncoder, entry: PreparedQuestion, texts: list[str], method: Method
+def read_answers(
+    encoder: Encoder | MessageEncoder,
+    entry: PreparedQuestion,
+    answers: list[Answer],
+    method: Method,
 ) -> dict[str, Any]:
-    """Make a row of generated texts.
+    """Make a row of generated answers.
 
     Several samples vote; of equal counts the answer that came first wins.
     """
-    texts = [text.strip() for text in texts]
+    texts = [answer.text.strip() for answer in answers]
     finals = [find_final(text) for text in texts]
-    # The key is absent from most rows, as "truncated" is.
-    unfinished = {"unfinished": finals.count(None)} if None in finals else {}
+    # These keys are absent from most rows, as "truncated" is.
+    counts = {
+        "unfinished": finals.count(None),
+        "reached_limit": sum(answer.reached_limit for answer in answers),
+    }
+    odd = {name: count for name, count in counts.items() if count}
     if isinstance(entry.example, OpenAnswer):
         return describe_example(entry, "open") | {
             # Thoughts are no part of the answer.
@@ -293,7 +310,7 @@ def read_texts(
             "text": texts[0],
             "option_logprobs": None,
             "letter_mass": None,
-            **unfinished,
+            **odd,
         }
     parsed = [parse_answer(text, entry.example.options, encoder.completion) for text in texts]
     # A text that names no option has no vote; it is never taken for a letter.
@@ -302,7 +319,7 @@ def read_texts(
         "text": texts[0],
         "option_logprobs": None,
         "letter_mass": None,
-        **unfinished,
+        **odd,
     }
     row["prediction"] = votes.most_common(1)[0][0] if votes else None
     if method.samples > 1:

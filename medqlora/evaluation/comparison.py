@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 
 from medqlora.evaluation.journal import hash_id
+from medqlora.evaluation.open_answers import score_answers
+from medqlora.evaluation.open_comparison import compare_answers
 from medqlora.evaluation.predictions import PredictionError, Predictions
+from medqlora.evaluation.row_checks import quote
 from medqlora.evaluation.statistics import adjust_holm, difference_interval, mcnemar_exact
 
 # A model that gives less than this share of its probability to letters, or names an option in less
@@ -99,8 +102,8 @@ def align(
         # Equal ids do not prove equal questions: options in another order have another label.
         if a.gold[i] != b.gold[j]:
             raise PredictionError(
-                f"id {a.ids[i]} has label {a.gold[i]} in {a.path} and {b.gold[j]} in {b.path}; the"
-                " files are of different data"
+                f"id {a.ids[i]} has label {quote(a.gold[i])} in {a.path} and {quote(b.gold[j])} in"
+                f" {b.path}; the files are of different data"
             )
     # A difference of prompts would pass for a difference of models.
     prompts = set(a.columns["prompt_sha256"]), set(b.columns["prompt_sha256"])
@@ -117,26 +120,53 @@ def align(
 def compare_predictions(
     a: Predictions, b: Predictions, common: bool = False, any_prompt: bool = False
 ) -> dict[str, Any]:
-    """Compare two files of multiple-choice predictions question by question.
+    """Compare two files of predictions question by question.
 
-    The result is that of `compare_paired` overall and per subject (with Holm's correction), what
-    changed, and how alike the answers are.
+    The result is that of `compare_paired`, or of `compare_answers` for open questions, overall and
+    per subject (with Holm's correction), what changed, and how alike the answers are.
 
     Raises:
-        PredictionError: other kinds of predictions, or files that do not belong together.
+        PredictionError: predictions of texts, or files that do not belong together.
     """
     for rows in (a, b):
-        if rows.kind != "choice":
+        if rows.kind == "text":
             raise PredictionError(
-                f"{rows.path}: kind {rows.kind}; paired comparison is for multiple-choice"
-                " predictions"
+                f"{rows.path}: kind text; paired comparison is for answers to questions, so compare"
+                " perplexities as they are"
             )
+    if a.kind != b.kind:
+        raise PredictionError(
+            f"{a.path} holds predictions of kind {a.kind} and {b.path} of kind {b.kind}; predict"
+            " the same questions with both"
+        )
     first, second = align(a, b, common, any_prompt)
-    right_a = a.right[first]  # bool [pairs]
-    right_b = b.right[second]
-    result = compare_paired(right_a, right_b)
-    result |= {"too_long_a": len(a.too_long), "too_long_b": len(b.too_long)}
+    agreement = measure_agreement(a, b, first, second)
+    too_long = {"too_long_a": len(a.too_long), "too_long_b": len(b.too_long)}
     subjects = np.array(a.column("subject"), dtype=object)[first]
+    if a.kind == "open":
+        scores_a = {name: values[first] for name, values in score_answers(a).items()}
+        scores_b = {name: values[second] for name, values in score_answers(b).items()}
+        same = agreement["different_predictions"] == 0
+        result = compare_answers(scores_a, scores_b, subjects, same)
+    else:
+        result = compare_choices(a, first, a.right[first], b.right[second], subjects)
+    return result | too_long | {"agreement": agreement}
+
+
+def compare_choices(
+    a: Predictions,
+    rows: np.ndarray,
+    right_a: np.ndarray,
+    right_b: np.ndarray,
+    subjects: np.ndarray,
+) -> dict[str, Any]:
+    """Compare two models on multiple-choice questions, overall and per subject.
+
+    Args:
+        a, rows, right_a, right_b: see describe_outcomes.
+        subjects: object [n], the subject of each question.
+    """
+    result = compare_paired(right_a, right_b)
     parts = {
         str(name): compare_paired(right_a[subjects == name], right_b[subjects == name])
         for name in sorted(set(subjects))
@@ -146,8 +176,7 @@ def compare_predictions(
     result["per_subject"] = {
         name: part | {"holm_p": p} for (name, part), p in zip(parts.items(), adjusted, strict=True)
     }
-    result["outcomes"] = describe_outcomes(a, first, right_a, right_b)
-    result["agreement"] = measure_agreement(a, b, first, second)
+    result["outcomes"] = describe_outcomes(a, rows, right_a, right_b)
     return result
 
 

@@ -40,6 +40,7 @@ def score_predictions(rows: Predictions) -> dict[str, Any]:
         **summarise(right),
         "unparsed": sum(prediction is None for prediction in rows.prediction),
         "unfinished": rows.unfinished,
+        "reached_limit": rows.reached_limit,
         "truncated": rows.truncated,
         "too_long": len(rows.too_long),
         "too_long_ids": list(rows.too_long),

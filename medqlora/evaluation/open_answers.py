@@ -61,29 +61,46 @@ def is_latin(text: str) -> bool:
 def score_open(rows: Predictions) -> dict[str, Any]:
     """Score free text by exact match, SQuAD's F1 and ROUGE-L, with 95 % intervals.
 
+    ROUGE-L is the mean over the questions whose right answer is in Latin letters, see is_latin. An
+    empty answer counts as unparsed, and all its scores are 0.
+    """
+    return summarise_answers(rows, score_answers(rows))
+
+
+def score_answers(rows: Predictions) -> dict[str, np.ndarray]:
+    """Return each score of each answer, float64 [rows]; NaN where there is none.
+
     ROUGE-L is the F-measure of the longest common subsequence of words (Lin, ROUGE: A Package for
-    Automatic Evaluation of Summaries, 2004), without stemming. It is the mean over the questions
-    whose right answer is in Latin letters, see is_latin. An empty answer counts as unparsed, and
-    all its scores are 0.
+    Automatic Evaluation of Summaries, 2004), without stemming.
     """
     # Multiple-choice questions are scored without the slow import of this package.
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"])
-    texts = [prediction or "" for prediction in rows.prediction]
     columns: dict[str, list[float]] = {name: [] for name in OPEN_SCORES}
-    for text, gold in zip(texts, rows.gold, strict=True):
+    for prediction, gold in zip(rows.prediction, rows.gold, strict=True):
+        text = prediction or ""
         columns["exact_match"].append(matches(text, gold))
         columns["f1"].append(token_f1(text, gold))
         # ROUGE's words include articles, by which an answer without other words would score.
         rouge = scorer.score(gold, text if normalise_answer(text) else "")["rougeL"].fmeasure
         columns["rouge_l"].append(rouge if is_latin(gold) else math.nan)
-    values = {name: np.array(column, float) for name, column in columns.items()}
+    return {name: np.array(column, float) for name, column in columns.items()}
+
+
+def summarise_answers(rows: Predictions, values: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Return the scores of a file of open answers from those of each answer.
+
+    Args:
+        rows: the file's rows.
+        values: what score_answers returns for them.
+    """
     subjects = np.array(rows.column("subject"), dtype=object)
     return {
         **summarise_open(values, np.ones(len(rows), bool)),
-        "unparsed": sum(not text.strip() for text in texts),
+        "unparsed": sum(not (prediction or "").strip() for prediction in rows.prediction),
         "unfinished": rows.unfinished,
+        "reached_limit": rows.reached_limit,
         "wordless_references": sum(not normalise_answer(gold) for gold in rows.gold),
         "truncated": rows.truncated,
         "too_long": len(rows.too_long),

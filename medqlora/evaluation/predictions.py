@@ -58,6 +58,7 @@ class Predictions:
         too_long: the questions that were left out because the model cannot read them, id -> the
             byte at which the line starts; no column has them.
         unfinished: how many rows have no prediction, and a text whose thoughts have no end.
+        reached_limit: how many rows have a text that ended at the limit of new tokens.
         extras: further values by row number, for the rows that have them: the keys of EXTRAS, or
             the log-probability and the lengths of a text.
         offsets: the byte at which each row's line starts.
@@ -79,6 +80,7 @@ class Predictions:
     truncated: int = 0
     too_long: dict[str, int] = field(default_factory=dict)
     unfinished: int = 0
+    reached_limit: int = 0
     extras: dict[int, dict[str, Any]] = field(default_factory=dict)
     offsets: list[int] = field(default_factory=list)
     length: list[int] = field(default_factory=list)
@@ -199,6 +201,7 @@ def collect_lines(path: Path, lines: Iterable[bytes], labelled: bool) -> Predict
         confidences.append(find_confidence(row, chosen_by))
         predictions.truncated += bool(row.get("truncated"))
         predictions.unfinished += bool(row.get("unfinished")) and not row.get("prediction")
+        predictions.reached_limit += bool(row.get("reached_limit"))
         predictions.offsets.append(offset)
         question = row.get("question") or ""
         # Spaces stand for words here, because only groups of lengths are made of them.

@@ -222,6 +222,7 @@ VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "samples": (are_texts, "a list of texts"),
     "truncated": (is_flag, "true or false"),
     "unfinished": (is_count, "a whole number from 0"),
+    "reached_limit": (is_count, "a whole number from 0"),
     "too_long": (is_count, "a whole number from 0"),
     "letter_mass": (is_share, "a number from 0 to 1"),
     "option_logprobs": (is_object, "an object of log-probabilities"),

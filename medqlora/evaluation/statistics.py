@@ -7,6 +7,9 @@ import math
 import numpy as np
 
 Z95 = 1.959963984540054  # the standard normal quantile of 0.975
+RESAMPLES = 10_000
+SEED = 0  # One seed for all, so that the same files always give the same numbers.
+DRAWS = 1 << 22  # Numbers that are drawn at once, which bounds the memory.
 
 
 def wilson_interval(right: float, total: float, z: float = Z95) -> tuple[float, float]:
@@ -85,6 +88,62 @@ def difference_interval(only_a: int, only_b: int, n: int) -> tuple[float, float]
 def add_squares(first: float, second: float, correlation: float) -> float:
     """Return the length of the difference of two deviations with this correlation."""
     return math.sqrt(first * first + second * second - 2 * correlation * first * second)
+
+
+def bootstrap_interval(differences: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % interval of the mean of paired differences from -1 to 1.
+
+    It is the percentile bootstrap (Efron, Annals of Statistics 7, 1979, p. 1-26) over the
+    differences and two more, of the largest size that was seen, one in each direction. Bonett &
+    Price add such a pair to each kind of disagreement of two proportions (Journal of Educational
+    and Behavioral Statistics 37, 2012, p. 479-488). Without them the percentile bootstrap, and BCa
+    too, holds the truth in 30 to 60 of 100 cases where 20 questions rarely differ
+    (tests/evaluation/test_statistics.py).
+
+    Args:
+        differences: float64 [n], one of each question.
+    """
+    rng = np.random.default_rng(SEED)
+    # Nothing is known of the size where no difference was seen, so it may be the largest.
+    size = float(np.abs(differences).max()) or 1.0
+    values = np.append(differences, [size, -size])
+    means = np.empty(RESAMPLES)
+    rows = max(1, DRAWS // len(values))
+    for start in range(0, RESAMPLES, rows):
+        drawn = rng.integers(len(values), size=(min(rows, RESAMPLES - start), len(values)))
+        means[start : start + rows] = values[drawn].mean(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    # The added pair draws the middle towards 0, by less than the interval's half.
+    mean = float(differences.mean())
+    return (min(float(low), mean), max(float(high), mean))
+
+
+def sign_flip_test(differences: np.ndarray) -> float:
+    """Return the two-sided p-value of the hypothesis that both models are equally good.
+
+    Then each question's difference could as well have the other sign. This is Fisher's test by
+    randomization of paired differences (The Design of Experiments, 1935, section 21). All signs are
+    tried where they are few. Otherwise they are drawn, and the p-value counts the observed signs
+    too, so that it is never 0 (Phipson & Smyth, Statistical Applications in Genetics and Molecular
+    Biology 9, 2010).
+
+    Args:
+        differences: float64 [n], one of each question.
+    """
+    moved = differences[differences != 0]
+    n = len(moved)
+    # Sums of the same numbers in another order differ by their rounding.
+    least = abs(float(moved.sum())) - 1e-9 * float(np.abs(moved).sum())
+    if 2**n <= RESAMPLES:
+        flips = np.arange(2**n)[:, None] >> np.arange(n) & 1  # [signs, n]
+        return float(np.mean(np.abs((1 - 2 * flips) @ moved) >= least))
+    rng = np.random.default_rng(SEED)
+    extreme = 0
+    rows = max(1, DRAWS // n)
+    for start in range(0, RESAMPLES, rows):
+        flips = rng.integers(2, size=(min(rows, RESAMPLES - start), n), dtype=np.int8)
+        extreme += int((np.abs((1 - 2 * flips) @ moved) >= least).sum())
+    return (extreme + 1) / (RESAMPLES + 1)
 
 
 def mcnemar_exact(only_a: int, only_b: int) -> float:

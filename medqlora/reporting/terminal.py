@@ -17,11 +17,12 @@ from rich.text import Text
 from medqlora.batches.budgets import describe_batch
 from medqlora.core.files import append_line
 from medqlora.core.run_folder import LOG
-from medqlora.evaluation.comparison import compare_paired, find_doubt
+from medqlora.evaluation.comparison import compare_paired, compare_predictions, find_doubt
 from medqlora.evaluation.metrics import score_predictions
-from medqlora.evaluation.predictions import collect_rows
+from medqlora.evaluation.predictions import Predictions, collect_rows
 from medqlora.model.agreement import Agreement
 from medqlora.reporting.numbers import p_text
+from medqlora.reporting.open_tables import describe_open
 from medqlora.reporting.subjects import fold_small, merge_accuracies
 from medqlora.training.memory.tracker import GIB
 from medqlora.training.optimizers import count_warmup, learning_rate
@@ -240,7 +241,9 @@ def describe_check(setup: Setup, check: GradientCheck) -> str:
     )
 
 
-def compare_scores(base: list[dict], tuned: list[dict]) -> tuple[dict[str, Any], Table, Text]:
+def compare_scores(
+    base: list[dict], tuned: list[dict]
+) -> tuple[dict[str, Any], list[Table | Text]]:
     """Score the predictions of the base and of the tuned model, and compare them.
 
     Args:
@@ -249,15 +252,54 @@ def compare_scores(base: list[dict], tuned: list[dict]) -> tuple[dict[str, Any],
 
     Returns:
         The scores for metrics.json (those of the tuned model, with those of the base under `base`
-        and the comparison under `comparison`), a table of accuracies, and the difference in words.
+        and the comparison under `comparison`), and what is printed of them.
     """
     base_columns = collect_rows(base)
     tuned_columns = collect_rows(tuned)
     before = score_predictions(base_columns)
     after = score_predictions(tuned_columns)
+    if base_columns.kind == "open":
+        comparison = compare_predictions(base_columns, tuned_columns)
+        shown = [*describe_open("open test questions", comparison, ("base", "tuned"))]
+        shown += describe_odd_answers(before, after)
+    else:
+        comparison, shown = compare_choices(base_columns, tuned_columns, before, after)
+    return {**after, "base": before, "comparison": comparison}, shown
+
+
+def describe_odd_answers(before: dict[str, Any], after: dict[str, Any]) -> list[Text]:
+    """Say how many open answers of base and tuned model were cut or empty, where there are such."""
+    lines = []
+    for key, words in (
+        ("reached_limit", "answers ended at data.max_new_tokens, as if cut"),
+        ("unparsed", "answers are empty"),
+        ("truncated", "prompts were cut to fit the model"),
+    ):
+        if before[key] or after[key]:
+            lines.append(
+                Text(
+                    f"{words}: base {before[key]:,} and tuned {after[key]:,} of {after['n']:,}",
+                    style="yellow",
+                )
+            )
+    return lines
+
+
+def compare_choices(
+    base: Predictions, tuned: Predictions, before: dict[str, Any], after: dict[str, Any]
+) -> tuple[dict[str, Any], list[Table | Text]]:
+    """Compare base and tuned model on multiple-choice questions.
+
+    Args:
+        base, tuned: Rows of both, of the same questions in the same order.
+        before, after: Their scores.
+
+    Returns:
+        The comparison, and a table of accuracies and the difference in words.
+    """
     # compare_paired pairs answers by their place and does not check the ids: both lists must hold
     # the same questions in the same order.
-    comparison = compare_paired(base_columns.right, tuned_columns.right)
+    comparison = compare_paired(base.right, tuned.right)
     table = Table(title="accuracy on the test questions", title_justify="left")
     for column in ("", "n", "base", "95 % interval", "tuned", "95 % interval"):
         table.add_column(column, justify="left" if not column else "right")
@@ -273,7 +315,7 @@ def compare_scores(base: list[dict], tuned: list[dict]) -> tuple[dict[str, Any],
     doubt = find_doubt(before, after)
     if doubt is not None:
         difference.append(f"; {doubt}", style="yellow")
-    return {**after, "base": before, "comparison": comparison}, table, difference
+    return comparison, [table, difference]
 
 
 def add_accuracies(table: Table, name: str, base: dict, tuned: dict) -> None:

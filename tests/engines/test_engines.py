@@ -12,7 +12,7 @@ from conftest import ARCHITECTURES, build_model
 from replying_server import Server
 
 from medqlora.engines.hf import HfEngine
-from medqlora.engines.interface import ChatRequest, EngineError, Request, Sampling
+from medqlora.engines.interface import Answer, ChatRequest, EngineError, Request, Sampling
 from medqlora.engines.openai import ChatEngine, CompletionsEngine, Connection
 from medqlora.engines.packed_requests import count_tokens, lay_out
 from medqlora.model.attention.documents import DOCUMENTS
@@ -155,7 +155,7 @@ def test_generation_is_that_of_one_row_alone():
             ids.append(
                 int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
             )
-    assert together[0][0] == " ".join(map(str, ids[len(prefixes[0]) :]))
+    assert together[0][0].text == " ".join(map(str, ids[len(prefixes[0]) :]))
     assert model.config._attn_implementation == DOCUMENTS
     assert model.generation_config.repetition_penalty == 5.0
 
@@ -258,10 +258,10 @@ def test_chat_servers_get_messages():
     with Server(reply) as server:
         engine = ChatEngine(Connection(server.url, "m", retries=0))
         (scores,) = engine.score([ChatRequest(messages, ["A", "B", "C"])])
-        texts = engine.generate([messages], Sampling(20, temperature=1.0, samples=2))
+        answers = engine.generate([messages], Sampling(20, temperature=1.0, samples=2))
     assert scores[:2] == [-2.0, -0.2]
     assert np.isnan(scores[2])
-    assert texts == [["Answer: A", "Answer: B"]]
+    assert answers == [[Answer("Answer: A"), Answer("Answer: B")]]
     assert all(body["messages"] == messages for body in server.bodies)
     assert not any("chat_template_kwargs" in body for body in server.bodies)
     with Server(reply) as server:

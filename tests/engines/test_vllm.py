@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -99,13 +100,15 @@ import json, sys
 from pathlib import Path
 from medqlora.engines.interface import EngineError, Request, Sampling
 from medqlora.engines.vllm import VllmEngine
+from dataclasses import asdict
 if __name__ == "__main__":
     folder, given = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
     requests = [Request(*pair) for pair in given["requests"]]
     engine = VllmEngine(str(folder / "base"), folder / "adapter", dtype="float32", max_length=511)
     result = {"exact": engine.exact, "tuned": engine.score(requests, given["shared"])}
     sampling = Sampling(8, (given["stop"],), lambda ids: " ".join(map(str, ids)))
-    result["texts"] = engine.generate([request.prefix for request in requests], sampling)
+    answers = engine.generate([request.prefix for request in requests], sampling)
+    result["answers"] = [[asdict(answer) for answer in some] for some in answers]
     engine.lora, engine.unproven = None, True
     result["base"] = engine.score(requests, given["shared"])
     try:  # what a vLLM that ignores the adapter would give
@@ -152,9 +155,8 @@ def test_engine_agrees_with_transformers(model_dir, tmp_path):
     assert torch.allclose(torch.tensor(result["tuned"]), torch.tensor(tuned), atol=1e-4)
     assert not torch.allclose(torch.tensor(tuned), torch.tensor(expected), atol=1e-2)
     sampling = Sampling(8, (encoder.end_id,), lambda ids: " ".join(map(str, ids)))
-    assert result["texts"] == tuned_engine.generate(
-        [request.prefix for request in requests], sampling
-    )
+    answers = tuned_engine.generate([request.prefix for request in requests], sampling)
+    assert result["answers"] == [[asdict(answer) for answer in some] for some in answers]
     assert "does not apply it" in result["refused"]
 
 

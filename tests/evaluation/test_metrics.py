@@ -334,7 +334,7 @@ def test_comparison_refuses_what_cannot_be_compared():
     with pytest.raises(PredictionError, match=r"different questions .1 only in the first"):
         compare_predictions(collect_rows(a), collect_rows(a[:1]))
     assert compare_predictions(collect_rows(a), collect_rows(a[:1]), common=True)["n"] == 1
-    with pytest.raises(PredictionError, match=r"label A in .* and B"):
+    with pytest.raises(PredictionError, match=r"label 'A' in .* and 'B'"):
         compare_predictions(collect_rows(a), collect_rows([a[0] | {"gold": "B"}, a[1]]))
     other = [r | {"prompt_sha256": "q"} for r in a]
     with pytest.raises(PredictionError, match="different prompts"):

@@ -16,8 +16,8 @@ from medqlora.core.config import DataEntry, Model
 from medqlora.data.examples import LETTERS, MultipleChoice, OpenAnswer, Passage
 from medqlora.data.reading import read_examples
 from medqlora.engines.hf import HfEngine
-from medqlora.engines.interface import Sampling
-from medqlora.evaluation.answering import answer_letters, predict
+from medqlora.engines.interface import Answer, Sampling
+from medqlora.evaluation.answering import answer_questions, predict
 from medqlora.evaluation.method import Method, ScoringError
 from medqlora.evaluation.questions import choose_orders, count_common, prepare_questions, reorder
 from medqlora.evaluation.shots import find_nearest
@@ -123,7 +123,7 @@ def test_equal_to_the_reference_harness(task):
     # [questions, options]
     recorded = np.load(ROOT / "tests" / "recorded" / "lm_eval_0.4.13_stories260k.npz")[task]
     encoder = make_encoder(AutoTokenizer.from_pretrained(path), "lm_eval")
-    rows = answer_letters(HfEngine(*load(path)), encoder, examples, "m", 512)
+    rows = answer_questions(HfEngine(*load(path)), encoder, examples, "m", 512)
     found = np.array([list(row["option_logprobs"].values()) for row in rows])
     assert abs(found - recorded).max() < 1e-4
     assert [row["prediction"] for row in rows] == [LETTERS[i] for i in recorded.argmax(1)]
@@ -293,7 +293,7 @@ def test_permuted_scores_are_averaged_per_option(demo_tokenizer):
             shown = dataclasses.replace(
                 example, options=tuple(example.options[LETTERS.index(letter)] for letter in order)
             )
-            alone = answer_letters(engine, encoder, [shown], "m", 512)[0]["option_logprobs"]
+            alone = answer_questions(engine, encoder, [shown], "m", 512)[0]["option_logprobs"]
             assert logprobs == pytest.approx(list(alone.values()), abs=1e-4)
             for letter, value in zip(order, logprobs, strict=True):
                 chances[letter].append(np.exp(value))
@@ -331,10 +331,10 @@ class Thinker:
     weights = "float32"
 
     def __init__(self, *texts):
-        self.texts = list(texts)
+        self.answers = [Answer(text) for text in texts]
 
     def generate(self, prefixes, sampling):
-        return [self.texts for _ in prefixes]
+        return [self.answers for _ in prefixes]
 
 
 def test_thoughts_are_no_answer(demo_tokenizer):

@@ -628,7 +628,7 @@ def test_training_shows_its_scores_alike():
     """The table at the end of a training folds small subjects and takes no name for markup."""
     subjects = ["[/x] large"] * 25 + ["small"] * 3 + ["tiny"] * 2
     base = [row | {"letter_mass": 0.1} for row in make_rows("base", [0] * 30, subjects)]
-    scores, table, difference = compare_scores(base, make_rows("tuned", [1] * 30, subjects))
+    scores, (table, difference) = compare_scores(base, make_rows("tuned", [1] * 30, subjects))
     console = make_console(width=120, file=io.StringIO())
     console.print(table, difference)
     shown = " ".join(console.file.getvalue().split())
