@@ -36,7 +36,7 @@ from medqlora.core.files import check_new, write_json
 from medqlora.evaluation.comparison import compare_predictions
 from medqlora.evaluation.predictions import read_all_predictions
 from medqlora.reporting.numbers import p_value
-from medqlora.reporting.open_tables import describe_open
+from medqlora.reporting.open_tables import describe_method, tabulate_differences
 from medqlora.reporting.subjects import fold_small, merge_changes
 
 # Where the output is no terminal, rich would take 80 columns and cut the table.
@@ -47,8 +47,8 @@ def show(first: Path, second: Path, comparison: dict) -> None:
     """Print the comparison of two files."""
     title = f"A {first}\nB {second}"
     if "f1" in comparison:  # The keys tell open answers from multiple choice.
-        for line in describe_open(title, comparison, ("A", "B")):
-            console.print(line)
+        console.print(tabulate_differences(title, comparison))
+        console.print(describe_method(comparison))
     else:
         show_choices(title, comparison)
     left_out = comparison["too_long_a"], comparison["too_long_b"]

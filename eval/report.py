@@ -103,7 +103,11 @@ def collect_run(name: str, folder: Path, predictions: dict[Path, Predictions]) -
         run.scores[part] = score_predictions(rows)
     if {"base", "tuned"} <= set(run.rows):
         try:
-            run.comparison = compare_predictions(run.rows["base"], run.rows["tuned"])
+            compared = compare_predictions(run.rows["base"], run.rows["tuned"])
+            if run.rows["base"].kind == "open":
+                run.open_comparison = compared
+            else:
+                run.comparison = compared
         except PredictionError as error:
             run.obstacle = str(error)
     elif {"base", "tuned"} <= set(run.scores) and metrics.get("comparison"):

@@ -66,6 +66,8 @@ def list_notes(metrics: dict) -> list[str]:
     notes = [f"unparsed {metrics['unparsed']}"]
     if metrics["unfinished"]:
         notes.append(f"of these, thoughts without an end {metrics['unfinished']}")
+    if metrics["reached_limit"]:
+        notes.append(f"answers cut at the limit of new tokens {metrics['reached_limit']}")
     if metrics["too_long"]:
         notes.append(f"questions left out as too long {metrics['too_long']}")
     if metrics["truncated"]:

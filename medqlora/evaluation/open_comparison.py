@@ -88,7 +88,7 @@ def compare_score(a: np.ndarray, b: np.ndarray, binary: bool, same: bool) -> dic
         same: whether all answers are the same texts; then nothing is left to doubt.
 
     Returns:
-        Number, both means with their 95 % intervals, their difference b - a with its 95 % interval, the p-value of no
+        Number, both means and their difference b - a with 95 % intervals, the p-value of no
         difference, and how many questions each model has the higher score on.
     """
     higher = int((a > b).sum()), int((b > a).sum())

@@ -14,7 +14,16 @@ from medqlora import __version__
 from medqlora.evaluation.comparison import compare_predictions
 from medqlora.evaluation.predictions import PredictionError
 from medqlora.reporting.examples import show_open_samples, show_outcomes, show_samples, show_worst
-from medqlora.reporting.numbers import interval, interval_points, number, p_text, percent, points
+from medqlora.reporting.numbers import (
+    interval,
+    interval_points,
+    number,
+    p_text,
+    p_value,
+    percent,
+    points,
+)
+from medqlora.reporting.open_tables import list_parts
 from medqlora.reporting.rendering import Table, render
 from medqlora.reporting.runs import Run, flatten, shorten
 from medqlora.reporting.scores import (
@@ -82,7 +91,7 @@ def describe_run(run: Run, id: str, several: bool) -> RunPage:
         ("worst", "Weakest subjects", show_worst(run)),
         ("outcomes", "What changed", show_outcomes(run)),
         ("samples", "Sample questions", show_samples(run) + show_open_samples(run)),
-        ("files", "All prediction files", show_files(run)),
+        ("files", "All prediction files", show_files(run) + show_open_changes(run)),
         ("environment", "How it was made", show_environment(run)),
     ]
     prefix = f"{id}-" if several else ""  # Ids must be unique on a page of several runs.
@@ -130,6 +139,29 @@ def show_files(run: Run) -> list[Table]:
         head = ["texts", "n", "tokens", "perplexity per token", "per word", "bits per byte"]
         tables.append(Table("Texts", head, texts))
     return tables
+
+
+def show_open_changes(run: Run) -> list[Table]:
+    """Return a table of the differences between base and tuned on open questions."""
+    if run.open_comparison is None:
+        return []
+    rows = []
+    for name, part in list_parts(run.open_comparison):
+        if part is not None:
+            rows.append(
+                [
+                    name,
+                    f"{part['n']:,}",
+                    f"{percent(part['a'])} ({interval(part['a_ci95'])})",
+                    f"{percent(part['b'])} ({interval(part['b_ci95'])})",
+                    f"{points(part['difference'])} ({interval_points(part['difference_ci95'])})",
+                    # Subjects are corrected for their number.
+                    p_value(part.get("holm_p", part["p"])),
+                ]
+            )
+    head = ["score", "n", "base (95 % interval)", "tuned (95 % interval)"]
+    head += ["points (95 % interval)", "p (subjects: Holm)"]
+    return [Table("Base against tuned on open questions", head, rows)]
 
 
 def show_mean(scores: dict[str, Any], key: str) -> str:
@@ -225,15 +257,19 @@ def describe_row(run: Run, against: str) -> list[str]:
     if "tuned" in run.shown:
         tuned = interval(run.scores["tuned"]["accuracy_ci95"])
     change = "–"
+    n = f"{run.scores[run.shown[-1]]['n']:,}" if run.shown else "–"
     if run.comparison:
-        bounds = interval_points(run.comparison["difference_ci95"])
-        change = f"{points(run.comparison['difference'])} ({bounds})"
+        change = show_change(run.comparison)
+    elif run.open_comparison:
+        f1 = run.open_comparison["f1"]
+        accuracy = {"base": f"F1 {percent(f1['a'])}", "tuned": f"F1 {percent(f1['b'])}"}
+        n, tuned, change = f"{f1['n']:,}", interval(f1["b_ci95"]), show_change(f1)
     # metrics.json is written last, so a run that did not finish has none.
     peak = (run.metrics.get("memory_bytes") or {}).get("peak")
     return [
         run.name,
         judge(run).label,
-        f"{run.scores[run.shown[-1]]['n']:,}" if run.shown else "–",
+        n,
         accuracy.get("base", "–"),
         accuracy.get("tuned", "–"),
         tuned,
@@ -254,6 +290,12 @@ def compare_with_first(first: Run, other: Run) -> tuple[str, str | None]:
         comparison = compare_predictions(first.rows["tuned"], other.rows["tuned"])
     except PredictionError as error:
         return "–", f"eval/compare.py: {error}"
-    difference = points(comparison["difference"])
-    bounds = interval_points(comparison["difference_ci95"])
-    return f"{difference} ({bounds}), p {p_text(comparison['mcnemar_p'])}", None
+    if "f1" in comparison:
+        f1 = comparison["f1"]
+        return f"F1 {show_change(f1)}, p {p_text(f1['p'])}", None
+    return f"{show_change(comparison)}, p {p_text(comparison['mcnemar_p'])}", None
+
+
+def show_change(compared: dict[str, Any]) -> str:
+    """Return a difference with its interval, in points."""
+    return f"{points(compared['difference'])} ({interval_points(compared['difference_ci95'])})"

@@ -21,8 +21,9 @@ class Run:
         name: Name of the run folder.
         rows: Predictions by the name of their file without its ending (base, tuned, …).
         scores: Scores by the same names, as score_predictions returns them.
-        comparison: Comparison of base and tuned, as compare_predictions returns it, or the part of
-            it that metrics.json holds.
+        comparison: Comparison of base and tuned on multiple-choice questions, as
+            compare_predictions returns it, or the part of it that metrics.json holds.
+        open_comparison: The same on open questions.
         obstacle: Why there is no comparison.
         log: Rows of train_log.jsonl.
         metrics: Content of metrics.json.
@@ -36,6 +37,7 @@ class Run:
     rows: dict[str, Predictions] = field(default_factory=dict)
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)
     comparison: dict[str, Any] | None = None
+    open_comparison: dict[str, Any] | None = None
     obstacle: str | None = None
     log: list[dict[str, Any]] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)

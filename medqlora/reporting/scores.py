@@ -46,6 +46,8 @@ def judge(run: Run) -> Verdict:
     is below 0.05. It is one of knowledge only where both models answer in the form that is scored.
     """
     comparison = run.comparison
+    if comparison is None and run.open_comparison is not None:
+        return judge_open(run.open_comparison)
     if comparison is None:
         return Verdict("open", "Nothing compared", describe_single(run))
     low, high = comparison["difference_ci95"]
@@ -56,7 +58,7 @@ def judge(run: Run) -> Verdict:
         f" {p_text(comparison['mcnemar_p'])})."
     )
     # The interval comes from scores and the test is exact, so near the level they may disagree.
-    if not (low > 0 or high < 0) or comparison["mcnemar_p"] >= LEVEL:
+    if not is_shown(low, high, comparison["mcnemar_p"]):
         sentence = f"No difference was shown: tuned answers {figures}"
         return Verdict("even", "No difference shown", sentence)
     doubt = None
@@ -71,6 +73,33 @@ def judge(run: Run) -> Verdict:
     if comparison["difference"] < 0:
         return Verdict("worse", "Worse", f"Tuned got worse: it answers {figures}")
     return Verdict("better", "Better", f"Tuned answers {figures}")
+
+
+def is_shown(low: float, high: float, p: float) -> bool:
+    """Whether an interval of a difference leaves out 0 and its test is below the level too."""
+    return (low > 0 or high < 0) and p < LEVEL
+
+
+def judge_open(comparison: dict[str, Any]) -> Verdict:
+    """Say in one sentence whether the tuned model's open answers are nearer to the right ones.
+
+    F1 decides. It measures words in common, so it says nothing about whether an answer is true.
+    """
+    f1 = comparison["f1"]
+    low, high = f1["difference_ci95"]
+    figures = (
+        f"F1 {percent(f1['b'])} on {f1['n']:,} open questions, the base {percent(f1['a'])}:"
+        f" {points(f1['difference'])} points (95 % interval {points(low)} to {points(high)}, paired"
+        f" permutation p {p_text(f1['p'])}). F1 counts words in common with the right answer, not"
+        " whether an answer is true."
+    )
+    if not is_shown(low, high, f1["p"]):
+        return Verdict(
+            "even", "No difference shown", f"No difference was shown: tuned has {figures}"
+        )
+    if f1["difference"] < 0:
+        return Verdict("worse", "Worse", f"Tuned got worse: it has {figures}")
+    return Verdict("better", "Better", f"Tuned has {figures}")
 
 
 def describe_single(run: Run) -> str:
@@ -91,7 +120,7 @@ def describe_single(run: Run) -> str:
         )
     elif run.scores:
         sentences.append(
-            "There is no paired test for these kinds of answers; the scores stand below."
+            "Base and tuned are not both there to be compared; the scores stand below."
         )
     else:
         sentences.append(

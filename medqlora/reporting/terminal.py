@@ -22,7 +22,7 @@ from medqlora.evaluation.metrics import score_predictions
 from medqlora.evaluation.predictions import Predictions, collect_rows
 from medqlora.model.agreement import Agreement
 from medqlora.reporting.numbers import p_text
-from medqlora.reporting.open_tables import describe_open
+from medqlora.reporting.open_tables import describe_differences, describe_method, tabulate_means
 from medqlora.reporting.subjects import fold_small, merge_accuracies
 from medqlora.training.memory.tracker import GIB
 from medqlora.training.optimizers import count_warmup, learning_rate
@@ -260,7 +260,8 @@ def compare_scores(
     after = score_predictions(tuned_columns)
     if base_columns.kind == "open":
         comparison = compare_predictions(base_columns, tuned_columns)
-        shown = [*describe_open("open test questions", comparison, ("base", "tuned"))]
+        table = tabulate_means("scores on the open test questions", comparison, ("base", "tuned"))
+        shown = [table, describe_differences(comparison), describe_method(comparison)]
         shown += describe_odd_answers(before, after)
     else:
         comparison, shown = compare_choices(base_columns, tuned_columns, before, after)
@@ -271,14 +272,14 @@ def describe_odd_answers(before: dict[str, Any], after: dict[str, Any]) -> list[
     """Say how many open answers of base and tuned model were cut or empty, where there are such."""
     lines = []
     for key, words in (
-        ("reached_limit", "answers ended at data.max_new_tokens, as if cut"),
-        ("unparsed", "answers are empty"),
-        ("truncated", "prompts were cut to fit the model"),
+        ("reached_limit", "answers that were cut at data.max_new_tokens"),
+        ("unparsed", "empty answers"),
+        ("truncated", "prompts that were cut to fit the model"),
     ):
         if before[key] or after[key]:
             lines.append(
                 Text(
-                    f"{words}: base {before[key]:,} and tuned {after[key]:,} of {after['n']:,}",
+                    f"{words}: base {before[key]:,}, tuned {after[key]:,} of {after['n']:,}",
                     style="yellow",
                 )
             )

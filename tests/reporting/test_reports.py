@@ -508,7 +508,7 @@ def test_open_answers_as_base_and_tuned(tmp_path):
         for i in range(3)
     ]
     page = check_page(report(tmp_path, make_run(tmp_path / "run", rows, rows)))
-    assert "paired comparison is for multiple-choice" in page.text
+    assert "No difference was shown: tuned has F1 100.0 % on 3 open questions" in page.text
     assert "100.0 % (43.9 – 100.0)" in page.text
     assert "Open answers of base and tuned: 3 of 3 shown" in page.text
     assert page.text.count("tuned (F1 of words 100.0 %) wrote: vitamin C") == 3
