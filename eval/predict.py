@@ -308,7 +308,7 @@ def summarise(rows: list[dict]) -> str:
     """Return the main score of the rows in a few words."""
     labelled = [row for row in rows if row["kind"] == "text" or row["gold"] is not None]
     if not labelled:
-        return "no labels"
+        return "no labels, so nothing can be scored"
     if labelled[0]["kind"] == "open":
         return "score them with eval/score.py"
     scores = score_predictions(collect_rows(labelled))

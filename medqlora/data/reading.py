@@ -150,7 +150,9 @@ def describe_reading(
     if answers is not None:
         parts.append(f"answers are {NAMES[answers]}")
     hidden = sum(getattr(example, "answer", "") is None for example in examples)
-    if hidden:
+    if hidden and isinstance(examples[0], OpenAnswer):
+        parts.append("no row has an answer (if a column holds it, name it with columns)")
+    elif hidden:
         parts.append(f"{hidden:,} without an answer")
     parts.append(describe_repeated_options(examples))
     parts.append(kind.describe(examples, entry))
