@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import DEMO
 
-from medqlora.batches.cache import prepare_plan
+from medqlora.batches.cache import load_prepared, prepare_plan, save_prepared
 from medqlora.batches.pipeline import count_reasons, prepare
 from medqlora.core.config import Config
 from medqlora.data.examples import DataError
@@ -97,6 +97,43 @@ def test_test_questions_with_one_id_are_refused_or_the_first_is_kept(make, tmp_p
         f"Which a is number {i}?" for i in (1, 2, 3)
     ]
     assert count_reasons(prepared.removals) == {"its id stands at": 3}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_open_test_questions_reach_every_process_whole(make, tmp_path):
+    asked = [
+        {"question": f"What is {i}?", "answer": "Rest.", "subject": "s", "context": ["a", "b"]}
+        for i in range(3)
+    ]
+    test = [{"format": "qa", "path": write(tmp_path / "qa.jsonl", asked)}]
+    # A training row that asks the same is removed.
+    leak = {"question": "what is 1", "answer": "Sleep."}
+    config, prepared = make([(rows(5, 50), {}), ([leak], {"format": "qa"})], test=test)
+    assert [(row.question, row.answer, row.context) for row in prepared.test] == [
+        (row["question"], "Rest.", ("a", "b")) for row in asked
+    ]
+    assert count_reasons(prepared.removals) == {"is in the evaluation data": 1}
+    assert load_prepared(config.data, save_prepared(config.data, prepared)).test == prepared.test
+
+
+def test_test_data_of_several_kinds_is_refused(make, tmp_path):
+    choice = {"format": "medmcqa", "path": write(tmp_path / "mc.jsonl", numbered(2, "red"))}
+    asked = {"question": "What is fever?", "answer": "Heat."}
+    open_question = {"format": "qa", "path": write(tmp_path / "qa.jsonl", [asked])}
+    text = {"format": "text", "path": write(tmp_path / "text.jsonl", [{"text": "Fever is hot."}])}
+    for test, message in (
+        ([choice, open_question], r"multiple-choice questions \(mc.* open ones \(qa.jsonl line 1"),
+        ([open_question, text], "text.jsonl line 1: not a question; put text in data.eval"),
+    ):
+        with pytest.raises(DataError, match=message):
+            make([(rows(5, 50), {})], test=test)
+    bare = {"format": "qa", "path": write(tmp_path / "bare.jsonl", [{"question": "What?"}])}
+    with pytest.raises(DataError, match=r'bare.jsonl line 1: the row has no "answer"'):
+        make([(rows(5, 50), {})], test=[bare])
 
 
 def test_training_rows_of_the_evaluation_set_are_removed_and_listed(make):

@@ -182,6 +182,28 @@ def test_two_processes_train_like_one_on_full_precision_with_recomputation_and_h
     check_same_training(runs(strategy, "none"), runs("one", "none"))
 
 
+@pytest.mark.full
+def test_a_divided_model_writes_the_answers_of_a_whole_one(tmp_path):
+    """Open questions, whose answers end at different lengths on purpose."""
+    rows = [{"question": "What is " + "it " * i + "?", "answer": "Rest."} for i in range(70)]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    test = json.dumps([{"format": "qa", "path": str(tmp_path / "qa.jsonl")}])
+    written = []
+    for strategy in ("one", "zero3"):
+        done = train(
+            strategy,
+            tmp_path / strategy,
+            tmp_path / "cache",
+            *("--data.test", test, "--data.max_new_tokens", "6", "--training.max_steps", "2"),
+        )
+        check_success(done)
+        folder = tmp_path / strategy / "predictions"
+        files = [folder / "base.jsonl", folder / "tuned.jsonl"]
+        written.append([[json.loads(line) for line in file.open()] for file in files])
+    assert written[0] == written[1]
+    assert {"reached_limit" in row for row in written[0][1]} == {True, False}
+
+
 @pytest.mark.parametrize(
     ("saved_on", "resumed_on"),
     [
