@@ -15,6 +15,7 @@ from medqlora.core.config_loading import all_keys, load_config
 from medqlora.data.examples import MultipleChoice, OpenAnswer, Passage, Removal
 from medqlora.data.formats.registry import FORMATS
 from medqlora.data.reading import read_examples
+from medqlora.engines.interface import Answer
 from medqlora.engines.latency import Served, summarize
 from medqlora.evaluation.answering import predict
 from medqlora.evaluation.comparison import compare_predictions
@@ -176,7 +177,8 @@ class AnyAnswers:
         return [[-1.0 - number for number in range(len(r.options))] for r in requests]
 
     def generate(self, prefixes, sampling):
-        return [["A", "B", "<think>"][: sampling.samples] for _ in prefixes]
+        answers = [Answer("A", reached_limit=True), Answer("B"), Answer("<think>")]
+        return [answers[: sampling.samples] for _ in prefixes]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -220,7 +222,11 @@ def test_predictions_of_texts_are_documented(demo_tokenizer, example, method, ki
     assert {row["kind"] for row in rows} == {kind}
     for row in rows:
         assert not undocumented(row, documented_keys("Predictions", kind))
-    assert not undocumented(score_predictions(collect_rows(rows)), documented_keys(heading))
+    columns = collect_rows(rows)
+    assert not undocumented(score_predictions(columns), documented_keys(heading))
+    if kind == "open":
+        keys = documented_keys("comparison.json of open questions")
+        assert not undocumented(compare_predictions(columns, columns), keys)
 
 
 RECORDED = {
