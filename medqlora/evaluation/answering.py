@@ -16,9 +16,10 @@ from medqlora.data.examples import LETTERS, Example, OpenAnswer
 from medqlora.data.formats.registry import FORMATS
 from medqlora.engines.interface import BATCH_SIZE, Answer, Engine, EngineError, Sampling
 from medqlora.evaluation.journal import split_into_batches
-from medqlora.evaluation.method import Method
+from medqlora.evaluation.method import Method, ScoringError
 from medqlora.evaluation.questions import (
     PreparedQuestion,
+    TooLongError,
     derive_seed,
     describe_example,
     describe_prompt,
@@ -192,7 +193,15 @@ def answer_questions(
     open_questions = isinstance(examples[0], OpenAnswer)
     scoring = "generate" if open_questions else "letters"
     method = Method(scoring=scoring, max_new_tokens=max_new_tokens)
-    questions, shared = prepare_questions(encoder, examples, method, (), max_length)
+    try:
+        questions, shared = prepare_questions(encoder, examples, method, (), max_length)
+    except TooLongError as error:
+        # The error's own advice names flags of eval/predict.py.
+        problem = str(error).partition(";")[0]
+        raise ScoringError(
+            f"data.test: {problem}; take such questions out, or lower data.max_new_tokens where"
+            " they are open"
+        ) from None
     ids = [example.id for example in examples]
     # All examples are split into batches before the parts are taken, so a row has the same
     # neighbours for every n.

@@ -293,9 +293,8 @@ def fit_request(
         needed = len(prefix) + longest - 1
         raise TooLongError(
             f"{example.dataset}: {example.source}: needs {needed} tokens without its context, the"
-            f" model has room for {room - 1}; use fewer few-shot examples or new tokens"
-            " (max_new_tokens), or eval/predict.py, which leaves such questions out with"
-            " --drop_too_long",
+            f" model has room for {room - 1}; use fewer few-shot examples or new tokens, or leave"
+            " such questions out with --drop_too_long",
             needed,
         )
     return [(prefix, every)], True

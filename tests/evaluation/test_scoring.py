@@ -172,7 +172,7 @@ def test_questions_that_are_too_long_are_left_out(demo_tokenizer, permutations):
     )
     long = dataclasses.replace(short, id="long", question="word " * 400)
     method = Method(permutations=permutations)
-    with pytest.raises(ScoringError, match="leaves such questions out with"):
+    with pytest.raises(ScoringError, match="such questions out with --drop_too_long"):
         prepare_questions(encoder, [short, long, other], method, (), 100)
     asked, shared = prepare_questions(encoder, [short, long, other], method, (), 100, True)
     alone, alone_shared = prepare_questions(encoder, [short, other], method, (), 100)
