@@ -38,9 +38,11 @@ from medqlora.engines.server_address import read_key
 from medqlora.evaluation.settings import (
     GROUPS,
     EvaluationSettings,
+    add_passages,
     check_dropping,
     check_output,
     choose_method,
+    choose_retrieval,
     read_pool,
     read_questions,
 )
@@ -213,7 +215,10 @@ def prepare(
     style = asking.encoder.style
     # A model that was trained on lower-case texts is asked in lower case.
     lowercase = asking.metadata.get("lowercase", False)
+    retrieval = choose_retrieval(settings, method, asking.metadata)
     reading = read_questions(settings, style, lowercase)
+    if retrieval is not None:
+        reading = add_passages(reading, retrieval, lowercase)
     # The console writes to stderr, where an error must be the only line.
     print(reading.description)
     for removal in reading.removals:

@@ -72,6 +72,12 @@ def list_notes(metrics: dict) -> list[str]:
         notes.append(f"questions left out as too long {metrics['too_long']}")
     if metrics["truncated"]:
         notes.append(f"prompts cut to fit {metrics['truncated']}")
+    if "citations" in metrics:
+        cited = metrics["citations"]
+        notes.append(
+            f"passages shown to {cited['shown']} questions, cited {cited['citations']} times in"
+            f" {cited['citing']} answers, {cited['unknown']} citations name none"
+        )
     if "f1" in metrics:
         notes += list_open_notes(metrics)
     for key, name in (

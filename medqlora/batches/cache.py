@@ -24,7 +24,7 @@ from medqlora.batches.plan import Plan, make_plan
 from medqlora.core.config import Config, Data
 from medqlora.core.environment import read_versions
 from medqlora.core.files import find_problem, hash_file, hash_json, remove, write_manifest
-from medqlora.data.examples import MultipleChoice, OpenAnswer, Removal
+from medqlora.data.examples import Evidence, MultipleChoice, OpenAnswer, Removal
 from medqlora.prompts.rows import TokenTable
 
 LOCK = "cache.lock"
@@ -209,6 +209,7 @@ def restore_question(row: dict[str, Any]) -> MultipleChoice | OpenAnswer:
     fields_of_row = {}
     for key, value in row.items():
         fields_of_row[key] = tuple(value) if isinstance(value, list) else value
+    fields_of_row["evidence"] = tuple([Evidence(**piece) for piece in row["evidence"]])
     kind = MultipleChoice if "options" in row else OpenAnswer
     return kind(**fields_of_row)
 

@@ -40,6 +40,7 @@ from medqlora.data.examples import (
 )
 from medqlora.data.formats.registry import find_format
 from medqlora.data.reading import WHOLE, read_entry
+from medqlora.data.retrieval import add_evidence, locate_library, open_library
 from medqlora.data.selection import check_part
 from medqlora.data.sources import locate_file
 from medqlora.prompts.chat_template import Encoder
@@ -84,6 +85,8 @@ def check_entries(data: Data) -> None:
                         f"{name} is the same data as {training} ({home[0]}); evaluate on other"
                         " data, or on another split of it, with split_by: hash in both entries"
                     )
+    if data.retrieval is not None:
+        locate_library(data.retrieval)
 
 
 def find_home(entry: DataEntry, split: str) -> tuple[Any, str]:
@@ -142,6 +145,28 @@ def read_role(data: Data, role: str) -> tuple[list[list[Example]], list[Removal]
     return entries, removals, descriptions
 
 
+def show_passages(data: Data, roles: dict[str, list[list[Example]]]) -> tuple[str, list[str]]:
+    """Give all questions their passages, in place.
+
+    Args:
+        data: The configuration's section.
+        roles: The examples of each entry, by role.
+
+    Returns:
+        The SHA-256 of the texts that were searched, and what was found, for the user.
+
+    Raises:
+        DataError: The texts cannot be read, or an entry's questions find nothing.
+    """
+    library = open_library(data.retrieval, data.lowercase)
+    descriptions = [f"data.retrieval {library.description}"]
+    for role, entries in roles.items():
+        for index, examples in enumerate(entries):
+            entries[index], found = add_evidence(examples, library, data.num_passages)
+            descriptions.append(f"{name_entry(role, index)}: {found}")
+    return library.sha256, descriptions
+
+
 def is_labelled(example: Example) -> bool:
     """Whether an example can be learned from; a passage needs no label."""
     return isinstance(example, Passage) or example.answer is not None
@@ -185,6 +210,12 @@ def prepare(
     test_entries, dropped_test, described_test = read_role(data, "test")
     removals += dropped + dropped_test
     descriptions += described + described_test
+    library_sha256 = None
+    if data.retrieval is not None:
+        report("searching passages")
+        roles = {"train": train_entries, "eval": eval_entries, "test": test_entries}
+        library_sha256, found = show_passages(data, roles)
+        descriptions += found
     entries = chain(train_entries, eval_entries, test_entries)
     rows = sum(map(len, entries)) + len(removals)  # all rows that were read
     evaluation = list(chain.from_iterable(eval_entries))
@@ -235,6 +266,7 @@ def prepare(
         "tokens_sha256": hash_tokens(table, repeats, eval_table),
         "prompt_sha256": fingerprint(encoder),
         "tokenizer_sha256": hash_tokenizer(encoder),
+        **({} if library_sha256 is None else {"library_sha256": library_sha256}),
     }
     mixture = describe_mixture(data.train, entry_of_row, repeats, table.lengths)
     for role, tokens in (("train", table), ("eval", eval_table)):
@@ -313,13 +345,16 @@ def hash_examples(examples: list[Example]) -> str:
     """Return the SHA-256 of the examples, without the file and line that they come from."""
     readers = {}
     for kind in {type(example) for example in examples}:
-        names = [field.name for field in fields(kind) if field.name != "source"]
+        names = [field.name for field in fields(kind) if field.name not in ("source", "evidence")]
         readers[kind] = attrgetter(*names)
     digest = hashlib.sha256()
     for example in examples:
         kind = type(example)
         # repr marks where each field ends and tells None from a text, which joined texts do not.
         digest.update(repr((kind.__name__, readers[kind](example))).encode())
+        # Rows without passages keep the hash that they had before there were any.
+        if getattr(example, "evidence", ()):
+            digest.update(repr([(piece.id, piece.text) for piece in example.evidence]).encode())
     return digest.hexdigest()
 
 
@@ -386,11 +421,14 @@ def tokenize(
 def describe_cuts(table: TokenTable, data: Data) -> list[str]:
     """Return in how many rows something was cut to fit data.max_length, one text per kind."""
     rows = len(table.lengths)
-    return [
-        f"the {part} of {count:,} of {rows:,} rows ({count / rows:.1%}) was cut to fit"
-        f" data.max_length {data.max_length}"
-        for part, count in table.cuts.items()
-    ]
+    descriptions = []
+    for part, count in table.cuts.items():
+        done = "passages were left out" if part == "passages" else f"the {part} was cut"
+        descriptions.append(
+            f"{done} in {count:,} of {rows:,} rows ({count / rows:.1%}), to fit data.max_length"
+            f" {data.max_length}"
+        )
+    return descriptions
 
 
 def describe_removals(removals: list[Removal], rows: int) -> list[str]:

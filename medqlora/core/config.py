@@ -184,6 +184,14 @@ class Data(Section):
     and such a row does not teach the model to stop; context refuses the row, or drops it with
     drop_invalid.
     """
+    retrieval: str | None = None
+    """File or folder of plain texts. Each question is shown the passages of it that are most
+    similar by BM25, with numbers by which an answer may cite them.
+    """
+    num_passages: int = Field(3, ge=1)
+    """Passages per question, at most; each has up to 1,000 characters. Passages that do not fit
+    max_length are left out before context is cut.
+    """
     drop_invalid: bool = False
     """Drop invalid rows and list them in removed.jsonl, instead of stopping at the first."""
     deduplicate: Literal["none", "exact", "normalized"] = "exact"

@@ -47,6 +47,16 @@ class Unanswered:
 
 
 @dataclass(frozen=True, slots=True)
+class Evidence:
+    """A piece of another text that is shown with a question (see retrieval)."""
+
+    id: str  # the text's name and the number of the piece in it, from 1: "book.txt#12"
+    source: str  # the file and its passage, for messages
+    text: str
+    library: str = ""  # SHA-256 of all texts that were searched
+
+
+@dataclass(frozen=True, slots=True)
 class MultipleChoice:
     """A question with several options, one of which is right."""
 
@@ -63,6 +73,7 @@ class MultipleChoice:
     choice_type: str | None = None
     context: tuple[str, ...] = ()  # passages that are shown before the question
     explanation: str | None = None
+    evidence: tuple[Evidence, ...] = ()  # its numbers in the prompt count from 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +89,7 @@ class OpenAnswer:
     source: str
     subject: str | None = None
     context: tuple[str, ...] = ()
+    evidence: tuple[Evidence, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

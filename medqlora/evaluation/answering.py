@@ -22,11 +22,13 @@ from medqlora.evaluation.questions import (
     TooLongError,
     derive_seed,
     describe_example,
+    describe_passages,
     describe_prompt,
     prepare_questions,
 )
 from medqlora.prompts.answers import find_final, parse_answer
 from medqlora.prompts.chat_template import Encoder, MessageEncoder
+from medqlora.prompts.citations import find_citations
 
 
 def predict(
@@ -65,7 +67,9 @@ def predict(
     # The prompt's fingerprint covers worked examples only where all questions share them.
     fixed = method.fewshot == "fixed" and questions and not by_subject
     common = {
-        "prompt_sha256": describe_prompt(encoder, method, questions[0].shots if fixed else ()),
+        "prompt_sha256": describe_prompt(
+            encoder, method, questions[0].shots if fixed else (), describe_passages(questions)
+        ),
         "engine": engine.name,
         "weights": engine.weights,
         "model": name,
@@ -311,7 +315,10 @@ def read_answers(
         "unfinished": finals.count(None),
         "reached_limit": sum(answer.reached_limit for answer in answers),
     }
-    odd = {name: count for name, count in counts.items() if count}
+    odd: dict[str, Any] = {name: count for name, count in counts.items() if count}
+    if entry.example.evidence:
+        known, unknown = find_citations(finals[0] or "", len(entry.example.evidence))
+        odd |= {"citations": known, "unknown_citations": unknown}
     if isinstance(entry.example, OpenAnswer):
         return describe_example(entry, "open") | {
             # Thoughts are no part of the answer.

@@ -32,7 +32,7 @@ def score_predictions(rows: Predictions) -> dict[str, Any]:
     if rows.kind == "text":
         return score_passages(rows)
     if rows.kind == "open":
-        return score_open(rows)
+        return score_open(rows) | count_citations(rows)
     right = rows.right
     # A mean over all rows would be NaN where a single one lacks its mass.
     known = ~np.isnan(rows.letter_mass)
@@ -66,7 +66,25 @@ def score_predictions(rows: Predictions) -> dict[str, Any]:
             named = {i: choice[name] for i, choice in choices.items() if name in choice}
             hits = [letter == rows.gold[i] for i, letter in named.items()]
             scores["per_normalization"][name] = summarise(np.array(hits))
-    return scores
+    return scores | count_citations(rows)
+
+
+def count_citations(rows: Predictions) -> dict[str, Any]:
+    """Return how often generated answers cite the passages that they were shown; empty without
+    passages.
+    """
+    if not rows.shown:
+        return {}
+    known = [extra.get("citations", []) for extra in rows.extras.values()]
+    unknown = [extra.get("unknown_citations", []) for extra in rows.extras.values()]
+    return {
+        "citations": {
+            "shown": rows.shown,
+            "citing": sum(map(bool, known)),
+            "citations": sum(map(len, known)),
+            "unknown": sum(map(len, unknown)),
+        }
+    }
 
 
 def summarise(right: np.ndarray) -> dict[str, Any]:

@@ -59,6 +59,7 @@ class Predictions:
             byte at which the line starts; no column has them.
         unfinished: how many rows have no prediction, and a text whose thoughts have no end.
         reached_limit: how many rows have a text that ended at the limit of new tokens.
+        shown: how many questions were shown passages.
         extras: further values by row number, for the rows that have them: the keys of EXTRAS, or
             the log-probability and the lengths of a text.
         offsets: the byte at which each row's line starts.
@@ -81,6 +82,7 @@ class Predictions:
     too_long: dict[str, int] = field(default_factory=dict)
     unfinished: int = 0
     reached_limit: int = 0
+    shown: int = 0
     extras: dict[int, dict[str, Any]] = field(default_factory=dict)
     offsets: list[int] = field(default_factory=list)
     length: list[int] = field(default_factory=list)
@@ -107,7 +109,7 @@ class Predictions:
 
 
 COLUMNS = ("dataset", "subject", "topic", "choice_type", "engine", "model", "prompt_sha256")
-EXTRAS = ("permutations", "votes", "predictions")
+EXTRAS = ("permutations", "votes", "predictions", "citations", "unknown_citations")
 
 
 def read_predictions(path: Path, labelled: bool = True) -> Predictions:
@@ -202,6 +204,7 @@ def collect_lines(path: Path, lines: Iterable[bytes], labelled: bool) -> Predict
         predictions.truncated += bool(row.get("truncated"))
         predictions.unfinished += bool(row.get("unfinished")) and not row.get("prediction")
         predictions.reached_limit += bool(row.get("reached_limit"))
+        predictions.shown += bool(row.get("passages"))
         predictions.offsets.append(offset)
         question = row.get("question") or ""
         # Spaces stand for words here, because only groups of lengths are made of them.

@@ -106,13 +106,17 @@ def prepare_questions(
     if method.scoring == "perplexity":
         return [prepare_passage(encoder, example, max_length) for example in examples], 0
     completion = choose_completion(encoder, method)
+    whole_examples = examples
+    if not chat_server and max_length is not None:
+        examples = [fit_evidence(encoder, example, method, max_length) for example in examples]
     shots = choose_shots(encoder, examples, method, pool, completion)
     # `prompts` and `variants` are flat: they have one entry per question and order.
     questions = []
     prompts = []
     variants = []
-    for example, some in zip(examples, shots, strict=True):
-        entry = PreparedQuestion(example, choose_orders(example, method), [], False, shots=some)
+    for example, whole, some in zip(examples, whole_examples, shots, strict=True):
+        cut = example is not whole
+        entry = PreparedQuestion(example, choose_orders(example, method), [], cut, shots=some)
         questions.append(entry)
         for order in entry.orders:
             variant = reorder(example, order)
@@ -267,11 +271,7 @@ def fit_request(
     longest = max(len(option) for option in options)
     if max_length is None:
         return [(prefix, every)], False
-    # The last token of an option is never read, so a prompt and an option may have one more.
-    room = max_length + 1
-    if method.scoring == "generate":
-        # Each generated token needs a position, and there is no unread last token.
-        room -= method.max_new_tokens + 1
+    room = count_room(method, max_length)
     if len(prefix) + longest <= room:
         return [(prefix, every)], False
     if encoder.style == "lm_eval" and longest < room:
@@ -298,6 +298,37 @@ def fit_request(
             needed,
         )
     return [(prefix, every)], True
+
+
+def count_room(method: Method, max_length: int) -> int:
+    """Return how many tokens a prompt and an option may have together."""
+    if method.scoring == "generate":
+        # Each generated token needs a position, and there is no unread last token.
+        return max_length - method.max_new_tokens
+    # The last token of an option is never read.
+    return max_length + 1
+
+
+def fit_evidence(encoder: Encoder, example: Example, method: Method, max_length: int) -> Example:
+    """Leave the last passages out until every order of the options fits the model.
+
+    All orders show the same passages, and a passage is never cut.
+    """
+    completion = choose_completion(encoder, method)
+    orders = choose_orders(example, method)
+    while getattr(example, "evidence", ()):
+        variants = [reorder(example, order) for order in orders]
+        prompts = [render(variant, encoder.style, completion) for variant in variants]
+        prefixes = encode_prefixes(encoder, prompts)
+        longest = 0
+        if method.scoring != "generate":
+            texts = [candidates(variant, encoder.style, completion) for variant in variants]
+            options = encode_candidates(encoder, prompts, prefixes, texts)
+            longest = max(len(option) for some in options for option in some)
+        if max(map(len, prefixes)) + longest <= count_room(method, max_length):
+            break
+        example = replace(example, evidence=example.evidence[:-1])
+    return example
 
 
 def prepare_passage(encoder: Encoder, passage: Passage, max_length: int | None) -> PreparedQuestion:
@@ -336,12 +367,15 @@ def count_common(prefixes: Sequence[list[int]]) -> int:
 
 
 def describe_prompt(
-    encoder: Encoder | MessageEncoder, method: Method, shots: Sequence[Prompt] = ()
+    encoder: Encoder | MessageEncoder,
+    method: Method,
+    shots: Sequence[Prompt] = (),
+    passages: Sequence[Any] = (),
 ) -> str:
     """Return the prompt's fingerprint, as SHA-256.
 
     Plain letters have the training prompt's own fingerprint. Any other method has one that also
-    depends on the method and on the fixed worked examples.
+    depends on the method, on the fixed worked examples, and on what describe_passages returns.
     """
     if method.scoring == "cloze":
         completion = encoder.completion
@@ -349,7 +383,7 @@ def describe_prompt(
         completion = choose_completion(encoder, method)
     digest = fingerprint(replace(encoder, completion=completion))
     by_training = method.scoring in ("letters", "generate")
-    if by_training and method.num_fewshot == 0 and method.permutations == 1:
+    if by_training and method.num_fewshot == 0 and method.permutations == 1 and not passages:
         return digest
     parts = [
         digest,
@@ -359,7 +393,18 @@ def describe_prompt(
         method.fewshot,
         [[shot.user, shot.completion] for shot in shots],
     ]
+    if passages:
+        parts.append(list(passages))
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def describe_passages(questions: Sequence[PreparedQuestion]) -> list[Any]:
+    """Return the SHA-256 of the texts that the questions' passages come from, and the largest
+    number of passages of a question; an empty list without passages.
+    """
+    shown = [getattr(question.example, "evidence", ()) for question in questions]
+    libraries = {piece.library for some in shown for piece in some}
+    return [sorted(libraries), max(map(len, shown))] if libraries else []
 
 
 def derive_seed(id: str, seed: int) -> int:
@@ -386,6 +431,11 @@ def describe_example(entry: PreparedQuestion, kind: str) -> dict[str, Any]:
         row["gold"] = None if example.answer is None else LETTERS[example.answer]
     elif isinstance(example, OpenAnswer):
         row |= {"question": example.question, "gold": example.answer}
+    if getattr(example, "evidence", ()):
+        row["passages"] = [
+            {"id": piece.id, "source": piece.source, "text": piece.text}
+            for piece in example.evidence
+        ]
     if entry.truncated:
         row["truncated"] = True
     return row

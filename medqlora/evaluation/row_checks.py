@@ -15,6 +15,7 @@ REQUIRED = {
     "text": ("id", "logprob", "tokens"),
 }
 LARGEST = 2**53  # Every whole number up to here is a float too.
+PASSAGE_KEYS = ("id", "source", "text")
 # Rounding may take a log-probability slightly over 0, and a sum of probabilities over 1.
 ROUNDING = 1e-3
 
@@ -200,6 +201,19 @@ def are_votes(value: Any) -> bool:
     return is_object(value) and all(is_count(votes) and votes > 0 for votes in value.values())
 
 
+def are_counts(value: Any) -> bool:
+    """Whether a value is a list of numbers of things."""
+    return isinstance(value, list) and all(is_count(number) for number in value)
+
+
+def are_passages(value: Any) -> bool:
+    """Whether a value is a list of passages, each with the texts of its keys."""
+    return isinstance(value, list) and all(
+        is_object(passage) and all(is_text(passage.get(key)) for key in PASSAGE_KEYS)
+        for passage in value
+    )
+
+
 TEXT = (is_text, "a text or null")
 # What a key must hold where it is there and not null. A key that is not named here is not read.
 VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -230,6 +244,9 @@ VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "permutations": (is_object, "an object of log-probabilities by order"),
     "predictions": (are_letters, "an object of letters"),
     "votes": (are_votes, "an object of numbers of votes"),
+    "passages": (are_passages, "a list of objects with id, source and text"),
+    "citations": (are_counts, "a list of whole numbers from 0"),
+    "unknown_citations": (are_counts, "a list of whole numbers from 0"),
     "logprob": (is_finite_logprob, "a finite log-probability"),
     "tokens": (is_count, "a whole number from 0"),
     "bytes": (is_count, "a whole number from 0"),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from medqlora.core.config import DataEntry, Section
+from medqlora.core.config import Data, DataEntry, Section
 from medqlora.core.errors import ConfigError
 from medqlora.core.json_reading import parse_json
 from medqlora.core.reading import expand_path
@@ -16,6 +17,7 @@ from medqlora.data.cleaning import clean, drop_repeated_ids
 from medqlora.data.examples import DataError, Example
 from medqlora.data.formats.registry import FILE, FORMATS, find_format
 from medqlora.data.reading import Reading, read_entry, read_examples
+from medqlora.data.retrieval import add_evidence, open_library
 from medqlora.data.selection import PARTS
 from medqlora.engines.registry import EngineSettings, ModelSettings, RunSettings, parse_object
 from medqlora.evaluation.method import Method
@@ -57,6 +59,12 @@ class QuestionSettings(Section):
     """Leave questions out whose prompt is longer than the model can read, instead of stopping at
     the first; they are counted and named.
     """
+    retrieval: str | None = None
+    """File or folder of plain texts. Each question is shown the passages that are most similar to
+    it; none asks a model without passages that was trained with them.
+    """
+    num_passages: int | None = Field(None, ge=1)
+    """Passages per question, at most; by default as in the training, or 3."""
     fewshot_path: str | None = None
     """File, folder or hub id of the worked examples; by default --path."""
     fewshot_split: str | None = None
@@ -224,6 +232,50 @@ def read_questions(settings: QuestionSettings, style: str, lowercase: bool = Fal
     unique, repeated = drop_repeated_ids(reading.examples, settings.format, flag)
     removals = reading.removals + repeated
     return Reading(clean_texts(unique, style, lowercase), removals, reading.description)
+
+
+def choose_retrieval(
+    settings: EvaluationSettings, method: Method, metadata: Mapping[str, Any]
+) -> tuple[str, int] | None:
+    """Return which texts questions get passages of, and how many; None where they get none.
+
+    Args:
+        settings: which questions.
+        method: how they are asked.
+        metadata: how the model was trained to be asked (see registry.Asking).
+
+    Raises:
+        ConfigError: the flags contradict each other, or the model was trained with passages and
+            nothing says whether it gets some.
+    """
+    trained = metadata.get("retrieval") or {}
+    if settings.retrieval is None and trained:
+        raise ConfigError(
+            f"this model was trained with passages of {trained['path']} ({trained['num_passages']}"
+            " per question); give such texts with --retrieval, or --retrieval none to ask without"
+        )
+    if settings.retrieval in (None, "none"):
+        if settings.num_passages:
+            raise ConfigError("--num_passages needs texts; give them with --retrieval")
+        return None
+    if method.scoring == "perplexity":
+        raise ConfigError("--retrieval is for questions, this data holds texts; leave it out")
+    if method.num_fewshot:
+        raise ConfigError(
+            "--retrieval and --num_fewshot exclude each other: worked examples would stand without"
+            " passages; leave one out"
+        )
+    count = settings.num_passages or trained.get("num_passages")
+    return settings.retrieval, count or Data.model_fields["num_passages"].default
+
+
+def add_passages(reading: Reading, retrieval: tuple[str, int], lowercase: bool) -> Reading:
+    """Return the questions with passages; see choose_retrieval and retrieval.add_evidence."""
+    path, count = retrieval
+    library = open_library(path, lowercase)
+    examples, found = add_evidence(reading.examples, library, count)
+    description = f"{reading.description}\n--retrieval {library.description}; {found}"
+    return Reading(examples, reading.removals, description)
 
 
 def read_pool(settings: QuestionSettings, style: str, lowercase: bool = False) -> list[Example]:

@@ -23,6 +23,16 @@ Quantization = Model.model_fields["quantization"].annotation
 Dtype = Model.model_fields["dtype"].annotation
 
 
+class Retrieval(BaseModel):
+    """What a model was shown with each question in training."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    path: str
+    num_passages: int
+    library_sha256: str
+
+
 class Metadata(BaseModel):
     """The types of the keys that are read; the others are for people.
 
@@ -42,6 +52,7 @@ class Metadata(BaseModel):
     completion: Completion = "letter"
     template_arguments: dict[str, Any] = {}
     lowercase: bool = False
+    retrieval: Retrieval | None = None
     quantization: Quantization = "none"
     double_quantization: bool = True
     dtype: Dtype = "auto"

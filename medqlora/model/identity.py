@@ -17,7 +17,7 @@ from medqlora.model.base import find_model, read_model_config
 from medqlora.model.weight_files import open_weights
 
 # These keys of the adapter metadata decide how a model is asked.
-PROMPT_KEYS = ("prompt_style", "completion", "template_arguments", "lowercase")
+PROMPT_KEYS = ("prompt_style", "completion", "template_arguments", "lowercase", "retrieval")
 
 
 def read_merged_metadata(model: str) -> dict[str, Any]:

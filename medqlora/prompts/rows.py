@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -31,7 +31,8 @@ class TokenTable:
         names: ids of the rows' examples, for messages. Two examples may have the same id.
         examples: numbers of the rows' examples in the list that was tokenized, int32 [rows]. A
             row of several passages has the number of its first one.
-        cuts: in how many rows the "context", the "explanation" or the "answer" was cut.
+        cuts: in how many rows the "context", the "explanation" or the "answer" was cut, or
+            "passages" were left out.
     """
 
     ids: np.ndarray
@@ -278,7 +279,8 @@ def split_document(encoder: Encoder, ids: list[int], max_length: int) -> list[li
 def shorten(
     encoder: Encoder, example: MultipleChoice | OpenAnswer, max_length: int
 ) -> tuple[list[int], list[int], list[str]]:
-    """Cut the context, then the explanation, from the end until the row fits.
+    """Leave passages out, the last first, then cut context and explanation from their end, until
+    the row fits.
 
     Returns the token ids of prefix and completion, which may still be too long, and the names of
     the parts that were cut.
@@ -297,7 +299,11 @@ def shorten(
         excess = len(prefix) + len(completion) + 1 - max_length
         if excess <= 0:
             return prefix, completion, cuts
-        if context:
+        if example.evidence:
+            # Numbered passages stay whole, and the first ones are the most similar to the question.
+            example = replace(example, evidence=example.evidence[:-1])
+            part = "passages"
+        elif context:
             context = cut_tokens(encoder.tokenizer, context, excess)
             part = "context"
         elif explanation and encoder.completion == "explanation":

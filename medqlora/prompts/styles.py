@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from medqlora.core.errors import UserError
 from medqlora.data.examples import LETTERS, Example, MultipleChoice, OpenAnswer, Passage
 from medqlora.data.formats.registry import FORMATS, HarnessPrompt, letter_options
+from medqlora.prompts.citations import render_evidence
 
 
 class PromptError(UserError):
@@ -83,7 +84,8 @@ def render(
         )
     if completion == "explanation":
         explanation = example.explanation if explanation is None else explanation
-    lines = [f"Context: {context}"] if context else []
+    lines = render_evidence(example.evidence)
+    lines += [f"Context: {context}"] if context else []
     lines.append(f"Question: {example.question}")
     if completion == "cloze":
         answer = None if example.answer is None else example.options[example.answer]
@@ -101,10 +103,12 @@ def render(
 
 def render_open_question(example: OpenAnswer, context: str, chat: bool) -> Prompt:
     """Render an open question in the chat style or the plain style."""
+    evidence = render_evidence(example.evidence)
     if chat:
         user = f"{context}\n\n{example.question}" if context else example.question
+        user = "\n".join([*evidence, user])
     else:
-        lines = [f"Context: {context}"] if context else []
+        lines = [*evidence, f"Context: {context}"] if context else evidence
         lines += [f"Question: {example.question}", "Answer:"]
         user = "\n".join(lines)
     return Prompt(user, with_space(example.answer, chat), chat)
@@ -157,6 +161,11 @@ def render_lm_eval(
         raise PromptError(
             f"{example.dataset}: style lm_eval knows multiple-choice questions only; use plain or"
             " chat"
+        )
+    if example.evidence:
+        raise PromptError(
+            f"{example.dataset}: style lm_eval has no place for passages; use plain or chat, or ask"
+            " without retrieval"
         )
     harness = find_harness(example)
     if harness.answer == "cloze" and completion != "cloze":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from medqlora.core.config import Data
 from medqlora.core.environment import describe_environment
 from medqlora.core.errors import RunError
 from medqlora.core.files import (
@@ -62,6 +64,20 @@ def describe_adapter(setup: Setup, planned: Planned, base: torch.nn.Module) -> d
         "double_quantization": model.double_quantization,
         "dtype": name_dtype(setup.dtype),
         **({} if initial is None else {"init_adapter": initial}),
+        **describe_retrieval(setup.config.data, planned.prepared.hashes),
+    }
+
+
+def describe_retrieval(data: Data, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """Return the key of medqlora.json that says what questions were shown; empty for nothing."""
+    if data.retrieval is None:
+        return {}
+    return {
+        "retrieval": {
+            "path": data.retrieval,
+            "num_passages": data.num_passages,
+            "library_sha256": hashes["library_sha256"],
+        }
     }
 
 
