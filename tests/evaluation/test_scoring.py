@@ -16,9 +16,11 @@ from medqlora.core.config import DataEntry, Model
 from medqlora.data.examples import LETTERS, MultipleChoice, OpenAnswer, Passage
 from medqlora.data.reading import read_examples
 from medqlora.engines.hf import HfEngine
-from medqlora.engines.interface import Answer, Sampling
+from medqlora.engines.interface import Answer, Sampling, decode_answer
 from medqlora.evaluation.answering import answer_questions, predict
 from medqlora.evaluation.method import Method, ScoringError
+from medqlora.evaluation.metrics import score_predictions
+from medqlora.evaluation.predictions import collect_rows
 from medqlora.evaluation.questions import choose_orders, count_common, prepare_questions, reorder
 from medqlora.evaluation.shots import find_nearest
 from medqlora.model.base import load_base
@@ -354,6 +356,29 @@ def test_thoughts_are_no_answer(demo_tokenizer):
         ((row,),) = predict(Thinker(*texts), encoder, asked, shared, method, "m")
         assert (row["prediction"], row.get("unfinished")) == (prediction, unfinished), texts
         assert row["text"] == texts[0]
+
+
+def test_answers_that_were_cut_are_counted(demo_tokenizer):
+    """An answer of exactly max_new_tokens is cut only where no stop token ends it."""
+    stop = demo_tokenizer.eos_token_id
+    sampling = Sampling(3, (stop,), lambda ids: " ".join(map(str, ids)))
+    assert decode_answer([5, 6, 7], sampling) == Answer("5 6 7", reached_limit=True)
+    assert decode_answer([5, 6, stop], sampling) == Answer("5 6")
+    assert decode_answer([5, 6], sampling) == Answer("5 6")
+    encoder = make_encoder(demo_tokenizer, "plain")
+    engine = Thinker("Fever.")
+    engine.answers = [Answer("Fever and", reached_limit=True)]
+    asked = [OpenAnswer(f"o{i}", "What?", "Fever.", "qa", "s") for i in range(3)]
+    rows = answer_questions(engine, encoder, asked, "m", max_new_tokens=2)
+    assert [row["reached_limit"] for row in rows] == [1, 1, 1]
+    assert score_predictions(collect_rows(rows))["reached_limit"] == 3
+
+
+def test_an_open_question_that_is_too_long_is_refused_in_words_of_the_recipe(demo_tokenizer):
+    encoder = make_encoder(demo_tokenizer, "plain")
+    asked = [OpenAnswer("o", "word " * 100, "Fever.", "qa", "qa.jsonl line 1")]
+    with pytest.raises(ScoringError, match=r"data.test: .*line 1: needs .* data.max_new_tokens"):
+        answer_questions(Thinker("x"), encoder, asked, "m", 64, max_new_tokens=32)
 
 
 def test_samples_vote(demo_tokenizer):
