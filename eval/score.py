@@ -5,6 +5,10 @@ scores of calibration and of position bias. Open questions get text scores, and 
 perplexity. The command needs neither torch nor a GPU.
 
     python eval/score.py predictions.jsonl [MORE.jsonl] --output metrics.json
+
+--by COLUMN also scores the answers in groups: by a column that eval/predict.py --keep kept, or by
+subject, dataset, topic or choice_type. --errors sorts the wrong answers by their kinds, with
+samples of each.
 """
 
 import argparse
@@ -12,6 +16,7 @@ import csv
 import io
 import sys
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -26,9 +31,19 @@ from medqlora.core.command import CommandParser, make_console, run_command
 from medqlora.core.files import check_new, write_atomic, write_json
 from medqlora.data.examples import LETTERS
 from medqlora.evaluation.metrics import NEAR_TIE, score_predictions
-from medqlora.evaluation.predictions import PredictionError, read_all_predictions, read_predictions
-from medqlora.reporting.numbers import interval
+from medqlora.evaluation.mistakes import find_mistakes
+from medqlora.evaluation.open_answers import OPEN_SCORES
+from medqlora.evaluation.predictions import (
+    PredictionError,
+    Predictions,
+    read_all_predictions,
+    read_predictions,
+)
+from medqlora.reporting.mistakes import list_samples, tabulate_kinds, tabulate_subjects
+from medqlora.reporting.rendering import Table as Cells
 from medqlora.reporting.subjects import fold_small, merge_accuracies, merge_open
+
+SHOWN = 2  # So many samples of each kind are printed; the metrics file holds more.
 
 
 def show(path: Path, metrics: dict, console: Console) -> None:
@@ -41,24 +56,59 @@ def show(path: Path, metrics: dict, console: Console) -> None:
         )
         return
     is_open = "f1" in metrics
-    keys = ["exact_match", "f1", "rouge_l"] if is_open else ["accuracy"]
-    headings = [key.replace("_", " ") for key in keys]
-    if not is_open:
-        headings.append("95 % interval")
-    table = Table(title=str(path), title_justify="left")
-    table.add_column("subject")
-    for heading in ("n", *headings):
-        table.add_column(heading, justify="right")
     merge = merge_open if is_open else merge_accuracies
     (subjects,) = fold_small([metrics["per_subject"]], merge)
-    for name, scores in [("all", metrics), *subjects.items()]:
-        values = ["–" if scores[key] is None else f"{scores[key]:.1%}" for key in keys]
-        if not is_open:
-            low, high = scores["accuracy_ci95"]
-            values.append(f"{low:.1%} – {high:.1%}")
-        table.add_row(name, str(scores["n"]), *values)
-    console.print(table)
+    console.print(tabulate_scores(str(path), "subject", {"all": metrics, **subjects}, is_open))
+    # Strata are few and asked for by name, so small ones stand by themselves.
+    for column, strata in metrics.get("by", {}).items():
+        console.print(tabulate_scores(f"by {column}", column, strata, is_open))
     console.print(", ".join(list_notes(metrics)))
+    if "errors" in metrics:
+        show_errors(metrics["errors"], console)
+
+
+def tabulate_scores(title: str, heading: str, groups: dict[str, dict], is_open: bool) -> Table:
+    """Make a table with the scores of each group of answers, by the group's name."""
+    keys = OPEN_SCORES if is_open else {"accuracy": "accuracy_ci95"}
+    table = Table(title=title, title_justify="left")
+    table.add_column(heading)
+    table.add_column("n", justify="right")
+    for key in keys:
+        table.add_column(key.replace("_", " "), justify="right")
+        table.add_column("95 % interval", justify="right")
+    for name, scores in groups.items():
+        values = []
+        for key, bounds in keys.items():
+            values.append("–" if scores[key] is None else f"{scores[key]:.1%}")
+            # The row of several small subjects together has no interval of open answers.
+            known = scores.get(bounds)
+            values.append(f"{known[0]:.1%} – {known[1]:.1%}" if known else "–")
+        table.add_row(name, str(scores["n"]), *values)
+    return table
+
+
+def show_errors(errors: dict, console: Console) -> None:
+    """Print the kinds of wrong answers, by subject too, and some samples of each."""
+    if not errors["wrong"]:
+        console.print("no answer is wrong")
+        return
+    for cells in (tabulate_kinds(errors), tabulate_subjects(errors)):
+        if cells is not None:
+            console.print(draw(cells))
+    for kind, lines in list_samples(errors, SHOWN):
+        console.print(f"{kind}:")
+        for line in lines:
+            console.print(f"  {line}")
+
+
+def draw(cells: Cells) -> Table:
+    """Return a table of the reports as one for the terminal."""
+    table = Table(title=cells.label, title_justify="left")
+    for number, heading in enumerate(cells.head):
+        table.add_column(heading, justify="left" if number < cells.texts else "right")
+    for row in cells.rows:
+        table.add_row(*row)
+    return table
 
 
 def list_notes(metrics: dict) -> list[str]:
@@ -99,12 +149,8 @@ def list_notes(metrics: dict) -> list[str]:
 
 
 def list_open_notes(metrics: dict) -> list[str]:
-    """Return the intervals of the scores of open answers, and what could not be scored."""
-    notes = [
-        f"{name} 95 % interval {interval(metrics[key + '_ci95'])} %"
-        for key, name in (("exact_match", "exact match"), ("f1", "F1"), ("rouge_l", "ROUGE-L"))
-        if metrics[key] is not None
-    ]
+    """Return what of the open answers could not be scored."""
+    notes = []
     left_out = metrics["n"] - metrics["rouge_l_n"]
     if left_out:
         notes.append(f"no ROUGE-L of {left_out} right answers that are not in Latin letters")
@@ -141,6 +187,12 @@ def write_submission(path: Path, predictions: Path) -> None:
     write_atomic(path, text.getvalue())
 
 
+def score_file(rows: Predictions, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return all scores of one file that the command line asks for."""
+    scores = score_predictions(rows, arguments.by)
+    return scores | {"errors": find_mistakes(rows)} if arguments.errors else scores
+
+
 def main() -> None:
     parser = CommandParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -152,12 +204,23 @@ def main() -> None:
         help="metrics file to write (.json); with several files, one object by file name",
     )
     parser.add_argument(
+        "--by",
+        metavar="COLUMN",
+        help="also score each group of answers that have one value in this column",
+    )
+    parser.add_argument(
+        "--errors",
+        action="store_true",
+        help="also sort the wrong answers by their kinds, with samples of each",
+    )
+    parser.add_argument(
         "--submission",
         type=Path,
         help="do not score, but write the one file given as a MedMCQA test submission (.csv)",
     )
     arguments = parser.parse_args()
-    console = make_console(soft_wrap=True)
+    # Where the output is no terminal, rich would take 80 columns and cut the table.
+    console = make_console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
     if arguments.submission:
         if len(arguments.predictions) > 1:
             raise PredictionError(
@@ -172,7 +235,7 @@ def main() -> None:
     # This is checked before the files are read, which takes nearly all of the time.
     check_new(arguments.output)
     metrics = {
-        str(path): score_predictions(rows)
+        str(path): score_file(rows, arguments)
         for path, rows in read_all_predictions(arguments.predictions).items()
     }
     for path in arguments.predictions:

@@ -71,8 +71,9 @@ import torch
 
 from medqlora.engines.packed_passes import run_packed
 from medqlora.model.adapter import check_adapter, load_adapter, read_adapter_metadata
-from medqlora.model.adapter_metadata import check_present
+from medqlora.model.adapter_metadata import check_present, read_metadata
 from medqlora.model.base import find_model, load_base, load_tokenizer, read_model_config, unwrap
+from medqlora.model.base_weights import MERGED_WEIGHTS
 from medqlora.model.hardware import default_device, name_dtype
 from medqlora.model.head_loss import compute_logits
 from medqlora.model.identity import resolve_base, sample_weights
@@ -82,6 +83,7 @@ from medqlora.prompts.chat_template import encode_text, make_encoder
 from medqlora.prompts.encoding import encode_prefixes
 from medqlora.prompts.fingerprint import PROBES
 from medqlora.prompts.styles import PromptError, render
+from medqlora.reporting.model_card import Merge, describe_upload, write_merged_card
 
 # Upper bounds of the mean relative error of the logits, by the dtype of computing. Only rounding of
 # the merged weights to that dtype makes a difference. In 16 bits, the error of a single prompt may
@@ -137,14 +139,22 @@ def main() -> None:
         total = next(steps)[1]
         for _ in track(steps, "merging", total - 1, console=console, transient=True):
             pass
+        check = None
         if arguments.verify == "true":
-            verify(arguments, metadata, base, folder)
+            check = verify(arguments, metadata, base, folder)
+        how = Merge(read_metadata(folder).get(MERGED_WEIGHTS, arguments.base_weights), check)
+        unknown = write_merged_card(folder, arguments.output.name, arguments.adapter, how)
     quantized = metadata.get("quantization", "none") != "none"
     weights = arguments.base_weights if quantized else "unquantized"
     console.print(f"{arguments.output}: {total} tensors, {weights} base")
+    if unknown is not None:
+        console.print(f"the model card tells nothing of the training: {unknown}", style="yellow")
+    console.print(describe_upload(arguments.output, arguments.output.name))
 
 
-def verify(arguments: argparse.Namespace, metadata: dict, base: Path, folder: Path) -> None:
+def verify(
+    arguments: argparse.Namespace, metadata: dict, base: Path, folder: Path
+) -> dict[str, float]:
     """Compare the logits of the merged model with those of the merged base + adapter.
 
     Only one model is in memory at a time.
@@ -154,6 +164,9 @@ def verify(arguments: argparse.Namespace, metadata: dict, base: Path, folder: Pa
         metadata: The adapter metadata.
         base: The base's folder.
         folder: The merged model's folder.
+
+    Returns:
+        What compare_logits found.
 
     Raises:
         MergeError: The merged model differs by more than rounding.
@@ -191,6 +204,7 @@ def verify(arguments: argparse.Namespace, metadata: dict, base: Path, folder: Pa
             f"the adapter was trained on the {trained['quantization']} base; compared with that"
             f" model: {describe(compare_logits(reference, merged))}"
         )
+    return figures
 
 
 def make_rows(metadata: dict, output: Path) -> list[list[int]]:

@@ -13,7 +13,6 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -42,6 +41,7 @@ from medqlora.core.files import read_lines, write_json
 from medqlora.engines.hf import HfEngine
 from medqlora.evaluation.answering import answer_questions
 from medqlora.model.adapter import name_parameters, read_adapter_metadata
+from medqlora.reporting.model_card import write_run_card
 from medqlora.reporting.terminal import (
     Display,
     compare_scores,
@@ -208,14 +208,13 @@ def score(setup: Setup, planned: Planned, model: PeftModel, backend: str, name: 
 
 
 def finish(setup: Setup, planned: Planned, session: Session, memory: dict, state: dict) -> None:
-    """Score the best adapter and write metrics.json."""
-    built = session.built
+    """Score the best adapter, and write metrics.json and the model card."""
     with agree_on_errors():
         read_adapter_metadata(setup.output_dir / "adapter")  # It refuses a damaged adapter.
     if planned.prepared.test:
         best = load_file(setup.output_dir / "adapter" / "adapter_model.safetensors")
-        session.trainer.write_weights(name_parameters(built.model, best))
-        score(setup, planned, built.model, built.backend, "tuned")
+        session.trainer.write_weights(name_parameters(session.built.model, best))
+        score(setup, planned, session.built.model, session.built.backend, "tuned")
     memory = memory | {"peak": setup.meter.read_peak(), "after": setup.meter.now()}
     peaks = gather(memory["peak"])
     with agree_on_errors():
@@ -236,9 +235,10 @@ def finish(setup: Setup, planned: Planned, session: Session, memory: dict, state
             say(setup, *shown)
         write_json(setup.output_dir / "metrics.json", report)
         say(setup, describe_memory(memory, setup.device), describe_result(setup, state))
+        say(setup, write_run_card(setup.output_dir, keep_edited=True))
 
 
-def say(setup: Setup, *texts: Any) -> None:
+def say(setup: Setup, *texts: object) -> None:
     """Print texts or tables on rank 0."""
     if setup.rank == 0:
         for text in texts:

@@ -342,10 +342,14 @@ def describe_mixture(
 
 
 def hash_examples(examples: list[Example]) -> str:
-    """Return the SHA-256 of the examples, without the file and line that they come from."""
+    """Return the SHA-256 of the examples, without the file and line that they come from.
+
+    The columns that prediction rows keep are left out too, because no model sees them.
+    """
     readers = {}
     for kind in {type(example) for example in examples}:
-        names = [field.name for field in fields(kind) if field.name not in ("source", "evidence")]
+        left_out = ("source", "columns", "evidence")
+        names = [field.name for field in fields(kind) if field.name not in left_out]
         readers[kind] = attrgetter(*names)
     digest = hashlib.sha256()
     for example in examples:

@@ -310,7 +310,7 @@ def add_flag(group: argparse._ArgumentGroup, name: str, field: FieldInfo) -> Non
     default = ""
     if field.is_required():
         default = " (required)"
-    elif field.default not in (None, PydanticUndefined, {}):
+    elif field.default not in (None, PydanticUndefined, {}, []):
         default = f" (default {field.default})"
     group.add_argument(f"--{name}", metavar=metavar, help=text + default)
 

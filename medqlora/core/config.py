@@ -149,6 +149,10 @@ class DataEntry(Section):
     """
     revision: str | None = None
     """Commit or tag of the dataset on the hub."""
+    keep: list[str] = []
+    """Columns of the file that prediction rows keep, such as [difficulty]. `eval/score.py --by`
+    scores the answers in groups of their values.
+    """
     test_pmids: str | None = None
     """For pubmedqa: the file with the 500 official test PMIDs, a .txt with one per line or the
     official test_ground_truth.json.

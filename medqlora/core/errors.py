@@ -18,3 +18,7 @@ class ConfigError(UserError):
 
 class RunError(UserError):
     """An output folder that cannot be used."""
+
+
+class ModelError(UserError):
+    """A model, adapter or quantization that cannot be used."""

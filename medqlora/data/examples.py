@@ -8,6 +8,9 @@ from medqlora.core.errors import UserError
 
 # The number of letters is the largest number of options that a question can have.
 LETTERS = "ABCDEFGHIJ"
+# The names and values of the columns that a data entry's `keep` names; None is no value. They are
+# no part of a prompt: scores are grouped by them.
+Columns = tuple[tuple[str, str | None], ...]
 
 
 class DataError(UserError):
@@ -74,6 +77,7 @@ class MultipleChoice:
     context: tuple[str, ...] = ()  # passages that are shown before the question
     explanation: str | None = None
     evidence: tuple[Evidence, ...] = ()  # its numbers in the prompt count from 1
+    columns: Columns = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +94,7 @@ class OpenAnswer:
     subject: str | None = None
     context: tuple[str, ...] = ()
     evidence: tuple[Evidence, ...] = ()
+    columns: Columns = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +109,7 @@ class Passage:
     # of the second is one more.
     document: str = ""
     place: int = 0
+    columns: Columns = ()
 
 
 Example = MultipleChoice | OpenAnswer | Passage

@@ -19,7 +19,7 @@ from medqlora.data.examples import (
     Removal,
     Unanswered,
 )
-from medqlora.data.formats.fields import check_cells, list_names
+from medqlora.data.formats.fields import check_cells, list_names, take_kept
 from medqlora.data.formats.registry import FILE, FORMATS, Format, Records, find_format
 from medqlora.data.selection import check_part, take_part, take_subjects
 from medqlora.data.sources import read_records
@@ -27,6 +27,8 @@ from medqlora.data.sources import read_records
 FIX = "correct the row, or leave such rows out with drop_invalid"
 # A division by hash reads this split of a folder or hub dataset: it is the only one of many.
 WHOLE = "train"
+# A prediction row has these values of the example itself, and scores are grouped by them too.
+STRATA = ("dataset", "subject", "topic", "choice_type")
 
 
 def check_signature(entry: DataEntry, source: str, record: dict) -> None:
@@ -101,6 +103,7 @@ def read_entry(
     # The first record stands for its file. A later one with other keys fails in its parser, which
     # names the line.
     check_signature(entry, *records[0])
+    check_kept(entry, name, records)
     examples, removals = parse_records(kind, kind.prepare(records, entry), entry, drop_invalid)
     # Every row of the file takes part in this, whatever the split and the limit are.
     known = kind.answers
@@ -203,6 +206,26 @@ def check_meaning(entry: DataEntry, kind: Format) -> None:
             raise DataError(f"{entry.format}: {key} has no meaning for this format; leave it out")
 
 
+def check_kept(entry: DataEntry, name: str, records: Records) -> None:
+    """Refuse columns to keep that no row has, and names that a row has a field of its own for.
+
+    Raises:
+        DataError: `keep` names such a column.
+    """
+    for column in entry.keep:
+        if column in STRATA:
+            raise DataError(
+                f"{entry.format}: keep names {column}, and every prediction row has a {column} of"
+                " its own, which may be another one: leave it out of keep, or give the file's"
+                " column another name"
+            )
+        if not any(column in record for _, record in records):
+            raise DataError(
+                f"{entry.format}: keep names {column}, which no row of {name} has; the first row"
+                f" has {list_names(records[0][1])}"
+            )
+
+
 def parse_records(
     kind: Format, records: Records, entry: DataEntry, drop_invalid: bool
 ) -> tuple[list[Example], list[Removal]]:
@@ -216,12 +239,27 @@ def parse_records(
     for source, record in records:
         try:
             check_cells(record)
-            examples.append(kind.parse(record, source, entry))
+            example = kind.parse(record, source, entry)
         except (ValueError, TypeError, AttributeError) as error:
             if not drop_invalid:
                 raise DataError(f"{entry.format}: {source}: {error} ({FIX})") from None
             removals.append(Removal(source, str(record.get("id") or ""), str(error)))
+            continue
+        examples.append(keep_columns(example, record, source, entry) if entry.keep else example)
     return examples, removals
+
+
+def keep_columns(example: Example, record: dict, source: str, entry: DataEntry) -> Example:
+    """Return the example with the columns of its record that the entry keeps.
+
+    Raises:
+        DataError: A column holds a list or an object. Such a row is a good one, so it is not
+            dropped as an invalid one is.
+    """
+    try:
+        return replace(example, columns=take_kept(record, entry))
+    except ValueError as error:
+        raise DataError(f"{entry.format}: {source}: keep: {error}; leave it out of keep") from None
 
 
 def describe_repeated_options(examples: list[Example]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from medqlora.evaluation.journal import hash_id
-from medqlora.evaluation.open_answers import score_answers
+from medqlora.evaluation.open_answers import measure_open
 from medqlora.evaluation.open_comparison import compare_answers
 from medqlora.evaluation.predictions import PredictionError, Predictions
 from medqlora.evaluation.row_checks import quote
@@ -144,8 +144,8 @@ def compare_predictions(
     too_long = {"too_long_a": len(a.too_long), "too_long_b": len(b.too_long)}
     subjects = np.array(a.column("subject"), dtype=object)[first]
     if a.kind == "open":
-        scores_a = {name: values[first] for name, values in score_answers(a).items()}
-        scores_b = {name: values[second] for name, values in score_answers(b).items()}
+        scores_a = {name: values[first] for name, values in measure_open(a).items()}
+        scores_b = {name: values[second] for name, values in measure_open(b).items()}
         same = agreement["different_predictions"] == 0
         result = compare_answers(scores_a, scores_b, subjects, same)
     else:

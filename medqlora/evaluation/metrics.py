@@ -12,27 +12,41 @@ from typing import Any
 import numpy as np
 
 from medqlora.data.examples import LETTERS
-from medqlora.evaluation.open_answers import score_open, score_passages
+from medqlora.evaluation.open_answers import (
+    group_open,
+    measure_open,
+    score_open,
+    score_passages,
+)
 from medqlora.evaluation.predictions import Predictions
 from medqlora.evaluation.statistics import mean_interval, wilson_interval
+from medqlora.evaluation.strata import list_strata
 
 # Where the two best options lie less than this apart, in nats, rounding in bfloat16 may change
 # which of them is chosen.
 NEAR_TIE = 0.01
 
 
-def score_predictions(rows: Predictions) -> dict[str, Any]:
+def score_predictions(rows: Predictions, by: str | None = None) -> dict[str, Any]:
     """Compute all scores of one predictions file.
 
     The keys depend on the kind of its rows (choice, open or text); docs/outputs.md explains them.
 
+    Args:
+        rows: the rows.
+        by: a column whose strata are scored too (see score_by).
+
     Raises:
-        PredictionError: the rows are texts without a single token.
+        PredictionError: the rows are texts without a single token, or cannot be grouped.
     """
+    names = None if by is None else list_strata(rows, by)
     if rows.kind == "text":
         return score_passages(rows)
     if rows.kind == "open":
-        return score_open(rows) | count_citations(rows)
+        values = measure_open(rows)
+        scores = score_open(rows, values)
+        scores |= count_citations(rows)
+        return scores if by is None else scores | {"by": {by: group_open(names, values)}}
     right = rows.right
     # A mean over all rows would be NaN where a single one lacks its mass.
     known = ~np.isnan(rows.letter_mass)
@@ -66,7 +80,8 @@ def score_predictions(rows: Predictions) -> dict[str, Any]:
             named = {i: choice[name] for i, choice in choices.items() if name in choice}
             hits = [letter == rows.gold[i] for i, letter in named.items()]
             scores["per_normalization"][name] = summarise(np.array(hits))
-    return scores | count_citations(rows)
+    scores |= count_citations(rows)
+    return scores if by is None else scores | {"by": {by: group(names, right)}}
 
 
 def count_citations(rows: Predictions) -> dict[str, Any]:
@@ -85,6 +100,27 @@ def count_citations(rows: Predictions) -> dict[str, Any]:
             "unknown": sum(map(len, unknown)),
         }
     }
+
+
+def score_by(rows: Predictions, column: str) -> dict[str, dict[str, Any]]:
+    """Score the answers of each stratum: of each value of a column.
+
+    Args:
+        rows: answers to multiple-choice or open questions.
+        column: a column of the data file that the rows keep, or a value that every row has (see
+            list_strata).
+
+    Returns:
+        Value -> scores, in the order of the values' names. The scores are number, accuracy and
+        interval, or those of summarise_open.
+
+    Raises:
+        PredictionError: no row has the column, or the rows are texts.
+    """
+    names = list_strata(rows, column)
+    if rows.kind == "open":
+        return group_open(names, measure_open(rows))
+    return group(names, rows.right)
 
 
 def summarise(right: np.ndarray) -> dict[str, Any]:
@@ -214,19 +250,30 @@ def measure_margins(rows: Predictions) -> dict[str, Any]:
     their quartiles, and the number of answers with a margin below NEAR_TIE; both are None where no
     row has two options with such values.
     """
-    if rows.deciding.shape[1] < 2:
-        return {"margin_quartiles": None, "near_ties": None}
-    # [rows, options], the most likely option first
-    best = np.sort(np.where(np.isnan(rows.deciding), -np.inf, rows.deciding), 1)[:, ::-1]
-    # A row with fewer than two known options has -inf in second place.
-    known = np.isfinite(best[:, 1])
-    margins = best[known, 0] - best[known, 1]
+    margins = find_margins(rows)
+    margins = margins[~np.isnan(margins)]
     if not len(margins):
         return {"margin_quartiles": None, "near_ties": None}
     return {
         "margin_quartiles": np.quantile(margins, [0.25, 0.5, 0.75]).tolist(),
         "near_ties": int((margins < NEAR_TIE).sum()),
     }
+
+
+def find_margins(rows: Predictions) -> np.ndarray:
+    """Return the margin between the best and the second option of each row, float64 [rows].
+
+    It is NaN where fewer than two options have a value that decides.
+    """
+    if rows.deciding.shape[1] < 2:
+        return np.full(len(rows), np.nan)
+    # [rows, options], the most likely option first
+    best = np.sort(np.where(np.isnan(rows.deciding), -np.inf, rows.deciding), 1)[:, ::-1]
+    # A row with fewer than two known options has -inf in second place.
+    known = np.isfinite(best[:, 1])
+    margins = np.full(len(rows), np.nan)
+    margins[known] = best[known, 0] - best[known, 1]
+    return margins
 
 
 def measure_position_bias(rows: Predictions) -> dict[str, Any]:

@@ -58,20 +58,15 @@ def is_latin(text: str) -> bool:
     return 2 * read >= len(characters) > 0
 
 
-def score_open(rows: Predictions) -> dict[str, Any]:
-    """Score free text by exact match, SQuAD's F1 and ROUGE-L, with 95 % intervals.
-
-    ROUGE-L is the mean over the questions whose right answer is in Latin letters, see is_latin. An
-    empty answer counts as unparsed, and all its scores are 0.
-    """
-    return summarise_answers(rows, score_answers(rows))
-
-
-def score_answers(rows: Predictions) -> dict[str, np.ndarray]:
-    """Return each score of each answer, float64 [rows]; NaN where there is none.
+def measure_open(rows: Predictions) -> dict[str, np.ndarray]:
+    """Measure each open answer by exact match, SQuAD's F1 and ROUGE-L.
 
     ROUGE-L is the F-measure of the longest common subsequence of words (Lin, ROUGE: A Package for
-    Automatic Evaluation of Summaries, 2004), without stemming.
+    Automatic Evaluation of Summaries, 2004), without stemming. All scores of an empty answer are 0.
+
+    Returns:
+        Score -> float64 [rows]. ROUGE-L is NaN where the right answer is not in Latin letters, see
+        is_latin.
     """
     # Multiple-choice questions are scored without the slow import of this package.
     from rouge_score.rouge_scorer import RougeScorer
@@ -88,14 +83,15 @@ def score_answers(rows: Predictions) -> dict[str, np.ndarray]:
     return {name: np.array(column, float) for name, column in columns.items()}
 
 
-def summarise_answers(rows: Predictions, values: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Return the scores of a file of open answers from those of each answer.
+def score_open(rows: Predictions, values: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Return the mean scores of open answers with 95 % intervals, also by subject.
+
+    An empty answer counts as unparsed.
 
     Args:
-        rows: the file's rows.
-        values: what score_answers returns for them.
+        rows: the answers.
+        values: what measure_open returns for them.
     """
-    subjects = np.array(rows.column("subject"), dtype=object)
     return {
         **summarise_open(values, np.ones(len(rows), bool)),
         "unparsed": sum(not (prediction or "").strip() for prediction in rows.prediction),
@@ -105,11 +101,19 @@ def summarise_answers(rows: Predictions, values: dict[str, np.ndarray]) -> dict[
         "truncated": rows.truncated,
         "too_long": len(rows.too_long),
         "too_long_ids": list(rows.too_long),
-        "per_subject": {
-            name: summarise_open(values, subjects == name)
-            for name in sorted(set(rows.column("subject")))
-        },
+        "per_subject": group_open(rows.column("subject"), values),
     }
+
+
+def group_open(names: list[str], values: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """Return the scores of each group of open answers.
+
+    Args:
+        names: the group of each answer.
+        values: what measure_open returns.
+    """
+    column = np.array(names, dtype=object)
+    return {name: summarise_open(values, column == name) for name in sorted(set(names))}
 
 
 def summarise_open(values: dict[str, np.ndarray], here: np.ndarray) -> dict[str, Any]:

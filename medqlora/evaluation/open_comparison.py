@@ -34,7 +34,7 @@ def compare_answers(a: Values, b: Values, subjects: np.ndarray, same: bool) -> d
     """Compare two models by each score of open answers, overall and by subject.
 
     Args:
-        a, b: score -> float64 [n], as score_answers returns them; answer i of both is to one
+        a, b: score -> float64 [n], as measure_open returns them; answer i of both is to one
             question. NaN where there is no such score, in both alike.
         subjects: object [n], the subject of each question.
         same: whether all answers of both models are the same texts.

@@ -45,6 +45,8 @@ class Predictions:
         kind: what the rows are: choice, open or text.
         ids: the examples' ids.
         columns: values by the name of the key (see COLUMNS); None where a row has none.
+        kept: values of the data file's own columns that the rows keep: name -> row number -> value,
+            for the rows that have one.
         gold: right answers; None where the data hide them.
         prediction: the model's answers; None where it named no option.
         logprobs: log-probabilities of the options in nats, float64 [rows, options]; NaN where a row
@@ -72,6 +74,7 @@ class Predictions:
     kind: str
     ids: list[str] = field(default_factory=list)
     columns: dict[str, list[str | None]] = field(default_factory=dict)
+    kept: dict[str, dict[int, str]] = field(default_factory=dict)
     gold: list[str | None] = field(default_factory=list)
     prediction: list[str | None] = field(default_factory=list)
     logprobs: np.ndarray | None = None
@@ -109,7 +112,15 @@ class Predictions:
 
 
 COLUMNS = ("dataset", "subject", "topic", "choice_type", "engine", "model", "prompt_sha256")
-EXTRAS = ("permutations", "votes", "predictions", "citations", "unknown_citations")
+EXTRAS = (
+    "permutations",
+    "votes",
+    "predictions",
+    "citations",
+    "unknown_citations",
+    "truncated",
+    "unfinished",
+)
 
 
 def read_predictions(path: Path, labelled: bool = True) -> Predictions:
@@ -193,6 +204,10 @@ def collect_lines(path: Path, lines: Iterable[bytes], labelled: bool) -> Predict
             value = row.get(name)
             # A column repeats a few values many times; interned, each is one object.
             values.append(None if value is None else sys.intern(value))
+        for name, value in (row.get("columns") or {}).items():
+            known = predictions.kept.setdefault(name, {})
+            if value is not None:
+                known[len(predictions.ids) - 1] = sys.intern(value)
         predictions.gold.append(read_answer(row, "gold", kind))
         predictions.prediction.append(read_answer(row, "prediction", kind))
         chosen_by = find_deciding(row)

@@ -436,6 +436,8 @@ def describe_example(entry: PreparedQuestion, kind: str) -> dict[str, Any]:
             {"id": piece.id, "source": piece.source, "text": piece.text}
             for piece in example.evidence
         ]
+    if example.columns:
+        row["columns"] = dict(example.columns)
     if entry.truncated:
         row["truncated"] = True
     return row

@@ -191,8 +191,8 @@ def is_object(value: Any) -> bool:
     return isinstance(value, dict)
 
 
-def are_letters(value: Any) -> bool:
-    """Whether a value is an object of letters or nulls; which letters is checked later."""
+def are_columns(value: Any) -> bool:
+    """Whether a value is an object of texts or nulls."""
     return is_object(value) and all(v is None or isinstance(v, str) for v in value.values())
 
 
@@ -232,6 +232,7 @@ VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "scoring_way": TEXT,
     "prompt_sha256": TEXT,
     "key": TEXT,
+    "columns": (are_columns, "an object of texts or nulls"),
     "options": (are_options, f"a list of 2 to {len(LETTERS)} texts"),
     "samples": (are_texts, "a list of texts"),
     "truncated": (is_flag, "true or false"),
@@ -242,7 +243,7 @@ VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "option_logprobs": (is_object, "an object of log-probabilities"),
     "normalized_logprobs": (is_object, "an object of log-probabilities"),
     "permutations": (is_object, "an object of log-probabilities by order"),
-    "predictions": (are_letters, "an object of letters"),
+    "predictions": (are_columns, "an object of letters"),
     "votes": (are_votes, "an object of numbers of votes"),
     "passages": (are_passages, "a list of objects with id, source and text"),
     "citations": (are_counts, "a list of whole numbers from 0"),

@@ -51,6 +51,10 @@ class QuestionSettings(Section):
     """
     subjects: Annotated[list[str], Field(min_length=1)] | None = None
     """Ask only questions of these subjects: one name, or a JSON list of several."""
+    keep: list[str] = Field([])
+    """Columns of the file that the rows keep, as COLUMN[,COLUMN]; eval/score.py --by groups answers
+    by them.
+    """
     limit: int | None = Field(None, ge=1)
     """Ask only the first questions."""
     drop_invalid: bool = False
@@ -92,6 +96,16 @@ class QuestionSettings(Section):
         if isinstance(value, str):
             return parse_json(value) if value.lstrip().startswith("[") else [value]
         return value
+
+    @field_validator("keep", mode="before")
+    @classmethod
+    def split_names(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        names = [name.strip() for name in value.split(",")]
+        if not all(names):
+            raise ValueError("expected names of columns with commas between them, as level,source")
+        return names
 
 
 class MethodSettings(Method):
@@ -200,6 +214,7 @@ def make_entry(settings: QuestionSettings) -> DataEntry:
         answer_is=settings.answer_is,
         split_by=settings.split_by,
         subjects=settings.subjects,
+        keep=settings.keep,
     )
 
 
@@ -281,7 +296,7 @@ def add_passages(reading: Reading, retrieval: tuple[str, int], lowercase: bool) 
 def read_pool(settings: QuestionSettings, style: str, lowercase: bool = False) -> list[Example]:
     """Read the examples that worked examples are taken from; see read_questions."""
     # The limit bounds the questions and not the pool.
-    entry = make_entry(settings).model_copy(update={"limit": None})
+    entry = make_entry(settings).model_copy(update={"limit": None, "keep": []})
     if settings.fewshot_path:
         # Another file may write its answers otherwise, and is taken as it is.
         own = {"answer_is": None, "split_by": None, "subjects": None}

@@ -14,8 +14,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from medqlora.core.config import Completion, Model, PromptStyle
+from medqlora.core.errors import ModelError
 from medqlora.core.reading import check_types, read_object
-from medqlora.model.weight_files import ModelError
 
 FILE = "medqlora.json"
 LOADING = ("quantization", "double_quantization", "dtype")

@@ -88,7 +88,11 @@ def resolve_base(base: str, revision: str | None = None) -> Path:
         snapshot_download(
             base,
             revision=revision,
-            allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"],
+            allow_patterns=[
+                *("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"),
+                # These say under which licence the base stands.
+                *("README.md", "LICENSE*"),
+            ],
         )
     )
 

@@ -17,16 +17,12 @@ from typing import BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
-from medqlora.core.errors import UserError
+from medqlora.core.errors import ModelError, UserError
 from medqlora.core.reading import read_object, shorten
 
 # The dtypes that can be merged, with their names in the headers of safetensors files.
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 INDEX = "model.safetensors.index.json"
-
-
-class ModelError(UserError):
-    """A model, adapter or quantization that cannot be used."""
 
 
 class MergeError(UserError):

@@ -11,7 +11,7 @@ import json
 
 from medqlora.data.examples import MultipleChoice, OpenAnswer
 from medqlora.prompts.chat_template import Encoder, MessageEncoder, make_messages
-from medqlora.prompts.encoding import encode_completions, encode_prefixes
+from medqlora.prompts.encoding import encode_completions, encode_prefixes, prefix_text
 from medqlora.prompts.styles import PromptError, render
 
 # These examples use every rule of the styles: the numbers of options, an explanation, a context, an
@@ -62,6 +62,25 @@ def fingerprint(encoder: Encoder | MessageEncoder) -> str:
         completion = encode_completions(encoder, [prompt], [prompt.completion])[0]
         encoded.append([encode_prefixes(encoder, [prompt])[0], completion, encoder.end_id])
     return hashlib.sha256(json.dumps(encoded).encode()).hexdigest()
+
+
+def show_probes(encoder: Encoder) -> dict[str, dict[str, str]]:
+    """Return what a model reads and learns to write, for a probe of each kind of question.
+
+    They show the form of the prompts without a row of anybody's data.
+
+    Returns:
+        "choice" and "open", for those that have a prompt in the encoder's style -> "prompt" and
+        "completion".
+    """
+    shown = {}
+    for kind, probe in (("choice", PROBES[0]), ("open", PROBES[-1])):
+        try:
+            prompt = render(probe, encoder.style, encoder.completion)
+        except PromptError:
+            continue
+        shown[kind] = {"prompt": prefix_text(encoder, prompt), "completion": prompt.completion}
+    return shown
 
 
 def hash_tokenizer(encoder: Encoder) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from medqlora.evaluation.row_checks import LARGEST, quote
 from medqlora.reporting.runs import ReportError
@@ -106,6 +106,46 @@ class Metrics(Kept):
     comparison: dict[str, Any] | None = None
 
 
+Bounds = Annotated[list[Share], Field(min_length=2, max_length=2)]
+
+
+class Measured(Kept):
+    """What a model card says of one model; which scores there are depends on the questions."""
+
+    n: Count | None = None
+    accuracy: Share | None = None
+    accuracy_ci95: Bounds | None = None
+    exact_match: Share | None = None
+    exact_match_ci95: Bounds | None = None
+    f1: Share | None = None
+    f1_ci95: Bounds | None = None
+    rouge_l: Share | None = None
+    rouge_l_ci95: Bounds | None = None
+    unparsed: Count | None = None
+    letter_mass: Annotated[float, Field(ge=0, le=1.01)] | None = None
+    ece: Share | None = None
+
+    @model_validator(mode="after")
+    def check_intervals(self) -> Measured:
+        for bounds in type(self).model_fields:
+            name = bounds.removesuffix("_ci95")
+            lacks = None in (self.n, getattr(self, bounds))
+            if name != bounds and getattr(self, name) is not None and lacks:
+                raise ValueError(f"{name} needs n and {bounds}")
+        return self
+
+
+class Results(Measured):
+    """What a model card says of metrics.json."""
+
+    steps: Count | None = None
+    best_step: Count | None = None
+    eval_loss: Loss | None = None
+    perplexity: Annotated[float, Field(ge=0)] | None = None
+    base: Measured | None = None
+    comparison: dict[str, Any] | None = None
+
+
 class Gpu(Kept):
     """A GPU in environment.json."""
 
@@ -120,12 +160,30 @@ class Hardware(Kept):
     cores: Count | None = None
 
 
+class Entry(Kept):
+    """A data entry's part of the training rows, in environment.json."""
+
+    entry: str
+    rows: Count
+    row_share: float
+
+
+class PromptExample(Kept):
+    """An example of a prompt in environment.json."""
+
+    prompt: str
+    completion: str
+
+
 class Environment(Kept):
     """What a report shows first of environment.json; the rest is shown as it is."""
 
     git_commit: str | None = None
     hardware: Hardware | None = None
     base: dict[str, Any] | None = None
+    mixture: list[Entry] | None = None
+    data: list[str] | None = None
+    prompt_examples: dict[str, PromptExample] | None = None
 
 
 def check_kept(path: Path, tree: dict[str, Any], schema: type[Kept], where: str = "") -> dict:

@@ -42,3 +42,8 @@ class Table:
 def render(template: str, **values: Any) -> str:
     """Return a template of this package with its values."""
     return TEMPLATES.get_template(template).render(**values)
+
+
+def render_text(template: str, **values: Any) -> str:
+    """Return a template of plain text, in which nothing is escaped, with its values."""
+    return TEMPLATES.overlay(autoescape=False).get_template(template).render(**values)

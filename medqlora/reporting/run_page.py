@@ -14,6 +14,7 @@ from medqlora import __version__
 from medqlora.evaluation.comparison import compare_predictions
 from medqlora.evaluation.predictions import PredictionError
 from medqlora.reporting.examples import show_open_samples, show_outcomes, show_samples, show_worst
+from medqlora.reporting.mistakes import show_mistakes
 from medqlora.reporting.numbers import (
     interval,
     interval_points,
@@ -90,6 +91,7 @@ def describe_run(run: Run, id: str, several: bool) -> RunPage:
         ("training", "Training", show_training(run)),
         ("worst", "Weakest subjects", show_worst(run)),
         ("outcomes", "What changed", show_outcomes(run)),
+        ("mistakes", "Kinds of mistakes", show_mistakes(run)),
         ("samples", "Sample questions", show_samples(run) + show_open_samples(run)),
         ("files", "All prediction files", show_files(run) + show_open_changes(run)),
         ("environment", "How it was made", show_environment(run)),

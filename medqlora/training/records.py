@@ -29,6 +29,7 @@ from medqlora.model.hardware import name_dtype
 from medqlora.model.identity import architecture_hash, resolve_base, sample_weights
 from medqlora.model.initial_adapter import describe_initial, load_initial
 from medqlora.model.overrides import list_overrides
+from medqlora.prompts.fingerprint import show_probes
 from medqlora.training.checkpoints import Checkpoint, save_checkpoint
 from medqlora.training.planning import Planned, find_initial
 from medqlora.training.processes import agree_on_errors
@@ -128,6 +129,7 @@ def describe_run(
         "plan_sha256": planned.plan_sha256,
         "step_plan": planned.decision.as_dict(),
         "base": metadata,
+        "prompt_examples": show_probes(setup.encoder),
         "processes": setup.strategy.ranks,
         "strategy": setup.strategy.name,
         "attention": built.backend,

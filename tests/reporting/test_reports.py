@@ -614,6 +614,19 @@ def test_small_subjects_share_a_row(tmp_path):
     assert set(json.loads((tmp_path / "c.json").read_text())["per_subject"]) == set(subjects)
 
 
+def test_the_kinds_of_mistakes_stand_on_the_page(tmp_path):
+    """The tuned model has 20 wrong answers; no row says what the order of options does."""
+    run = make_run(
+        tmp_path / "run", make_rows("base", [0] * 60), make_rows("tuned", [1, 1, 0] * 20)
+    )
+    page = check_page(report(tmp_path, run))
+    assert "Kinds of the 20 wrong answers of 60" in page.text
+    assert re.search(r"position bound it changes .* \(the file does not say\) – – –", page.text)
+    right = make_run(tmp_path / "right", make_rows("base", [1] * 60), make_rows("tuned", [1] * 60))
+    (tmp_path / "two").mkdir()
+    assert "Kinds of mistakes" not in check_page(report(tmp_path / "two", right)).text
+
+
 def test_p_values_are_written_alike(tmp_path):
     """A p-value of 1e-40 has no digit that means anything, on the page and on the terminal."""
     run = make_run(tmp_path / "run", make_rows("base", [0] * 150), make_rows("tuned", [1] * 150))

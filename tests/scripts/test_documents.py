@@ -9,6 +9,7 @@ from dataclasses import asdict, fields
 import pytest
 import yaml
 from conftest import DEMO, ROOT, run_inside, run_script
+from huggingface_hub import ModelCard
 
 from medqlora.core.config import DataEntry
 from medqlora.core.config_loading import all_keys, load_config
@@ -21,8 +22,12 @@ from medqlora.evaluation.answering import predict
 from medqlora.evaluation.comparison import compare_predictions
 from medqlora.evaluation.method import Method
 from medqlora.evaluation.metrics import score_predictions
-from medqlora.evaluation.predictions import collect_rows
+from medqlora.evaluation.mistakes import find_mistakes
+from medqlora.evaluation.predictions import collect_rows, read_predictions
 from medqlora.evaluation.questions import prepare_questions
+from medqlora.evaluation.rating_sheet import HEAD, draw_sheet
+from medqlora.evaluation.ratings import summarise_ratings
+from medqlora.model.adapter import read_adapter_metadata
 from medqlora.prompts.chat_template import make_encoder
 from medqlora.training.planning import Decision
 
@@ -158,6 +163,19 @@ def test_the_metrics_of_a_run_are_documented(run):
     assert not undocumented(metrics, scores, documented_keys("metrics.json of a run"))
 
 
+def test_the_model_card_of_a_run_has_its_metrics(run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    card = ModelCard.load(run / "adapter" / "README.md")
+    accuracy, perplexity = card.data.eval_results
+    assert (accuracy.metric_value, perplexity.metric_value) == (
+        metrics["accuracy"],
+        metrics["perplexity"],
+    )
+    assert "Question: Which?\nA. one" in card.text
+    # It was written last, and the adapter is read as before.
+    assert read_adapter_metadata(run / "adapter")["step"] == metrics["best_step"]
+
+
 METHODS = {
     "letters": Method(),
     "letters in every order": Method(permutations=4),
@@ -182,8 +200,9 @@ class AnyAnswers:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_predictions_and_scores_are_documented(demo_tokenizer, name):
-    entry = DataEntry(format="medmcqa", path=str(DEMO / "data" / "test.jsonl"), limit=8)
+def test_predictions_and_scores_are_documented(demo_tokenizer, name, tmp_path):
+    path = str(DEMO / "data" / "test.jsonl")
+    entry = DataEntry(format="medmcqa", path=path, limit=8, keep=["exp"])
     examples, _ = read_examples(entry, "test")
     encoder = make_encoder(demo_tokenizer, "plain", "letter")
     asked, shared = prepare_questions(encoder, examples, METHODS[name])
@@ -194,6 +213,13 @@ def test_predictions_and_scores_are_documented(demo_tokenizer, name):
     columns = collect_rows(rows)
     keys = documented_keys("Scores of multiple-choice questions")
     assert not undocumented(score_predictions(columns), keys)
+    assert not undocumented(
+        {"by": score_predictions(columns, "subject")["by"]}, documented_keys("Scores by strata")
+    )
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    found = {"errors": find_mistakes(read_predictions(path))}
+    assert not undocumented(found, documented_keys("Kinds of mistakes"))
     comparison = compare_predictions(columns, columns)
     assert not undocumented(comparison, documented_keys("comparison.json"))
 
@@ -227,6 +253,21 @@ def test_predictions_of_texts_are_documented(demo_tokenizer, example, method, ki
     if kind == "open":
         keys = documented_keys("comparison.json of open questions")
         assert not undocumented(compare_predictions(columns, columns), keys)
+
+
+def test_ratings_are_documented(tmp_path):
+    row = {"id": "1", "gold": "A", "prediction": "B", "question": "Which?", "model": "m"}
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path in paths:
+        path.write_text(json.dumps(row) + "\n")
+    sheet = draw_sheet([read_predictions(path) for path in paths], seed=0)
+    keys = documented_keys("Ratings")
+    assert not undocumented(sheet.key.model_dump(), keys)
+    section = read_section("outputs.md", "Ratings")
+    assert all(f"`{column}`" in section for column in HEAD)
+    ratings = dict.fromkeys(sheet.key.items, (1, 2, 3, 4, 5))
+    summary = summarise_ratings([ratings, ratings], sheet.key) | {"sheets": ["a.csv"]}
+    assert not undocumented(summary, keys)
 
 
 RECORDED = {

@@ -334,6 +334,13 @@ SCRIPTS = {
         ],
     ),
     "eval/score.py": ([], [], [""], [], ["--unknown"]),
+    "eval/rate.py": (
+        ["sheet", "--output", "sheet.csv", "--key", "key.json", "a.jsonl"],
+        ["--seed", "--limit"],
+        [""],
+        ["--output", "--key"],
+        ["--unknown"],
+    ),
     "eval/compare.py": (
         ["a.jsonl", "b.jsonl"],
         ["--max_disagreement", "--max_mean_difference"],

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 
 from medqlora.core.config import DataEntry
 from medqlora.core.json_reading import parse_json
-from medqlora.data.examples import Unanswered, Written
+from medqlora.data.examples import Columns, Unanswered, Written
 
 # read_csv puts this into the cells that a short row lacks.
 MISSING_CELL = object()
@@ -101,6 +101,21 @@ def optional_label(record: Mapping, key: str) -> str | None:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return None if value != value else str(value)
     return optional_text(record, key)
+
+
+def take_kept(record: Mapping, entry: DataEntry) -> Columns:
+    """Return the columns of a record that the entry's `keep` names; a missing value is None.
+
+    Raises:
+        ValueError: A value is neither a text, a number nor a truth value.
+    """
+    kept = []
+    for name in entry.keep:
+        value = record.get(name)
+        # JSON's own spelling is also what a CSV file holds.
+        text = str(value).lower() if isinstance(value, bool) else optional_label(record, name)
+        kept.append((name, text))
+    return tuple(kept)
 
 
 def to_text(value: object, name: str) -> str:

@@ -66,6 +66,8 @@ register(
         name="headqa",
         parse=parse_headqa,
         hub=("EleutherAI/headqa", "en"),
+        license="MIT",
+        language="en",
         answers=(),
         signatures=(frozenset({"qtext", "answers", "ra"}),),
         harness=HarnessPrompt(ask=ask_harness, answer="cloze"),

@@ -38,6 +38,8 @@ register(
         name="medmcqa",
         parse=parse_medmcqa,
         hub=("openlifescienceai/medmcqa", None),
+        license="MIT (its repository), Apache-2.0 (its home on the hub)",
+        language="en",
         # Papers report the validation split, because the labels of the test split are hidden.
         published_split="validation",
         signatures=(frozenset({"question", "opa", "opb", "opc", "opd"}),),

@@ -59,6 +59,8 @@ register(
         name="medqa",
         parse=parse_medqa,
         hub=("GBaker/MedQA-USMLE-4-options", None),
+        license="MIT",
+        language="en",
         answers=("letter",),
         signatures=(
             frozenset({"question", "options", "answer_idx"}),

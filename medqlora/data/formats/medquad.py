@@ -42,6 +42,8 @@ register(
         parse=parse_medquad,
         scoring="generate",
         hub=("lavita/MedQuAD", None),
+        license="CC BY 4.0",
+        language="en",
         published_split="train",
         answers=(),
         signatures=(frozenset({"question", "answer"}),),

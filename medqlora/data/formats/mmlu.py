@@ -85,6 +85,8 @@ register(
         name="mmlu",
         parse=parse_mmlu,
         hub=("cais/mmlu", "all"),
+        license="MIT",
+        language="en",
         # The dev split holds five worked examples per subject.
         fewshot_split="dev",
         fewshot_by_subject=True,

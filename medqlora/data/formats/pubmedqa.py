@@ -160,6 +160,8 @@ register(
         name="pubmedqa",
         parse=parse_pubmedqa,
         hub=("qiaojin/PubMedQA", "pqa_labeled"),
+        license="MIT",
+        language="en",
         signatures=(
             frozenset({"QUESTION", "CONTEXTS"}),
             frozenset({"question", "context", "long_answer"}),

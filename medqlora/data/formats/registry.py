@@ -76,6 +76,8 @@ class Format:
             answer that is still as written (see answer_reading).
         scoring: How the questions are scored unless the user asks for another method.
         hub: (hub id, subset) of the dataset, for entries without a path.
+        license: The licence of the dataset, as its authors name it.
+        language: The language of the dataset, by its code of two letters.
         published_split: The split on which published scores are measured.
         fewshot_split: The split from which worked examples are taken.
         fewshot_by_subject: Whether worked examples must have the question's subject and keep the
@@ -102,6 +104,8 @@ class Format:
     parse: Callable[[Record, str, DataEntry], Example]
     scoring: Literal["letters", "generate", "perplexity"] = "letters"
     hub: tuple[str, str | None] | None = None
+    license: str | None = None
+    language: str | None = None
     published_split: str = "test"
     fewshot_split: str = "train"
     fewshot_by_subject: bool = False
