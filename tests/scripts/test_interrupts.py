@@ -24,6 +24,7 @@ COMMANDS = {
         *("--model", DEMO / "base", "--format", "medmcqa", "--permutations", "24"),
         *("--path", DEMO / "data" / "test.jsonl", "--output", "p.jsonl"),
     ],
+    "eval/rate.py": ["sheet", "p.jsonl", "--output", "sheet.csv", "--key", "key.json"],
     "launch/preflight.py": ["--config", RECIPE, "--accelerate_config", ACCELERATE],
     "bench/memory.py": [],
     "bench/throughput.py": [],
