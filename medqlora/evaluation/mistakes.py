@@ -23,8 +23,6 @@ LENGTH_RATIO = 3
 # An answer repeats itself where the same words in a row, so many of them, stand in it so often.
 REPEATED_WORDS = 5
 REPETITIONS = 3
-ENDS = ".!?…。！？؟।"  # A text of whole sentences ends in one of these marks.
-CLOSING = "\"'”’»)]}*_` \n"  # These may stand behind the mark.
 SAMPLES = 5  # whole answers that are shown of each kind
 KEPT = ("id", "subject", "question", "options", "gold", "prediction", "text")  # of a sample's row
 
@@ -133,6 +131,9 @@ def list_choice_kinds(rows: Predictions) -> dict[str, Kind]:
     return {
         "unparsed": Kind("the text names no option", no_option & ~unfinished, everything),
         "unfinished": Kind("the text broke off while thinking", unfinished, everything),
+        "cut": Kind(
+            "the text was cut at --max_new_tokens", mark(rows, "reached_limit"), everything
+        ),
         "truncated": Kind("the prompt was cut to fit", mark(rows, "truncated"), everything),
         "position_bound": Kind("it changes with the order of the options", flips, permuted),
         "low_letter_mass": Kind(
@@ -164,18 +165,13 @@ def list_open_kinds(rows: Predictions) -> dict[str, Kind]:
     expected = np.array([len(normalise_answer(gold).split()) for gold in rows.gold])
     pairs = list(zip(texts, rows.gold, strict=True))
     strange = np.array([token_f1(text, gold) == 0 for text, gold in pairs])
-    # Many right answers are single words; only whole sentences are expected to end in a mark.
-    cut = np.array([not ends_whole(text) and ends_whole(gold) for text, gold in pairs])
     repeated = np.array([repeats(text) and not repeats(gold) for text, gold in pairs])
     return {
         "empty": Kind("nothing was written", empty & ~unfinished, everything),
         "unfinished": Kind("the text broke off while thinking", unfinished, everything),
         "truncated": Kind("the prompt was cut to fit", mark(rows, "truncated"), everything),
-        "no_end": Kind(
-            "the text ends without a mark such as a full stop, unlike the right answer: it may have"
-            " been cut at --max_new_tokens",
-            cut & written,
-            everything,
+        "cut": Kind(
+            "the text was cut at --max_new_tokens", mark(rows, "reached_limit"), everything
         ),
         "repeated": Kind(
             f"{REPEATED_WORDS} words in a row stand in it {REPETITIONS} times or more",
@@ -201,11 +197,6 @@ def list_open_kinds(rows: Predictions) -> dict[str, Kind]:
 def mark(rows: Predictions, key: str) -> np.ndarray:
     """Return which rows have one of predictions.EXTRAS, bool [rows]."""
     return np.array([key in rows.extras.get(i, {}) for i in range(len(rows))], bool)
-
-
-def ends_whole(text: str) -> bool:
-    """Whether a text ends in the mark of a sentence's end."""
-    return text.rstrip(CLOSING).endswith(tuple(ENDS))
 
 
 def repeats(text: str) -> bool:

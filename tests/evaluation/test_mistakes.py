@@ -80,7 +80,6 @@ GOLD = "Drink water and rest for a day or two."
     [
         ("Rest and drink a lot of clear water.", {"other"}),
         ("", {"empty"}),
-        ("Rest and drink a lot of clear water, and then", {"no_end"}),
         ("Ask somebody else about these unusual things.", {"no_shared_word"}),
         ("Water.", {"much_shorter"}),
         ("water " + "very much of it " * 8 + ".", {"much_longer", "repeated"}),
@@ -91,8 +90,11 @@ def test_kinds_of_open_answers(tmp_path, prediction, kinds):
     assert kinds_of(tmp_path, make_open(1, prediction, GOLD)) == kinds
 
 
-def test_a_short_right_answer_needs_no_full_stop(tmp_path):
-    assert kinds_of(tmp_path, make_open(1, "vitamin D", "vitamin C")) == {"other"}
+def test_an_answer_that_the_engine_cut_is_of_that_kind(tmp_path):
+    row = make_open(1, "Rest and drink a lot of clear water, and then", GOLD)
+    assert kinds_of(tmp_path, row) == {"other"}
+    assert kinds_of(tmp_path, row | {"reached_limit": 1}) == {"cut"}
+    assert kinds_of(tmp_path, make_row(1, reached_limit=1)) == {"cut"}
 
 
 def test_what_the_file_does_not_tell_is_no_zero(tmp_path):
