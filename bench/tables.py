@@ -2,7 +2,8 @@
 bench/results.
 
     # Replace what stands between the markers <!-- table NAME --> and <!-- end of NAME -->.
-    python bench/tables.py --write docs/benchmarks.md docs/memory.md docs/claims.md docs/gpu.md
+    python bench/tables.py --write docs/benchmarks.md docs/memory.md docs/claims.md docs/gpu.md \
+        eval/README.md
     # End with exit code 2 if a page holds other tables.
     python bench/tables.py --check docs/benchmarks.md docs/memory.md docs/claims.md docs/gpu.md
 
@@ -314,7 +315,21 @@ def table_published() -> Iterator[str]:
 
 # ---- the pages -----------------------------------------------------------------------------------
 
+
+def table_safety() -> Iterator[str]:
+    rows = []
+    for row in read(RESULTS / "safety.json")["rates"]:
+        low, high = row["rate_ci95"]
+        name = row["part"].replace("_", " ")
+        interval = f"{low:.2%} to {high:.2%}"
+        wrong = f"{row['wrong']:,}"
+        rows.append([name, row["kind"], f"{row['n']:,}", wrong, f"{row['rate']:.2%}", interval])
+    head = ["questions", "kind", "n", "missed, or alarms", "rate", "95 % interval"]
+    return markdown(head, rows)
+
+
 TABLES = {
+    "safety": table_safety,
     "strategies": table_strategies,
     "sft": table_sft,
     "data": table_data,

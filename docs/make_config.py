@@ -31,6 +31,7 @@ from medqlora.core.errors import ConfigError
 from medqlora.core.files import write_atomic
 from medqlora.engines.registry import EngineSettings, ModelSettings
 from medqlora.evaluation.settings import MethodSettings, OutputSettings, QuestionSettings
+from medqlora.serving.settings import AnswerSettings, AskedSettings
 
 # Heading of a table, what stands before the keys in it, and the model that it describes.
 MODELS: list[tuple[str, str, type[BaseModel]]] = [
@@ -44,6 +45,8 @@ MODELS: list[tuple[str, str, type[BaseModel]]] = [
     ("Evaluation: the method", "", MethodSettings),
     ("Evaluation: the engine", "", EngineSettings),
     ("Evaluation: the output", "", OutputSettings),
+    ("Asking: the questions", "", AskedSettings),
+    ("Asking: the answers", "", AnswerSettings),
 ]
 BEGINNING = """\
 # Configuration
@@ -62,7 +65,8 @@ with the file's line and the nearest valid key. The resolved configuration is wr
 `config.yaml` in the run folder and is itself valid input.
 
 The settings of an evaluation have no sections. Each of them is a flag of `eval/predict.py`
-(`--key VALUE`) and a key in the YAML file that is given with `--config`.
+(`--key VALUE`) and a key in the YAML file that is given with `--config`. `eval/ask.py` takes the
+keys of the model, of the engine and of asking in the same way.
 """
 NAMES = {
     str: "text",

@@ -165,7 +165,7 @@ def answer_shard(
         questions,
         shared,
         method,
-        "+".join(str(part) for part in (settings.model, settings.adapter) if part),
+        settings.name,
         question_batches,
         hash_json(run | served),
         done,

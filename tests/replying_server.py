@@ -4,11 +4,12 @@ import contextlib
 import http.server
 import json
 import threading
+from collections.abc import Iterator
 
 
 class Server:
     """An HTTP server that answers each POST with what `reply(path, body)` gives: (status, object or
-    raw bytes).
+    raw bytes), or (status, iterator of the pieces of an event stream).
     """
 
     def __init__(self, reply):
@@ -22,6 +23,15 @@ class Server:
                 outer.bodies.append(body)
                 outer.headers.append({name.lower(): value for name, value in self.headers.items()})
                 status, content = reply(self.path, body)
+                if isinstance(content, Iterator):
+                    self.send_response(status)
+                    self.send_header("Content-Type", "text/event-stream")
+                    self.end_headers()
+                    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                        for piece in content:
+                            self.wfile.write(piece)
+                            self.wfile.flush()
+                    return
                 content = content if isinstance(content, bytes) else json.dumps(content).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")

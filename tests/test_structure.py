@@ -25,6 +25,7 @@ WINGS = {
     "training": DATA_SIDE | {"model", "engines"},
     "evaluation": DATA_SIDE | {"model", "engines"},
     "reporting": DATA_SIDE | {"model", "engines", "training", "evaluation"},
+    "serving": DATA_SIDE | {"model", "engines", "training", "evaluation"},
 }
 ROOMS = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)

@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+import typing
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -305,6 +306,10 @@ def add_flag(group: argparse._ArgumentGroup, name: str, field: FieldInfo) -> Non
         return
     choices = list_choices(field)
     metavar = name.rpartition("_")[2].upper()
+    # A key with several values is a flag that is given once for each of them.
+    if typing.get_origin(field.annotation) is tuple:
+        group.add_argument(f"--{name}", metavar=metavar, action="append", help=text)
+        return
     if choices:
         metavar = "{" + ",".join(choices) + "}"
     default = ""

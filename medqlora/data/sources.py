@@ -10,6 +10,7 @@ import itertools
 from pathlib import Path
 
 from medqlora.core.config import DataEntry
+from medqlora.core.hub import explain_hub
 from medqlora.data.examples import DataError
 from medqlora.data.formats.registry import FILE, find_format, keep_records
 from medqlora.data.readers import READERS, Wanted, number_rows, read_lines
@@ -163,8 +164,27 @@ def read_hub(
     # unrelated types (DatasetNotFoundError, ValueError, OSError, errors of httpx and fsspec). Each
     # of them means that the user cannot have this dataset, and the message keeps the reason.
     except Exception as error:  # noqa: BLE001
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = explain_hub(error, hub, "dataset") or explain_access(error, hub)
+        reason = reason or (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
             f"hub dataset {hub} (subset {subset}, split {split}) cannot be loaded: {reason}"
         ) from None
     return number_rows(f"{hub} {split}", map(dict, table))
+
+
+def explain_access(error: Exception, hub: str) -> str | None:
+    """Return why the hub does not give a dataset that the datasets library did not find.
+
+    That library leaves out the hub's own error, so the hub is asked once more.
+    """
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub import HfApi
+
+    if not isinstance(error, DatasetNotFoundError):
+        return None
+    try:
+        HfApi().auth_check(hub, repo_type="dataset")
+    # Any failure that the hub does not explain leaves the first message as it is.
+    except Exception as refusal:  # noqa: BLE001
+        return explain_hub(refusal, hub, "dataset")
+    return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -17,7 +17,14 @@ import numpy as np
 import torch
 
 from medqlora.batches.plan import fit_bins
-from medqlora.engines.interface import Answer, EngineError, Request, Sampling, decode_answer
+from medqlora.engines.interface import (
+    Answer,
+    EngineError,
+    Request,
+    Sampling,
+    TextStream,
+    decode_answer,
+)
 from medqlora.engines.packed_passes import (
     make_generation_config,
     pad_left,
@@ -25,6 +32,7 @@ from medqlora.engines.packed_passes import (
     restrict_last_mlp,
     run_backbone,
     run_packed,
+    watch_tokens,
 )
 from medqlora.engines.packed_requests import count_tokens, gather_logprobs, lay_out
 from medqlora.model.agreement import TOLERANCE, choose_way
@@ -325,11 +333,7 @@ class HfEngine:
         """
         self.model.eval()
         longest = max(map(len, prefixes)) + sampling.max_new_tokens
-        if self.max_length is not None and longest > self.max_length:
-            raise EngineError(
-                f"a prompt and its answer need {longest} tokens, the model has {self.max_length}"
-                " positions; lower max_new_tokens"
-            )
+        self.check_room(longest)
         config = make_generation_config(sampling)
         answers: list[list[Answer]] = [[] for _ in prefixes]
         # The longest prompts come first: pad_left relies on it, and memory runs out early if at
@@ -373,6 +377,41 @@ class HfEngine:
                 for row, tokens in enumerate(out[:, width:].tolist()):
                     answers[chosen[row // sampling.samples]].append(decode_answer(tokens, sampling))
         return answers
+
+    def check_room(self, tokens: int) -> None:
+        """Raise EngineError where a prompt and its answer need more tokens than the model has."""
+        if self.max_length is not None and tokens > self.max_length:
+            raise EngineError(
+                f"a prompt and its answer need {tokens} tokens, the model has {self.max_length}"
+                " positions; lower --max_new_tokens"
+            )
+
+    @torch.no_grad()
+    def stream(self, prefix: list[int], sampling: Sampling, show: Callable[[str], None]) -> Answer:
+        """See interface.Engine.
+
+        Raises:
+            EngineError: the prompt with its answer is longer than the model's positions, or does
+                not fit into memory.
+        """
+        self.model.eval()
+        self.check_room(len(prefix) + sampling.max_new_tokens)
+        answer = TextStream(sampling, show)
+        torch.manual_seed(sampling.seed)
+        ids = torch.tensor([prefix], device=self.device)  # int64 [1, tokens]
+        try:
+            with plain_generation(self.causal):
+                self.causal.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    generation_config=make_generation_config(sampling),
+                    streamer=watch_tokens(answer.add),
+                )
+        except torch.OutOfMemoryError:
+            raise EngineError(
+                f"out of memory on one answer to {len(prefix)} tokens; use a smaller dtype, as nf4"
+            ) from None
+        return answer.finish()
 
 
 def choose_budget(config: Any, device: torch.device) -> int:

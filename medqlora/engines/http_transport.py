@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+from collections.abc import AsyncIterator
 from typing import Any
 
 import openai
@@ -42,14 +43,19 @@ class BoundedClient(openai.DefaultAsyncHttpxClient):
     async def send(self, request: Any, **options: Any) -> Any:
         """Send a request and return its complete answer.
 
+        Of an answer that the openai package wants to read as it comes, only the headers have come.
+
         Raises:
             AnswerError: an answer that is too large or compressed.
             httpx.RequestError: the openai package tries again after it.
         """
+        streamed = options.get("stream", False)
         options |= {"stream": True, "follow_redirects": False}
         try:
             async with asyncio.timeout(self.seconds):
                 response = await super().send(request, **options)
+                if streamed and response.status_code == httpx.codes.OK:
+                    return response
                 try:
                     content = await read_bounded(response)
                 finally:
@@ -63,11 +69,41 @@ class BoundedClient(openai.DefaultAsyncHttpxClient):
 
 async def read_bounded(response: Any) -> bytes:
     """Return an answer's bytes."""
+    content = bytearray()
+    async for piece in read_pieces(response):
+        content += piece
+    return bytes(content)
+
+
+async def read_pieces(response: Any) -> AsyncIterator[bytes]:
+    """Yield an answer's bytes as they come.
+
+    Raises:
+        AnswerError: the answer is too large or compressed.
+    """
     if response.headers.get("content-encoding", "identity").strip().lower() != "identity":
         raise AnswerError("answers in a compressed form that was not asked for")
-    content = bytearray()
+    size = 0
     async for piece in response.aiter_raw():
-        content += piece
-        if len(content) > MAX_ANSWER:
+        size += len(piece)
+        if size > MAX_ANSWER:
             raise AnswerError(f"answers with more than {MAX_ANSWER >> 20} MiB")
-    return bytes(content)
+        yield piece
+
+
+async def read_lines(response: Any) -> AsyncIterator[bytes]:
+    """Yield the lines of an answer as they come, without their ends.
+
+    Raises:
+        AnswerError: see read_pieces; or the connection broke off.
+    """
+    line = b""
+    try:
+        async for piece in read_pieces(response):
+            *lines, line = (line + piece).split(b"\n")
+            for whole in lines:
+                yield whole.rstrip(b"\r")
+    except httpx.HTTPError:
+        raise AnswerError("broke off the connection in an answer; look at its log") from None
+    if line:
+        yield line

@@ -86,6 +86,41 @@ def decode_answer(tokens: list[int], sampling: Sampling) -> Answer:
     return Answer(sampling.decode(tokens), len(tokens) >= sampling.max_new_tokens)
 
 
+class TextStream:
+    """Shows the text of one answer while its tokens come."""
+
+    def __init__(self, sampling: Sampling, show: Callable[[str], None]):
+        """Begin an answer.
+
+        Args:
+            sampling: how the answer is generated.
+            show: takes each new piece of the text.
+        """
+        self.sampling = sampling
+        self.show = show
+        self.tokens: list[int] = []
+        self.shown = ""
+
+    def add(self, tokens: list[int]) -> None:
+        """Take the next tokens, and show the text that they complete."""
+        self.tokens += tokens
+        text = decode_answer(self.tokens, self.sampling).text
+        # A character of several tokens is this sign until its last one has come.
+        if text.startswith(self.shown) and not text.endswith("\ufffd"):
+            self.show(text[len(self.shown) :])
+            self.shown = text
+
+    def finish(self) -> Answer:
+        """Show what is left, and return the whole answer."""
+        answer = decode_answer(self.tokens, self.sampling)
+        text = answer.text
+        # Some tokenizers change the blanks before a token once they see it. The whole text is then
+        # shown again.
+        rest = text[len(self.shown) :] if text.startswith(self.shown) else f"\n{text}"
+        self.show(rest)
+        return answer
+
+
 # A batch has at least this many questions, enough to keep the engine busy. A crash loses at most
 # the batches that were not finished.
 BATCH_SIZE = {"hf": 64, "vllm": 512, "openai": 64}
@@ -114,4 +149,18 @@ class Engine(Protocol):
         """Return `samples` answers to each prefix.
 
         A request that a server failed to answer has an EngineError in its place.
+        """
+
+    def stream(self, prefix: list[int], sampling: Sampling, show: Callable[[str], None]) -> Answer:
+        """Return the text of one answer, and show its pieces as they come.
+
+        The text is that of `generate`. An engine that knows whole answers only shows one piece.
+
+        Args:
+            prefix: the prompt.
+            sampling: how the answer is generated; `samples` is 1.
+            show: takes each piece.
+
+        Raises:
+            EngineError: the request was not answered, or not to its end.
         """

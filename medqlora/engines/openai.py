@@ -5,7 +5,7 @@ A server of completions gets our token ids; a chat server gets messages and toke
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from medqlora.engines.interface import Answer, ChatRequest, EngineError, Request, Sampling
@@ -129,6 +129,19 @@ class CompletionsEngine:
 
         return self.connection.map(ask, prefixes)
 
+    def stream(self, prefix: list[int], sampling: Sampling, show: Callable[[str], None]) -> Answer:
+        """See interface.Engine."""
+
+        def ask(prefix: list[int]) -> Awaitable[Answer]:
+            pieces = self.connection.stream_completion(
+                prompt=prefix,
+                extra_body={"stop_token_ids": list(sampling.stop_ids)},
+                **request_sampling(sampling),
+            )
+            return join_pieces(pieces, show, chat=False)
+
+        return self.connection.run(self.connection.attempt(ask, prefix))
+
 
 class ChatEngine:
     """A server that takes messages only. Options are scored by the most likely first tokens."""
@@ -190,6 +203,31 @@ class ChatEngine:
             return [read_generated(choice, chat=True) for choice in choices]
 
         return self.connection.map(ask, prefixes)
+
+    def stream(
+        self, prefix: list[dict[str, str]], sampling: Sampling, show: Callable[[str], None]
+    ) -> Answer:
+        """See interface.Engine."""
+
+        def ask(messages: list[dict[str, str]]) -> Awaitable[Answer]:
+            pieces = self.connection.stream_chat(
+                messages=messages, **request_sampling(sampling), **self.extra
+            )
+            return join_pieces(pieces, show, chat=True)
+
+        return self.connection.run(self.connection.attempt(ask, prefix))
+
+
+async def join_pieces(
+    pieces: AsyncIterator[dict[str, Any]], show: Callable[[str], None], chat: bool
+) -> Answer:
+    """Return the answer of a choice that comes in pieces, and show each of them."""
+    answers = []
+    async for piece in pieces:
+        answers.append(read_generated(piece, chat))
+        show(answers[-1].text)
+    text = "".join(answer.text for answer in answers)
+    return Answer(text, any(answer.reached_limit for answer in answers))
 
 
 def choose_trials(requests: Sequence[Any]) -> list[Any]:

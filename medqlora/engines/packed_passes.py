@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
 
 from medqlora.engines.interface import Sampling
 from medqlora.model.attention.backends import set_attention
@@ -128,6 +129,24 @@ def make_generation_config(sampling: Sampling) -> GenerationConfig:
         num_return_sequences=sampling.samples,
         **drawing,
     )
+
+
+def watch_tokens(see: Callable[[list[int]], None]) -> BaseStreamer:
+    """Return what transformers tells each new token of one answer; `see` gets its id."""
+
+    class Watcher(BaseStreamer):
+        prompt = True
+
+        def put(self, value: torch.Tensor) -> None:
+            """Take the prompt, which comes first, or the next token."""
+            if not self.prompt:
+                see(value.flatten().tolist())
+            self.prompt = False
+
+        def end(self) -> None:
+            """Take the end of the answer, which says nothing new."""
+
+    return Watcher()
 
 
 def pad_left(rows: list[list[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:

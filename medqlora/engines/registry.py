@@ -147,6 +147,11 @@ class EngineSettings(Section):
 class RunSettings(ModelSettings, EngineSettings):
     """A model and what runs it."""
 
+    @property
+    def name(self) -> str:
+        """What rows of answers call the model: its base and its adapter."""
+        return "+".join(str(part) for part in (self.model, self.adapter) if part)
+
     @model_validator(mode="after")
     def check_adapter_place(self) -> RunSettings:
         if self.engine == "openai" and self.adapter:

@@ -103,15 +103,39 @@ def read_choices(answer: dict[str, Any], count: int = 1) -> list[dict[str, Any]]
     return sorted(choices, key=lambda choice: choice["index"])
 
 
-def read_generated(choice: dict[str, Any], chat: bool) -> Answer:
-    """Return the answer of a generated choice."""
+def read_event(line: bytes) -> dict[str, Any] | None:
+    """Return the object of a line of an event stream; None for a line without one.
+
+    Raises:
+        AnswerError: the object is not JSON, or says that the answer failed.
+    """
+    field, _, value = line.partition(b":")
+    # Other lines are empty, comments, or name a kind of event. The last line of data is no object.
+    if field != b"data" or value.strip() in (b"", b"[DONE]"):
+        return None
+    event = parse_answer(value)
+    if event.get("error"):
+        raise AnswerError(f"broke off an answer. It says: {event['error']}")
+    return event
+
+
+def read_end(choice: dict[str, Any]) -> str | None:
+    """Return why a choice ended; None where it goes on, or where the server does not say."""
     end = choice.get("finish_reason")
     if end is not None and not isinstance(end, str):
         raise AnswerError(f'answers nonsense ("finish_reason" is no text){IS_IT}')
     if end in UNWANTED_ENDS:
         raise AnswerError(f"ended an answer by {end}, so it is not the model's whole text")
+    return end
+
+
+def read_generated(choice: dict[str, Any], chat: bool) -> Answer:
+    """Return the answer of a generated choice, or a piece of it."""
+    end = read_end(choice)
     if chat:
-        text = expect(choice.get("message"), dict, '"message"').get("content")
+        # The message of a piece is called delta.
+        name = "delta" if "delta" in choice else "message"
+        text = expect(choice.get(name), dict, f'"{name}"').get("content")
         # A message without content counts as an empty answer.
         text = "" if text is None else text
     else:

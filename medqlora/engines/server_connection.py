@@ -7,14 +7,22 @@ request alone, for the kind of request, or for all that would follow.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
 from medqlora.engines.interface import EngineError
 from medqlora.engines.server_address import hide_secrets
-from medqlora.engines.server_answers import AnswerError, RefusedError, parse_answer
+from medqlora.engines.server_answers import (
+    AnswerError,
+    RefusedError,
+    parse_answer,
+    read_choices,
+    read_end,
+    read_event,
+)
 
 # Only these say that the server does not serve such a request. Any other status can pass: a busy
 # server would otherwise change how options are scored.
@@ -122,12 +130,77 @@ class Connection:
             StopError: no request will be answered.
             AnswerError: this request failed.
         """
+        with self.explain_failures():
+            # The raw answer is taken, because the package's own objects may hold any type.
+            response = await endpoint(model=self.model, **body)
+        answer = parse_answer(response.content)
+        # An answer without choices is an error's, whose sender may be a gateway.
+        if answer.get("choices"):
+            self.check_name(answer.get("model"))
+        return answer
+
+    def stream_completion(self, **body: Any) -> AsyncIterator[dict[str, Any]]:
+        """Send one request to /completions; see stream."""
+        return self.stream(self.client.completions.with_streaming_response.create, body)
+
+    def stream_chat(self, **body: Any) -> AsyncIterator[dict[str, Any]]:
+        """Send one request to /chat/completions; see stream."""
+        return self.stream(self.client.chat.completions.with_streaming_response.create, body)
+
+    async def stream(
+        self, endpoint: Callable[..., Any], body: dict[str, Any]
+    ) -> AsyncIterator[dict[str, Any]]:
+        """Send one request, and yield the pieces of its only choice as they come.
+
+        A server that does not stream gives one piece, which is the whole choice.
+
+        Raises:
+            AnswerError: see call; or the answer has no end.
+        """
+        # This module is loaded before the openai package, on which the transport stands.
+        from medqlora.engines.http_transport import read_lines
+
+        ended = False
+        with self.explain_failures():
+            async with (
+                asyncio.timeout(self.client.timeout),
+                endpoint(model=self.model, stream=True, **body) as response,
+            ):
+                lines = read_lines(response.http_response)
+                if "text/event-stream" not in response.headers.get("content-type", ""):
+                    answer = parse_answer(b"\n".join([line async for line in lines]))
+                    (choice,) = read_choices(answer)
+                    self.check_name(answer.get("model"))
+                    yield choice
+                    return
+                async for line in lines:
+                    event = read_event(line)
+                    if event is None:
+                        continue
+                    if event.get("choices"):
+                        self.check_name(event.get("model"))
+                        (choice,) = read_choices(event)
+                        ended = ended or read_end(choice) is not None
+                        yield choice
+        if not ended:
+            raise AnswerError("broke off an answer before its end; look at its log")
+
+    @contextlib.contextmanager
+    def explain_failures(self) -> Iterator[None]:
+        """Turn what the openai package raises into what it means.
+
+        Raises:
+            RefusedError, StopError, AnswerError: see call.
+        """
         import openai
 
         try:
-            # The raw answer is taken, because the package's own objects may hold any type.
-            response = await endpoint(model=self.model, **body)
+            yield
         # The order matters. A timeout is a kind of APIConnectionError.
+        except TimeoutError:
+            raise AnswerError(
+                f"did not end its answer in {self.client.timeout} s; raise --timeout"
+            ) from None
         except openai.APITimeoutError:
             raise AnswerError(
                 f"did not answer in {self.client.timeout} s, {self.tries()}; raise --timeout"
@@ -148,11 +221,6 @@ class Connection:
         except (openai.OpenAIError, OSError, UnicodeError) as error:
             # Such a text may quote the headers, and so the key.
             raise AnswerError(f"cannot be asked this ({type(error).__name__})") from None
-        answer = parse_answer(response.content)
-        # An answer without choices is an error's, whose sender may be a gateway.
-        if answer.get("choices"):
-            self.check_name(answer.get("model"))
-        return answer
 
     def tries(self) -> str:
         count = self.client.max_retries + 1

@@ -6,7 +6,7 @@ It takes a merged checkpoint, or a base with a LoRA adapter.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +275,12 @@ class VllmEngine:
             [decode_answer(list(answer.token_ids), sampling) for answer in output.outputs]
             for output in outputs
         ]
+
+    def stream(self, prefix: list[int], sampling: Sampling, show: Callable[[str], None]) -> Answer:
+        """See interface.Engine; vLLM's offline engine gives whole answers only."""
+        ((answer,),) = self.generate([prefix], sampling)
+        show(answer.text)
+        return answer
 
 
 def sum_long_option(output: Any, start: int, option: list[int]) -> float:

@@ -125,26 +125,29 @@ def generate_rows(
 ) -> list[dict[str, Any] | EngineError]:
     """Let the model write its answers and read them; the error of a failed request stays."""
     # The seed belongs to the batch and not to its turn, so shards and restarts draw alike.
-    sampling = Sampling(
-        method.max_new_tokens,
-        temperature=method.temperature,
-        samples=method.samples,
-        seed=derive_seed(entries[0].example.id, method.seed),
-    )
-    if isinstance(encoder, Encoder):
-        tokenizer = encoder.tokenizer
-        sampling = replace(
-            sampling,
-            # A chat template may end a turn with another token than EOS; either one ends an answer.
-            # The first one also fills up short rows.
-            stop_ids=(encoder.end_id, *{tokenizer.eos_token_id} - {encoder.end_id}),
-            decode=functools.partial(tokenizer.decode, skip_special_tokens=True),
-        )
+    sampling = make_sampling(encoder, method, derive_seed(entries[0].example.id, method.seed))
     answers = engine.generate([entry.requests[0].prefix for entry in entries], sampling)
     return [
         some if isinstance(some, EngineError) else read_answers(encoder, entry, some, method)
         for entry, some in zip(entries, answers, strict=True)
     ]
+
+
+def make_sampling(encoder: Encoder | MessageEncoder, method: Method, seed: int) -> Sampling:
+    """Return how texts are generated for prompts of an encoder."""
+    sampling = Sampling(
+        method.max_new_tokens, temperature=method.temperature, samples=method.samples, seed=seed
+    )
+    if not isinstance(encoder, Encoder):
+        return sampling
+    tokenizer = encoder.tokenizer
+    return replace(
+        sampling,
+        # A chat template may end a turn with another token than EOS; either one ends an answer.
+        # The first one also fills up short rows.
+        stop_ids=(encoder.end_id, *{tokenizer.eos_token_id} - {encoder.end_id}),
+        decode=functools.partial(tokenizer.decode, skip_special_tokens=True),
+    )
 
 
 def score_rows(

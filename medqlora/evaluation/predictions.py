@@ -120,6 +120,7 @@ EXTRAS = (
     "unknown_citations",
     "truncated",
     "unfinished",
+    "reached_limit",
 )
 
 

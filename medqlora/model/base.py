@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from medqlora.core.config import Model
+from medqlora.core.hub import explain_hub
 from medqlora.core.reading import expand_path, read_object, shorten
 from medqlora.model.attention.backends import IMPLEMENTATIONS, choose_backend
 from medqlora.model.base_weights import (
@@ -105,7 +106,8 @@ def read_model_config(
         )
     # A value that is no valid one may fail in any line of any architecture's code.
     except Exception as error:  # noqa: BLE001
-        raise ModelError(f"model {base}: its config cannot be read: {describe(error)}") from None
+        reason = explain_hub(error, base) or f"its config cannot be read: {describe(error)}"
+        raise ModelError(f"model {base}: {reason}") from None
     # torch counts nothing that is larger. -1 positions stand for a model without a limit.
     for key, least in (("num_hidden_layers", 1), ("max_position_embeddings", -1)):
         size = getattr(config.get_text_config(), key, least)
@@ -149,7 +151,8 @@ def load_tokenizer(base: str, revision: str | None = None, trust_remote_code: bo
         tokenizer("a")  # Some settings of a wrong type are noticed when they are used.
     # The tokenizers library raises plain Exceptions, and transformers what its code meets.
     except Exception as error:  # noqa: BLE001
-        raise ModelError(f"model {base}: its tokenizer cannot be read: {describe(error)}") from None
+        reason = explain_hub(error, base) or f"its tokenizer cannot be read: {describe(error)}"
+        raise ModelError(f"model {base}: {reason}") from None
     return tokenizer
 
 
@@ -247,7 +250,8 @@ def load_base(
         raise
     # A config that does not suit the weights may fail in any line of an architecture's code.
     except Exception as error:  # noqa: BLE001
-        advice = explain_attention(error, backend) or explain_quantized(error, config)
+        advice = explain_attention(error, backend) or explain_hub(error, model.base)
+        advice = advice or explain_quantized(error, config)
         advice = advice or f"it cannot be loaded: {describe(error)}; fetch the whole model again"
         raise ModelError(f"model {model.base}: {advice}") from None
     check_loaded(model.base, loaded, found)

@@ -11,10 +11,11 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from medqlora.core.files import hash_file, hash_json
+from medqlora.core.hub import explain_hub
 from medqlora.core.reading import expand_path
 from medqlora.model.adapter_metadata import read_metadata
-from medqlora.model.base import find_model, read_model_config
-from medqlora.model.weight_files import open_weights
+from medqlora.model.base import describe, find_model, read_model_config
+from medqlora.model.weight_files import ModelError, open_weights
 
 # These keys of the adapter metadata decide how a model is asked.
 PROMPT_KEYS = ("prompt_style", "completion", "template_arguments", "lowercase", "retrieval")
@@ -77,15 +78,18 @@ def resolve_base(base: str, revision: str | None = None) -> Path:
     """Return the local folder with the base's safetensors and tokenizer.
 
     A base on the hub is downloaded to the hub's cache first.
+
+    Raises:
+        ModelError: the hub does not give it.
     """
     folder = find_model(base)
     if folder is not None:
         return folder.resolve()
     from huggingface_hub import snapshot_download
 
-    # Pickled weights are left out of the download.
-    return Path(
-        snapshot_download(
+    try:
+        # Pickled weights are left out of the download.
+        found = snapshot_download(
             base,
             revision=revision,
             allow_patterns=[
@@ -94,7 +98,11 @@ def resolve_base(base: str, revision: str | None = None) -> Path:
                 *("README.md", "LICENSE*"),
             ],
         )
-    )
+    # The hub's errors, and those of connections and disks, have no other class in common.
+    except OSError as error:
+        reason = explain_hub(error, base) or f"it cannot be downloaded: {describe(error)}"
+        raise ModelError(f"model {base}: {reason}") from None
+    return Path(found)
 
 
 def hash_base(folder: Path) -> str:

@@ -18,6 +18,7 @@ from medqlora.data.formats.registry import FORMATS
 from medqlora.data.reading import read_examples
 from medqlora.engines.interface import Answer
 from medqlora.engines.latency import Served, summarize
+from medqlora.engines.registry import Asking
 from medqlora.evaluation.answering import predict
 from medqlora.evaluation.comparison import compare_predictions
 from medqlora.evaluation.method import Method
@@ -29,6 +30,9 @@ from medqlora.evaluation.rating_sheet import HEAD, draw_sheet
 from medqlora.evaluation.ratings import summarise_ratings
 from medqlora.model.adapter import read_adapter_metadata
 from medqlora.prompts.chat_template import make_encoder
+from medqlora.serving.ask import Conversation, answer_choices
+from medqlora.serving.questions import make_question
+from medqlora.serving.settings import AskSettings
 from medqlora.training.planning import Decision
 
 DOCS = ROOT / "docs"
@@ -198,6 +202,9 @@ class AnyAnswers:
         answers = [Answer("A", reached_limit=True), Answer("B"), Answer("<think>")]
         return [answers[: sampling.samples] for _ in prefixes]
 
+    def stream(self, prefix, sampling, show):
+        return Answer("A")
+
 
 @pytest.mark.parametrize("name", METHODS)
 def test_predictions_and_scores_are_documented(demo_tokenizer, name, tmp_path):
@@ -270,7 +277,22 @@ def test_ratings_are_documented(tmp_path):
     assert not undocumented(summary, keys)
 
 
+@pytest.mark.parametrize("threshold", [0.0, 1.01])
+def test_answers_to_new_questions_are_documented(demo_tokenizer, threshold):
+    asking = Asking(make_encoder(demo_tokenizer, "plain", "letter"), {}, 512, {})
+    settings = AskSettings(model="m", threshold=threshold, samples=2)
+    choice = make_question("Which?", ("a", "b"), "typed")
+    other = make_question("Why?", (), "typed")
+    rows = answer_choices(AnyAnswers(), asking, [choice], settings)
+    rows.append(Conversation(AnyAnswers(), asking, settings).answer(other, print))
+    for row, kind in zip(rows, ("choice", "open"), strict=True):
+        keys = documented_keys("Predictions", kind), documented_keys("Answers")
+        assert not undocumented(row, *keys)
+        assert ("withheld" in row) == row["abstained"] == (threshold > 1)
+
+
 RECORDED = {
+    "safety_": "bench/safety.py",
     "memory_": "bench/memory.py",
     "fit_": "bench/memory.py",
     "claim_": "bench/memory.py",

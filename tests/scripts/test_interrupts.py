@@ -25,6 +25,7 @@ COMMANDS = {
         *("--path", DEMO / "data" / "test.jsonl", "--output", "p.jsonl"),
     ],
     "eval/rate.py": ["sheet", "p.jsonl", "--output", "sheet.csv", "--key", "key.json"],
+    "eval/ask.py": ["--model", DEMO / "base", "--file", DEMO / "data" / "test.jsonl"],
     "launch/preflight.py": ["--config", RECIPE, "--accelerate_config", ACCELERATE],
     "bench/memory.py": [],
     "bench/throughput.py": [],
@@ -35,7 +36,13 @@ COMMANDS = {
     "bench/gpu.py": ["--device", "cpu", "--output", "found"],
 }
 # These still work when the imports are done, so a second moment lies in their work.
-LONG = ("recipes/sft_qlora.py", "eval/predict.py", "bench/throughput.py", "bench/gpu.py")
+LONG = (
+    "recipes/sft_qlora.py",
+    "eval/predict.py",
+    "eval/ask.py",
+    "bench/throughput.py",
+    "bench/gpu.py",
+)
 CASES = [(name, 0.4) for name in COMMANDS] + [(name, 4.0) for name in LONG]
 
 

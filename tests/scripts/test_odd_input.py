@@ -333,6 +333,23 @@ SCRIPTS = {
             "--unknown",
         ],
     ),
+    "eval/ask.py": (
+        [f"--model={DEMO / 'base'}", "--question=Why?"],
+        ["--permutations", "--samples", "--temperature", "--threshold", "--max_new_tokens"],
+        ["--model", "--adapter", "--file", "--config"],
+        ["--output"],
+        [
+            "--engine",
+            "--option",
+            "--columns",
+            "--scoring",
+            "--dtype",
+            "--prompt_style",
+            "--server",
+            "--template_arguments",
+            "--unknown",
+        ],
+    ),
     "eval/score.py": ([], [], [""], [], ["--unknown"]),
     "eval/rate.py": (
         ["sheet", "--output", "sheet.csv", "--key", "key.json", "a.jsonl"],

@@ -47,6 +47,7 @@ def test_pages_have_commands():
         "eval/score.py",
         "eval/compare.py",
         "eval/report.py",
+        "eval/ask.py",
         "bench/memory.py",
         "bench/throughput.py",
         "bench/latency.py",

@@ -1,0 +1,1 @@
+"""New questions are put to a model, with a confidence and a reminder beside each answer."""
