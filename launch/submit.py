@@ -6,8 +6,9 @@
         --training.global_batch_tokens 524288 --dry_run
 
 --dry_run prints the script instead of submitting it. Flags such as --training.lr set keys of the
-recipe. Run this command from the root of the checkout, while the environment that has medqlora is
-active.
+recipe. With --stages STAGES.yaml in the place of --config the job runs recipes/train_stages.py, and
+flags have the form --NAME.section.key. Run this command from the root of the checkout, while the
+environment that has medqlora is active.
 """
 
 import argparse
@@ -26,10 +27,12 @@ if __name__ == "__main__":
 
 from medqlora.batches.budgets import describe_batch
 from medqlora.core.command import CommandParser, run_command, run_early, whole
+from medqlora.core.config import Config
 from medqlora.core.config_loading import load_config
 from medqlora.core.environment import prefer_expandable_segments
 from medqlora.core.errors import ConfigError
 from medqlora.core.run_folder import check_run
+from medqlora.training.stages import read_stages
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -42,7 +45,11 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         required=True,
         help="YAML file of the strategy; its numbers of machines and processes are replaced",
     )
-    parser.add_argument("--config", type=Path, required=True, help="YAML file of the recipe")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", type=Path, help="YAML file of the recipe")
+    what.add_argument(
+        "--stages", type=Path, metavar="STAGES.yaml", help="list for recipes/train_stages.py"
+    )
     parser.add_argument(
         "--output_dir",
         type=Path,
@@ -52,8 +59,8 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--recipe",
         type=Path,
-        default=Path("recipes/sft_qlora.py"),
-        help="the training script (default %(default)s)",
+        help="the training script (default: recipes/sft_qlora.py; with --stages"
+        " recipes/train_stages.py)",
     )
     parser.add_argument(
         "--nodes", type=whole(1), default=1, help="number of nodes (default %(default)s)"
@@ -99,8 +106,24 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         "--dry_run", action="store_true", help="print the script and submit nothing"
     )
     arguments, overrides = parser.parse_known_args()
-    load_config(arguments.config, overrides)
+    if arguments.stages is not None and arguments.recipe is not None:
+        raise ConfigError("--recipe: --stages is for recipes/train_stages.py alone; leave one out")
+    name = "sft_qlora.py" if arguments.stages is None else "train_stages.py"
+    arguments.recipe = arguments.recipe or Path("recipes") / name
+    list_runs(arguments, overrides)
     return arguments, overrides
+
+
+def list_runs(arguments: argparse.Namespace, overrides: list[str]) -> list[tuple[Path, Config]]:
+    """Return the run folder and the configuration of the run, or of each stage.
+
+    Raises:
+        UserError: A configuration cannot be used.
+    """
+    if arguments.stages is None:
+        return [(arguments.output_dir, load_config(arguments.config, overrides))]
+    stages = read_stages(arguments.stages, overrides, arguments.output_dir)
+    return [(stage.folder, stage.config) for stage in stages]
 
 
 if __name__ == "__main__":
@@ -124,7 +147,7 @@ def main() -> None:
     arguments = ARGUMENTS
     overrides = OVERRIDES
     # A mistake is refused here, and not after hours in the queue.
-    config = load_config(arguments.config, overrides)
+    runs = list_runs(arguments, overrides)
     ranks = arguments.nodes * arguments.gpus_per_node
     if not re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", arguments.time):
         raise ConfigError(f"--time {arguments.time}: expected [DAYS-]HH:MM:SS")
@@ -140,14 +163,16 @@ def main() -> None:
             f" --gpus_per_node asks for {ranks}; use a ddp, zero or fsdp2 file"
         )
     environ = launch_environ(tree)
-    # auto means the dtype of the nodes' GPUs, which this machine may not have. It is assumed to be
-    # bfloat16.
-    dtype = DTYPES.get(config.model.dtype, DTYPES["bfloat16"])
-    check_strategy(read_strategy(environ, ranks), config, dtype, environ)
-    batch = describe_batch(config.training, config.data.max_length, ranks)
-    # The job passes --resume, so a run of the same configuration may be there already.
-    check_run(arguments.output_dir, config, resume=True)
-    note = describe(arguments, ranks, batch, overrides)
+    batches = []
+    for folder, config in runs:
+        # auto means the dtype of the nodes' GPUs, which this machine may not have. It is assumed to
+        # be bfloat16.
+        dtype = DTYPES.get(config.model.dtype, DTYPES["bfloat16"])
+        check_strategy(read_strategy(environ, ranks), config, dtype, environ)
+        batches.append(describe_batch(config.training, config.data.max_length, ranks))
+        # The job passes --resume, so a run of the same configuration may be there already.
+        check_run(folder, config, resume=True)
+    note = describe(arguments, ranks, "; then ".join(batches), overrides)
     # The note sets the script's arguments, so it must stand above all that reads them. The template
     # must keep this line, or the arguments would be lost without a word.
     script = fill(arguments).replace("set -euo pipefail\n", f"set -euo pipefail\n{note}", 1)
@@ -167,11 +192,16 @@ def main() -> None:
     except subprocess.CalledProcessError as error:
         raise ConfigError(f"sbatch refused the job: {error.stderr.strip()}") from None
     job = done.stdout.strip()
-    name = arguments.job_name or arguments.config.stem
+    name = name_job(arguments)
     print(
         f"job {job}: {ranks} processes; its output is {name}-{job}.out, the logs of each rank are"
         f" in {arguments.output_dir}/launch/"
     )
+
+
+def name_job(arguments: argparse.Namespace) -> str:
+    """Return the given name of the job, or that of its YAML file."""
+    return arguments.job_name or (arguments.stages or arguments.config).stem
 
 
 def check_directives(arguments: argparse.Namespace) -> None:
@@ -181,7 +211,7 @@ def check_directives(arguments: argparse.Namespace) -> None:
         ConfigError: A directive has a line break, or a name begins with a dash or has a blank.
     """
     names = {
-        "--job_name": arguments.job_name or arguments.config.stem,
+        "--job_name": name_job(arguments),
         "--partition": arguments.partition,
         "--account": arguments.account,
     }
@@ -197,7 +227,7 @@ def fill(arguments: argparse.Namespace) -> str:
     """Return the template with the directives of this job."""
     # A directive with None is taken out of the template and left to the cluster.
     directives = {
-        "job-name": arguments.job_name or arguments.config.stem,
+        "job-name": name_job(arguments),
         "nodes": str(arguments.nodes),
         "time": arguments.time,
         "partition": arguments.partition,
@@ -225,8 +255,7 @@ def describe(arguments: argparse.Namespace, ranks: int, batch: str, overrides: l
     script_arguments = [
         str(arguments.accelerate_config),
         str(arguments.recipe),
-        "--config",
-        str(arguments.config),
+        *([str(arguments.stages)] if arguments.stages else ["--config", str(arguments.config)]),
         "--output_dir",
         str(arguments.output_dir),
     ]

@@ -94,6 +94,11 @@ def main() -> None:
     budget = list_budgets(config.training, config.data.max_length, arguments.processes)[0]
     packed = choose_packing(config.training, budget, arguments.processes)
     config = change(config, "training", max_tokens_per_batch=budget)
+    # Only a training measures the losses that easy_to_hard sorts by. The number of steps and how
+    # full they are do not depend on them by much.
+    if data.order == "easy_to_hard":
+        console.print("data.order easy_to_hard: the steps below are those of shuffled order")
+        config = change(config, "data", order="shuffled")
     plan, _ = prepare_plan(config, prepared, arguments.processes, packed)
     for text in prepared.descriptions:
         console.print(text)

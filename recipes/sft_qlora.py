@@ -55,7 +55,7 @@ from medqlora.reporting.terminal import (
 from medqlora.training.optimizers import learning_rate
 from medqlora.training.planning import Planned, plan_run
 from medqlora.training.processes import agree_on_errors, end_processes, gather
-from medqlora.training.progress import begin, is_due, note_loss, stops_early
+from medqlora.training.progress import begin, is_due, measures_first, note_loss, stops_early
 from medqlora.training.records import (
     describe_adapter,
     describe_run,
@@ -69,7 +69,7 @@ from medqlora.training.records import (
 )
 from medqlora.training.session import Session, TrainingError, build, load, prove
 from medqlora.training.setup import Setup, start
-from medqlora.training.signals import catch_signals, exit_code, run_rank
+from medqlora.training.signals import catch_signals, exit_code, name_signal, run_rank
 from medqlora.training.strategies.gradient_check import open_session
 from medqlora.training.strategies.launch import choose_storage
 
@@ -126,14 +126,15 @@ def train(setup: Setup, planned: Planned, session: Session, metadata: dict, stat
     signals = catch_signals()
     setup.meter.begin()
     with Display(console, setup, planned, state["step"]) as display:
+        if measures_first(planned, state):
+            evaluate(setup, planned, session, metadata, state, display)
         for step in range(state["step"], end):
             start_time = time.perf_counter()
             lr = learning_rate(step, len(plan), training)
             rows = plan.rows_of(step)
             targets = int(table.supervised[rows].sum())  # This counts all ranks.
             gradients = session.accumulate(table, plan, step, targets, display.say)
-            flag = float(signals[0]) if signals else 0.0
-            total, flags = session.sum_over_ranks(gradients.losses, flag)
+            total, flags = session.sum_over_ranks(gradients.losses, float(bool(signals)))
             loss = total / targets
             if not math.isfinite(loss):
                 with agree_on_errors():
@@ -161,8 +162,7 @@ def train(setup: Setup, planned: Planned, session: Session, metadata: dict, stat
             if stopped or stopping or is_due(done, training.save_steps, final):
                 path = write_checkpoint(session, setup.output_dir, state)
             if stopped and not final:
-                received = f"signal {signals[0]}" if signals else "signal on another rank"
-                display.say(f"{received}: wrote checkpoint {path}; continue with --resume")
+                display.say(f"{name_signal(signals)}: {path} is written; continue with --resume")
                 return exit_code(signals)
             if stopping:
                 display.say(f"stopping early: no lower loss in {state['patience']} evaluations")

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from medqlora.batches.budgets import PlanError
+from medqlora.batches.order import find_order
 from medqlora.batches.plan import Plan, make_plan
 from medqlora.core.config import Config, Data
 from medqlora.core.environment import read_versions
@@ -31,7 +32,7 @@ LOCK = "cache.lock"
 # A kill leaves such names in the cache: folders aside, and the file through which rank 0 tells its
 # progress.
 UNFINISHED_ENTRY = re.compile(
-    r"(tokens|prepared|plan)-[0-9a-f]{24}\.[0-9a-f]+(\.old)?\.tmp|\.?shared-[0-9a-f]+\.json(\..*\.tmp)?"
+    r"(tokens|prepared|plan|losses)-[0-9a-f]{24}\.[0-9a-f]+(\.old)?\.tmp|\.?shared-[0-9a-f]+\.json(\..*\.tmp)?"
 )
 # The tokens and plans depend on these packages and on the code of these wings.
 PACKAGES = ("medqlora", "transformers", "tokenizers", "numpy")
@@ -215,7 +216,11 @@ def restore_question(row: dict[str, Any]) -> MultipleChoice | OpenAnswer:
 
 
 def prepare_plan(
-    config: Config, prepared: Prepared, ranks: int, packed_tokens: int | None = None
+    config: Config,
+    prepared: Prepared,
+    ranks: int,
+    packed_tokens: int | None = None,
+    losses: np.ndarray | None = None,
 ) -> tuple[Plan, str]:
     """Make the training plan, or open it where the cache holds it.
 
@@ -226,6 +231,7 @@ def prepare_plan(
         ranks: The number of processes.
         packed_tokens: The size in tokens of the bins that rows are packed in (see
             plan.choose_packing); the micro-batch by default.
+        losses: The base's loss of each training row, for data.order easy_to_hard.
 
     Returns:
         The plan, memory-mapped, and the name of its cache folder, which holds its hash.
@@ -246,12 +252,16 @@ def prepare_plan(
         "packing": data.packing,
     }
     lengths = prepared.train.lengths  # int64 [rows]
-    # A plan knows rows by their lengths and repeats alone, never by their content.
-    rows_sha256 = hashlib.sha256(lengths.tobytes() + prepared.repeats.tobytes()).hexdigest()
+    # A plan knows rows by their lengths, repeats and order alone, never by their content.
+    rows = [lengths, prepared.repeats]
+    order_by = find_order(data.order, lengths, losses)
+    if order_by is not None:
+        rows.append(order_by)
+    rows_sha256 = hashlib.sha256(b"".join(array.tobytes() for array in rows)).hexdigest()
     key = hash_json([settings, rows_sha256, describe_code()])
     folder = Path(data.cache_dir).expanduser() / f"plan-{key[:24]}"
     if find_problem(folder, name_files(field.name for field in fields(Plan)), key=key) is not None:
-        plan = make_plan(lengths, repeats=prepared.repeats, **settings)
+        plan = make_plan(lengths, repeats=prepared.repeats, order_by=order_by, **settings)
         save_arrays(folder, asdict(plan), key)
     return load_plan(data, folder.name), folder.name
 

@@ -27,6 +27,7 @@ from medqlora.batches.cache import (
     name_files,
     save_arrays,
 )
+from medqlora.batches.order import count_repeats
 from medqlora.core.config import Config, Data, DataEntry
 from medqlora.core.files import find_problem, hash_json
 from medqlora.data.cleaning import clean, decontaminate, deduplicate, drop_repeated_ids
@@ -252,7 +253,7 @@ def prepare(
     # Ids do not tell examples apart: two files may both number their rows from 1.
     entry_of_example = np.array([entry_of_object[id(example)] for example in train])  # int64
     entry_of_row = entry_of_example[table.examples]  # int64 [rows]
-    repeats = count_repeats(data.train, entry_of_row)
+    repeats = count_repeats(data.train, entry_of_row, data.temperature)
     eval_table = None
     if eval_entries:
         folders["eval"], eval_table, dropped = tokenize(
@@ -269,9 +270,10 @@ def prepare(
         **({} if library_sha256 is None else {"library_sha256": library_sha256}),
     }
     mixture = describe_mixture(data.train, entry_of_row, repeats, table.lengths)
-    for role, tokens in (("train", table), ("eval", eval_table)):
+    for role, tokens, examples in (("train", table, train), ("eval", eval_table, evaluation)):
         if tokens is not None:
-            descriptions += [f"data.{role}: {text}" for text in describe_cuts(tokens, data)]
+            texts = [*describe_fill(tokens, examples, data), *describe_cuts(tokens, data)]
+            descriptions += [f"data.{role}: {text}" for text in texts]
     descriptions += describe_removals(removals, rows)
     return Prepared(
         table, eval_table, repeats, test, removals, mixture, hashes, folders, descriptions
@@ -298,25 +300,6 @@ def check_test(examples: list[Example]) -> None:
             f" ({first[OpenAnswer]}), which have no score in common; keep one kind, and ask the"
             " other with eval/predict.py --adapter after the training"
         )
-
-
-def count_repeats(entries: list[DataEntry], entry_of_row: np.ndarray) -> np.ndarray:
-    """Return how often each row is seen per epoch, float64 [rows].
-
-    It is the weight of the row's entry, or the weight that gives the entry its share of all rows.
-
-    Args:
-        entries: The entries of data.train.
-        entry_of_row: The number of each row's entry, int64 [rows].
-    """
-    rows = np.bincount(entry_of_row, minlength=len(entries)).astype(float)  # [entries]
-    shares = np.array([entry.share or 0.0 for entry in entries])  # [entries]
-    weights = np.array([entry.weight for entry in entries])  # [entries]
-    without_share = (rows * weights)[shares == 0].sum()
-    # The entries without a share make up the part of an epoch that the shares leave over.
-    total = without_share / (1 - shares.sum())
-    weights = np.where(shares > 0, shares * total / np.maximum(rows, 1), weights)
-    return weights[entry_of_row]  # float64 [rows]
 
 
 def describe_mixture(
@@ -420,6 +403,25 @@ def tokenize(
         }
         save_arrays(folder, arrays, key)
     return folder.name, *load_table(folder)
+
+
+def describe_fill(table: TokenTable, examples: list[Example], data: Data) -> list[str]:
+    """Return how full the rows of plain text are; nothing where there are none.
+
+    Args:
+        table: The tokenized rows.
+        examples: The examples that they were made of.
+        data: The configuration's section.
+    """
+    documents = np.array([isinstance(example, Passage) for example in examples])
+    lengths = table.lengths[documents[table.examples]]  # int64 [rows of plain text]
+    if not lengths.size:
+        return []
+    fill = lengths.sum() / (lengths.size * data.max_length)
+    return [
+        f"{lengths.size:,} rows of plain text are {fill:.1%} full (data.max_length"
+        f" {data.max_length}); no row goes over the end of a document"
+    ]
 
 
 def describe_cuts(table: TokenTable, data: Data) -> list[str]:

@@ -14,6 +14,7 @@ from itertools import chain
 import numpy as np
 
 from medqlora.batches.budgets import PlanError, count_bins
+from medqlora.batches.order import draw_rows, sort_rows
 
 # A bin that is filled to a smaller part is packed again with the next window of rows, so that only
 # the last bins of an epoch stay underfull.
@@ -207,29 +208,6 @@ def divide_step(
     return divided + empty
 
 
-def draw_rows(repeats: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Draw the rows of an epoch, shuffled.
-
-    A row that is to be seen 2.25 times per epoch is drawn twice. A random quarter of the rows with
-    this number of repeats is drawn once more.
-
-    Args:
-        repeats: How often each row is seen per epoch, float64 [rows].
-        generator: The generator that is drawn from.
-
-    Returns:
-        The drawn row numbers, int64.
-    """
-    whole = np.floor(repeats).astype(np.int64)  # [rows]
-    rows = [np.repeat(np.arange(len(repeats)), whole)]
-    # Rows of one entry have the same float64, so equality is exact. Fractions come in sorted order,
-    # so the draws from the generator do too.
-    for fraction in np.unique(repeats - whole):
-        candidates = np.flatnonzero(repeats - whole == fraction)
-        rows.append(generator.choice(candidates, round(fraction * len(candidates)), replace=False))
-    return generator.permutation(np.concatenate(rows))  # int64 [drawn rows]
-
-
 def make_plan(
     lengths: np.ndarray,
     *,
@@ -243,6 +221,7 @@ def make_plan(
     window: int = 32_768,
     seed: int = 0,
     packing: bool = True,
+    order_by: np.ndarray | None = None,
 ) -> Plan:
     """Plan a whole training. The rows of a step do not depend on the number of ranks.
 
@@ -260,6 +239,8 @@ def make_plan(
         seed: The seed of the order of rows and steps.
         packing: Whether to pack. Without packing each micro-batch is one row, which is possible on
             one rank only: steps of whole rounds of micro-batches would depend on `ranks`.
+        order_by: A finite value of each row, float [rows]. The steps of an epoch take its rows in
+            ascending order of it; None shuffles them. The rows of an epoch are the same.
 
     Raises:
         PlanError: A row is longer than `capacity`, the global batch cannot be divided, or no row is
@@ -284,16 +265,19 @@ def make_plan(
         # Each epoch has a generator of its own, so its rows do not depend on what was drawn before.
         # The order of the draws inside an epoch is part of the plan: rows, bins, then steps.
         generator = np.random.default_rng([seed, epoch])
-        rows = draw_rows(repeats, generator)
-        if packing:
+        rows = sort_rows(draw_rows(repeats, generator), order_by)
+        if not packing:
+            epoch_steps = plan_single_rows(lengths, rows, global_tokens)
+        elif order_by is None:
             epoch_steps = plan_packed_epoch(
                 lengths, rows, capacity, bins_per_step, window, generator
             )
+        else:
+            epoch_steps = plan_sorted_epoch(lengths, rows, capacity, bins_per_step)
+        if packing:
             micro = micro_tokens or capacity
             # The number of ranks comes in only here, after the rows of each step are settled.
             epoch_steps = [divide_step(lengths, step, ranks, micro) for step in epoch_steps]
-        else:
-            epoch_steps = plan_single_rows(lengths, rows, global_tokens)
         # The last epoch of a fraction takes its first steps, but at least one.
         part = min(1.0, epochs - epoch)
         epoch_steps = epoch_steps[: max(1, round(len(epoch_steps) * part))]
@@ -335,6 +319,31 @@ def plan_packed_epoch(
     steps = [steps[i] for i in generator.permutation(len(steps))]
     steps.append(bins[last_start:])
     return [step for step in steps if step]
+
+
+def plan_sorted_epoch(
+    lengths: np.ndarray, rows: np.ndarray, capacity: int, bins_per_step: int
+) -> list[list[np.ndarray]]:
+    """Return the row numbers of each bin of each step of an epoch whose rows keep their order.
+
+    Each step takes the next rows, as many as its bins hold. They are packed inside the step only,
+    where the order of rows changes no gradient.
+    """
+    ends = np.cumsum(lengths[rows])  # int64 [rows], the tokens up to and with each row
+    steps = []
+    first = 0
+    while first < len(rows):
+        before = ends[first - 1] if first else 0
+        # No more tokens than these can fit; whether the rows do, only packing shows.
+        last = int(np.searchsorted(ends, before + capacity * bins_per_step, side="right"))
+        bins = fit_bins(lengths[rows[first:last]], capacity)
+        while len(bins) > bins_per_step:
+            # Each bin too many holds at least one row.
+            last -= len(bins) - bins_per_step
+            bins = fit_bins(lengths[rows[first:last]], capacity)
+        steps.append([rows[first:last][indices] for indices in bins])
+        first = last
+    return steps
 
 
 def plan_single_rows(

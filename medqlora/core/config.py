@@ -212,7 +212,18 @@ class Data(Section):
     """
     packing_window: int = Field(32_768, ge=1)
     """Rows are shuffled and packed this many at a time. A larger number fills micro-batches better;
-    a smaller one brings rows of different lengths together.
+    a smaller one brings rows of different lengths together. It has no effect in another order than
+    shuffled.
+    """
+    order: Literal["shuffled", "short_to_long", "easy_to_hard"] = "shuffled"
+    """The order of the rows in every epoch; its rows are the same in each order. short_to_long goes
+    by their tokens. easy_to_hard goes by the base's own loss per supervised token, which is
+    measured before the training begins.
+    """
+    temperature: float | None = Field(None, ge=1)
+    """Mix the entries of data.train in proportion to their rows to the power 1 / temperature: 1
+    takes them by their rows, and higher values bring them nearer to equal parts. An epoch keeps its
+    number of rows. It takes the place of weight and share.
     """
     cache_dir: str = "runs/cache"
     """Folder for tokenized rows and packing plans, which are named by a hash of what they are made
@@ -325,7 +336,12 @@ class Config(Section):
                 "lora.variant dora needs the base's weights at the start, which model.quantization"
                 " int8 hides; use nf4 or lora"
             )
-        # `pipeline.count_repeats` divides the rows of the entries without a share by 1 minus the
+        return self
+
+    @model_validator(mode="after")
+    def check_mixture(self) -> Config:
+        data = self.data
+        # `order.count_repeats` divides the rows of the entries without a share by 1 minus the
         # sum of the shares. Neither may be zero.
         if sum(entry.share or 0 for entry in data.train) >= 1 or (
             data.train and all(entry.share for entry in data.train)
@@ -334,4 +350,18 @@ class Config(Section):
                 "data.train: shares must sum to less than 1, with at least one entry without a"
                 " share"
             )
+        if data.temperature is None:
+            return self
+        if len(data.train) < 2:
+            raise ValueError(
+                "data.temperature mixes several entries of data.train, and there are"
+                f" {len(data.train)}; leave it out"
+            )
+        for index, entry in enumerate(data.train):
+            if entry.share is not None or entry.weight != 1:
+                key = "weight" if entry.share is None else "share"
+                raise ValueError(
+                    f"data.train[{index}].{key} and data.temperature both say how often its rows"
+                    " are seen; leave one of them out"
+                )
         return self

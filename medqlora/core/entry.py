@@ -17,6 +17,8 @@ MISTAKE = 2  # This is the exit code after a mistake of the user.
 INTERRUPTED = 128 + 2  # A shell reports a program that SIGINT ended in this form.
 BROKEN_PIPE = 128 + 13  # A shell reports a program whose reader has gone in this form.
 LAUNCHED = "ACCELERATE_MIXED_PRECISION"  # accelerate launch sets this variable for every process.
+# recipes/train_stages.py sets this variable for a stage: the id of the launcher's process.
+LAUNCHER = "MEDQLORA_LAUNCHER"
 END_SECONDS = 5.0  # The time that a command has after Ctrl-C, to close its files.
 LAUNCHER_SECONDS = 10.0  # The time in which a launcher ends after its process.
 ROOT = Path(__file__).parents[2]
@@ -89,7 +91,7 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
     if LAUNCHED not in os.environ or not hasattr(os, "pidfd_open"):
         return
-    launcher = os.pidfd_open(os.getppid())
+    launcher = os.pidfd_open(int(os.environ.get(LAUNCHER, os.getppid())))
     if os.fork():
         return
     # The launcher ends the session of its processes, and this one has to outlive it.

@@ -13,11 +13,13 @@ import platform
 import resource
 import subprocess
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+STAGE = "MEDQLORA_STAGE"  # recipes/train_stages.py names the stage of a process in this variable.
 
 
 def read_versions() -> dict[str, str]:
@@ -41,6 +43,12 @@ def read_versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return versions
+
+
+def was_restarted(environ: Mapping[str, str]) -> bool:
+    """Say whether torch elastic or Slurm restarted this job, which must then resume by itself."""
+    counters = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return any(int(environ.get(name) or 0) > 0 for name in counters)
 
 
 def name_command(script: str, arguments: list[str]) -> list[str]:

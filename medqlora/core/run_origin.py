@@ -27,6 +27,7 @@ MEANINGS = {
     "eval_sha256": "the rows of data.eval",
     "test_sha256": "the questions of data.test",
     "tokens_sha256": "the tokens of the training and evaluation rows",
+    "row_losses_sha256": "the base's losses of the training rows",
     "steps_sha256": "the rows of the steps",
 }
 # Another version of a package may write the same rows or the same tokenizer in another form. These

@@ -5,6 +5,7 @@ Each reader takes a file and what the caller knows of it, and returns records wi
 
 from __future__ import annotations
 
+import codecs
 import csv
 import re
 import sys
@@ -18,6 +19,20 @@ from medqlora.data.formats.fields import MISSING_CELL, PLACE
 
 Records = list[tuple[str, dict]]
 DELIMITERS = ",;\t"
+# The mark of UTF-32 begins with that of UTF-16, so it stands first.
+MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+BINARY = {
+    b"%PDF": "a PDF document",
+    b"PK\x03\x04": "a zip archive, as .docx and .epub files are",
+    b"\x89PNG": "a PNG picture",
+    b"\xff\xd8\xff": "a JPEG picture",
+    b"\x1f\x8b": "a gzip archive",
+}
 
 
 @dataclass(frozen=True)
@@ -36,16 +51,43 @@ class Wanted:
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a file in UTF-8, with or without a byte order mark.
+    """Return the text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
 
     Raises:
         DataError: The file is no text.
+        UnicodeDecodeError: It is text in another encoding, or no text.
     """
-    text = path.read_text(encoding="utf-8-sig")
+    with path.open("rb") as file:
+        beginning = file.read(4)
+    marked = [name for mark, name in MARKS.items() if beginning.startswith(mark)]
+    text = path.read_text(encoding=marked[0] if marked else "utf-8-sig")
     # Zero bytes are valid UTF-8, but no text has them.
     if "\0" in text:
-        raise DataError(f"{path.name} is a binary file; expected UTF-8 text")
+        raise DataError(f"{path.name} is not UTF-8 text: {explain_bytes(path)}")
     return text
+
+
+def explain_bytes(path: Path) -> str:
+    """Say what a file is that holds no UTF-8 text, and what to do with it."""
+    with path.open("rb") as file:
+        beginning = file.read(4_096)
+    for magic, name in BINARY.items():
+        if beginning.startswith(magic):
+            return f"it is {name}; convert it to text, or take it away"
+    # Every second byte of English text in UTF-16 is zero.
+    zeros = [beginning[offset::2].count(0) for offset in (0, 1)]
+    if max(zeros) * 4 > len(beginning) and min(zeros) * 4 < max(zeros):
+        encoding = "UTF-16BE" if zeros[0] > zeros[1] else "UTF-16LE"
+        return (
+            f"it looks like {encoding} without a byte order mark; convert it with iconv -f"
+            f" {encoding} -t UTF-8, or take it away if it is a binary file"
+        )
+    if max(zeros):
+        return "it is a binary file; take it away"
+    return (
+        "convert it from its encoding, e.g. with iconv -f ISO-8859-1 -t UTF-8, or take it away if"
+        " it is a binary file"
+    )
 
 
 def read_json_lines(path: Path, wanted: Wanted) -> Records:

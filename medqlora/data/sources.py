@@ -13,7 +13,7 @@ from medqlora.core.config import DataEntry
 from medqlora.core.hub import explain_hub
 from medqlora.data.examples import DataError
 from medqlora.data.formats.registry import FILE, find_format, keep_records
-from medqlora.data.readers import READERS, Wanted, number_rows, read_lines
+from medqlora.data.readers import READERS, Wanted, explain_bytes, number_rows, read_lines
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 BOOKS = (".txt", ".md")
@@ -72,16 +72,45 @@ def locate_in_folder(entry: DataEntry, folder: Path, split: str, suffixes: tuple
     candidates = [file for file in files if file.stem.lower() in names]
     if not candidates:
         candidates = [file for file in files if file.stem.lower().startswith(names)]
-    if len(candidates) == 1:
-        return candidates[0]
     all_names = tuple(itertools.chain(*SPLIT_NAMES.values()))
     of_splits = [file for file in files if file.stem.lower().startswith(all_names)]
-    if not of_splits and any(file.suffix in BOOKS for file in files):
+    books = [file for file in files if file.suffix in BOOKS]
+    if books and not of_splits:
         return folder
+    check_titles(entry, folder, [file for file in books if file in of_splits], books, all_names)
+    if len(candidates) == 1:
+        return candidates[0]
     listed = ", ".join(file.name for file in candidates) or "none"
     raise DataError(
         f"{entry.format}: folder {folder} has {listed} for split {split}; name the file in `path`"
     )
+
+
+def check_titles(
+    entry: DataEntry,
+    folder: Path,
+    of_splits: list[Path],
+    books: list[Path],
+    names: tuple[str, ...],
+) -> None:
+    """Refuse a folder whose texts may be the parts of one text, or books with such titles.
+
+    Args:
+        of_splits: The texts whose names begin with the name of a split, as training_guide.txt.
+        books: All texts of the folder.
+        names: The names of splits.
+
+    Raises:
+        DataError: A text has another name, beside one that only begins with the name of a split.
+    """
+    titled = [file for file in of_splits if file.stem.lower() not in names]
+    others = [file for file in books if file not in of_splits]
+    if titled and others:
+        raise DataError(
+            f"{entry.format}: folder {folder} holds {titled[0].name}, which may be a split, or a"
+            f" book beside {others[0].name}; name the file in `path`, or rename the book, e.g. to"
+            f" book_{titled[0].name}"
+        )
 
 
 def read_records(entry: DataEntry, split: str) -> tuple[str, list[tuple[str, dict]]]:
@@ -102,16 +131,18 @@ def read_records(entry: DataEntry, split: str) -> tuple[str, list[tuple[str, dic
     if path.is_file():
         return path.name, read_file(entry, path, split)
     records = []
-    for file in sorted(path.iterdir()):
-        if file.name.startswith("."):
-            continue
+    files = [file for file in sorted(path.iterdir()) if not file.name.startswith(".")]
+    for file in files:
         if file.suffix not in BOOKS:
             raise DataError(
                 f"{entry.format}: {file} is no text; a folder of books holds {' and '.join(BOOKS)}"
                 " files alone; convert it, or move it elsewhere"
             )
-        records += read_file(entry, file, split)
-    return path.name, records
+        passages = read_file(entry, file, split)
+        if not passages:
+            raise DataError(f"{entry.format}: {file} holds no text; fill it, or take it away")
+        records += passages
+    return f"{path.name} ({len(files)} texts)", records
 
 
 def read_file(entry: DataEntry, path: Path, split: str) -> list[tuple[str, dict]]:
@@ -134,8 +165,14 @@ def read_file(entry: DataEntry, path: Path, split: str) -> list[tuple[str, dict]
             return read_lines(path, kind.line_field)
         return READERS[path.suffix](path, wanted)
     except UnicodeDecodeError as error:
+        if not error.encoding.startswith("utf-8"):
+            raise DataError(
+                f"{entry.format}: {path.name} begins as {error.encoding} text and is none; fetch it"
+                " again"
+            ) from None
         raise DataError(
-            f"{entry.format}: {path.name} is not UTF-8 text (byte {error.start}); convert the file"
+            f"{entry.format}: {path.name} is not UTF-8 text (byte {error.start}):"
+            f" {explain_bytes(path)}"
         ) from None
     except OSError as error:
         raise DataError(f"{entry.format}: cannot read {path}: {error.strerror or error}") from None

@@ -138,6 +138,7 @@ def describe_planned(setup: Setup, planned: Planned) -> Iterator[Table | Text | 
     prepared = planned.prepared
     yield from prepared.descriptions
     yield tabulate_mixture(prepared.mixture)
+    yield from describe_order(planned.order)
     if prepared.removals:
         yield f"removed rows are listed in {setup.output_dir / 'removed.jsonl'}"
     yield describe_batch(setup.config.training, setup.config.data.max_length, setup.strategy.ranks)
@@ -178,6 +179,21 @@ def tabulate_mixture(mixture: list[dict[str, Any]]) -> Table:
             f"{source['token_share']:.1%}",
         )
     return table
+
+
+def describe_order(order: dict[str, Any]) -> Iterator[str]:
+    """Say how far the order of an epoch's rows is from a shuffled one; nothing where it is one."""
+    if order["name"] == "shuffled":
+        return
+    yield (
+        f"data.order {order['name']}: {order['moved_rows']:,} of {order['rows']:,} rows stand at"
+        " another place than in shuffled order"
+    )
+    if "first_tenth_loss" in order:
+        yield (
+            f"the base's loss per supervised token is {order['first_tenth_loss']:.3f} in the"
+            f" easiest tenth of the rows and {order['last_tenth_loss']:.3f} in the hardest"
+        )
 
 
 def describe_decision(decision: Decision) -> Text:

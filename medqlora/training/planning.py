@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from medqlora.batches.budgets import choose_packing, list_budgets
 from medqlora.batches.cache import (
     Prepared,
@@ -40,6 +42,13 @@ from medqlora.training.memory.target import (
 )
 from medqlora.training.memory.tracker import ForecastError
 from medqlora.training.processes import ProcessError, agree_on_errors, gather, share_once
+from medqlora.training.row_order import (
+    describe_order,
+    find_losses,
+    find_unseen,
+    hash_losses,
+    write_losses,
+)
 from medqlora.training.setup import Setup
 from medqlora.training.strategies.launch import choose_storage
 
@@ -101,6 +110,7 @@ class Planned:
         plan: The rows of every micro-batch of every step.
         plan_sha256: Hash of everything that the plan follows from.
         decision: Micro-batch and recomputation.
+        order: The order of the rows of an epoch, with the keys that environment.json has for it.
         checkpoint: The checkpoint that a resumed run continues from; None for a new run.
         warnings: What the user should know of damaged checkpoints that were passed over, and of
             what is otherwise than when a resumed run began.
@@ -114,6 +124,7 @@ class Planned:
     plan: Plan
     plan_sha256: str
     decision: Decision
+    order: dict[str, Any]
     checkpoint: Checkpoint | None
     warnings: list[str]
     hashes: dict[str, str]
@@ -137,22 +148,27 @@ def plan_run(setup: Setup, show: Callable[[str], None]) -> Planned:
     # All ranks run the same micro-batches, so the fullest GPU decides for all of them.
     memory = min(gather(available_memory(setup.device, setup.local_ranks)))
     prepared_here: list[Prepared] = []  # Rank 0 need not read its own rows back from the cache.
+    losses: np.ndarray | None = None  # The base's loss of each row, on rank 0 alone.
 
     def work(report: Callable[[str], None]) -> dict[str, Any]:
+        nonlocal losses
         prepared = prepare(config, setup.encoder, report)
         report("forecasting")
         decision = decide_step(setup, prepared, memory)
+        if data.order == "easy_to_hard":
+            losses = find_losses(setup, prepared, report)
         report("planning")
         decided = decision.apply(config)
         ranks = setup.strategy.ranks
         # Only the plan's name travels; every rank maps the plan itself from the cache.
-        _, name = prepare_plan(decided, prepared, ranks, decision.packed_tokens)
+        _, name = prepare_plan(decided, prepared, ranks, decision.packed_tokens, losses)
         prepared_here.append(prepared)
         return {
             # A single process keeps its rows in memory and needs no copy on disk.
             "prepared": save_prepared(data, prepared) if setup.strategy.ranks > 1 else "",
             "plan": name,
             "decision": asdict(decision),
+            "order": describe_order(config, prepared, losses),
         }
 
     cache = Path(data.cache_dir).expanduser()
@@ -173,20 +189,23 @@ def plan_run(setup: Setup, show: Callable[[str], None]) -> Planned:
             hashes = {
                 "base_files_sha256": hash_base(base),
                 **prepared.hashes,
+                **hash_losses(losses),
                 "steps_sha256": plan.hash_steps(),
             }
             origin, changes = trace_origin(setup, hashes, decision, done)
             warnings += changes
             # The run is opened only now, so a mistake in the data leaves no folder behind.
             open_run(setup.output_dir, config, origin)
+            write_losses(setup.output_dir, prepared.train, losses)
     return Planned(
         config=decision.apply(config),
         prepared=prepared,
         plan=plan,
         plan_sha256=shared["plan"].removeprefix("plan-"),
         decision=decision,
+        order=shared["order"],
         checkpoint=checkpoint,
-        warnings=setup.warnings + warnings,
+        warnings=setup.warnings + warnings + find_unseen(config, plan),
         hashes=hashes,
         origin=origin,
     )

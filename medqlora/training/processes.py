@@ -20,7 +20,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from medqlora.core.environment import read_versions
+from medqlora.core.environment import STAGE, read_versions
 from medqlora.core.errors import UserError
 from medqlora.core.files import write_atomic
 
@@ -119,6 +119,9 @@ def join_group(environ: Mapping[str, str], cuda: bool, join: timedelta) -> None:
     if environ.get("GROUP_WORLD_SIZE", "1") == "1":
         restarts = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"start-{restarts}", store)
+    # All stages of recipes/train_stages.py find the launcher's one store.
+    if STAGE in environ:
+        store = dist.PrefixStore(f"stage-{environ[STAGE]}", store)
     backend = "gloo"
     if cuda:
         torch.cuda.set_device(int(environ["LOCAL_RANK"]))

@@ -7,6 +7,7 @@ from typing import Any
 
 from medqlora.core.config import Training
 from medqlora.training.checkpoints import Checkpoint
+from medqlora.training.planning import Planned
 from medqlora.training.session import TrainingError
 
 
@@ -14,6 +15,16 @@ def begin(checkpoint: Checkpoint | None) -> dict[str, Any]:
     """Return the state that a training goes on from; checkpoints hold it as state.json."""
     state = {"step": 0, "best_loss": None, "best_step": 0, "patience": 0}
     return state if checkpoint is None else state | checkpoint.state
+
+
+def measures_first(planned: Planned, state: dict[str, Any]) -> bool:
+    """Say whether the evaluation loss is measured before the first step.
+
+    It is where the run begins with another run's adapter. The loss shows that this is the adapter
+    as it was, and the steps must beat it to replace the adapter.
+    """
+    begins_with_adapter = planned.config.lora.init_adapter is not None and state["step"] == 0
+    return begins_with_adapter and planned.prepared.eval is not None
 
 
 def is_due(step: int, every: int | None, final: bool) -> bool:

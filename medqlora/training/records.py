@@ -127,6 +127,7 @@ def describe_run(
         **planned.hashes,
         "resumptions": planned.origin.get("resumptions", []),
         "plan_sha256": planned.plan_sha256,
+        "order": planned.order,
         "step_plan": planned.decision.as_dict(),
         "base": metadata,
         "prompt_examples": show_probes(setup.encoder),
@@ -195,7 +196,8 @@ def restore_files(folder: Path, checkpoint: Checkpoint | None) -> None:
     copies = list_copies(folder) if checkpoint is not None else {}
     # Checkpoints of older versions hold no copies.
     if checkpoint is None or not (checkpoint.path / LOG).is_file():
-        rewind_log(folder / LOG, checkpoint.state["step"] if checkpoint is not None else 0)
+        # An evaluation before the first step has a row of step 0, which is made again.
+        rewind_log(folder / LOG, checkpoint.state["step"] if checkpoint is not None else -1)
     for name, target in copies.items():
         if (checkpoint.path / name).is_file():
             make_folder(target.parent)

@@ -16,7 +16,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from medqlora.batches.budgets import list_budgets
 from medqlora.core.command import quiet_libraries
 from medqlora.core.config import Config
-from medqlora.core.environment import MemoryMeter
+from medqlora.core.environment import MemoryMeter, was_restarted
 from medqlora.core.files import check_disk, hash_json
 from medqlora.core.run_folder import check_run
 from medqlora.core.run_lock import hold_run
@@ -195,12 +195,6 @@ def start(
         memory_before=meter.now(),
         local_ranks=int(environ.get("LOCAL_WORLD_SIZE") or 1),
     )
-
-
-def was_restarted(environ: Mapping[str, str]) -> bool:
-    """Say whether torch elastic or Slurm restarted this job, which must then resume by itself."""
-    counters = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-    return any(int(environ.get(name) or 0) > 0 for name in counters)
 
 
 def size_of_checkpoints(adapter_parameters: int, kept: int) -> int:

@@ -42,6 +42,11 @@ def catch_signals() -> list[int]:
     return caught
 
 
+def name_signal(caught: list[int]) -> str:
+    """Say which signal ends the training; where it came to another rank, only that."""
+    return f"signal {caught[0]}" if caught else "signal on another rank"
+
+
 def exit_code(caught: list[int]) -> int:
     """Return 128 + the first signal of this rank, or 128 + SIGTERM if another rank had it."""
     return 128 + (caught[0] if caught else signal.SIGTERM)

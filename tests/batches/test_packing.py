@@ -13,6 +13,7 @@ from medqlora.batches.budgets import (
 )
 from medqlora.batches.cache import load_arrays, save_arrays
 from medqlora.batches.collate import cap_batches, collate
+from medqlora.batches.order import count_moved
 from medqlora.batches.plan import fit_bins, make_plan
 from medqlora.core.config import Training
 from medqlora.prompts.rows import TokenTable
@@ -132,6 +133,60 @@ def test_epochs_weights_and_steps():
     assert counts[50:].sum() == 25
     assert len(make_plan(lengths, capacity=100, global_tokens=100, max_steps=3)) == 3
     assert len(make_plan(lengths, capacity=100, global_tokens=100, epochs=1.5)) == 15
+
+
+@given(
+    lengths_strategy,
+    st.data(),
+    st.integers(1, 5),
+    st.integers(1, 3),
+    st.integers(0, 2**80),
+    st.booleans(),
+)
+def test_a_sorted_epoch_has_the_rows_of_a_shuffled_one(lengths, data, ranks, bins, seed, packing):
+    """Weights included. Its steps ascend, for any number of processes, and ties follow the seed."""
+    ranks = ranks if packing else 1
+    count = len(lengths)
+    values = data.draw(st.lists(st.sampled_from([-1.5, 0.0, 0.25, 7.0]), min_size=count))
+    order_by = np.resize(values, count)
+    repeats = np.resize(data.draw(st.lists(st.sampled_from([0.5, 1.0, 1.75]), min_size=1)), count)
+    settings = {"capacity": 64, "global_tokens": 64 * bins, "seed": seed, "packing": packing}
+    settings |= {"repeats": repeats, "epochs": 2}
+    try:
+        shuffled = make_plan(lengths, **settings)
+    except PlanError:  # The weights left no row of so few.
+        return
+    micro = share_bins(64 * bins, 64, int(lengths.max()), ranks)
+    plan = make_plan(lengths, order_by=order_by, ranks=ranks, micro_tokens=micro, **settings)
+    assert rows_of_steps(plan) == rows_of_steps(make_plan(lengths, order_by=order_by, **settings))
+    first_epochs = []
+    for one in (shuffled, plan):
+        steps = [one.rows_of(step) for step in range(len(one)) if one.epochs[step] <= 1]
+        first_epochs.append(np.concatenate(steps))
+    assert sorted(first_epochs[0]) == sorted(first_epochs[1])
+    assert sorted(shuffled.rows) == sorted(plan.rows)
+    highest = [order_by[plan.rows_of(step)].max() for step in range(len(plan))]
+    lowest = [order_by[plan.rows_of(step)].min() for step in range(len(plan))]
+    for step in range(1, len(plan)):
+        if plan.epochs[step] <= 1 or plan.epochs[step - 1] > 1:
+            assert highest[step - 1] <= lowest[step]
+    rows, moved = count_moved(repeats, order_by, seed)
+    assert rows == len(first_epochs[0])
+    assert 0 <= moved <= rows
+
+
+def test_a_sorted_plan_is_full_and_differs_by_its_seed_in_ties_alone():
+    lengths = medmcqa_like(5_000)
+    losses = np.random.default_rng(1).normal(size=5_000)
+    settings = {"capacity": 2048, "global_tokens": 8 * 2048}
+    plan = make_plan(lengths, order_by=losses, **settings)
+    assert lengths.sum() / ((len(plan.bins) - 1) * 2048) > 0.97
+    again = make_plan(lengths, order_by=losses, seed=1, **settings)
+    assert plan.hash_steps() == again.hash_steps()
+    ties = [make_plan(lengths, order_by=losses.round(), seed=s, **settings) for s in (0, 1)]
+    assert ties[0].hash_steps() != ties[1].hash_steps()
+    assert count_moved(np.ones(5_000), losses, 0)[1] > 4_950
+    assert count_moved(np.ones(5_000), None, 0) == (5_000, 0)
 
 
 def test_rows_one_by_one_are_for_one_process():

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from conftest import DEMO
+from pydantic import ValidationError
 
 from medqlora.batches.cache import load_prepared, prepare_plan, save_prepared
 from medqlora.batches.pipeline import count_reasons, prepare
@@ -161,6 +162,63 @@ def test_share_is_the_part_of_all_rows(make, share):
     plan, _ = prepare_plan(config, prepared, 1)
     general = np.array([int(name) >= 1000 for name in prepared.train.names])
     assert general[plan.rows].mean() == pytest.approx(share, abs=0.01)
+
+
+@pytest.mark.parametrize("temperature", [1, 2, 5, 1e9])
+def test_a_temperature_mixes_by_powers_of_the_sizes(make, temperature):
+    sizes = np.array([400, 25])
+    entries = [(rows(400), {}), (rows(25, 1000), {})]
+    config, prepared = make(entries, temperature=temperature)
+    shares = sizes ** (1 / temperature) / (sizes ** (1 / temperature)).sum()
+    assert [entry["row_share"] for entry in prepared.mixture] == pytest.approx(shares)
+    plan, _ = prepare_plan(config, prepared, 1)
+    small = np.array([int(name) >= 1000 for name in prepared.train.names])
+    assert len(plan.rows) == pytest.approx(425, abs=1)
+    assert small[plan.rows].mean() == pytest.approx(shares[1], abs=0.003)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([{"weight": 2.0}, {}], r"data.train\[0\].weight and data.temperature both say"),
+        ([{}, {"share": 0.5}], r"data.train\[1\].share and data.temperature both say"),
+        ([{}], "mixes several entries of data.train, and there are 1"),
+    ],
+)
+def test_a_temperature_beside_another_mixture_is_refused(entries, message):
+    entries = [{"format": "medmcqa", "path": "x.jsonl", **entry} for entry in entries]
+    with pytest.raises(ValidationError, match=message):
+        Config(model={"base": "x"}, data={"train": entries, "temperature": 2})
+
+
+def test_rows_of_text_are_filled_and_hold_one_document_each(tmp_path, demo_tokenizer):
+    (tmp_path / "books").mkdir()
+    for name, word in (("a.txt", "Hearing"), ("b.md", "Scurvy")):
+        text = "\n\n".join([f"The {word} is a {word}. " * 40] * 5)
+        (tmp_path / "books" / name).write_text(text)
+    lines = [
+        json.dumps({"text": f"The {word} is here. " * 30}) for word in ("Naloxone", "Flumazenil")
+    ]
+    (tmp_path / "more.jsonl").write_text("\n".join(lines))
+    train = [{"format": "text", "path": str(tmp_path / name)} for name in ("books", "more.jsonl")]
+    data = {"train": train, "max_length": 64, "cache_dir": str(tmp_path / "cache")}
+    data["deduplicate"] = "none"  # Equal passages would leave gaps.
+    prepared = prepare(Config(model={"base": "x"}, data=data), make_encoder(demo_tokenizer))
+    table = prepared.train
+    words = ["Hearing", "Scurvy", "Naloxone", "Flumazenil"]
+    found = []
+    for first, last in zip(table.offsets[:-1], table.offsets[1:], strict=True):
+        text = demo_tokenizer.decode(table.ids[first:last])
+        (word,) = [word for word in words if word in text]
+        found.append(word)
+    assert found == sorted(found, key=words.index)
+    # Only the last row of a document may be short.
+    short = [number for number in range(len(found)) if table.lengths[number] < 64]
+    assert all(found[n] != found[n + 1] for n in short if n + 1 < len(found))
+    fill = table.lengths.sum() / (64 * len(found))
+    assert f"{len(found):,} rows of plain text are {fill:.1%} full" in "\n".join(
+        prepared.descriptions
+    )
 
 
 def test_second_time_comes_from_the_cache(make, monkeypatch):

@@ -241,6 +241,34 @@ def test_a_folder_of_books(tmp_path):
         read_entry(entry, "validation")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_says_the_encoding(tmp_path, encoding):
+    (tmp_path / "book.txt").write_text("Café ναι 肝\nnext line", encoding=encoding)
+    reading = read_entry(DataEntry(format="text", path=str(tmp_path)), "train")
+    assert [passage.text for passage in reading.examples] == ["Café ναι 肝\nnext line"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", b"", "empty.txt holds no text"),
+        ("blank.md", b" \n\n\n", "blank.md holds no text"),
+        ("scan.png", b"\x89PNG", "scan.png is no text"),
+        ("train_guide.txt", b"Rails.", "may be a split, or a book beside anatomy.txt"),
+        ("Developmental_biology.txt", b"Cells.", "rename the book"),
+    ],
+)
+def test_what_is_no_book_of_a_folder_is_refused_by_name(tmp_path, name, content, message):
+    (tmp_path / "anatomy.txt").write_text("Bones.")
+    (tmp_path / ".DS_Store").write_bytes(b"\0")  # Hidden files are none of the user's.
+    entry = DataEntry(format="text", path=str(tmp_path))
+    assert len(read_entry(entry, "train").examples) == 1
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        read_entry(entry, "train")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("format", "rows", "parts"),
     [

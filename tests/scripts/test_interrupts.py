@@ -17,6 +17,9 @@ ACCELERATE = ROOT / "accelerate_configs" / "ddp.yaml"
 RECIPE = ROOT / "recipes" / "configs" / "demo.yaml"
 COMMANDS = {
     "recipes/sft_qlora.py": ["--output_dir", "run"],
+    "recipes/train_stages.py": [
+        *(ROOT / "recipes" / "configs" / "demo_stages.yaml", "--output_dir", "run"),
+    ],
     "recipes/prepare_data.py": [],
     "recipes/merge_adapter.py": ["--adapter", "run/adapter", "--output", "merged"],
     "recipes/demo/train_base.py": ["--data_dir", DEMO / "data"],
@@ -38,6 +41,7 @@ COMMANDS = {
 # These still work when the imports are done, so a second moment lies in their work.
 LONG = (
     "recipes/sft_qlora.py",
+    "recipes/train_stages.py",
     "eval/predict.py",
     "eval/ask.py",
     "bench/throughput.py",

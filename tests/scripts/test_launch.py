@@ -298,6 +298,31 @@ def test_submission_that_could_not_run_is_refused(more, message):
     assert message in done.stderr
 
 
+def submit_stages(*more: str):
+    stages = ["--stages", "recipes/configs/demo_stages.yaml", "--output_dir", "runs/mine"]
+    return run_script(SUBMIT, "--accelerate_config", CONFIGS / "ddp.yaml", *stages, *more)
+
+
+def test_stages_are_submitted_as_one_job():
+    done = submit_stages("--gpus_per_node", "2", "--facts.training.lr", "1e-4", "--dry_run")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "#SBATCH --job-name=demo_stages" in lines
+    (command,) = [line for line in lines if line.startswith("set -- ")]
+    assert command.endswith(
+        "recipes/train_stages.py recipes/configs/demo_stages.yaml --output_dir runs/mine"
+        " --facts.training.lr 1e-4"
+    )
+    for more, message in (
+        (["--recipe", "recipes/sft_qlora.py"], "--stages is for recipes/train_stages.py alone"),
+        (["--config", "a.yaml"], "not allowed with argument --stages"),
+        (["--questions.lora.r", "8"], "stage questions: lora.r is 8"),
+    ):
+        done = submit_stages("--dry_run", *more)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert message in done.stderr
+
+
 def test_submission_without_slurm_says_so(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     done = submit("--training.global_batch_tokens", "524288")

@@ -18,6 +18,7 @@ from medqlora.core.config import DataEntry
 from medqlora.core.config_loading import all_keys, flatten_types, load_config
 from medqlora.core.errors import UserError
 from medqlora.data.reading import read_entry
+from medqlora.training.stages import read_stages
 
 pytestmark = [
     pytest.mark.full,  # Some hundred starts of commands take a minute.
@@ -169,6 +170,31 @@ def test_odd_yaml_files(tmp_path):
     tally.check(30)
 
 
+def test_odd_lists_of_stages(tmp_path):
+    tally = Tally()
+    path = tmp_path / "odd.yaml"
+
+    def attempt(name: str, where: Path = path) -> None:
+        tally.try_call(name, lambda: read_stages(where, [], tmp_path / "run"))
+
+    for name, text in YAML_FILES.items():
+        path.write_text(text, encoding="utf-8")
+        attempt(name)
+        indented = "".join(f"      {line}\n" for line in text.splitlines())
+        path.write_text(f"stages:\n  - name: a\n    config:\n{indented}", encoding="utf-8")
+        attempt(f"{name} inside")
+    for where in odd_paths(tmp_path):
+        attempt(f"path {str(where)[-30:]}", where)
+        path.write_text(f"stages: [{{name: a, config: {json.dumps(str(where))}}}]")
+        attempt(f"config {str(where)[-30:]}")
+    for value in NO_TEXTS:
+        path.write_text(f"stages: [{{name: {value}, config: a.yaml}}]")
+        attempt(f"name {value}")
+    path.write_text("stages: [{name: a, config: ~nobody_of_this_name/x}]")
+    attempt("user without home")
+    tally.check(60)
+
+
 def odd_paths(folder: Path) -> list[Path]:
     loop = folder / "loop"
     if not loop.is_symlink():
@@ -300,6 +326,13 @@ SCRIPTS = {
         ["--config", "--model.base"],
         ["--removed"],
         ["--unknown", "--model.quantization"],
+    ),
+    "recipes/train_stages.py": (
+        [str(ROOT / "recipes" / "configs" / "demo_stages.yaml")],
+        ["--facts.training.lr", "--questions.data.max_length", "--questions.lora.r"],
+        [""],
+        [],
+        ["--unknown", "--facts.model.quantization", "--other.lora.r", "--facts"],
     ),
     "recipes/merge_adapter.py": (
         ["--adapter", "nothing", "--output", "made"],

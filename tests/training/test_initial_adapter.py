@@ -127,7 +127,8 @@ def train(folder, name, *more):
         *("--output_dir", folder / name, "--data.cache_dir", folder / "cache", "--data.test", "[]"),
         *("--data.train.0.limit", "60", "--data.eval.0.limit", "16", "--lora.r", "4"),
         *("--training.gradient_checkpointing", "none", "--training.max_tokens_per_batch", "512"),
-        *("--training.global_batch_tokens", "512", "--training.warmup_steps", "0", *more),
+        *("--training.global_batch_tokens", "512", "--training.warmup_steps", "0"),
+        *("--model.dtype", "float32", *more),
     )
     assert done.returncode == 0, done.stderr
     log = [
@@ -144,7 +145,18 @@ def test_the_recipe_goes_on_from_an_adapter_and_resumes(tmp_path):
     # A step this small changes nothing.
     _, unchanged = train(tmp_path, "unchanged", *begin, "--training.lr", "1e-12")
     assert unchanged[-1] == pytest.approx(first[-1], rel=1e-4)
-    whole, _ = train(tmp_path, "whole", *begin, "--training.save_steps", "1")
+    # The first loss is measured before the first step, on the same text and in the same adapter.
+    assert len(unchanged) == 2
+    assert unchanged[0] == pytest.approx(first[-1], abs=1e-6)
+    # Steps that make it worse leave the adapter as it was.
+    _, spoilt = train(tmp_path, "spoilt", *begin, "--training.lr", "1")
+    assert spoilt[1] > spoilt[0]
+    kept = tmp_path / "spoilt" / "adapter"
+    said = json.loads((kept / "medqlora.json").read_text())
+    assert (said["step"], said["eval_loss"]) == (0, spoilt[0])
+    tensors = [load_file(folder / "adapter_model.safetensors") for folder in (adapter, kept)]
+    assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0])
+    whole, measured = train(tmp_path, "whole", *begin, "--training.save_steps", "1")
     metadata = json.loads((tmp_path / "whole" / "adapter" / "medqlora.json").read_text())
     assert metadata["init_adapter"] == {
         "folder": str(adapter),
@@ -157,10 +169,15 @@ def test_the_recipe_goes_on_from_an_adapter_and_resumes(tmp_path):
     shutil.rmtree(tmp_path / "killed" / "adapter")
     shutil.rmtree(tmp_path / "killed" / "checkpoints" / "step-2")
     adapter.rename(tmp_path / "away")
-    resumed, _ = train(tmp_path, "killed", *begin, "--training.save_steps", "1", "--resume")
-    assert resumed == whole
+    resumed, again = train(tmp_path, "killed", *begin, "--training.save_steps", "1", "--resume")
+    assert (resumed, again) == (whole, measured)
+    # A kill before the first checkpoint begins anew, and the log holds each evaluation once.
+    shutil.rmtree(tmp_path / "killed" / "checkpoints")
+    (tmp_path / "away").rename(adapter)
+    resumed, again = train(tmp_path, "killed", *begin, "--training.save_steps", "1", "--resume")
+    assert (resumed, again) == (whole, measured)
     names = ("whole/adapter/adapter_model.safetensors", "killed/adapter/adapter_model.safetensors")
     tensors = [load_file(tmp_path / name) for name in names]
     assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0])
-    again = json.loads((tmp_path / "killed" / "adapter" / "medqlora.json").read_text())
-    assert again == metadata
+    copied = json.loads((tmp_path / "killed" / "adapter" / "medqlora.json").read_text())
+    assert copied == metadata
