@@ -175,7 +175,6 @@ import huggingface_hub
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-from medqlora.model.adapter_preview import preview_adapter
 from medqlora.model.base import check_length
 from medqlora.model.base_weights import check_quantizable
 from medqlora.model.hardware import choose_dtype, default_device
@@ -194,6 +193,7 @@ from medqlora.training.memory.target import (
     usable,
 )
 from medqlora.training.memory.tracker import GIB, ForecastError
+from medqlora.training.methods import choose_method
 from medqlora.training.strategies.launch import Strategy, check_strategy, choose_storage
 from medqlora.training.trial import Trial, make_table
 
@@ -249,7 +249,7 @@ def main() -> None:
         figures = predict(case)
     figures["model"] = config.model.base
     figures["seconds"] = time.perf_counter() - began
-    preview = preview_adapter(architecture, config.lora)
+    preview = choose_method(config).preview(architecture, config)
     figures["base_parameters"] = preview.base_parameters
     if kept := preview.describe_kept(config.model, target.dtype):
         console.print(kept)
@@ -350,9 +350,10 @@ def describe(case: Case, plan: StepPlan) -> str:
     attention = case.target.choose_attention(config, case.architecture)
     cost = cost_of_attention(config, case.architecture, case.target, plan, supervised)
     more = f", {cost / GIB:+.2f} GiB against the variable-length kernel" if cost is not None else ""
+    method = "all weights train" if forecast.full else f"LoRA r={config.lora.r}"
     return (
         f"{config.model.quantization}, {case.target.dtype}, attention {attention.backend}"
-        f" ({attention.reason}{more}), LoRA r={config.lora.r} ({forecast.trainable:,}"
+        f" ({attention.reason}{more}), {method} ({forecast.trainable:,}"
         f" trainable), {config.training.optimizer}; {plan.tokens:,} tokens per micro-batch in rows"
         f" of {config.data.max_length:,}, {supervised:,} supervised{assumed},"
         f" {forecast.recomputed} of {forecast.layers} layers recomputed{share}, on"

@@ -117,17 +117,23 @@ from medqlora.batches.plan import Plan
 from medqlora.core.command import run_command
 from medqlora.core.files import check_disk
 from medqlora.core.run_folder import check_run
-from medqlora.model.adapter_preview import preview_adapter
-from medqlora.model.base import check_hardware, check_length, load_tokenizer, read_model_config
+from medqlora.model.base import (
+    check_hardware,
+    check_length,
+    find_model,
+    load_tokenizer,
+    read_model_config,
+)
 from medqlora.model.base_weights import check_trainable
 from medqlora.model.hardware import choose_dtype, default_device
 from medqlora.model.initial_adapter import check_initial
 from medqlora.prompts.chat_template import Encoder, make_encoder
 from medqlora.prompts.rows import TokenTable
 from medqlora.training.memory.allocator import segments_expand
-from medqlora.training.memory.planner import plan_step
+from medqlora.training.memory.planner import check_unavoidable, plan_step
 from medqlora.training.memory.target import TargetHardware, available_host, available_memory
 from medqlora.training.memory.tracker import GIB, UnknownForecast
+from medqlora.training.methods import choose_method
 from medqlora.training.processes import ProcessError
 from medqlora.training.rendezvous import meet
 from medqlora.training.session import Session, build, load, prove
@@ -231,7 +237,7 @@ class BaseModel:
     """What is known of the base without its weights."""
 
     architecture: PretrainedConfig
-    adapter_parameters: int
+    trained_parameters: int
     encoder: Encoder
 
 
@@ -348,7 +354,8 @@ def check_dtypes(config: Config, launch: Launch) -> tuple[Precision, str]:
     check_hardware(config.model, device, dtype)
     check_strategy(launch.strategy, config, dtype, launch.environ)
     storage = choose_storage(launch.strategy, config.model.quantization, dtype)
-    text = f"compute {dtype}, adapter and its gradients torch.float32"
+    trained = "masters" if config.training.method == "full" else "adapter"
+    text = f"compute {dtype}, {trained} and their gradients torch.float32"
     if config.model.quantization in ("nf4", "fp4"):
         text += f", 4-bit weights stored as {storage}"
     return Precision(device, dtype, storage), text
@@ -360,23 +367,27 @@ def check_batch(config: Config, launch: Launch) -> tuple[None, str]:
 
 
 def check_model(config: Config) -> tuple[BaseModel, str]:
-    """Check the base's configuration, the adapter's targets, and the tokenizer."""
+    """Check the base's configuration, what will train, and the tokenizer."""
     model = config.model
     architecture = read_model_config(model.base, model.revision, model.trust_remote_code)
     check_trainable(model, architecture)
     check_length(architecture, config.data.max_length)
-    preview = preview_adapter(architecture, config.lora)
+    method = choose_method(config)
+    preview = method.preview(architecture, config)
+    if (folder := find_model(model.base)) is not None:
+        method.check_base(folder, architecture)
     if config.lora.init_adapter is not None:
         check_initial(model, config.lora, architecture, preview)
     tokenizer = load_tokenizer(model.base, model.revision, model.trust_remote_code)
     encoder = make_encoder(
         tokenizer, config.data.prompt_style, config.data.completion, model.template_arguments
     )
-    adapter = preview.adapter_parameters
-    text = f"{preview.base_parameters:,} parameters, adapter {adapter:,}"
+    trained = preview.trained_parameters
+    what = "trained" if config.training.method == "full" else "adapter"
+    text = f"{preview.base_parameters:,} parameters, {what} {trained:,}"
     kept = preview.describe_kept(model, choose_dtype(model.dtype, default_device()))
     parts = [text, f"prompt style {encoder.style}", kept, preview.unmergeable]
-    return BaseModel(architecture, adapter, encoder), "; ".join(part for part in parts if part)
+    return BaseModel(architecture, trained, encoder), "; ".join(part for part in parts if part)
 
 
 def check_data(config: Config, model: BaseModel) -> tuple[Prepared, str]:
@@ -409,9 +420,10 @@ def check_places(config: Config, output_dir: Path, model: BaseModel | None) -> t
     """Check that the run folder and the cache can be written, and that the disk has space."""
     # A run of the same configuration may be there already, to be resumed.
     check_run(output_dir, config, resume=True)
-    parameters = model.adapter_parameters if model is not None else 0
-    size = size_of_checkpoints(parameters, config.training.keep_checkpoints)
-    check_disk(output_dir, size, "adapter and checkpoints")
+    parameters = model.trained_parameters if model is not None else 0
+    dtype = choose_dtype(config.model.dtype, default_device())
+    size = size_of_checkpoints(config, parameters, dtype)
+    check_disk(output_dir, size, f"{choose_method(config).folder} and checkpoints")
     for place, key in (
         (output_dir, "--output_dir"),
         (Path(config.data.cache_dir).expanduser(), "data.cache_dir"),
@@ -468,6 +480,7 @@ def forecast(
         if undecided:
             raise  # The recipe needs the forecast to decide, and would fail too.
         raise Unchecked(str(error)) from None
+    check_unavoidable(plan.forecast, target)
     text = (
         f"{plan.forecast.peak / GIB:.2f} GiB predicted per process at {plan.tokens:,} tokens,"
         f" {plan.forecast.recomputed} of {plan.forecast.layers} layers recomputed"

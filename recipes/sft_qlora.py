@@ -33,14 +33,10 @@ if __name__ == "__main__":
     )
     prefer_expandable_segments(os.environ)
 
-from peft import PeftModel
-from safetensors.torch import load_file
-
 from medqlora.core.config import Config
 from medqlora.core.files import read_lines, write_json
 from medqlora.engines.hf import HfEngine
 from medqlora.evaluation.answering import answer_questions
-from medqlora.model.adapter import name_parameters, read_adapter_metadata
 from medqlora.reporting.model_card import write_run_card
 from medqlora.reporting.terminal import (
     Display,
@@ -57,17 +53,18 @@ from medqlora.training.planning import Planned, plan_run
 from medqlora.training.processes import agree_on_errors, end_processes, gather
 from medqlora.training.progress import begin, is_due, measures_first, note_loss, stops_early
 from medqlora.training.records import (
-    describe_adapter,
     describe_run,
     has_base_predictions,
+    load_best,
+    make_metadata,
     restore,
     restore_weights,
-    write_adapter,
+    write_best,
     write_checkpoint,
     write_predictions,
     write_start,
 )
-from medqlora.training.session import Session, TrainingError, build, load, prove
+from medqlora.training.session import Built, Session, TrainingError, build, load, prove
 from medqlora.training.setup import Setup, start
 from medqlora.training.signals import catch_signals, exit_code, name_signal, run_rank
 from medqlora.training.strategies.gradient_check import open_session
@@ -94,10 +91,10 @@ def run_stages(setup: Setup) -> int:
         built = build(loaded, planned.config)
         restore_weights(setup, planned, built)
         agreement = prove(built, planned.config)
-        metadata = describe_adapter(setup, planned, loaded.base)
+        metadata = make_metadata(setup, planned, loaded.base)
     memory = {"before": setup.memory_before, "loaded": setup.meter.now()}
     say(setup, *describe_model(setup, planned, loaded, built, agreement))
-    score(setup, planned, built.model, loaded.backend, "base")
+    score(setup, planned, built, "base")
 
     session, check = open_session(setup, planned.config, built, planned.prepared.train)
     if check is not None:
@@ -169,24 +166,24 @@ def train(setup: Setup, planned: Planned, session: Session, metadata: dict, stat
                 break
     if planned.prepared.eval is None:
         state["best_step"] = len(plan)
-        write_adapter(session, setup.output_dir, metadata | {"step": len(plan)})
+        write_best(session, setup.output_dir, metadata | {"step": len(plan)})
     return 0
 
 
 def evaluate(
     setup: Setup, planned: Planned, session: Session, metadata: dict, state: dict, display: Display
 ) -> None:
-    """Measure the evaluation loss, note it in `state`, and write the adapter if it is the best."""
+    """Measure the evaluation loss, note it in `state`, and write what is the best."""
     loss = session.evaluate(planned.prepared.eval)
     with agree_on_errors():
         lowest = note_loss(state, loss)
     display.log_evaluation(state["step"], loss, state["best_step"])
     if lowest:
         measured = {"step": state["step"], "eval_loss": loss}
-        write_adapter(session, setup.output_dir, metadata | measured)
+        write_best(session, setup.output_dir, metadata | measured)
 
 
-def score(setup: Setup, planned: Planned, model: PeftModel, backend: str, name: str) -> None:
+def score(setup: Setup, planned: Planned, built: Built, name: str) -> None:
     """Answer the test questions with the "base" or the "tuned" model, and write the predictions.
 
     Each rank answers a part of them. A divided model answers all of them on every rank at the same
@@ -197,8 +194,11 @@ def score(setup: Setup, planned: Planned, model: PeftModel, backend: str, name: 
         return
     divided = name == "tuned" and setup.strategy.sharded
     part = (0, 1) if divided else (setup.rank, setup.strategy.ranks)
-    with model.disable_adapter() if name == "base" else contextlib.nullcontext():
-        engine = HfEngine(model, backend, planned.config.training.max_tokens_per_batch, divided)
+    model = built.model
+    untrained = built.method.without_training(model)
+    with untrained if name == "base" else contextlib.nullcontext():
+        tokens = planned.config.training.max_tokens_per_batch
+        engine = HfEngine(model, built.backend, tokens, divided)
         limits = engine.max_length, part, planned.config.data.max_new_tokens
         rows = answer_questions(engine, setup.encoder, test, name, *limits)
     by_id = {row["id"]: row for row in itertools.chain(*gather(rows))}
@@ -208,13 +208,12 @@ def score(setup: Setup, planned: Planned, model: PeftModel, backend: str, name: 
 
 
 def finish(setup: Setup, planned: Planned, session: Session, memory: dict, state: dict) -> None:
-    """Score the best adapter, and write metrics.json and the model card."""
+    """Score the best adapter or model, and write metrics.json and the model card."""
     with agree_on_errors():
-        read_adapter_metadata(setup.output_dir / "adapter")  # It refuses a damaged adapter.
+        setup.method.check(setup.output_dir / setup.method.folder)  # It refuses a damaged one.
     if planned.prepared.test:
-        best = load_file(setup.output_dir / "adapter" / "adapter_model.safetensors")
-        session.trainer.write_weights(name_parameters(session.built.model, best))
-        score(setup, planned, session.built.model, session.built.backend, "tuned")
+        load_best(session, setup.output_dir)
+        score(setup, planned, session.built, "tuned")
     memory = memory | {"peak": setup.meter.read_peak(), "after": setup.meter.now()}
     peaks = gather(memory["peak"])
     with agree_on_errors():

@@ -163,7 +163,9 @@ class Data(Section):
     train: list[DataEntry] = []
     """What is trained on."""
     eval: list[DataEntry] = []
-    """Labelled data whose loss is measured during training; the adapter with the lowest is kept."""
+    """Labelled data whose loss is measured during training; the adapter or model with the lowest is
+    kept.
+    """
     test: list[DataEntry] = []
     """Labelled questions that are answered before and after training: multiple-choice questions or
     open ones, not both.
@@ -243,6 +245,12 @@ def check_checkpointing(value: str) -> str:
 
 
 class Training(Section):
+    method: Literal["adapter", "full"] = "adapter"
+    """What is trained. adapter trains LoRA matrices on the frozen base: QLoRA where
+    model.quantization stores the base in 4 or 8 bits, LoRA where it is none. full trains every
+    weight of the language model, embeddings and head included, but neither towers for images or
+    sound nor their projectors; it needs model.quantization none and keeps float32 master weights.
+    """
     epochs: float = Field(1.0, gt=0)
     """Passes over the training data; 0.5 is half a pass."""
     max_steps: int | None = Field(None, ge=1)
@@ -267,11 +275,11 @@ class Training(Section):
     steps.
     """
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
-    """The optimizer of the adapter's weights. The 8-bit ones come from bitsandbytes; paged states
+    """The optimizer of the trained weights. The 8-bit ones come from bitsandbytes; paged states
     move to the host's memory when the GPU is full.
     """
     weight_decay: float = Field(0.0, ge=0)
-    """Decoupled weight decay of the adapter's weights."""
+    """Decoupled weight decay of the trained weights."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Largest global norm of the gradients; larger ones are scaled down to it."""
     gradient_checkpointing: Annotated[str, Field()] = "auto"
@@ -331,6 +339,8 @@ class Config(Section):
             raise ValueError(
                 "training.early_stopping_patience needs training.eval_steps and data.eval"
             )
+        if training.method == "full":
+            self.check_full()
         if self.lora.variant == "dora" and self.model.quantization == "int8":
             raise ValueError(
                 "lora.variant dora needs the base's weights at the start, which model.quantization"
@@ -365,3 +375,28 @@ class Config(Section):
                     " are seen; leave one of them out"
                 )
         return self
+
+    def check_full(self) -> None:
+        """Refuse what training.method full cannot use."""
+        model = self.model
+        if model.quantization != "none":
+            raise ValueError(
+                f"training.method full trains the base's own weights, which model.quantization"
+                f" {model.quantization} would freeze; set model.quantization to none"
+                " (--model.quantization none)"
+            )
+        if self.lora.init_adapter is not None:
+            raise ValueError(
+                f"lora.init_adapter {self.lora.init_adapter}: training.method full has no adapter;"
+                " merge it (recipes/merge_adapter.py) and give the merged folder as model.base"
+            )
+        if model.dtype == "float16":
+            raise ValueError(
+                "training.method full with model.dtype float16: its gradients would overflow; set"
+                " model.dtype to bfloat16 or float32"
+            )
+        if model.upcast_embeddings:
+            raise ValueError(
+                "model.upcast_embeddings: training.method full keeps float32 masters of every"
+                " weight; leave it out"
+            )

@@ -81,7 +81,9 @@ class HfEngine:
         self.causal = unwrap(model)
         config = self.causal.config.get_text_config()
         # transformers notes in the config how it quantized the weights, or found them.
-        self.weights = describe_quantized(self.causal.config) or name_dtype(self.causal.dtype)
+        # Its dtype is that of computing, where a strategy may hold the weights in another one.
+        dtype = getattr(config, "dtype", None) or self.causal.dtype
+        self.weights = describe_quantized(self.causal.config) or name_dtype(dtype)
         self.device = find_device(self.causal)
         self.tolerance = NATS * TOLERANCE[find_dtype(self.causal)]
         # XLNet has no limit and says -1.

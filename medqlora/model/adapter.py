@@ -225,6 +225,11 @@ def read_adapter_metadata(folder: Path) -> dict[str, Any]:
         not (folder / "adapter_config.json").is_file()
         or not (folder / "adapter_model.safetensors").is_file()
     ):
+        if (folder / "config.json").is_file() and read_metadata(folder).get("method") == "full":
+            raise ModelError(
+                f"adapter {folder}: a whole model (training.method full), so there is nothing to"
+                " merge or to put on a base; give this folder as --model or model.base"
+            )
         raise ModelError(
             f"adapter {folder}: no adapter_config.json and adapter_model.safetensors; give a run's"
             " adapter folder"

@@ -1,7 +1,8 @@
-"""The adapter metadata: the content of medqlora.json, in an adapter's folder or a merged model's.
+"""The adapter metadata: the content of medqlora.json, in an adapter's folder or a whole model's.
 
 An adapter's names the base and holds its architecture's hash, the quantization, the prompt style,
-the completion and the prompt's fingerprint. A merged model's also says which weights it holds.
+the completion and the prompt's fingerprint. A merged model's also says which weights it holds, and
+that of a model of training.method full says so.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class Metadata(BaseModel):
     double_quantization: bool = True
     dtype: Dtype = "auto"
     merged_base_weights: Literal["dequantized", "original"] = "dequantized"
+    method: Literal["adapter", "full"] = "adapter"
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:

@@ -22,11 +22,12 @@ from medqlora.model.hardware import name_dtype
 
 @dataclass(frozen=True)
 class Preview:
-    """A base and a new adapter on it.
+    """What is trained of a base, or of a new adapter on it.
 
     Attributes:
         base_parameters: number of the base's parameters.
-        adapter_parameters: number of the adapter's.
+        frozen_parameters: number of those of the base that are not trained.
+        trained_parameters: number of those that are trained, of the adapter or of the base.
         kept_parameters: number of the base's weights that no quantization reaches, because they are
             in no linear layer, as the experts of most mixtures are; embeddings and head, which are
             left on purpose, do not count.
@@ -37,7 +38,8 @@ class Preview:
     """
 
     base_parameters: int
-    adapter_parameters: int
+    frozen_parameters: int
+    trained_parameters: int
     kept_parameters: int
     kept_example: str
     settings: dict[str, Any]
@@ -89,9 +91,11 @@ def preview_adapter(config: PretrainedConfig, lora: Lora) -> Preview:
         ) from None
     trained = trainable(adapted)
     state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    total = sum(parameter.numel() for parameter in parameters.values())
     return Preview(
-        base_parameters=sum(parameter.numel() for parameter in parameters.values()),
-        adapter_parameters=sum(parameter.numel() for parameter in trained.values()),
+        base_parameters=total,
+        frozen_parameters=total,
+        trained_parameters=sum(parameter.numel() for parameter in trained.values()),
         kept_parameters=sum(weight.numel() for weight in kept.values()),
         kept_example=max(kept, key=lambda name: kept[name].numel(), default=""),
         settings=adapted.active_peft_config.to_dict(),

@@ -303,8 +303,8 @@ def freeze(base: torch.nn.Module, model: Model, dtype: torch.dtype) -> None:
         model: The configuration's section.
         dtype: The compute dtype.
     """
-    # The replaced norms, head and LoRA layers compute no gradients of the base's weights, so every
-    # one of them must be frozen.
+    # The replaced head and LoRA layers compute no gradients of the base's weights. Where there are
+    # none of them, full_model.unfreeze lets the weights train again.
     base.requires_grad_(False)
     if model.upcast_embeddings:
         for embedding in (base.get_input_embeddings(), base.get_output_embeddings()):
@@ -348,12 +348,7 @@ def list_untrained(causal: torch.nn.Module) -> list[str]:
     projectors behind them; layers that return more than a matrix product, as Llama 4's routers; and
     the last layers of Mamba mixers, whose kernels read the weight and pass an adapter by.
     """
-    decoder = causal.get_decoder()
-    language = set(decoder.modules())
-    # A module that transformers takes for the decoder may be a part of the text's model.
-    layers = {module for module in causal.modules() if is_layer_list(causal, module)}
-    if not layers & language:
-        decoder, language = causal, set(causal.modules())
+    decoder, language = find_language(causal)
     kept = {causal, decoder, causal.get_output_embeddings()}
     names: list[str] = []
     for name, module in causal.named_modules():
@@ -364,6 +359,35 @@ def list_untrained(causal: torch.nn.Module) -> list[str]:
                 names.append(name)
         # A module around the decoder is looked into instead.
         elif decoder not in set(module.modules()) and has_linear(module):
+            names.append(name)
+    return names
+
+
+def find_language(causal: torch.nn.Module) -> tuple[torch.nn.Module, set[torch.nn.Module]]:
+    """Return the language model of a causal LM, and all modules in it."""
+    decoder = causal.get_decoder()
+    language = set(decoder.modules())
+    # A module that transformers takes for the decoder may be a part of the text's model.
+    layers = {module for module in causal.modules() if is_layer_list(causal, module)}
+    if not layers & language:
+        decoder, language = causal, set(causal.modules())
+    return decoder, language
+
+
+def list_towers(causal: torch.nn.Module) -> list[str]:
+    """Return the names of the modules with weights beside the language model: towers for images or
+    sound, and the projectors behind them. A model of text alone has none.
+    """
+    if causal.config.get_text_config() is causal.config:
+        return []
+    decoder, language = find_language(causal)
+    kept = language | {causal, causal.get_output_embeddings()}
+    names: list[str] = []
+    for name, module in causal.named_modules():
+        if module in kept or (names and name.startswith(f"{names[-1]}.")):
+            continue
+        # A module around the decoder is looked into instead.
+        if decoder not in set(module.modules()) and next(module.parameters(), None) is not None:
             names.append(name)
     return names
 

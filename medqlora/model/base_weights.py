@@ -27,6 +27,8 @@ from medqlora.model.weight_files import (
 # "dequantized" or "original".
 MERGED_WEIGHTS = "merged_base_weights"
 FOUR_BIT = ("nf4", "fp4")
+# The packages that transformers needs for weights that other programs have quantized.
+PACKAGES = {"gptq": ("gptqmodel", "optimum"), "awq": ("gptqmodel",)}
 FLOATS = ("F64", "F32", "F16", "BF16")  # the names in the headers of safetensors files
 LAYER_NUMBER = re.compile(r"\.\d+(?=\.)")
 
@@ -157,6 +159,13 @@ def check_trainable(model: Model, config: PretrainedConfig) -> None:
         WeightsError: The files hold quantized weights, or ones that may not be quantized.
     """
     kind = describe_quantized(config)
+    if kind in PACKAGES:
+        raise WeightsError(
+            f"model.base {model.base}: its weights are quantized already ({kind}); transformers"
+            f" needs {' and '.join(PACKAGES[kind])} to load them, and this recipe neither trains on"
+            " them nor merges into them; give the unquantized model that it was made from, which"
+            " model.quantization quantizes while it is loaded"
+        )
     if kind is not None:
         raise WeightsError(
             f"model.base {model.base}: its weights are quantized already ({kind}), and an adapter"

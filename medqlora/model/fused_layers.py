@@ -18,8 +18,17 @@ class Norm(torch.autograd.Function):
     """An RMS norm that stores its input and one number per token (see compiling.normalise)."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
-        """Return the normalised x, [..., width]."""
+    def forward(
+        ctx, x: torch.Tensor, weight: torch.Tensor, module: torch.nn.Module
+    ) -> torch.Tensor:
+        """Return the normalised x, [..., width].
+
+        Args:
+            ctx: What autograd keeps for the backward pass.
+            x: [..., width].
+            weight: The module's own weight, so that autograd asks for its gradient if it trains.
+            module: The norm.
+        """
         y, scale = module.kernels.normalise(
             flatten(x), module.weight, epsilon(module), module.norm_offset
         )
@@ -31,14 +40,17 @@ class Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
-        """Return the gradient of x, [..., width]."""
+        """Return the gradients of x, [..., width], and of the weight, [width]."""
         module = ctx.module
         x, scale = ctx.saved_tensors
         out = module.kernels.normalise_backward(
             flatten(gradient), flatten(x), scale, module.weight, module.norm_offset
         )
-        # The norm's weight is frozen and gets no gradient.
-        return out.view(x.shape), None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:  # The weight of a base under an adapter is frozen.
+            normalised = flatten(x).float() * flatten(scale)  # float32 [tokens, width]
+            grad_weight = (flatten(gradient).float() * normalised).sum(0).to(module.weight.dtype)
+        return out.view(x.shape), grad_weight, None
 
 
 def flatten(x: torch.Tensor) -> torch.Tensor:
@@ -77,7 +89,7 @@ class GatedActivation(torch.autograd.Function):
 
 def forward_norm(module: torch.nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """Replace the forward of an RMS norm; [..., width] -> [..., width]."""
-    return Norm.apply(hidden_states, module)
+    return Norm.apply(hidden_states, module.weight, module)
 
 
 def forward_gated(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -24,10 +24,12 @@ PROMPT_KEYS = ("prompt_style", "completion", "template_arguments", "lowercase", 
 def read_merged_metadata(model: str) -> dict[str, Any]:
     """Return what decides the prompts that a merged model was trained with.
 
-    Another model has none, and the result is empty.
+    Another model has none, and the result is empty. A model of training.method full is also
+    evaluated in the dtype that its training computed in, as an adapter is.
     """
     metadata = read_metadata(expand_path(model, "model"))
-    return {key: metadata[key] for key in PROMPT_KEYS if key in metadata}
+    keys = (*PROMPT_KEYS, "dtype") if metadata.get("method") == "full" else PROMPT_KEYS
+    return {key: metadata[key] for key in keys if key in metadata}
 
 
 def describe_model(model: str, revision: str | None, adapter: Path | None) -> dict[str, Any]:

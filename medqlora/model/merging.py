@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,20 +22,9 @@ from medqlora.model.weight_files import (
     INDEX,
     MergeError,
     ShardWriter,
+    copy_companions,
     is_finite,
     read_tensor,
-)
-
-# The base's files with these beginnings of names are copied to the merged model.
-COPIED_PREFIXES = (
-    "tokenizer",
-    "special_tokens_map",
-    "added_tokens",
-    "vocab",
-    "merges",
-    "chat_template",
-    "generation_config",
-    "LICENSE",
 )
 
 
@@ -180,14 +168,7 @@ def merge_shard(
 
 def copy_rest(base: Path, adapter: Path, output: Path) -> None:
     """Copy tokenizer, chat template and licence; those beside the adapter win over the base's."""
-    # The base's own weights must not stand beside the merged ones.
-    for path in base.iterdir():
-        if (
-            path.is_file()
-            and path.suffix != ".safetensors"
-            and path.name.startswith(COPIED_PREFIXES)
-        ):
-            shutil.copyfile(path, output / path.name)
+    copy_companions(base, output)
     save_tokenizer(base, adapter, output)
 
 

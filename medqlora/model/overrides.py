@@ -1,7 +1,8 @@
 """The list of all methods of other libraries' modules that this package replaces.
 
 An override names the exact upstream class and the reason. It is applied only where the old and the
-new method agree on the loaded model, in their outputs and in the gradients of their inputs. It is
+new method agree on the loaded model, in their outputs and in the gradients of their inputs. The
+gradient of a norm's weight, which training.method full trains, must agree as well. An override is
 recorded in environment.json and can be undone. A class of the same name from elsewhere keeps its
 methods, and so does a class whose method computes something else; a warning says so.
 """
@@ -294,16 +295,20 @@ def relative_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float(difference / expected.float().abs().max().clamp_min(1e-30))
 
 
-def compare_on(x: torch.Tensor, old: Method, new: Method) -> float:
+def compare_on(
+    x: torch.Tensor, old: Method, new: Method, weights: tuple[torch.Tensor, ...] = ()
+) -> float:
     """Return the largest relative difference of two methods on an input.
 
     Args:
         x: The input, of any shape.
         old: The old method.
         new: The new method.
+        weights: Weights whose gradients are compared too; each must require a gradient.
 
     Returns:
-        The difference of old(x) and new(x), or of the gradients of x if that is larger.
+        The difference of old(x) and new(x), or of the gradients of x or of a weight if that is
+        larger.
     """
     results = []
     for method in (old, new):
@@ -313,16 +318,22 @@ def compare_on(x: torch.Tensor, old: Method, new: Method) -> float:
         # The gradient of the output must not be the input or the output: a norm maps a gradient
         # along its input to nearly zero.
         grad_out = draw_normal(tuple(out.shape), out, out.dtype, seed=1)
-        (grad_x,) = torch.autograd.grad(out, leaf, grad_out)
-        results.append((out.detach(), grad_x))
-    (old_out, old_grad), (new_out, new_grad) = results
-    return max(relative_difference(new_out, old_out), relative_difference(new_grad, old_grad))
+        gradients = torch.autograd.grad(out, (leaf, *weights), grad_out)
+        results.append((out.detach(), *gradients))
+    expected, found = results
+    return max(itertools.starmap(relative_difference, zip(found, expected, strict=True)))
 
 
 def compare_norm(module: torch.nn.Module, old: Method, new: Method, dtype: torch.dtype) -> float:
-    """Compare the forwards of a norm."""
+    """Compare the forwards of a norm, and the gradients of its weight."""
     shape = (1, TOKENS, module.weight.shape[-1])
-    return compare_on(draw_normal(shape, module.weight, dtype), old, new)
+    frozen = not module.weight.requires_grad
+    module.weight.requires_grad_(True)
+    try:
+        return compare_on(draw_normal(shape, module.weight, dtype), old, new, (module.weight,))
+    finally:
+        # The base is frozen while overrides are applied; training.method full thaws it afterwards.
+        module.weight.requires_grad_(not frozen)
 
 
 def compare_gated(module: torch.nn.Module, old: Method, new: Method, dtype: torch.dtype) -> float:

@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,17 @@ from medqlora.core.reading import read_object, shorten
 # The dtypes that can be merged, with their names in the headers of safetensors files.
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 INDEX = "model.safetensors.index.json"
+# The base's files with these beginnings of names are copied to a model that is made of it.
+COPIED_PREFIXES = (
+    "tokenizer",
+    "special_tokens_map",
+    "added_tokens",
+    "vocab",
+    "merges",
+    "chat_template",
+    "generation_config",
+    "LICENSE",
+)
 
 
 class MergeError(UserError):
@@ -148,8 +160,9 @@ class ShardWriter:
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write the next tensor of the layout."""
         assert name == next(self.names), "tensors are written in the order of the layout"
-        # numpy has no bfloat16, so the tensor is seen as bytes.
-        self.file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+        # numpy has no bfloat16, so the tensor is seen as bytes. One without dimensions has no view
+        # as bytes.
+        self.file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def close(self) -> None:
         """Close the file when its content is on disk."""
@@ -196,6 +209,18 @@ def read_tensor(path: Path, name: str) -> torch.Tensor:
     """
     with open_weights(path) as file:
         return file.get_tensor(name).clone()
+
+
+def copy_companions(base: Path, output: Path) -> None:
+    """Copy the tokenizer, chat template, generation config and licence of a base."""
+    # The base's own weights must not stand beside the new ones.
+    for path in base.iterdir():
+        if (
+            path.is_file()
+            and path.suffix != ".safetensors"
+            and path.name.startswith(COPIED_PREFIXES)
+        ):
+            shutil.copyfile(path, output / path.name)
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

@@ -25,6 +25,7 @@ from medqlora.reporting.numbers import p_text
 from medqlora.reporting.open_tables import describe_differences, describe_method, tabulate_means
 from medqlora.reporting.subjects import fold_small, merge_accuracies
 from medqlora.training.memory.tracker import GIB
+from medqlora.training.methods import describe_trained
 from medqlora.training.optimizers import count_warmup, learning_rate
 from medqlora.training.planning import Decision, Planned
 from medqlora.training.session import Built, Loaded
@@ -126,9 +127,10 @@ def measure_perplexity(loss: float | None) -> dict[str, float]:
 
 
 def describe_result(setup: Setup, state: dict[str, Any]) -> str:
-    """Say at the end which adapter is kept, and its evaluation loss."""
+    """Say at the end which adapter or model is kept, and its evaluation loss."""
     measured = "" if state["best_loss"] is None else f", evaluation loss {state['best_loss']:.4f}"
-    return f"adapter of step {state['best_step']}{measured}: {setup.output_dir / 'adapter'}"
+    folder = setup.method.folder
+    return f"{folder} of step {state['best_step']}{measured}: {setup.output_dir / folder}"
 
 
 def describe_planned(setup: Setup, planned: Planned) -> Iterator[Table | Text | str]:
@@ -235,11 +237,10 @@ def describe_model(
     model = setup.config.model
     dtype = str(setup.dtype).removeprefix("torch.")
     compiled = ", norms and activations compiled" if loaded.compiled else ""
+    trained = describe_trained(setup.config, setup.preview, setup.dtype)
     yield (
-        f"{model.base}: {model.quantization}, {dtype},"
-        f" {setup.preview.adapter_parameters:,} trainable beside"
-        f" {setup.preview.base_parameters:,} frozen"
-        f" parameters; {built.recomputed} layers recomputed{compiled}; {setup.device}"
+        f"{model.base}: {model.quantization}, {dtype}, {trained};"
+        f" {built.recomputed} layers recomputed{compiled}; {setup.device}"
     )
     kept = setup.preview.describe_kept(model, setup.dtype)
     if kept is not None:

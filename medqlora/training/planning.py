@@ -33,7 +33,7 @@ from medqlora.model.initial_adapter import describe_initial
 from medqlora.training.checkpoints import Checkpoint, load_newest
 from medqlora.training.memory.allocator import segments_expand
 from medqlora.training.memory.estimate import forecast_plan
-from medqlora.training.memory.planner import cost_of_attention, plan_step
+from medqlora.training.memory.planner import check_unavoidable, cost_of_attention, plan_step
 from medqlora.training.memory.target import (
     StepPlan,
     TargetHardware,
@@ -186,6 +186,7 @@ def plan_run(setup: Setup, show: Callable[[str], None]) -> Planned:
         if setup.rank == 0:
             done = checkpoint.state["step"] if checkpoint is not None else 0
             base = resolve_base(config.model.base, config.model.revision)
+            setup.method.check_base(base, setup.architecture)
             hashes = {
                 "base_files_sha256": hash_base(base),
                 **prepared.hashes,
@@ -272,7 +273,8 @@ def find_checkpoint(setup: Setup) -> tuple[Checkpoint | None, list[str]]:
     warnings: list[str] = []
     with agree_on_errors():
         if setup.resume:
-            checkpoint, warnings = load_newest(setup.output_dir / "checkpoints")
+            folder = setup.output_dir / "checkpoints"
+            checkpoint, warnings = load_newest(folder, setup.method.weights_file)
     # gather may stand only where no rank can fail before it, so comparing has a block of its own.
     with agree_on_errors():
         steps = gather(checkpoint and checkpoint.state["step"])
@@ -334,6 +336,7 @@ def decide_step(setup: Setup, prepared: Prepared, memory: int) -> Decision:
             packed_tokens=choose_packing(config.training, tokens, ranks),
             no_forecast=" ".join(str(error).split())[:200],
         )
+    check_unavoidable(step.forecast, target)
     return Decision(
         max_tokens_per_batch=step.tokens,
         gradient_checkpointing=step.checkpointing,

@@ -1,4 +1,6 @@
-"""The files of a run: environment.json, checkpoints, and the adapter with its metadata."""
+"""The files of a run: environment.json, checkpoints, and the best adapter or model with its
+metadata.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,6 @@ from medqlora.core.files import (
 )
 from medqlora.core.run_folder import LOG, rewind_log
 from medqlora.core.run_origin import ORIGIN
-from medqlora.model.adapter import adapter_weights, restore_adapter, save_adapter
 from medqlora.model.agreement import Agreement
 from medqlora.model.base import ModelError
 from medqlora.model.hardware import name_dtype
@@ -42,8 +43,10 @@ from medqlora.training.strategies.wrapping import gather_weights, load_states
 BASE_PREDICTIONS = Path("predictions") / "base.jsonl"
 
 
-def describe_adapter(setup: Setup, planned: Planned, base: torch.nn.Module) -> dict[str, Any]:
-    """Return the content of medqlora.json: the prompts of an adapter and the base it belongs to."""
+def make_metadata(setup: Setup, planned: Planned, base: torch.nn.Module) -> dict[str, Any]:
+    """Return the content of medqlora.json: the prompts of an adapter or a trained model, and the
+    base it belongs to or began from.
+    """
     model = setup.config.model
     initial = find_initial(setup)
     folder = resolve_base(model.base, model.revision)
@@ -85,13 +88,14 @@ def describe_retrieval(data: Data, hashes: Mapping[str, str]) -> dict[str, Any]:
 def restore_weights(setup: Setup, planned: Planned, built: Built) -> None:
     """Load the adapter's weights of the checkpoint, or those of lora.init_adapter.
 
-    They are loaded before a strategy divides them.
+    They are loaded before a strategy divides them. The masters of a whole model are set by
+    `restore`, and until then the model is the base.
 
     Raises:
         ModelError: The weights do not fit, or lora.init_adapter has changed since the run began.
     """
     if planned.checkpoint is not None:
-        restore_adapter(built.model, planned.checkpoint.adapter)
+        built.method.restore(built.model, planned.checkpoint.weights)
         return
     lora = setup.config.lora
     if lora.init_adapter is None:
@@ -116,7 +120,7 @@ def describe_run(
     """Return the content of environment.json.
 
     Args:
-        metadata: What `describe_adapter` returns.
+        metadata: What `make_metadata` returns.
         agreement: What `session.prove` returns.
         check: Result of the gradient check; None where there was none.
     """
@@ -141,7 +145,7 @@ def describe_run(
         "compiled": loaded.compiled,
         "isolation_error": agreement.logits,
         "input_gradient_error": agreement.gradients,
-        "trainable_parameters": setup.preview.adapter_parameters,
+        "trainable_parameters": setup.preview.trained_parameters,
         "mixture": planned.prepared.mixture,
         "data": planned.prepared.descriptions,
         "storage": name_dtype(choose_storage(setup.strategy, quantization, setup.dtype)),
@@ -157,7 +161,8 @@ def describe_run(
 def write_start(setup: Setup, planned: Planned, environment: dict[str, Any]) -> None:
     """Write environment.json and removed.jsonl; collective.
 
-    A resumed run also puts back the log and the best adapter as they were at its checkpoint.
+    A resumed run also puts back the log and the best adapter or model as they were at its
+    checkpoint.
     """
     with agree_on_errors():
         # A return inside the block still takes part in its agreement, which every rank must.
@@ -168,40 +173,33 @@ def write_start(setup: Setup, planned: Planned, environment: dict[str, Any]) -> 
         removals = [asdict(removal) for removal in planned.prepared.removals]
         write_json_lines(folder / "removed.jsonl", removals)
         if setup.resume:
-            restore_files(folder, planned.checkpoint)
+            restore_files(setup, planned.checkpoint)
 
 
-def list_copies(folder: Path) -> dict[str, Path]:
-    """Return the files of a run that each checkpoint holds a copy of, by the copy's name.
+def restore_files(setup: Setup, checkpoint: Checkpoint | None) -> None:
+    """Put back the log and the best adapter or model as they were at a checkpoint.
 
-    They are what a resumed run goes on with. Read from a checkpoint they are whole, and of the same
-    step as its weights.
-    """
-    adapter = folder / "adapter"
-    return {
-        LOG: folder / LOG,
-        "best_adapter_config.json": adapter / "adapter_config.json",
-        "best_adapter_model.safetensors": adapter / "adapter_model.safetensors",
-        "best_medqlora.json": adapter / "medqlora.json",
-    }
-
-
-def restore_files(folder: Path, checkpoint: Checkpoint | None) -> None:
-    """Put back the log and the best adapter as they were at a checkpoint.
+    Read from a checkpoint they are whole, and of the same step as its weights.
 
     Args:
-        folder: The run folder.
+        setup: The setup of the run.
         checkpoint: The checkpoint; None for a run that begins anew, whose whole log is dropped.
     """
-    copies = list_copies(folder) if checkpoint is not None else {}
+    log = setup.output_dir / LOG
     # Checkpoints of older versions hold no copies.
     if checkpoint is None or not (checkpoint.path / LOG).is_file():
         # An evaluation before the first step has a row of step 0, which is made again.
-        rewind_log(folder / LOG, checkpoint.state["step"] if checkpoint is not None else -1)
-    for name, target in copies.items():
-        if (checkpoint.path / name).is_file():
-            make_folder(target.parent)
-            write_atomic(target, (checkpoint.path / name).read_bytes())
+        rewind_log(log, checkpoint.state["step"] if checkpoint is not None else -1)
+    else:
+        write_atomic(log, (checkpoint.path / LOG).read_bytes())
+    if checkpoint is not None:
+        try:
+            setup.method.put_back(checkpoint.path, setup.output_dir / setup.method.folder)
+        except OSError as error:
+            raise RunError(
+                f"cannot put back {setup.output_dir / setup.method.folder}:"
+                f" {error.strerror or error}; free space, or move away what is there"
+            ) from None
 
 
 def make_folder(path: Path) -> None:
@@ -256,63 +254,102 @@ def write_checkpoint(session: Session, output_dir: Path, state: dict[str, Any]) 
         The folder of the checkpoint.
 
     Raises:
-        AgreedError: The adapter cannot be gathered, or the disk refused.
+        AgreedError: The weights cannot be gathered, or the disk refused.
     """
+    writes = session.rank == 0
     with agree_on_errors():
-        # gather_weights is collective. It checks only after all tensors are whole on every rank, so
-        # no rank fails while another waits.
-        weights = gather_weights(session.trainer, session.built.shapes)
+        # gather_weights is collective. It checks only after all tensors have been gathered, so no
+        # rank fails while another waits.
+        weights = gather_weights(session.trainer, session.built.shapes, keep=writes)
     # Rank 0 alone writes the states, but reading them is collective.
-    states = session.trainer.read_states()
+    states = session.trainer.read_states(keep=writes)
     folder = output_dir / "checkpoints"
+    method = session.built.method
     with agree_on_errors():
-        if session.rank == 0:
+        if writes:
+            tensors = method.list_tensors(session.built.model, weights)
             save_checkpoint(
                 folder,
                 state["step"],
-                adapter_weights(session.built.model, weights),
+                move_to_cpu(tensors),
                 # Some strategies return the live tensors of their optimizer.
                 {name: move_to_cpu(tensors) for name, tensors in states.items()},
                 # Which float16 steps overflow and are skipped depends on the loss scale.
                 state | {"loss_scale": session.trainer.read_scale()},
                 session.config.training.keep_checkpoints,
-                list_copies(output_dir),
+                method.weights_file,
+                method.list_best(output_dir / method.folder),
+                method.keep_file,
+                log=output_dir / LOG,
             )
     return folder / f"step-{state['step']}"
 
 
 def move_to_cpu(state: dict[str, Any]) -> dict[str, Any]:
-    """Return the state of one parameter with its tensors on the CPU."""
+    """Return a dictionary with its tensors on the CPU."""
     return {key: value.cpu() if torch.is_tensor(value) else value for key, value in state.items()}
 
 
-def write_adapter(session: Session, output_dir: Path, metadata: dict[str, Any]) -> None:
-    """Write the present adapter in PEFT's format, with its metadata, on rank 0; collective.
+def write_best(session: Session, output_dir: Path, metadata: dict[str, Any]) -> None:
+    """Write the present adapter or model with its metadata on rank 0; collective.
 
     Raises:
-        AgreedError: The adapter cannot be gathered, or it cannot be written.
+        AgreedError: The weights cannot be gathered, or they cannot be written.
     """
+    writes = session.rank == 0
+    method = session.built.method
     with agree_on_errors():
-        weights = gather_weights(session.trainer, session.built.shapes)
+        weights = gather_weights(session.trainer, session.built.shapes, keep=writes)
     with agree_on_errors():
-        if session.rank == 0:
-            tensors = adapter_weights(session.built.model, weights)
-            save_adapter(output_dir / "adapter", session.built.model, metadata, tensors)
+        if writes:
+            folder = output_dir / method.folder
+            method.save(folder, session.built.model, session.config, metadata, weights)
+
+
+def load_best(session: Session, output_dir: Path) -> None:
+    """Let the model be that of the best adapter or model; collective.
+
+    Raises:
+        AgreedError: What was written is damaged.
+    """
+    method = session.built.method
+    with agree_on_errors():
+        values = method.load(output_dir / method.folder, session.built.model)
+    session.trainer.write_weights(values)
 
 
 def restore(session: Session, planned: Planned) -> None:
-    """Load optimizer states and loss scale of the checkpoint that the run continues from.
+    """Load masters, optimizer states and loss scale of the checkpoint that the run continues from.
 
-    A new run is left as it is. The adapter's weights were loaded before a strategy divided them.
+    A new run is left as it is. An adapter's weights were loaded before a strategy divided them.
 
     Raises:
-        AgreedError: The states belong to another adapter or optimizer.
+        AgreedError: The weights or states belong to another adapter, base or optimizer.
     """
     if planned.checkpoint is None:
         return
+    values = session.built.method.name_restored(planned.checkpoint.weights)
+    if values:
+        with agree_on_errors():
+            check_restored(values, session.built.shapes)
+        session.trainer.write_weights(values)
     with agree_on_errors():
         # load_states is collective. All ranks have read the same checkpoint, so its check fails on
         # all of them or on none.
         load_states(session.trainer, planned.checkpoint.optimizer)
         if planned.checkpoint.state.get("loss_scale"):
             session.trainer.write_scale(planned.checkpoint.state["loss_scale"])
+
+
+def check_restored(values: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> None:
+    """Refuse a checkpoint of another model.
+
+    Raises:
+        ModelError: A weight is missing, surplus or of another shape.
+    """
+    for name in sorted(values.keys() | shapes.keys()):
+        if name not in values or name not in shapes or values[name].shape != shapes[name]:
+            raise ModelError(
+                f"checkpoint does not fit this base: weight {name} is missing, surplus or of"
+                " another shape; start a new run without --resume"
+            )

@@ -1,8 +1,8 @@
 """The one place where a model is built and an optimizer step is taken.
 
-A model consists of the base, the adapter, recomputation, the loss and a strategy. The recipe,
-preflight, the benchmarks, the memory forecast and the gradient check all use the functions of this
-module. Therefore what they check or measure is what trains.
+A model consists of the base, its adapter if it has one, recomputation, the loss and a strategy. The
+recipe, preflight, the benchmarks, the memory forecast and the gradient check all use the functions
+of this module. Therefore what they check or measure is what trains.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from transformers import PretrainedConfig
 
 from medqlora.batches.collate import cap_batches, collate
@@ -24,7 +23,7 @@ from medqlora.batches.plan import Plan, fit_bins
 from medqlora.core.config import Config
 from medqlora.core.errors import UserError
 from medqlora.core.seeds import fit_seed
-from medqlora.model.adapter import attach_adapter, trainable
+from medqlora.model.adapter import trainable
 from medqlora.model.agreement import Agreement, prove_agreement
 from medqlora.model.attention.backends import IMPLEMENTATIONS, choose_backend
 from medqlora.model.attention.packed_batch import move_batch
@@ -35,6 +34,7 @@ from medqlora.model.head_loss import AnswerLoss, count_chunks
 from medqlora.model.random_base import make_base
 from medqlora.model.recomputation import set_checkpointing
 from medqlora.prompts.rows import TokenTable
+from medqlora.training.methods import Method, choose_method
 from medqlora.training.optimizers import make_optimizer
 from medqlora.training.processes import gather
 from medqlora.training.strategies.interface import Trainer
@@ -99,17 +99,19 @@ def load(
 
 @dataclass(frozen=True)
 class Built:
-    """A base with its adapter and loss, undivided on one device.
+    """A model that trains and its loss, undivided on one device.
 
     Args:
-        model: The base with its adapter.
+        model: The base with its adapter, or the base itself where all of it trains.
+        method: What training.method decides.
         loss_model: The module around it whose output is the summed loss.
         backend: Name of the attention backend.
         recomputed: Number of layers whose activations are computed again in the backward pass.
         shapes: Shapes of the trainable tensors by parameter name, before a strategy divides them.
     """
 
-    model: PeftModel
+    model: torch.nn.Module
+    method: Method
     loss_model: AnswerLoss
     backend: str
     recomputed: int
@@ -127,19 +129,22 @@ class Built:
 
 
 def build(loaded: Loaded, config: Config) -> Built:
-    """Attach a new adapter to a base, set which layers are recomputed, and add the loss.
+    """Attach a new adapter to a base or unfreeze the base, set which layers are recomputed, and add
+    the loss.
 
     Raises:
-        ModelError: The adapter does not fit the base (attach_adapter).
+        ModelError: The adapter does not fit the base (attach_adapter), or the base cannot be
+            trained (unfreeze).
     """
-    # attach_adapter puts its layers into loaded.base, which is the same base from here on.
-    model = attach_adapter(loaded.base, config.lora, config.training.seed)
+    method = choose_method(config)
+    # An adapter's layers are put into loaded.base, which is the same base from here on.
+    model = method.attach(loaded.base, config)
     recomputed = set_checkpointing(loaded.base, config.training.gradient_checkpointing)
     loss_model = AnswerLoss(model, config.training.loss_chunk_tokens)
     # A strategy may leave an empty or divided tensor in the place of a parameter. Here all of them
     # still have their whole shapes.
     shapes = {name: weight.shape for name, weight in trainable(model).items()}
-    return Built(model, loss_model, loaded.backend, recomputed, shapes)
+    return Built(model, method, loss_model, loaded.backend, recomputed, shapes)
 
 
 def prove(built: Built, config: Config) -> Agreement:

@@ -21,13 +21,20 @@ from medqlora.core.files import check_disk, hash_json
 from medqlora.core.run_folder import check_run
 from medqlora.core.run_lock import hold_run
 from medqlora.core.run_origin import read_origin
-from medqlora.model.adapter_preview import Preview, preview_adapter
+from medqlora.model.adapter_preview import Preview
 from medqlora.model.attention.backends import Choice, choose_backend
-from medqlora.model.base import check_hardware, check_length, load_tokenizer, read_model_config
+from medqlora.model.base import (
+    check_hardware,
+    check_length,
+    find_model,
+    load_tokenizer,
+    read_model_config,
+)
 from medqlora.model.base_weights import check_trainable
 from medqlora.model.hardware import choose_dtype, default_device
 from medqlora.model.initial_adapter import check_initial
 from medqlora.prompts.chat_template import Encoder, make_encoder
+from medqlora.training.methods import Method, choose_method
 from medqlora.training.processes import (
     agree_on_errors,
     check_versions,
@@ -54,7 +61,8 @@ class Setup:
         encoder: Tokenizer and prompt style.
         architecture: Configuration of the base model, without weights.
         attention: The chosen attention backend and the reason for it.
-        preview: Sizes of the base and the adapter, and what becomes of them.
+        method: What training.method decides.
+        preview: Sizes of the base and of what trains, and what becomes of them.
         resumed_packed_tokens: Tokens of the bins that the resumed run was packed into, where a
             forecast decided on them; None otherwise.
         memory_before: Bytes in use when the meter was made.
@@ -74,6 +82,7 @@ class Setup:
     encoder: Encoder
     architecture: PretrainedConfig
     attention: Choice
+    method: Method
     preview: Preview
     resumed_packed_tokens: int | None
     meter: MemoryMeter
@@ -148,7 +157,11 @@ def start(
         attention = choose_backend(model.attention, device, dtype, architecture)
         # This call only refuses a global batch that cannot be divided.
         list_budgets(training, config.data.max_length, strategy.ranks)
-        preview = preview_adapter(architecture, config.lora)
+        method = choose_method(config)
+        preview = method.preview(architecture, config)
+        folder = find_model(model.base)
+        if folder is not None:  # A base on the hub is checked when it has been downloaded.
+            method.check_base(folder, architecture)
         # A resumed run has the weights in its checkpoints, and its folder may be gone.
         if config.lora.init_adapter is not None and not resume:
             check_initial(model, config.lora, architecture, preview)
@@ -168,8 +181,8 @@ def start(
             check_run(output_dir, config, resume)
             check_disk(
                 output_dir,
-                size_of_checkpoints(preview.adapter_parameters, training.keep_checkpoints),
-                "adapter and checkpoints",
+                size_of_checkpoints(config, preview.trained_parameters, dtype),
+                f"{method.folder} and checkpoints",
             )
             # From here on no other training can write to the folder.
             warning = lock.enter_context(hold_run(output_dir, RESTART_PATIENCE * restarted))
@@ -189,6 +202,7 @@ def start(
         encoder=encoder,
         architecture=architecture,
         attention=attention,
+        method=method,
         preview=preview,
         resumed_packed_tokens=read_packed_tokens(origin, config),
         meter=meter,
@@ -197,14 +211,22 @@ def start(
     )
 
 
-def size_of_checkpoints(adapter_parameters: int, kept: int) -> int:
+def size_of_checkpoints(config: Config, parameters: int, dtype: torch.dtype) -> int:
     """Return the bytes of disk that a run needs, from above.
 
-    They are those of `kept` checkpoints, of one that is being written, and of the adapter itself.
-    Each parameter takes 4 bytes for its weight, 4 for that of the best adapter, and 8 for AdamW's
-    two float32 moments.
+    A checkpoint holds 4 bytes of each trained parameter for its weight, and 8 for AdamW's two
+    float32 moments. Those that are kept and the one that is being written are there at a time.
+    Beside each of them, and in the run folder, there may be another best adapter, in 4 bytes, or
+    another best model, in the compute dtype.
+
+    Args:
+        config: The configuration.
+        parameters: Number of trained parameters.
+        dtype: The dtype of computing.
     """
-    return 16 * adapter_parameters * (kept + 2)
+    checkpoints = config.training.keep_checkpoints + 1
+    best = dtype.itemsize if config.training.method == "full" else 4
+    return parameters * (12 * checkpoints + best * (checkpoints + 1))
 
 
 def read_packed_tokens(origin: Mapping[str, Any], config: Config) -> int | None:

@@ -140,7 +140,8 @@ def count_flops(trial: Trial, recomputed: int) -> float:
     """Return the floating-point operations per token of a training step.
 
     Each weight of the linear maps in the decoder layers, adapters included, takes 2 operations in
-    the forward pass, 2 for the gradient of its input, and 2 more where the layer is recomputed.
+    the forward pass, 2 for the gradient of its input, 2 more where the layer is recomputed, and 2
+    more for its own gradient where all weights train.
     bench/throughput.py says what this count leaves out.
 
     Args:
@@ -153,8 +154,8 @@ def count_flops(trial: Trial, recomputed: int) -> float:
             # so its shape says nothing, but these two numbers hold.
             if isinstance(module, torch.nn.Linear):
                 total += module.in_features * module.out_features
-    # A frozen weight needs no gradient of its own, which would be another 2 operations.
-    return (4 + 2 * recomputed / trial.layers) * total
+    own = 2 if trial.session.config.training.method == "full" else 0
+    return (4 + own + 2 * recomputed / trial.layers) * total
 
 
 def find_peak(

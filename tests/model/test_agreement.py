@@ -394,6 +394,6 @@ def test_all_linear_leaves_vision_towers_and_projectors_alone_unless_told():
         assert any("language_model" in name for name in trained)
         assert any("vision_tower" in name for name in trained) is towers
         preview = preview_adapter(config, lora)
-        assert preview.adapter_parameters == sum(
+        assert preview.trained_parameters == sum(
             parameter.numel() for parameter in trained.values()
         )

@@ -92,7 +92,7 @@ def test_adapter_size_is_known_without_weights(architecture, variant):
     base = model.num_parameters()
     adapter = sum(p.numel() for p in attach_adapter(model, lora, 0).parameters() if p.requires_grad)
     preview = preview_adapter(config, lora)
-    assert (preview.base_parameters, preview.adapter_parameters) == (base, adapter)
+    assert (preview.base_parameters, preview.trained_parameters) == (base, adapter)
 
 
 def test_adapter_initialisation_follows_the_seed():

@@ -15,6 +15,7 @@ from medqlora.training.checkpoints import (
     save_checkpoint,
 )
 
+NAME = "adapter.safetensors"
 ADAPTER = {"a": torch.arange(6.0).view(2, 3)}
 
 
@@ -26,6 +27,7 @@ def save(folder, step, keep=2):
         {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": []},
         {"best_loss": 0.5},
         keep,
+        NAME,
     )
 
 
@@ -33,10 +35,10 @@ def test_round_trip_and_pruning(tmp_path):
     for step in (10, 20, 100):
         save(tmp_path, step)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-100", "step-20"]
-    checkpoint, warnings = load_newest(tmp_path)
+    checkpoint, warnings = load_newest(tmp_path, NAME)
     assert warnings == []
     assert checkpoint.state == {"best_loss": 0.5, "step": 100}
-    assert torch.equal(checkpoint.adapter["a"], ADAPTER["a"])
+    assert torch.equal(checkpoint.weights["a"], ADAPTER["a"])
     assert torch.equal(checkpoint.optimizer["state"][0]["exp_avg"], torch.ones(2))
 
 
@@ -46,7 +48,7 @@ def test_pruning_spares_the_newest_where_later_ones_are_damaged(tmp_path):
         (save(tmp_path, step, keep=9) / "optimizer.pt").unlink()
     for step in (10, 20):
         save(tmp_path, step, keep=1)
-    checkpoint, warnings = load_newest(tmp_path)
+    checkpoint, warnings = load_newest(tmp_path, NAME)
     assert checkpoint.state["step"] == 20
     assert len(warnings) == 2
     names = [path.name for path in list_checkpoints(tmp_path)]
@@ -72,7 +74,7 @@ def test_damaged_checkpoint_is_skipped_with_a_warning(tmp_path, name, damage):
         os.truncate(path, path.stat().st_size // 2)
     else:
         flip(path)
-    checkpoint, warnings = load_newest(tmp_path)
+    checkpoint, warnings = load_newest(tmp_path, NAME)
     if name == "manifest.json" and damage == "flip" and checkpoint.state["step"] == 2:
         # the flipped bit was in white space or a redundant place; every file still has its hash
         return
@@ -82,7 +84,7 @@ def test_damaged_checkpoint_is_skipped_with_a_warning(tmp_path, name, damage):
 
 
 def test_no_checkpoint(tmp_path):
-    assert load_newest(tmp_path / "none") == (None, [])
+    assert load_newest(tmp_path / "none", NAME) == (None, [])
 
 
 def test_full_disk_leaves_earlier_checkpoints(tmp_path, monkeypatch):
@@ -94,7 +96,7 @@ def test_full_disk_leaves_earlier_checkpoints(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", refuse)
     with pytest.raises(CheckpointError, match="No space left on device"):
         save(tmp_path, 2)
-    assert load_newest(tmp_path)[0].state["step"] == 1
+    assert load_newest(tmp_path, NAME)[0].state["step"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
 
 
@@ -105,7 +107,7 @@ import torch
 from medqlora.training.checkpoints import save_checkpoint
 for step in itertools.count(int(sys.argv[2])):
     weights = {"a": torch.full((300_000,), float(step))}
-    save_checkpoint(Path(sys.argv[1]), step, weights, {}, {}, 2)
+    save_checkpoint(Path(sys.argv[1]), step, weights, {}, {}, 2, "adapter.safetensors")
     print(step, flush=True)
 """
 
@@ -124,10 +126,10 @@ def test_kill_in_the_middle_of_saves_never_leaves_a_broken_newest(tmp_path):
         process.send_signal(signal.SIGKILL)
         said = [int(line) for line in process.stdout.read().split()]
         process.wait()
-        checkpoint, warnings = load_newest(tmp_path)
+        checkpoint, warnings = load_newest(tmp_path, NAME)
         assert warnings == []
         assert checkpoint.state["step"] >= max(said, default=newest + 1)
-        assert (checkpoint.adapter["a"] == checkpoint.state["step"]).all()
+        assert (checkpoint.weights["a"] == checkpoint.state["step"]).all()
         newest = checkpoint.state["step"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -27,8 +28,10 @@ from medqlora.training.memory.tracker import (
     Forecast,
     Tracker,
     UnknownForecast,
+    sum_unavoidable,
 )
 from medqlora.training.session import Loaded, build, run_micro_batch
+from medqlora.training.strategies.replicated import make_master, move_gradient
 
 
 class TracedTrainer:
@@ -104,15 +107,18 @@ def forecast_step(
     resident = make_states(config.training.optimizer, device, weights)
     for state in resident:
         tracker.follow(state, "optimizer")
+    masters = [make_master(weight) for weight in weights]
     if device.type == "cuda":
         resident.append(tracker.make((CUBLAS_WORKSPACES,), torch.uint8, "workspace"))
-    for weight in weights:
+    for weight, master in zip(weights, masters, strict=True):
+        if master is not weight:
+            tracker.follow(master.data, "master weights")
         if batch.accumulated:
-            weight.grad = torch.zeros_like(weight)
-            tracker.follow(weight.grad, "gradients")
+            master.grad = torch.zeros_like(master)
+            tracker.follow(master.grad, "gradients")
         # The tracker takes a weight's new gradient for one of activations until this hook moves it.
         weight.register_post_accumulate_grad_hook(
-            lambda parameter: tracker.follow(parameter.grad, "gradients")
+            functools.partial(collect_gradient, master=master, tracker=tracker)
         )
     inputs = make_inputs(batch, device, place, backend)
     for value in inputs.values():
@@ -147,7 +153,16 @@ def forecast_step(
         recomputed=built.recomputed,
         largest=measure_units(base),
         host=find_arena(base).capacity,
+        full=config.training.method == "full",
+        unavoidable=sum_unavoidable(by_category, 4 * sum(weight.numel() for weight in weights)),
     )
+
+
+def collect_gradient(weight: torch.Tensor, master: torch.Tensor, tracker: Tracker) -> None:
+    """Do with a new gradient what strategies.replicated does, and count the result."""
+    if master is not weight:
+        move_gradient(weight, master)
+    tracker.follow(master.grad, "gradients")
 
 
 def check_attention(

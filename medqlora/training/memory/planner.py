@@ -14,7 +14,7 @@ from medqlora.core.config_loading import change
 from medqlora.training.memory.estimate import Estimate, forecast_plan, time_per_token
 from medqlora.training.memory.longest import least_memory, longest_sequence
 from medqlora.training.memory.target import StepPlan, TargetHardware
-from medqlora.training.memory.tracker import GIB, ForecastError
+from medqlora.training.memory.tracker import GIB, Forecast, ForecastError
 
 
 def plan_step(
@@ -70,6 +70,7 @@ def plan_step(
             f"memory: the base alone needs {fastest.forecast.loaded / GIB:.2f} GiB,"
             f" {target.memory / GIB:.2f} GiB may be used; use a smaller model"
         )
+    check_unavoidable(fastest.forecast, target)
     estimated_sizes = (min(sizes[-1], max(1, sizes[0] // 2)), sizes[0])
     estimate = Estimate(config, architecture, target, estimated_sizes, labelled_of)
     options = []
@@ -113,6 +114,23 @@ def plan_step(
         f" {list(modes)[-1]} need {target.needs(smallest, short=True) / GIB:.2f} GiB,"
         f" {target.memory / GIB:.2f} GiB may be used{host};"
         f" {suggest(config, architecture, target, labelled_of)}"
+    )
+
+
+def check_unavoidable(forecast: Forecast, target: TargetHardware) -> None:
+    """Refuse full fine-tuning where its weights and their states alone do not fit.
+
+    Raises:
+        ForecastError: The message says what needs less.
+    """
+    if not forecast.full or forecast.unavoidable <= target.memory:
+        return
+    raise ForecastError(
+        f"memory: training.method full needs {forecast.unavoidable / GIB:.2f} GiB for"
+        f" {forecast.trainable:,} weights, their float32 masters, gradients and optimizer states,"
+        f" {target.memory / GIB:.2f} GiB may be used; train an adapter (training.method adapter),"
+        " set training.optimizer to adamw_8bit, or divide the states over more GPUs"
+        " (accelerate_configs/zero3.yaml or fsdp2.yaml)"
     )
 
 
@@ -189,6 +207,8 @@ def suggest(
             )
     length = longest_sequence(config, architecture, target, labelled_of)
     fitting = [size for size in sizes if size <= (length or 0)]
+    if not fitting and config.training.method == "full":
+        return "no length fits; use a smaller model, more GPUs, or train an adapter"
     if not fitting:
         return (
             "no length fits; use a smaller model, a smaller lora.r or training.optimizer"

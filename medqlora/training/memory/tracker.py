@@ -25,6 +25,8 @@ CATEGORIES = (
     "other base weights",
     "embeddings and head",
     "adapters",
+    "trained weights",
+    "master weights",
     "gradients",
     "optimizer",
     "inputs",
@@ -77,6 +79,9 @@ class Forecast:
         reserved_fixed: What it reserves without expandable segments.
         at_loading: Base and adapter before the first step, by category.
         trainable: Number of trainable parameters.
+        full: Whether they are the weights of the base (training.method full).
+        unavoidable: Bytes of trained weights, their masters, gradients and optimizer states, which
+            no micro-batch and no recomputation makes fewer.
         layers: Number of decoder layers.
         recomputed: Number of layers whose activations are computed again.
         largest: Bytes of the largest part that a sharded base gathers at once.
@@ -94,11 +99,24 @@ class Forecast:
     recomputed: int
     largest: int = 0
     host: int = 0
+    full: bool = False
+    unavoidable: int = 0
 
     @property
     def loaded(self) -> int:
         """Bytes of base and adapter before the first step."""
         return sum(self.at_loading.values())
+
+
+def sum_unavoidable(parts: dict[str, int], gradients: int) -> int:
+    """Return Forecast.unavoidable.
+
+    Args:
+        parts: Bytes by category in a step.
+        gradients: Bytes of all gradients, of which a peak need not hold all.
+    """
+    names = ("adapters", "trained weights", "master weights", "optimizer")
+    return gradients + sum(parts.get(name, 0) for name in names)
 
 
 class Tracker(TorchDispatchMode):

@@ -18,7 +18,11 @@ class FullyShard:
 
     Accelerate's FSDP2 does not run on CPUs, so the same code could not be tested there. Each
     decoder layer is one unit that is divided and gathered; an untied embedding and its head are one
-    unit each. Tied embeddings and the few norms outside the layers stay whole on each rank.
+    unit each. Under an adapter, tied embeddings and the few norms outside the layers stay whole on
+    each rank. Where they train, they are the unit of the whole module.
+
+    Trained weights that compute in 16 bits are divided in float32, which makes them the masters;
+    fully_shard rounds them when it gathers them, and sums gradients in float32.
     """
 
     def __init__(
@@ -32,27 +36,21 @@ class FullyShard:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
-        causal = unwrap(loss_model.model)
-        layers = find_layers(causal)
-        embed = causal.get_input_embeddings()
-        head = causal.get_output_embeddings()
-        # A parameter may belong to one unit only, and a tied weight would belong to two.
-        units = [*layers] if embed.weight is head.weight else [embed, *layers, head]
-        divided = set()
-        for unit in units:
-            divided.update(id(parameter) for parameter in unit.parameters())
-        # The outermost module would divide whatever no unit has, unless it is told to ignore it.
-        whole = {parameter for parameter in loss_model.parameters() if id(parameter) not in divided}
         offload_policy = CPUOffloadPolicy() if strategy.settings.get("offload") else OffloadPolicy()
         options = {
             "mesh": init_device_mesh(device.type, (strategy.ranks,)),
             "reshard_after_forward": strategy.settings.get("reshard_after_forward", True),
             "offload_policy": offload_policy,
+            "mp_policy": choose_precision(loss_model),
         }
+        units, whole = list_units(loss_model)
         # fully_shard must be called for inner modules before the module around them.
         for unit in units:
+            keep_masters(unit)
             fully_shard(unit, **options)
+        keep_masters(loss_model)
         self.wrapped = fully_shard(loss_model, **options, ignored_params=whole)
+        self.divides_all = not whole
         self.module = loss_model
         self.max_grad_norm = max_grad_norm
         self.device = device
@@ -65,8 +63,9 @@ class FullyShard:
         return self.wrapped(**batch)
 
     def accumulate(self, last: bool):
-        # Until the last micro-batch, each rank adds up whole gradients of its own rows.
-        self.wrapped.set_requires_gradient_sync(last)
+        # Until the last micro-batch, each rank adds up whole gradients of its own rows. Those of a
+        # whole model would take more memory than the divided weights, so they are divided at once.
+        self.wrapped.set_requires_gradient_sync(last or self.divides_all)
         return contextlib.nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -94,13 +93,16 @@ class FullyShard:
     def read_gradients(self) -> dict[str, torch.Tensor]:
         return {name: self.gather(weight.grad) for name, weight in self.weights.items()}
 
-    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a whole tensor on the host, so that only one at a time is whole on the GPU."""
+    def gather(self, tensor: torch.Tensor, keep: bool = True) -> torch.Tensor | None:
+        """Return a whole tensor on the host, so that only one at a time is whole on the GPU.
+
+        Without `keep`, this rank only takes part in gathering it.
+        """
         tensor = tensor.detach()
         if hasattr(tensor, "full_tensor"):
             # An offloaded part lies on the host, and the mesh gathers on its own device.
             tensor = tensor.to(self.device).full_tensor()
-        return tensor.cpu()
+        return tensor.cpu() if keep else None
 
     def divide(self, value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Return this rank's part of a whole tensor, divided and placed as `like` is."""
@@ -114,20 +116,31 @@ class FullyShard:
         )
         return divided.to(like.device)
 
-    def read_weights(self) -> dict[str, torch.Tensor]:
-        return {name: self.gather(weight) for name, weight in self.weights.items()}
+    def read_weights(self, keep: bool = True) -> dict[str, torch.Tensor]:
+        values = {}
+        for name, weight in self.weights.items():
+            value = self.gather(weight, keep)
+            if keep:
+                values[name] = value
+        return values
 
     def write_weights(self, values: dict[str, torch.Tensor]) -> None:
+        # What is still gathered from an evaluation would go on computing with its old weights.
+        self.wrapped.reshard()
         with torch.no_grad():
             for name, weight in self.weights.items():
                 weight.copy_(self.divide(values[name], weight))
+        # The scoring calls the model inside, not the whole module, which would gather its unit.
+        self.wrapped.unshard()
 
-    def read_states(self) -> dict[str, dict[str, Any]]:
+    def read_states(self, keep: bool = True) -> dict[str, dict[str, Any]]:
         states = {}
         for name, weight in self.weights.items():
             if weight in self.optimizer.state:
                 state = self.optimizer.state[weight]
-                states[name] = {key: self.gather(value) for key, value in state.items()}
+                gathered = {key: self.gather(value, keep) for key, value in state.items()}
+                if keep:
+                    states[name] = gathered
         return states
 
     def write_states(self, states: dict[str, dict[str, Any]]) -> None:
@@ -142,3 +155,46 @@ class FullyShard:
                 for key, value in state.items()
             }
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": numbered})
+
+
+def list_units(
+    loss_model: AnswerLoss,
+) -> tuple[list[torch.nn.Module], set[torch.nn.Parameter]]:
+    """Return the modules that are divided, inner ones first, and the parameters that stay whole."""
+    causal = unwrap(loss_model.model)
+    layers = find_layers(causal)
+    embed = causal.get_input_embeddings()
+    head = causal.get_output_embeddings()
+    # A parameter may belong to one unit only, and a tied weight would belong to two.
+    units = [*layers] if embed.weight is head.weight else [embed, *layers, head]
+    divided = set()
+    for unit in units:
+        divided.update(id(parameter) for parameter in unit.parameters())
+    # The outermost module would divide whatever no unit has, unless it is told to ignore it.
+    whole = {parameter for parameter in loss_model.parameters() if id(parameter) not in divided}
+    # Nobody sums the gradients of what stays whole. What trains is left to the outermost unit.
+    if any(parameter.requires_grad for parameter in whole):
+        whole = set()
+    return units, whole
+
+
+def choose_precision(loss_model: AnswerLoss) -> Any:
+    """Return the policy for trained weights in bfloat16: float32 parts, bfloat16 when gathered."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    dtypes = {weight.dtype for weight in trainable(loss_model.model).values()}
+    if dtypes == {torch.float32}:
+        return MixedPrecisionPolicy()
+    (dtype,) = dtypes
+    # Inputs such as rotary tables keep the dtype that the model gives them.
+    return MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+
+
+def keep_masters(unit: torch.nn.Module) -> None:
+    """Make the trained weights of a unit float32 before it is divided."""
+    for parameter in unit.parameters():
+        # The parameters of a unit inside are divided already.
+        if parameter.requires_grad and not hasattr(parameter, "to_local"):
+            parameter.data = parameter.data.float()

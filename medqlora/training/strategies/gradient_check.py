@@ -97,7 +97,7 @@ def choose_rows(table: TokenTable, ranks: int) -> np.ndarray:
 
 
 def fill_zero_weights(model: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:
-    """Fill zero tensors of the adapter with noise, the same on every rank.
+    """Fill zero tensors of what trains with noise, the same on every rank.
 
     The second factor of a new adapter is zero, which makes the gradient of the first factor zero,
     and a comparison of zeros shows nothing.
@@ -106,7 +106,10 @@ def fill_zero_weights(model: torch.nn.Module, seed: int) -> dict[str, torch.Tens
         The weights before, by parameter name.
     """
     weights = trainable(model)
-    initial_weights = {name: weight.detach().clone() for name, weight in weights.items()}
+    # They wait in the host's memory: a GPU may have none for a second model.
+    initial_weights = {
+        name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()
+    }
     torch.manual_seed(seed)
     with torch.no_grad():
         for weight in weights.values():
@@ -142,7 +145,7 @@ def compute_reference(
     """Compute the same gradients with the whole model on each rank, summed over ranks; collective.
 
     Returns:
-        Whole gradients by parameter name, float32.
+        Whole gradients by parameter name, in the dtype of the weights.
     """
     torch.manual_seed(seed)
     loss_model.train()
@@ -155,7 +158,7 @@ def compute_reference(
     for gradient in gradients:
         if dist.is_initialized():
             dist.all_reduce(gradient)
-    return dict(zip(weights, gradients, strict=True))
+    return {name: gradient.cpu() for name, gradient in zip(weights, gradients, strict=True)}
 
 
 def compare_gradients(
@@ -181,6 +184,7 @@ def compare_gradients(
     for name, expected in reference.items():
         gradient = measured[name].to(expected.device)
         # NaN would pass: no comparison with it is true. The reference may be NaN as well.
+        expected = expected.float()  # A gradient of a weight in bfloat16 is rounded to it.
         error = math.inf
         if gradient.shape == expected.shape and bool(torch.isfinite(gradient - expected).all()):
             scale = expected.abs().max().clamp_min(1e-12)

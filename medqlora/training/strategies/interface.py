@@ -1,8 +1,11 @@
 """The methods that the trainer of every strategy has.
 
 Replicated, Zero and FullyShard have them, so that the training loop needs no knowledge of the
-strategy. Under each strategy, trainable weights, gradients and their sums are float32; the frozen
-base keeps its own storage. Every method is collective: all ranks must call it.
+strategy. Under each strategy, the weights that the optimizer updates, its states and the sums of
+gradients over micro-batches are float32; the frozen base keeps its own storage. Weights that
+compute in 16 bits, as all do under training.method full, are rounded from float32 masters
+(Micikevicius et al., 2018, arXiv 1710.03740, section 3.1). Every method is collective: all ranks
+must call it.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ class Trainer(Protocol):
 
     Attributes:
         module: The loss model, whose train or eval mode the caller sets.
-        weights: The trainable parameters by name; a strategy may have divided them over ranks.
+        weights: The trainable parameters by name, or their float32 masters; a strategy may have
+            divided them over ranks.
     """
 
     module: AnswerLoss
@@ -54,14 +58,21 @@ class Trainer(Protocol):
     def read_gradients(self) -> dict[str, torch.Tensor]:
         """Return the whole gradients by parameter name, float32."""
 
-    def read_weights(self) -> dict[str, torch.Tensor]:
-        """Return the whole trainable tensors by parameter name, float32."""
+    def read_weights(self, keep: bool = True) -> dict[str, torch.Tensor]:
+        """Return the whole trainable tensors by parameter name, float32.
+
+        A rank without `keep` takes part in gathering them, and returns none of them: the host of
+        many ranks has no memory for a whole model in each.
+        """
 
     def write_weights(self, values: dict[str, torch.Tensor]) -> None:
         """Set the trainable tensors from whole tensors by parameter name."""
 
-    def read_states(self) -> dict[str, dict[str, Any]]:
-        """Return the whole optimizer states by parameter name; empty before the first step."""
+    def read_states(self, keep: bool = True) -> dict[str, dict[str, Any]]:
+        """Return the whole optimizer states by parameter name; empty before the first step.
+
+        The meaning of `keep` is that of read_weights.
+        """
 
     def write_states(self, states: dict[str, dict[str, Any]]) -> None:
         """Set the optimizer states from whole tensors by parameter name."""

@@ -227,6 +227,11 @@ def check_strategy(
             f" {str(dtype).removeprefix('torch.')} (model.dtype); set mixed_precision: 'no', the"
             " recipe owns the dtype"
         )
+    if config.training.method == "full" and dtype is torch.float16:
+        raise StrategyError(
+            "training.method full computes in float16 on this GPU, where its gradients would"
+            " overflow; set model.dtype float32, or use a GPU that multiplies bfloat16"
+        )
     # Each rank has the whole model here, so none of the cases below arises.
     if strategy.name in ("one", "ddp"):
         return

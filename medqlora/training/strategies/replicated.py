@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from medqlora.model.adapter import trainable
 from medqlora.model.head_loss import AnswerLoss
@@ -18,6 +21,10 @@ class Replicated:
     """A trainer (interface.Trainer) through torch's DistributedDataParallel.
 
     On one process nothing is wrapped around the model. The loss is scaled for float16.
+
+    Weights in 16 bits have float32 masters, and their gradients are added to those of the masters
+    as soon as they are made. DistributedDataParallel knows no such gradients, so they are summed
+    over the ranks here.
     """
 
     def __init__(
@@ -31,12 +38,19 @@ class Replicated:
     ):
         self.module = loss_model
         self.max_grad_norm = max_grad_norm
-        self.weights = trainable(loss_model.model)
+        self.ranks = strategy.ranks
+        self.computed = trainable(loss_model.model)
+        self.weights = {name: make_master(weight) for name, weight in self.computed.items()}
+        self.mixed = any(self.weights[name] is not self.computed[name] for name in self.weights)
         self.optimizer = create_optimizer(self.weights.values())
         # A scaler that is not enabled passes losses, gradients and steps on unchanged.
         self.scaler = torch.amp.GradScaler(device.type, enabled=scale)
         self.wrapped = loss_model
-        if strategy.ranks > 1:
+        if self.mixed:
+            for name, weight in self.computed.items():
+                hook = functools.partial(move_gradient, master=self.weights[name])
+                weight.register_post_accumulate_grad_hook(hook)
+        elif strategy.ranks > 1:
             ddp = torch.nn.parallel.DistributedDataParallel
             # torch 2.13 renamed the option `broadcast_buffers`.
             renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters
@@ -57,9 +71,19 @@ class Replicated:
         self.scaler.scale(loss).backward()
 
     def accumulate(self, last: bool):
+        if self.mixed and self.ranks > 1 and last:
+            return self.average_gradients()
         if self.wrapped is self.module or last:
             return contextlib.nullcontext()
         return self.wrapped.no_sync()
+
+    @contextlib.contextmanager
+    def average_gradients(self) -> Iterator[None]:
+        """Average the float32 gradients over the ranks at the end of the block."""
+        yield
+        for master in self.weights.values():
+            dist.all_reduce(master.grad)
+            master.grad /= self.ranks
 
     def step(self, lr: float) -> float:
         for group in self.optimizer.param_groups:
@@ -71,7 +95,15 @@ class Replicated:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
+        self.round_masters()
         return float(norm)
+
+    @torch.no_grad()
+    def round_masters(self) -> None:
+        """Set the weights that compute from their masters."""
+        if self.mixed:
+            for name, weight in self.computed.items():
+                weight.copy_(self.weights[name])
 
     def drop_gradients(self) -> None:
         self.optimizer.zero_grad()
@@ -83,16 +115,18 @@ class Replicated:
             for name, weight in self.weights.items()
         }
 
-    def read_weights(self) -> dict[str, torch.Tensor]:
+    def read_weights(self, keep: bool = True) -> dict[str, torch.Tensor]:
         # These are the live tensors, which the next step changes.
-        return {name: weight.detach() for name, weight in self.weights.items()}
+        return {name: weight.detach() for name, weight in self.weights.items()} if keep else {}
 
     def write_weights(self, values: dict[str, torch.Tensor]) -> None:
         with torch.no_grad():
             for name, weight in self.weights.items():
                 weight.copy_(values[name])
+        self.round_masters()
 
-    def read_states(self) -> dict[str, dict[str, Any]]:
+    def read_states(self, keep: bool = True) -> dict[str, dict[str, Any]]:
+        # Every rank has all states, so nothing is gathered.
         return {
             name: dict(self.optimizer.state[weight])
             for name, weight in self.weights.items()
@@ -112,3 +146,19 @@ class Replicated:
 
     def write_scale(self, state: dict[str, Any]) -> None:
         self.scaler.load_state_dict(state)
+
+
+def make_master(weight: torch.nn.Parameter) -> torch.nn.Parameter:
+    """Return a float32 copy of a weight in 16 bits; a float32 weight is its own master."""
+    if weight.dtype is torch.float32:
+        return weight
+    return torch.nn.Parameter(weight.detach().float())
+
+
+def move_gradient(weight: torch.Tensor, master: torch.nn.Parameter) -> None:
+    """Add a weight's new gradient to that of its master, in float32, and drop it."""
+    if master.grad is None:
+        master.grad = weight.grad.float()
+    else:
+        master.grad += weight.grad
+    weight.grad = None

@@ -41,19 +41,21 @@ def wrap(
     )
 
 
-def gather_weights(trainer: Trainer, shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
+def gather_weights(
+    trainer: Trainer, shapes: dict[str, torch.Size], keep: bool = True
+) -> dict[str, torch.Tensor]:
     """Gather the whole trainable tensors by parameter name, and check them; collective.
 
     Args:
         shapes: Shape of each tensor before the strategy divided it.
+        keep: Whether this rank checks and returns them; another one only takes part in gathering.
 
     Raises:
         StrategyError: A tensor is missing, has another shape, or has an entry that is not finite.
     """
-    # Every rank has whole tensors after this call and finds the same problem in them. ZeRO-3 has
-    # handed out empty tensors without an error, which would be saved as an adapter.
-    values = trainer.read_weights()
-    for name, shape in shapes.items():
+    # ZeRO-3 has handed out empty tensors without an error, which would be saved.
+    values = trainer.read_weights(keep)
+    for name, shape in shapes.items() if keep else ():
         value = values.get(name)
         if value is None:
             problem = "nothing"
@@ -64,8 +66,9 @@ def gather_weights(trainer: Trainer, shapes: dict[str, torch.Size]) -> dict[str,
         else:
             continue
         raise StrategyError(
-            f"gathering the adapter: got {problem} for {name}, expected finite values of shape"
-            f" {tuple(shape)}; nothing was saved; continue from the last checkpoint with --resume"
+            f"gathering the trained weights: got {problem} for {name}, expected finite values of"
+            f" shape {tuple(shape)}; nothing was saved; continue from the last checkpoint with"
+            " --resume"
         )
     return values
 
@@ -76,13 +79,13 @@ def load_states(trainer: Trainer, states: dict[str, dict[str, Any]]) -> None:
     Any strategy and any number of processes may have written them.
 
     Raises:
-        StrategyError: They belong to other parameters than those of this adapter.
+        StrategyError: They belong to other parameters than those that train.
     """
     differing = sorted(states.keys() ^ trainer.weights.keys())
     if differing:
-        place = "the checkpoint" if differing[0] in states else "the adapter"
+        place = "the checkpoint" if differing[0] in states else "what trains"
         raise StrategyError(
-            f"the optimizer states of the checkpoint do not fit this adapter: only {place} has"
+            f"the optimizer states of the checkpoint do not fit what trains: only {place} has"
             f" {differing[0]}; start a new run without --resume"
         )
     # Nothing is set before all names are known to fit.

@@ -16,12 +16,18 @@ from medqlora.model.overrides import GATHERED_OVERRIDES, apply_overrides
 from medqlora.model.quantization import is_quantized_linear
 from medqlora.training.strategies.launch import Strategy
 
+# DeepSpeed's default bucket takes 2 GB. One that holds all gradients of an adapter is enough, and
+# one of this many elements is large enough for messages to be fast.
+LARGEST_BUCKET = 200_000_000
+
 
 class Zero:
     """A trainer (interface.Trainer) through DeepSpeed ZeRO (arXiv:1910.02054).
 
     Stage 1 divides the optimizer's states over the ranks, stage 2 also the gradients, and stage 3
     also the weights of the base. States and weights lie on the GPU, or offloaded in host memory.
+
+    Trained weights in bfloat16 make a bfloat16 engine, which keeps float32 masters of them.
     """
 
     def __init__(
@@ -50,8 +56,8 @@ class Zero:
             causal.get_input_embeddings().register_forward_hook(
                 lambda module, inputs, output: output.requires_grad_(torch.is_grad_enabled())
             )
-        # DeepSpeed's default bucket takes 2 GB. One that holds all gradients is enough.
-        bucket = {"reduce_bucket_size": sum(map(torch.numel, self.weights.values()))}
+        elements = sum(map(torch.numel, self.weights.values()))
+        bucket = {"reduce_bucket_size": min(elements, LARGEST_BUCKET)}
         # The caller scales the loss and says which micro-batch is the last, so DeepSpeed must count
         # no accumulation of its own and divide nothing by it.
         settings = {
@@ -63,6 +69,11 @@ class Zero:
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**9,
         }
+        if all(weight.dtype is torch.bfloat16 for weight in self.weights.values()):
+            settings["bf16"] = {"enabled": True}
+            # Without these two, gradients would add up in bfloat16 over micro-batches and ranks.
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
+            settings["communication_data_type"] = "fp32"
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=loss_model,
             optimizer=create_optimizer(self.weights.values()),
@@ -109,26 +120,25 @@ class Zero:
 
         return {name: safe_get_full_grad(weight) for name, weight in self.weights.items()}
 
-    def read_weights(self) -> dict[str, torch.Tensor]:
+    def read_weights(self, keep: bool = True) -> dict[str, torch.Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return {
-            name: safe_get_full_fp32_param(weight).cpu() for name, weight in self.weights.items()
-        }
+        values = {}
+        for name, weight in self.weights.items():
+            value = safe_get_full_fp32_param(weight)
+            if keep:
+                values[name] = value.cpu()
+        return values
 
     def write_weights(self, values: dict[str, torch.Tensor]) -> None:
         import deepspeed
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
-        with (
-            torch.no_grad(),
-            deepspeed.zero.GatheredParameters(
-                list(self.weights.values()),
-                modifier_rank=0,
-                enabled=self.engine.zero_optimization_stage() == 3,
-            ),
-        ):
-            for name, weight in self.weights.items():
+        divided = self.engine.zero_optimization_stage() == 3
+        # One weight at a time is whole, because a GPU may have no memory for all of them.
+        for name, weight in self.weights.items():
+            gathered = deepspeed.zero.GatheredParameters(weight, modifier_rank=0, enabled=divided)
+            with torch.no_grad(), gathered:
                 weight.copy_(values[name])
         # The optimizer has a float32 copy of its own, which the next step would write back.
         for name, weight in self.weights.items():
@@ -153,7 +163,7 @@ class Zero:
         """Return the states of the torch optimizer inside DeepSpeed's."""
         return iter(self.optimizer.optimizer.state.values())
 
-    def read_states(self) -> dict[str, dict[str, Any]]:
+    def read_states(self, keep: bool = True) -> dict[str, dict[str, Any]]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         steps = [float(state["step"]) for state in self.inner_states()]
@@ -161,9 +171,13 @@ class Zero:
             return {}
         states = {}
         for name, weight in self.weights.items():
-            states[name] = {"step": torch.tensor(steps[0])}
+            state = {"step": torch.tensor(steps[0])}
             for key in ("exp_avg", "exp_avg_sq"):
-                states[name][key] = safe_get_full_optimizer_state(weight, key).cpu()
+                value = safe_get_full_optimizer_state(weight, key)
+                if keep:
+                    state[key] = value.cpu()
+            if keep:
+                states[name] = state
         return states
 
     def write_states(self, states: dict[str, dict[str, Any]]) -> None:
