@@ -141,7 +141,8 @@ class DataEntry(Section):
     `options` may name a list of columns.
     """
     subset: str | None = None
-    """Configuration name of a hub dataset, or the name of a set in a .json file that has several.
+    """Configuration name of a hub dataset, or the name of a set in a .json file or in a dataset's
+    published folder that has several.
     """
     answer_is: Literal["letter", "text", "index0", "index1"] | None = None
     """How the file writes its answers: as the letter or the text of an option, or as its index from

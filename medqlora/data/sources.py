@@ -28,8 +28,9 @@ SPLIT_NAMES = {
 def locate_file(entry: DataEntry, split: str) -> Path | None:
     """Return the entry's file, its folder of books, or None where its path is a hub id.
 
-    In a folder, the file of a split is the one that has one of the split's names (see SPLIT_NAMES),
-    or else the one whose name begins with one of them. Plain texts of other names are books, which
+    In a folder that is laid out as the dataset's authors publish it, the format knows the file of a
+    split. In other folders it is the file that has one of the split's names (see SPLIT_NAMES), or
+    else the one whose name begins with one of them. Plain texts of other names are books, which
     are read together.
 
     Raises:
@@ -66,6 +67,9 @@ def locate_file(entry: DataEntry, split: str) -> Path | None:
 
 def locate_in_folder(entry: DataEntry, folder: Path, split: str, suffixes: tuple[str, ...]) -> Path:
     """Return the file of a split in a folder, or the folder itself if it holds books."""
+    published = find_published(entry, split)
+    if published is not None:
+        return published
     names = SPLIT_NAMES.get(split, (split,))
     files = [file for file in sorted(folder.iterdir()) if file.suffix in suffixes]
     # Exact names go first, because train_extra.jsonl also begins with train.
@@ -113,6 +117,19 @@ def check_titles(
         )
 
 
+def find_published(entry: DataEntry, split: str) -> Path | None:
+    """Return the file of a split in a folder of the published layout, or None.
+
+    Raises:
+        DataError: The folder holds the split in several forms and the entry names none of them.
+    """
+    if entry.path is None or not Path(entry.path).expanduser().is_dir():
+        return None
+    names = SPLIT_NAMES.get(split, (split,))
+    find = find_format(entry.format).find_published
+    return find(Path(entry.path).expanduser(), names, entry.subset)
+
+
 def read_records(entry: DataEntry, split: str) -> tuple[str, list[tuple[str, dict]]]:
     """Read all records of an entry.
 
@@ -129,6 +146,9 @@ def read_records(entry: DataEntry, split: str) -> tuple[str, list[tuple[str, dic
         subset = entry.subset or subset
         return hub, read_hub(hub, subset, split, entry.revision)
     if path.is_file():
+        # In a folder of the published layout, the subset has chosen the file.
+        if find_published(entry, split) is not None:
+            entry = entry.model_copy(update={"subset": None})
         return path.name, read_file(entry, path, split)
     records = []
     files = [file for file in sorted(path.iterdir()) if not file.name.startswith(".")]

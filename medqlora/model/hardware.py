@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -18,6 +20,28 @@ def name_dtype(dtype: torch.dtype) -> str:
 def default_device() -> torch.device:
     """Return the GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def explain_idle_gpu(devices: Path = Path("/dev")) -> str | None:
+    """Return why torch cannot use this machine's NVIDIA GPU; None if it can, or there is none.
+
+    Args:
+        devices: The folder in which Linux lists a GPU as a file such as nvidia0.
+    """
+    if torch.cuda.is_available() or not any(devices.glob("nvidia[0-9]*")):
+        return None
+    cause = f"torch {torch.__version__} is built for CPUs alone"
+    if torch.version.cuda is not None:
+        cause = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}"
+        try:
+            torch.cuda.init()
+        except (RuntimeError, AssertionError) as error:
+            cause += f", and {(str(error).splitlines() or ['its start failed'])[0]}"
+    return (
+        f"this machine has an NVIDIA GPU that torch cannot use ({cause}), so training runs on the"
+        " CPU; compare the CUDA version that nvidia-smi shows with that of torch, and install the"
+        " driver or the torch that fits"
+    )
 
 
 def read_capability(device: torch.device) -> tuple[int, int]:

@@ -31,7 +31,7 @@ from medqlora.model.base import (
     read_model_config,
 )
 from medqlora.model.base_weights import check_trainable
-from medqlora.model.hardware import choose_dtype, default_device
+from medqlora.model.hardware import choose_dtype, default_device, explain_idle_gpu
 from medqlora.model.initial_adapter import check_initial
 from medqlora.prompts.chat_template import Encoder, make_encoder
 from medqlora.training.methods import Method, choose_method
@@ -174,7 +174,10 @@ def start(
     with agree_on_errors():
         check_versions(hash_json(config.model_dump(mode="json")))
     lock = ExitStack()
-    warnings: list[str] = []
+    idle = explain_idle_gpu()
+    # An empty list of devices hides the GPUs on purpose.
+    hidden = environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    warnings = [idle] if idle and not hidden else []
     with agree_on_errors():
         if accelerator.is_main_process:
             # Nothing is written yet: plan_run makes the run folder after the data.

@@ -295,6 +295,7 @@ RECORDED = {
     "safety_": "bench/safety.py",
     "memory_": "bench/memory.py",
     "fit_": "bench/memory.py",
+    "recipe_": "bench/recipe_memory.py",
     "claim_": "bench/memory.py",
     "t4_": "bench/memory.py",
     "data_": "bench/data.py",

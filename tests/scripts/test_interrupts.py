@@ -31,6 +31,7 @@ COMMANDS = {
     "eval/ask.py": ["--model", DEMO / "base", "--file", DEMO / "data" / "test.jsonl"],
     "launch/preflight.py": ["--config", RECIPE, "--accelerate_config", ACCELERATE],
     "bench/memory.py": [],
+    "bench/recipe_memory.py": ["--check"],
     "bench/throughput.py": [],
     "bench/latency.py": ["--model", DEMO / "base"],
     "bench/data.py": [],

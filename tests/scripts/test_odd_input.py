@@ -406,6 +406,7 @@ SCRIPTS = {
         ["--json", "--plot"],
         ["--strategy", "--fit", "--unknown", "--model.dtype"],
     ),
+    "bench/recipe_memory.py": (["--check"], [], [], [], ["--unknown"]),
     "bench/throughput.py": (
         [],
         ["--steps", "--warm_up", "--peak_tflops"],

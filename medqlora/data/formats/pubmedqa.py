@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from medqlora.core.config import DataEntry
@@ -20,6 +21,13 @@ from medqlora.data.formats.registry import FILE, Format, HarnessPrompt, register
 # The order gives the options their letters in the styles plain and chat, so changing it would
 # change every such prompt.
 PUBMEDQA_OPTIONS = ("yes", "no", "maybe")
+# The files of the repository's folder data/, by the names that the sets have on the hub.
+SETS = {
+    "pqa_labeled": "ori_pqal.json",
+    "pqa_unlabeled": "ori_pqau.json",
+    "pqa_artificial": "ori_pqaa.json",
+}
+FOLD = "pqal_fold"  # The folders of cross-validation begin so; each has a train_set and a dev_set.
 TEST_LISTS = ("test_pmids.txt", "test_ground_truth.json")  # files looked for beside the data
 
 
@@ -143,11 +151,39 @@ def find_test_list(entry: DataEntry) -> str | None:
     path = Path(entry.path).expanduser() if entry.path else None
     if path is None or not path.exists():
         return None
-    folder = path if path.is_dir() else path.parent
-    for name in TEST_LISTS:
-        if (folder / name).is_file():
-            return str(folder / name)
+    homes = [path, path / "data"] if path.is_dir() else [path.parent]
+    # A fold's folder lies beside the list.
+    homes += [home.parent for home in homes if home.name.startswith(FOLD)]
+    for home, name in itertools.product(homes, TEST_LISTS):
+        if (home / name).is_file():
+            return str(home / name)
     return None
+
+
+def find_published_file(folder: Path, names: tuple[str, ...], subset: str | None) -> Path | None:
+    """Return the file of a split in PubMedQA's repository, its folder data/, or a fold.
+
+    All splits of a set are in one file, which select_pubmedqa_split divides. A fold has files of
+    its own for training and validation, and the test questions of the whole set.
+
+    Raises:
+        DataError: The subset is no set of the repository, or its file is missing.
+    """
+    fold = folder.name.startswith(FOLD)
+    if fold and "test" not in names:
+        return None
+    homes = [folder.parent] if fold else [folder, folder / "data"]
+    homes = [home for home in homes if any((home / name).is_file() for name in SETS.values())]
+    if not homes:
+        return None
+    file = homes[0] / SETS.get(subset or "pqa_labeled", "")
+    if not file.is_file():
+        there = [name for name, file in SETS.items() if (homes[0] / file).is_file()]
+        raise DataError(
+            f"pubmedqa: folder {homes[0]} has the sets {', '.join(there)}, not"
+            f" {subset or 'pqa_labeled'}; name one of them with subset"
+        )
+    return file
 
 
 def ask_harness(example: MultipleChoice, context: str) -> str:
@@ -166,6 +202,7 @@ register(
             frozenset({"QUESTION", "CONTEXTS"}),
             frozenset({"question", "context", "long_answer"}),
         ),
+        find_published=find_published_file,
         select_split=select_pubmedqa_split,
         answers=(),
         splits_share_a_file=True,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from medqlora.core.config import DataEntry
@@ -32,6 +33,11 @@ def keep_examples(examples: list[Example], entry: DataEntry, split: str) -> list
 def say_nothing(examples: list[Example], entry: DataEntry) -> str:
     """Return no words: the default of `Format.describe`."""
     return ""
+
+
+def find_nothing(folder: Path, names: tuple[str, ...], subset: str | None) -> Path | None:
+    """Return no file: the default of `Format.find_published`."""
+    return None
 
 
 def ask_by_letter(example: MultipleChoice, context: str) -> str:
@@ -90,6 +96,9 @@ class Format:
         takes_columns: Whether `parse` uses the entry's column map.
         line_field: The field that each line of a .txt file is; None where no such file is read, or
             where it is a book.
+        find_published: Takes a folder, the names of a split and the entry's subset, and returns the
+            file of the split where the folder is laid out as the dataset's authors publish it, or
+            None where it is not.
         prepare: Takes (records, entry) and returns the records that are read.
         select_split: Takes (examples, entry, split) and returns the examples of that split, for a
             file that holds several splits. The split is FILE where a file is evaluated whose split
@@ -115,6 +124,7 @@ class Format:
     hub_answers: str | None = None
     takes_columns: bool = False
     line_field: str | None = None
+    find_published: Callable[[Path, tuple[str, ...], str | None], Path | None] = find_nothing
     prepare: Callable[[Records, DataEntry], Records] = keep_records
     select_split: Callable[[list, DataEntry, str], list] = keep_examples
     describe: Callable[[list, DataEntry], str] = say_nothing
