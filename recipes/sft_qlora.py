@@ -20,7 +20,7 @@ if __name__ == "__main__":
 
     enter()
 
-from medqlora.batches.pipeline import check_entries
+from medqlora.batches.entries import check_entries
 from medqlora.core.command import make_console, read_recipe, run_command, run_early
 from medqlora.core.environment import prefer_expandable_segments
 

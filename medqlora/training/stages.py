@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from medqlora.batches.pipeline import check_entries
+from medqlora.batches.entries import check_entries
 from medqlora.core.config import Config
 from medqlora.core.config_loading import (
     change,

@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import real
 
-from medqlora.batches.pipeline import check_entries
+from medqlora.batches.entries import check_entries
 from medqlora.core.config import Data, DataEntry
 from medqlora.data.examples import DataError
 from medqlora.data.reading import read_entry

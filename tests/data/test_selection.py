@@ -8,7 +8,7 @@ from conftest import real
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from medqlora.batches.pipeline import check_entries
+from medqlora.batches.entries import check_entries
 from medqlora.core.config import Data, DataEntry
 from medqlora.data.cleaning import clean, squash
 from medqlora.data.examples import DataError, MultipleChoice, OpenAnswer, Passage
