@@ -8,12 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DEMO, ROOT, run_script
-from warm_processes import finish_ranks, start_ranks
 
+from medqlora.batches.plan import make_plan
 from medqlora.core.config import Config
 from medqlora.prompts.rows import TokenTable
 from medqlora.training.row_order import (
     FILE,
+    find_unseen,
     measure_rows,
     read_losses,
     write_losses,
@@ -130,20 +131,11 @@ def test_a_resumed_run_keeps_the_order_without_measuring_again(whole, tmp_path):
     assert "the base's losses of the training rows (row_losses_sha256 was" in done.stderr
 
 
-@pytest.mark.full
-def test_two_processes_take_the_same_rows_in_each_step(whole, tmp_path):
-    command = [RECIPE, *flags(tmp_path / "run", tmp_path / "cache")]
-    codes, _, errors = finish_ranks(start_ranks([command] * 2))
-    assert codes == [0, 0], errors
-    (one, before), (two, after) = read_run(whole[0]), read_run(tmp_path / "run")
-    for key in ("row_losses_sha256", "steps_sha256", "order"):
-        assert before[key] == after[key]
-    assert two == pytest.approx(one, rel=1e-3)
-
-
-def test_a_training_that_ends_inside_an_epoch_is_warned_of(whole, tmp_path):
-    more = ("--training.max_steps", "1", "--data.order", "short_to_long")
-    done = run_script(RECIPE, *flags(tmp_path / "run", tmp_path / "cache", *more))
-    assert done.returncode == 0, done.stderr
-    assert "warning: data.order short_to_long: the training ends after" in done.stdout
-    assert "warning: data.order" not in whole[1]
+def test_a_training_that_ends_inside_an_epoch_is_warned_of():
+    lengths = np.full(40, 10)
+    config = Config(model={"base": "x"}, data={"order": "short_to_long"})
+    for epochs, warned in ((1, False), (2, False), (1.5, True)):
+        plan = make_plan(lengths, capacity=50, global_tokens=50, epochs=epochs, order_by=lengths)
+        assert bool(find_unseen(config, plan)) == warned
+    shuffled = Config(model={"base": "x"})
+    assert find_unseen(shuffled, plan) == []
