@@ -359,6 +359,10 @@ def test_what_cannot_train_is_refused_with_the_reason(tmp_path):
     assert "row scales" in refuse(FSDP2, **{"model.quantization": "int8"})
     assert "dora" in refuse(ZERO3, **{"lora.variant": "dora"})
     assert "nothing to shard" in refuse(FSDP2, ranks=1)
+    full = {"training.method": "full", "model.quantization": "none"}
+    assert "set model.dtype float32" in refuse({}, torch.float16, **full)
+    assert "has not been tried" in refuse(FSDP2 | {"FSDP_OFFLOAD_PARAMS": "true"}, **full)
+    assert "8-bit states" in refuse(ZERO3, **full, **{"training.optimizer": "adamw_8bit"})
     assert "fsdp_version: 2" in refuse({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"})
     assert "not supported" in refuse({"ACCELERATE_USE_MEGATRON_LM": "true"})
     assert "nvme is not supported" in refuse(
@@ -428,7 +432,7 @@ def test_gradients_that_differ_are_refused():
 )
 def test_tensor_that_was_not_gathered_is_not_saved(value):
     class Trainer:
-        def read_weights(self):
+        def read_weights(self, keep):
             return {} if value is None else {"a": value}
 
     with pytest.raises(StrategyError, match="nothing was saved"):

@@ -232,6 +232,11 @@ def check_strategy(
             "training.method full computes in float16 on this GPU, where its gradients would"
             " overflow; set model.dtype float32, or use a GPU that multiplies bfloat16"
         )
+    if config.training.method == "full" and strategy.settings.get("offload"):
+        raise StrategyError(
+            "fsdp2 with fsdp_offload_params: training.method full has not been tried with it; set"
+            " fsdp_offload_params: false, or use accelerate_configs/zero3_offload.yaml"
+        )
     # Each rank has the whole model here, so none of the cases below arises.
     if strategy.name in ("one", "ddp"):
         return
