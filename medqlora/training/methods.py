@@ -41,7 +41,7 @@ from medqlora.model.identity import resolve_base
 from medqlora.model.weight_files import load_weights
 from medqlora.training.checkpoints import copy_file
 
-BEST = "best_"  # A checkpoint's copies of the best adapter or model begin with this.
+BEST = "best_"  # A checkpoint's names of the files of the best model begin with this.
 
 
 class Method(Protocol):
@@ -158,8 +158,11 @@ class AdapterMethod:
         return name_parameters(model, load_weights(folder / "adapter_model.safetensors"))
 
     def list_best(self, folder: Path) -> dict[str, Path]:
-        names = ("adapter_config.json", "adapter_model.safetensors", "medqlora.json")
-        return {f"{BEST}{name}": folder / name for name in names}
+        return {
+            "best_adapter_config.json": folder / "adapter_config.json",
+            "best_adapter_model.safetensors": folder / "adapter_model.safetensors",
+            "best_medqlora.json": folder / "medqlora.json",
+        }
 
     def keep_file(self, source: Path, target: Path) -> None:
         # A copy also outlives damage of the file in the run folder.
