@@ -57,14 +57,15 @@ from medqlora.core.environment import describe_environment, name_command, prefer
 from medqlora.core.files import check_new, write_json
 from medqlora.data.formats.registry import FORMATS
 from medqlora.data.reading import read_entry
-from medqlora.engines.interface import Engine, EngineError, Request
+from medqlora.engines.interface import Engine, Request
 from medqlora.engines.latency import (
     LatencyError,
     Served,
-    describe,
+    describe_scoring,
     draw_arrivals,
     parse_objectives,
     summarize,
+    time_scoring,
 )
 from medqlora.engines.server_address import check_address, hide_secrets, read_key
 
@@ -218,7 +219,7 @@ from medqlora.evaluation.method import Method
 from medqlora.evaluation.questions import prepare_questions
 from medqlora.model.base import load_base, load_tokenizer
 from medqlora.model.hardware import default_device
-from medqlora.model.quantization import list_constants
+from medqlora.model.quantization import count_bytes
 from medqlora.prompts.chat_template import make_encoder
 
 START_SECONDS = 600  # A server may take so long to load.
@@ -258,6 +259,7 @@ def main() -> None:
     figures["prompts_repeat"] = not distinct
     if arguments.scoring:
         scoring = time_scoring(make_scorer(arguments, requests), requests)
+        console.print(describe_scoring(scoring))
         save(arguments, figures | {"scoring": scoring})
     else:
         run_loops(arguments, requests, figures)
@@ -320,44 +322,6 @@ def make_scorer(arguments: argparse.Namespace, requests: list[Request]) -> Engin
     key = read_key(os.environ, arguments.api_key_variable)
     connection = Connection(arguments.server, arguments.model, key)
     return CompletionsEngine(connection, tokenizer.decode)
-
-
-def check_answered(answers: list) -> None:
-    """Raise the error that stands in the place of a failed request's answer."""
-    for answer in answers:
-        if isinstance(answer, EngineError):
-            raise answer
-
-
-def time_scoring(engine: Engine, requests: list[Request]) -> dict:
-    """Score one half of the questions each alone, and the other half in one batch."""
-    alone = requests[: len(requests) // 2]
-    batch = requests[len(requests) // 2 :]
-    engine.score(alone[:2])  # The first calls load kernels and do not count.
-    seconds = []
-    for request in alone:
-        began = time.perf_counter()
-        # No shared beginning is named, so each prompt is read as a whole.
-        check_answered(engine.score([request]))
-        seconds.append(time.perf_counter() - began)
-    began = time.perf_counter()
-    check_answered(engine.score(batch))
-    batch_seconds = time.perf_counter() - began
-    tokens = sum(len(request.prefix) for request in batch)
-    figures = {
-        "questions": len(batch),
-        "e2el_ms": describe(seconds),
-        "questions_per_second_alone": len(alone) / sum(seconds),
-        "questions_per_second": len(batch) / batch_seconds,
-        "prefill_tokens_per_second": tokens / batch_seconds,
-    }
-    console.print(
-        f"letters, {len(batch)} questions: alone p50 {figures['e2el_ms']['p50']:.1f} ms, p99"
-        f" {figures['e2el_ms']['p99']:.1f} ms; in one batch"
-        f" {figures['questions_per_second']:,.1f} questions/s,"
-        f" {figures['prefill_tokens_per_second']:,.0f} prompt tokens/s"
-    )
-    return figures
 
 
 # ---- texts ---------------------------------------------------------------------------------------
@@ -675,20 +639,6 @@ def measure_sizes(models: list[str]) -> list[dict]:
         results.append({"model": model} | sizes)
     console.print(table)
     return results
-
-
-def count_bytes(base: torch.nn.Module) -> int:
-    """Bytes of all weights, buffers and quantization constants. Tied weights share a storage, which
-    counts once.
-    """
-    tensors = [*base.parameters(), *base.buffers()]
-    for parameter in base.parameters():
-        # The constants of 4-bit weights are no buffers of the module.
-        tensors += list_constants(parameter)
-    storages = [tensor.untyped_storage() for tensor in tensors]
-    # The address of a storage is its key, so tied weights fall together.
-    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    return sum(sizes.values())
 
 
 if __name__ == "__main__":

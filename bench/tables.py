@@ -14,7 +14,9 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -26,11 +28,14 @@ if __name__ == "__main__":
 from medqlora.core.command import CommandParser, run_command
 from medqlora.core.errors import ConfigError
 from medqlora.core.files import write_atomic
+from medqlora.reporting.before_after import describe_accuracy, tabulate_training
+from medqlora.reporting.claims import list_rows
 
 RESULTS = Path(__file__).parent / "results"
 # Measured figures stand in a folder of their machine. Forecasts are the same everywhere.
 MACHINE = RESULTS / "cpu-2-cores"
 PREDICTED = RESULTS / "predicted"
+CLAIMS = Path(__file__).parent / "claims.json"
 GIB = 2**30
 NOT_YET = "none recorded yet"
 
@@ -143,6 +148,22 @@ def table_throughput() -> Iterator[str]:
     return markdown(["", "real tokens/s", "utilisation", "memory above the start"], rows)
 
 
+def table_before_after() -> Iterator[str]:
+    """Times are left out, because those of so small a model are Python's."""
+    rows = []
+    for name, model in read(MACHINE / "before_after_demo.json")["models"].items():
+        row = [f"{name.replace('_', ' ')} ({model['weights']})"]
+        row += [f"{model[key] / 1e6:.2f} MB" for key in ("disk_bytes", "memory_bytes")]
+        rows.append([*row, *describe_accuracy(model)])
+    return markdown(["", "on disk", "in memory", "accuracy", "95 % interval"], rows)
+
+
+def table_training_memory() -> Iterator[str]:
+    training = read(MACHINE / "before_after_demo.json")["training"]
+    _, head, rows = tabulate_training(training)
+    return markdown(head, rows)
+
+
 def table_lm_eval() -> Iterator[str]:
     rows = []
     for path in sorted(MACHINE.glob("lm_eval_*.json")):
@@ -246,13 +267,6 @@ def rows_of_speed(gpus: dict[str, dict]) -> list[list[str]]:
 
 WITH_SCREEN = {"7.5GiB": "8GiB with a screen on it"}  # We assume half a GiB for a screen.
 
-# Claims on other projects' pages, and the forecast that is nearest to each.
-MEMORY_CLAIMS = (
-    ("Llama-3-8B, QLoRA, 256 tokens", "6.2 to 6.5 GB", "claim_llama3-8b_256"),
-    ("an 8B model trained at 1,024 tokens", "on 8 GB", "claim_llama3-8b_1024"),
-    ("Phi-3-mini, 1,024 tokens", "12 to 13 GB", "claim_phi3-mini_1024"),
-    ("Gemma-2B, QLoRA instead of full fine-tuning", "10 GB instead of 40", "claim_gemma-2b_1024"),
-)
 # Unsloth's table for Llama-3.1-8B, r=32: memory of the GPU, and tokens of the longest row.
 LENGTH_CLAIMS = {
     "8GiB": 2_972,
@@ -295,22 +309,35 @@ def describe_fit(result: dict) -> str:
     return f"{result['max_tokens_per_batch']:,} tokens, {layers}; rows to {result['longest_row']:,}"
 
 
-def table_published() -> Iterator[str]:
+def table_lengths() -> Iterator[str]:
     rows = []
-    for claim, published, name in MEMORY_CLAIMS:
-        result = read(PREDICTED / f"{name}.json")
-        # The claims are in GB, which are 10^9 bytes here.
-        needed = (result["predicted_peak_bytes"] + result["context_bytes"]) / 1e9
-        rows.append([claim, published, f"{needed:.1f} GB with the CUDA context"])
     for size, published in LENGTH_CLAIMS.items():
         result = read(PREDICTED / f"claim_llama3.1-8b_{size}.json")
-        claim = f"Llama-3.1-8B, r=32, longest row on {size.replace('GiB', ' GB')}"
-        rows.append([claim, f"{published:,} (Unsloth)", f"{result['longest_row']:,}"])
-    result = read(PREDICTED / "claim_llama3-8b_share.json")
-    claim = "trainable parameters of Llama-3-8B, r=32 on queries and values"
-    share = f"{result['trainable_parameters'] / result['base_parameters']:.2%}"
-    rows.append([claim, "0.17 %", share.replace("%", " %")])
+        rows.append([size.replace("GiB", " GB"), f"{published:,}", f"{result['longest_row']:,}"])
     return markdown(["", "published", "predicted here"], rows)
+
+
+# ---- figures that others publish: bench/claims.json ----------------------------------------------
+
+
+def read_forecast(name: str) -> dict:
+    return read(PREDICTED / f"{name}.json")
+
+
+def table_claims(project: str) -> Iterator[str]:
+    """A project's settings, and its claims with our figure, the verdict and the reason."""
+    checked = read(CLAIMS)["projects"][project]
+    yield from textwrap.wrap(checked["settings"], 100)
+    yield ""
+    rows = list_rows(checked["claims"], read_forecast)
+    yield from markdown(["published", "ours", "verdict", "why"], list(rows))
+
+
+def table_commands() -> Iterator[str]:
+    """What the authors of each project run, and the command that does it here."""
+    projects = read(CLAIMS)["projects"].values()
+    rows = [[project["title"], *command] for project in projects for command in project["commands"]]
+    return markdown(["", "their command", "here"], rows)
 
 
 # ---- the pages -----------------------------------------------------------------------------------
@@ -333,12 +360,20 @@ TABLES = {
     "strategies": table_strategies,
     "sft": table_sft,
     "data": table_data,
+    "before_after": table_before_after,
+    "training_memory": table_training_memory,
     "lm_eval": table_lm_eval,
     "measured": table_measured,
     "throughput": table_throughput,
     "fit": table_fit,
     "t4": table_t4,
-    "published": table_published,
+    "lengths": table_lengths,
+    "claims_qwen": partial(table_claims, "qwen"),
+    "claims_phi": partial(table_claims, "phi"),
+    "claims_pubmedqa": partial(table_claims, "pubmedqa"),
+    "claims_gemma": partial(table_claims, "gemma"),
+    "claims_medqa": partial(table_claims, "medqa"),
+    "commands": table_commands,
     "gpu_checks": table_gpu_checks,
     "gpu_memory": table_gpu_memory,
     "gpu_speed": table_gpu_speed,

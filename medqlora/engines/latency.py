@@ -6,12 +6,14 @@ one without text.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from medqlora.core.errors import UserError
+from medqlora.engines.interface import Engine, EngineError, Request
 
 PERCENTILES = (50, 90, 95, 99)
 MEASURES = ("ttft", "tpot", "itl", "e2el")
@@ -154,3 +156,58 @@ def draw_arrivals(count: int, rate: float, seed: int) -> np.ndarray:
     # The gaps of a Poisson process are exponential, with a mean of 1 / rate seconds.
     times = np.cumsum(np.random.default_rng(seed).exponential(1 / rate, count))
     return times * (count / rate / times[-1])
+
+
+def time_scoring(engine: Engine, requests: Sequence[Request]) -> dict:
+    """Score one half of the questions each alone, and the other half in one batch.
+
+    The answer is a letter, so the time of one question is both TTFT and E2EL.
+
+    Args:
+        engine: what answers.
+        requests: the questions, at least two.
+
+    Returns:
+        How many questions each half has, the time of one alone in milliseconds, and rates per
+        second.
+
+    Raises:
+        EngineError: a question was not answered.
+    """
+    alone = requests[: len(requests) // 2]
+    batch = requests[len(requests) // 2 :]
+    engine.score(alone[:2])  # The first calls load kernels and do not count.
+    seconds = []
+    for request in alone:
+        began = time.perf_counter()
+        # No shared beginning is named, so each prompt is read as a whole.
+        check_answered(engine.score([request]))
+        seconds.append(time.perf_counter() - began)
+    began = time.perf_counter()
+    check_answered(engine.score(batch))
+    batch_seconds = time.perf_counter() - began
+    tokens = sum(len(request.prefix) for request in batch)
+    return {
+        "questions": len(batch),
+        "e2el_ms": describe(seconds),
+        "questions_per_second_alone": len(alone) / sum(seconds),
+        "questions_per_second": len(batch) / batch_seconds,
+        "prefill_tokens_per_second": tokens / batch_seconds,
+    }
+
+
+def check_answered(answers: Sequence) -> None:
+    """Raise the error that stands in the place of a failed request's answer."""
+    for answer in answers:
+        if isinstance(answer, EngineError):
+            raise answer
+
+
+def describe_scoring(figures: Mapping) -> str:
+    """Return what time_scoring measured, in words."""
+    return (
+        f"letters, {figures['questions']} questions: alone p50 {figures['e2el_ms']['p50']:.1f} ms,"
+        f" p99 {figures['e2el_ms']['p99']:.1f} ms; in one batch"
+        f" {figures['questions_per_second']:,.1f} questions/s,"
+        f" {figures['prefill_tokens_per_second']:,.0f} prompt tokens/s"
+    )

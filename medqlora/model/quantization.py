@@ -29,6 +29,21 @@ def list_constants(parameter: torch.nn.Parameter) -> list[torch.Tensor]:
     return [tensor for tensor in constants if torch.is_tensor(tensor)]
 
 
+def count_bytes(model: torch.nn.Module) -> int:
+    """Return the bytes of all weights, buffers and quantization constants of a model.
+
+    Tied weights share a storage, which counts once.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    for parameter in model.parameters():
+        # The constants of 4-bit weights are no buffers of the module.
+        tensors += list_constants(parameter)
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    # The address of a storage is its key, so tied weights fall together.
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return sum(sizes.values())
+
+
 def quantization_config(
     model: Model, dtype: torch.dtype, storage: torch.dtype
 ) -> BitsAndBytesConfig | None:

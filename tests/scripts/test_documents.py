@@ -299,6 +299,7 @@ RECORDED = {
     "claim_": "bench/memory.py",
     "t4_": "bench/memory.py",
     "data_": "bench/data.py",
+    "before_": "bench/before_after.py",
     "strategies_": "bench/strategies.py",
 }
 

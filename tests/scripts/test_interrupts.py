@@ -34,6 +34,7 @@ COMMANDS = {
     "bench/recipe_memory.py": ["--check"],
     "bench/throughput.py": [],
     "bench/latency.py": ["--model", DEMO / "base"],
+    "bench/before_after.py": [],
     "bench/data.py": [],
     "bench/strategies.py": [],
     "bench/scaling.py": [],

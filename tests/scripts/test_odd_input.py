@@ -421,6 +421,13 @@ SCRIPTS = {
         ["--json"],
         ["--engine", "--rate", "--goodput", "--dtype", "--unknown"],
     ),
+    "bench/before_after.py": (
+        ["--run", "nothing"],
+        ["--entry", "--limit", "--requests"],
+        ["--run", "--merged"],
+        ["--json", "--output"],
+        ["--by", "--unknown"],
+    ),
     "bench/data.py": ([], ["--rows", "--max_tokens_per_batch"], [], ["--json"], ["--unknown"]),
     "bench/strategies.py": (
         [],
