@@ -7,11 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
 from medqlora.core.command import MISTAKE
 from medqlora.core.errors import UserError
-from medqlora.training.processes import AgreedError, wait_for_gloo
 
 # A Ctrl-C this many seconds after the first signal ends the training at once.
 FORCE_DELAY = 3.0
@@ -61,6 +58,11 @@ def run_rank(main: Callable[..., int], environ: Mapping[str, str], *arguments: A
     Raises:
         UserError: A mistake of the user, except for an AgreedError on another rank than 0.
     """
+    # These import torch, and a search catches signals without it.
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    from medqlora.training.processes import AgreedError, wait_for_gloo
+
     try:
         return main(*arguments)
     except UserError as error:

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 
@@ -30,10 +31,14 @@ from medqlora.evaluation.rating_sheet import HEAD, draw_sheet
 from medqlora.evaluation.ratings import summarise_ratings
 from medqlora.model.adapter import read_adapter_metadata
 from medqlora.prompts.chat_template import make_encoder
+from medqlora.reporting.search_results import collect_results, compare_confirmed
 from medqlora.serving.ask import Conversation, answer_choices
 from medqlora.serving.questions import make_question
 from medqlora.serving.settings import AskSettings
 from medqlora.training.planning import Decision
+from medqlora.training.search.definition import read_search
+from medqlora.training.search.study import add_trial, finish_trial, open_study, report_losses
+from medqlora.training.search.trials import list_runs
 
 DOCS = ROOT / "docs"
 
@@ -302,6 +307,21 @@ RECORDED = {
     "before_": "bench/before_after.py",
     "strategies_": "bench/strategies.py",
 }
+
+
+def test_the_results_of_a_search_are_documented(run, tmp_path):
+    search = read_search(ROOT / "recipes" / "configs" / "search_demo.yaml", [], None)
+    study = open_study(tmp_path, search)
+    for point in search.points[:2]:
+        trial = add_trial(study, point)
+        report_losses(study, trial, {3: 1.5})
+        finish_trial(study, trial, 0.5, {"value_per_seed": [0.5], "seconds": 1.0})
+        (folder,) = list_runs(study, tmp_path, trial.number)
+        shutil.copytree(run / "predictions", folder / "predictions")
+    results = collect_results(study, tmp_path)
+    results["confirmed"] = compare_confirmed({"default": run, "best": run})
+    assert not undocumented(results, documented_keys("search.json"))
+    assert results["trials"][1]["comparison"]["difference"] == 0
 
 
 def test_recorded_benchmarks_are_documented():

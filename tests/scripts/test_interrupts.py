@@ -21,6 +21,7 @@ COMMANDS = {
         *(ROOT / "recipes" / "configs" / "demo_stages.yaml", "--output_dir", "run"),
     ],
     "recipes/prepare_data.py": [],
+    "recipes/search.py": [RECIPE.parent / "search_demo.yaml", "--output_dir", "search"],
     "recipes/merge_adapter.py": ["--adapter", "run/adapter", "--output", "merged"],
     "recipes/demo/train_base.py": ["--data_dir", DEMO / "data"],
     "eval/predict.py": [
@@ -43,6 +44,7 @@ COMMANDS = {
 # These still work when the imports are done, so a second moment lies in their work.
 LONG = (
     "recipes/sft_qlora.py",
+    "recipes/search.py",
     "recipes/train_stages.py",
     "eval/predict.py",
     "eval/ask.py",

@@ -334,6 +334,13 @@ SCRIPTS = {
         [],
         ["--unknown", "--facts.model.quantization", "--other.lora.r", "--facts"],
     ),
+    "recipes/search.py": (
+        [str(ROOT / "recipes" / "configs" / "search_demo.yaml"), "--output_dir", "found"],
+        ["--trials", "--lora.r", "--training.lr"],
+        ["--accelerate_config"],
+        ["--plot"],
+        ["--unknown", "--model.quantization", "--lora.variant", "--data.train"],
+    ),
     "recipes/merge_adapter.py": (
         ["--adapter", "nothing", "--output", "made"],
         ["--max_difference"],

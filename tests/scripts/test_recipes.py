@@ -8,7 +8,12 @@ from medqlora.batches.budgets import list_budgets
 from medqlora.core.config_loading import load_config
 from medqlora.training.stages import read_stages
 
-FILES = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+# A search file names a recipe and a space; tests/training/test_search.py reads those.
+FILES = [
+    path
+    for path in sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+    if not path.name.startswith("search_")
+]
 STAGES = [path for path in FILES if path.stem.endswith("_stages")]
 CONFIGS = [path for path in FILES if path not in STAGES]
 ACCELERATE = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
