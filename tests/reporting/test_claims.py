@@ -118,7 +118,7 @@ def test_parameters_of_the_records_are_those_of_the_models():
             targets = named.strip("[]").split(", ")
         preview = preview_adapter(architecture, Lora(r=16, target_modules=targets))
         assert preview.base_parameters == record["base_parameters"]
-        assert preview.adapter_parameters == record["trainable_parameters"]
+        assert preview.trained_parameters == record["trainable_parameters"]
 
 
 def test_our_figure_is_shown_in_the_unit_of_the_claim():

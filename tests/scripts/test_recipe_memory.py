@@ -16,9 +16,9 @@ RECORDS = ROOT / "bench" / "results" / "predicted"
 
 def test_heads_hold_the_recorded_forecasts(monkeypatch):
     assert run_inside(SCRIPT, ["--check"], monkeypatch) == (0, "")
-    # The demonstration runs on a CPU, and a list of stages names other recipes.
+    # The demonstration runs on a CPU, and a list of stages or a search names other recipes.
     asking = runpy.run_path(str(SCRIPT))["find_recipes"]()
-    others = {CONFIGS / "demo.yaml", *CONFIGS.glob("*_stages.yaml")}
+    others = {CONFIGS / "demo.yaml", *CONFIGS.glob("*_stages.yaml"), *CONFIGS.glob("search_*.yaml")}
     assert {*asking} == {*CONFIGS.glob("*.yaml")} - others
 
 
@@ -40,7 +40,7 @@ def change(path, old, new):
         (r"8 GiB:  \d", "8 GiB:  1", "its forecast is not that of recipe_gemma-2b_medmcqa.json"),
         ("max_length: 512", "max_length: 1024", "the recipe has changed since"),
         ("data:", "lora: {r: 32}\ndata:", "the recipe has changed since"),
-        ("medmcqa}", "medquad}", "the recipe has changed since"),
+        ("format: medmcqa", "format: medquad", "the recipe has changed since"),
         ("included:", "included, with --gpus 2:", "the recipe has changed since"),
         ("included:", "included, with --gpus two:", "argument --gpus: got 'two'"),
         ("included:", "included, with --strategy two:", "argument --strategy"),

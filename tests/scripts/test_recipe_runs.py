@@ -39,7 +39,9 @@ RECIPES = [
     pytest.param(path.stem, marks=[] if path.stem in QUICK else pytest.mark.full)
     for path in sorted(CONFIGS.glob("*.yaml"))
     # The second is the first stage of llama3-8b_medqa and is trained with it.
-    if path.stem not in ("demo", "llama3-8b_textbooks") and not path.stem.endswith("_stages")
+    if path.stem not in ("demo", "llama3-8b_textbooks")
+    and not path.stem.endswith("_stages")
+    and not path.stem.startswith("search_")
 ]
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field
 
-from medqlora.batches.pipeline import DEFAULT_SPLIT, check_entries, find_home, read_role
+from medqlora.batches.entries import DEFAULT_SPLIT, check_entries, find_home, read_role
 from medqlora.core.config import Config, Data, DataEntry, Section
 from medqlora.core.config_loading import (
     find_line,
