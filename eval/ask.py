@@ -59,15 +59,17 @@ if __name__ == "__main__":
     if SETTINGS.engine == "hf":
         prefer_expandable_segments(os.environ)
 
+from medqlora.data.retrieval import Library, open_library, show_evidence
 from medqlora.engines.interface import Engine
 from medqlora.engines.registry import Asking, open_engine, prepare_asking
-from medqlora.evaluation.settings import clean_texts
+from medqlora.evaluation.settings import choose_retrieval, clean_texts
 from medqlora.serving.ask import (
     Conversation,
     Row,
     answer_choices,
     describe_answer,
     describe_confidence,
+    describe_sources,
     keeps_turns,
     list_reminders,
     make_printable,
@@ -84,25 +86,49 @@ def main(settings: AskSettings, questions: list[Question]) -> None:
         quiet_libraries()
     asking = prepare_asking(settings)
     key = read_key(os.environ, settings.api_key_variable) if settings.engine == "openai" else None
+    # Mistakes of the texts are said before weights are loaded.
+    library = open_passages(settings, asking)
     engine = open_engine(settings, asking, settings.seed, key)
     if settings.engine == "vllm":
         console.print("vLLM in this process gives whole answers, so none is shown while it is made")
     file = settings.output.open("x", encoding="utf-8") if settings.output else None
     try:
         if questions:
-            answer_all(engine, asking, settings, clean(questions, asking), file)
+            answer_all(engine, asking, settings, dress(questions, asking, library), file)
         else:
-            converse(engine, asking, settings, file)
+            converse(engine, asking, settings, file, library)
     finally:
         if file:
             file.close()
 
 
-def clean(questions: list[Question], asking: Asking) -> list[Question]:
-    """Clean texts as eval/predict.py does."""
+def open_passages(settings: AskSettings, asking: Asking) -> tuple[Library, int] | None:
+    """Open the texts that passages come from; None where questions are shown none."""
+    retrieval = choose_retrieval(settings, asking.metadata)
+    if retrieval is None:
+        return None
+    library = open_library(retrieval[0], asking.metadata.get("lowercase", False))
+    console.print(f"passages: {library.description}")
+    return library, retrieval[1]
+
+
+def dress(
+    questions: list[Question], asking: Asking, passages: tuple[Library, int] | None
+) -> list[Question]:
+    """Clean texts as eval/predict.py does, and add passages."""
     # A model that was trained on lower-case texts is asked in lower case.
     lowercase = asking.metadata.get("lowercase", False)
-    return clean_texts(questions, asking.encoder.style, lowercase)
+    cleaned = clean_texts(questions, asking.encoder.style, lowercase)
+    if passages is None:
+        return cleaned
+    shown, _ = show_evidence(cleaned, *passages)
+    without = sum(not question.evidence for question in shown)
+    if without:
+        console.print(
+            f"no passage found for {without} of {len(shown)} questions, which are asked without",
+            style="yellow",
+        )
+    return shown
 
 
 def answer_all(
@@ -131,7 +157,13 @@ def answer_all(
         finish(row, file)
 
 
-def converse(engine: Engine, asking: Asking, settings: AskSettings, file: IO[str] | None) -> None:
+def converse(
+    engine: Engine,
+    asking: Asking,
+    settings: AskSettings,
+    file: IO[str] | None,
+    passages: tuple[Library, int] | None,
+) -> None:
     """Answer open questions from stdin, each behind what was said before."""
     talk = Conversation(engine, asking, settings)
     remembers = keeps_turns(asking.encoder)
@@ -152,22 +184,21 @@ def converse(engine: Engine, asking: Asking, settings: AskSettings, file: IO[str
             console.print(f"no such command: {line}; there are {' and '.join(COMMANDS)}")
         elif line:
             asked = True
-            answer_line(talk, line, asking, settings, remembers, file)
+            (question,) = dress([make_question(line, (), "stdin")], asking, passages)
+            answer_line(talk, question, settings, remembers, file)
     if not asked and not sys.stdin.isatty():
         raise ConfigError("no question on stdin; write one a line, or give --question or --file")
 
 
 def answer_line(
     talk: Conversation,
-    line: str,
-    asking: Asking,
+    question: OpenAnswer,
     settings: AskSettings,
     remembers: bool,
     file: IO[str] | None,
 ) -> None:
     """Answer one line of stdin; on a terminal a question that fails is no end."""
-    (question,) = clean([make_question(line, (), "stdin")], asking)
-    show_reminders(line, settings)
+    show_reminders(question.question, settings)
     try:
         row = answer_open(talk, question, settings)
     except UserError as error:
@@ -234,7 +265,7 @@ def show_reminders(question: str, settings: AskSettings) -> None:
 
 def finish(row: Row, file: IO[str] | None) -> None:
     """Print what stands behind an answer, and write its row."""
-    for line in describe_confidence(row):
+    for line in [*describe_sources(row), *describe_confidence(row)]:
         print(line)
     if row["disclaimer"]:
         print(row["disclaimer"])

@@ -41,6 +41,7 @@ from medqlora.evaluation.settings import (
     add_passages,
     check_dropping,
     check_output,
+    check_retrieval,
     choose_method,
     choose_retrieval,
     read_pool,
@@ -215,7 +216,9 @@ def prepare(
     style = asking.encoder.style
     # A model that was trained on lower-case texts is asked in lower case.
     lowercase = asking.metadata.get("lowercase", False)
-    retrieval = choose_retrieval(settings, method, asking.metadata)
+    retrieval = choose_retrieval(settings, asking.metadata)
+    if retrieval is not None:
+        check_retrieval(method)
     reading = read_questions(settings, style, lowercase)
     if retrieval is not None:
         reading = add_passages(reading, retrieval, lowercase)

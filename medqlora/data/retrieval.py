@@ -67,9 +67,11 @@ def open_library(path: str, lowercase: bool = False) -> Library:
     """
     import bm25s
 
-    locate_library(path)
-    # In a folder whose files have names of splits, the training split is read.
-    reading = read_entry(DataEntry(format="text", path=path), SPLIT)
+    try:
+        # In a folder whose files have names of splits, the training split is read.
+        reading = read_entry(DataEntry(format="text", path=path), SPLIT)
+    except DataError as error:
+        raise DataError(f"retrieval {path}: {error}") from None
     pieces = cut_passages([clean(passage, lowercase) for passage in reading.examples])
     sha256 = hash_json([[piece.id, piece.text] for piece in pieces])
     pieces = [replace(piece, library=sha256) for piece in pieces]
@@ -155,17 +157,15 @@ def add_evidence(
         DataError: No piece was found for any question.
     """
     questions = [example for example in examples if not isinstance(example, Passage)]
-    found, repeating = search(questions, library, count)
+    asked, repeating = show_evidence(questions, library, count)
+    found = [question.evidence for question in asked]
     if questions and not any(found):
         raise DataError(
             f"retrieval {library.path}: no passages found for any of the {len(questions):,}"
             " questions; give texts on their subject, in their language"
         )
-    given = iter(found)
-    shown = [
-        example if isinstance(example, Passage) else replace(example, evidence=next(given))
-        for example in examples
-    ]
+    given = iter(asked)
+    shown = [example if isinstance(example, Passage) else next(given) for example in examples]
     parts = [f"{sum(map(bool, found)):,} of {len(questions):,} questions get passages"]
     if repeating:
         parts.append(f"{repeating:,} passages that repeat a question's own context were left out")
@@ -175,10 +175,10 @@ def add_evidence(
     return shown, "; ".join(parts)
 
 
-def search(
+def show_evidence(
     questions: Sequence[MultipleChoice | OpenAnswer], library: Library, count: int
-) -> tuple[list[tuple[Evidence, ...]], int]:
-    """Return the best pieces of each question, and how many were left out as its own context."""
+) -> tuple[list[MultipleChoice | OpenAnswer], int]:
+    """Return questions with their best pieces, and how many were left out as their own context."""
     if not questions:
         return [], 0
     numbers, scores = library.index.retrieve(
@@ -188,7 +188,7 @@ def search(
         n_threads=0,
         backend_selection="numpy",
     )
-    found = []
+    shown = []
     repeating = 0
     for question, some, values in zip(questions, numbers.tolist(), scores.tolist(), strict=True):
         own = list_words(" ".join(list_own_texts(question)))
@@ -202,8 +202,8 @@ def search(
                 repeating += 1
             else:
                 best.append(library.pieces[number])
-        found.append(tuple(best))
-    return found, repeating
+        shown.append(replace(question, evidence=tuple(best)))
+    return shown, repeating
 
 
 def list_own_texts(question: MultipleChoice | OpenAnswer) -> list[str]:

@@ -23,7 +23,18 @@ from medqlora.engines.registry import EngineSettings, ModelSettings, RunSettings
 from medqlora.evaluation.method import Method
 
 
-class QuestionSettings(Section):
+class RetrievalSettings(Section):
+    """Which texts are shown with a question."""
+
+    retrieval: str | None = None
+    """File or folder of plain texts. Each question is shown the passages that are most similar to
+    it; none asks a model without passages that was trained with them.
+    """
+    num_passages: int | None = Field(None, ge=1)
+    """Passages per question, at most; by default as in the training, or 3."""
+
+
+class QuestionSettings(RetrievalSettings):
     """Which questions are asked."""
 
     format: str
@@ -63,12 +74,6 @@ class QuestionSettings(Section):
     """Leave questions out whose prompt is longer than the model can read, instead of stopping at
     the first; they are counted and named.
     """
-    retrieval: str | None = None
-    """File or folder of plain texts. Each question is shown the passages that are most similar to
-    it; none asks a model without passages that was trained with them.
-    """
-    num_passages: int | None = Field(None, ge=1)
-    """Passages per question, at most; by default as in the training, or 3."""
     fewshot_path: str | None = None
     """File, folder or hub id of the worked examples; by default --path."""
     fewshot_split: str | None = None
@@ -143,6 +148,7 @@ class EvaluationSettings(RunSettings, QuestionSettings, MethodSettings, OutputSe
 GROUPS = {
     "model": ModelSettings,
     "questions": QuestionSettings,
+    "passages": RetrievalSettings,
     "method": Method,
     "engine": EngineSettings,
     "output": OutputSettings,
@@ -250,13 +256,12 @@ def read_questions(settings: QuestionSettings, style: str, lowercase: bool = Fal
 
 
 def choose_retrieval(
-    settings: EvaluationSettings, method: Method, metadata: Mapping[str, Any]
+    settings: RetrievalSettings, metadata: Mapping[str, Any]
 ) -> tuple[str, int] | None:
     """Return which texts questions get passages of, and how many; None where they get none.
 
     Args:
-        settings: which questions.
-        method: how they are asked.
+        settings: what is given.
         metadata: how the model was trained to be asked (see registry.Asking).
 
     Raises:
@@ -273,6 +278,16 @@ def choose_retrieval(
         if settings.num_passages:
             raise ConfigError("--num_passages needs texts; give them with --retrieval")
         return None
+    count = settings.num_passages or trained.get("num_passages")
+    return settings.retrieval, count or Data.model_fields["num_passages"].default
+
+
+def check_retrieval(method: Method) -> None:
+    """Refuse passages where the method has no place for them.
+
+    Raises:
+        ConfigError: texts are scored, or there are worked examples.
+    """
     if method.scoring == "perplexity":
         raise ConfigError("--retrieval is for questions, this data holds texts; leave it out")
     if method.num_fewshot:
@@ -280,8 +295,6 @@ def choose_retrieval(
             "--retrieval and --num_fewshot exclude each other: worked examples would stand without"
             " passages; leave one out"
         )
-    count = settings.num_passages or trained.get("num_passages")
-    return settings.retrieval, count or Data.model_fields["num_passages"].default
 
 
 def add_passages(reading: Reading, retrieval: tuple[str, int], lowercase: bool) -> Reading:

@@ -21,7 +21,9 @@ from medqlora.evaluation.questions import (
     PreparedQuestion,
     TooLongError,
     derive_seed,
+    describe_passages,
     describe_prompt,
+    fit_evidence,
     fit_request,
     prepare_questions,
 )
@@ -163,7 +165,7 @@ class Conversation:
                 raise drawn
             samples = [sample.text.strip() for sample in drawn]
         row = read_answers(encoder, entry, [streamed], self.method) | {
-            "prompt_sha256": describe_prompt(encoder, self.method),
+            "prompt_sha256": describe_prompt(encoder, self.method, (), describe_passages([entry])),
             "engine": self.engine.name,
             "weights": self.engine.weights,
             "model": settings.name,
@@ -183,6 +185,9 @@ class Conversation:
         """
         encoder = self.asking.encoder
         self.forgotten = 0
+        max_length = self.asking.max_length
+        if isinstance(encoder, Encoder) and max_length is not None:
+            question = fit_evidence(encoder, question, self.method, max_length)
         prompt = render(question, encoder.style, encoder.completion)
         while True:
             prompt = replace(prompt, shots=tuple(self.turns))
@@ -294,6 +299,18 @@ def describe_confidence(row: Row) -> list[str]:
         lines.append(f"probabilities of the letters: {'  '.join(shares)}")
     if row.get("truncated"):
         lines.append("the context was cut to fit the model")
+    return lines
+
+
+def describe_sources(row: Row) -> list[str]:
+    """Return lines that say where the passages of a prompt come from, by their numbers."""
+    lines = [
+        f"[{number}] {make_printable(passage['id'])}"
+        for number, passage in enumerate(row.get("passages", []), 1)
+    ]
+    if row.get("unknown_citations"):
+        numbers = ", ".join(map(str, row["unknown_citations"]))
+        lines.append(f"the answer cites passages that it was not shown: {numbers}")
     return lines
 
 

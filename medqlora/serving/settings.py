@@ -12,11 +12,12 @@ from medqlora.core.reading import expand_path
 from medqlora.data.formats.options import read_list
 from medqlora.engines.registry import EngineSettings, ModelSettings, RunSettings, parse_object
 from medqlora.evaluation.method import Method
+from medqlora.evaluation.settings import RetrievalSettings
 
 NONE = "none"
 
 
-class AskedSettings(Section):
+class AskedSettings(RetrievalSettings):
     """What is asked. Without a question and a file, questions are read from stdin, one a line."""
 
     question: str | None = None
@@ -145,6 +146,7 @@ class AskSettings(RunSettings, AskedSettings, AnswerSettings):
 GROUPS = {
     "model": ModelSettings,
     "questions": AskedSettings,
+    "passages": RetrievalSettings,
     "answers": AnswerSettings,
     "engine": EngineSettings,
 }

@@ -116,7 +116,7 @@ def test_sharing_a_run_is_symmetric_and_holds_of_parts(first, second):
 
 
 def test_bad_texts_are_one_line(tmp_path):
-    for content, message in (("... !!!", "no words to search for"), ("", "holds no rows")):
+    for content, message in (("... !!!", "no words to search for"), ("", "holds no text")):
         (tmp_path / "book.txt").write_text(content)
         with pytest.raises(DataError, match=message):
             open_library(str(tmp_path))

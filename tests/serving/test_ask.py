@@ -520,3 +520,54 @@ def test_evaluation_never_prints_reminders():
             if isinstance(node, ast.ImportFrom)
         }
         assert not {name for name in names if name.startswith("medqlora.serving")}, path
+
+
+# ---- passages -----------------------------------------------------------------------------------
+
+BOOK = "Bile is kept in the gallbladder until a meal.\n\nInsulin is made by the pancreas.\n"
+
+
+def test_passages_are_shown_named_and_written(monkeypatch, tmp_path):
+    (tmp_path / "book.txt").write_text(BOOK)
+    common = ["--model", BASE, "--retrieval", str(tmp_path / "book.txt"), "--samples", "0"]
+    common += ["--max_new_tokens", "4"]
+    output = tmp_path / "answers.jsonl"
+    code, out, _ = ask(
+        monkeypatch, *common, "--question", "Where is bile kept?", "--output", str(output)
+    )
+    assert code == 0
+    row = json.loads(output.read_text())
+    (passage,) = row["passages"]
+    assert passage["text"] in BOOK.replace("\n\n", " ")
+    assert f"[1] {passage['id']}" in out
+    assert row["citations"] == row["unknown_citations"] == []
+    # The prompt with passages is another one than the prompt without.
+    _, _, _ = ask(
+        monkeypatch, *common, "--question", "Qqq?", "--output", str(tmp_path / "other.jsonl")
+    )
+    other = json.loads((tmp_path / "other.jsonl").read_text())
+    assert "passages" not in other
+    assert other["prompt_sha256"] != row["prompt_sha256"]
+
+
+def test_a_question_of_stdin_without_a_passage_is_said(monkeypatch, tmp_path):
+    (tmp_path / "book.txt").write_text(BOOK)
+    code, out, err = ask(
+        monkeypatch,
+        *["--model", BASE, "--retrieval", str(tmp_path / "book.txt"), "--samples", "0"],
+        *["--max_new_tokens", "2"],
+        stdin=b"qqq\nWhat makes insulin?\n",
+    )
+    assert code == 0
+    assert "no passage found for 1 of 1 questions" in err
+    assert "[1] book.txt#1" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--num_passages", "2"], "needs texts"), (["--retrieval", "nowhere"], "retrieval nowhere")],
+)
+def test_wrong_texts_are_one_line(monkeypatch, flags, message):
+    code, _, err = ask(monkeypatch, "--model", BASE, "--question", "Why?", *flags)
+    assert (code, err.count("\n")) == (2, 1)
+    assert message in err
