@@ -100,6 +100,12 @@ def read_stages(path: Path, overrides: list[str], output_dir: Path) -> list[Stag
             line = re.sub(r"(?<!\S)--(?=[a-z])", f"--{name}.", str(error))
             raise ConfigError(f"stage {name}: {line}") from None
         replaced = config.lora.init_adapter if stages else None
+        if config.training.method == "full":
+            raise ConfigError(
+                f"stage {name}: training.method full leaves no adapter that another stage could go"
+                " on from; expected adapter in every stage, or train in two runs, the second with"
+                " --model.base FIRST_RUN/model"
+            )
         if stages:
             config = change(config, "lora", init_adapter=str(stages[-1].adapter))
             check_agreement(stages[0], name, config)

@@ -240,8 +240,15 @@ def test_lists_are_values(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["search_demo", "search_medmcqa"])
-def test_shipped_searches_are_valid_and_hold_the_published_cells(name):
-    search = read_search(CONFIGS / f"{name}.yaml", [], None)
+def test_shipped_searches_are_valid_and_hold_the_published_cells(name, tmp_path):
+    path = CONFIGS / f"{name}.yaml"
+    if name == "search_medmcqa":
+        # A search with a test reads it at once, to count shared questions; the hub is out of reach.
+        text = path.read_text(encoding="utf-8").replace("./", f"{CONFIGS}/")
+        text = text.replace("confirm: true", "confirm: false")
+        path = tmp_path / path.name
+        path.write_text(text.replace("data.eval: []", "data.eval: []\n  data.test: []"))
+    search = read_search(path, [], None)
     assert len(search.holes) == 1
     assert search.file.method == "grid"
     assert (name != "search_medmcqa") or len(search.points) == 11

@@ -48,10 +48,13 @@ CHANGE_THE_TOKENS = (
     "data.truncate",
     "data.drop_invalid",
     "data.lowercase",
+    "data.retrieval",
+    "data.num_passages",
 )
 # Losses at the same step are compared only where a step means the same in all trials.
 CHANGE_THE_STEPS = (
     "data.train",
+    "data.temperature",
     "data.deduplicate",
     "data.decontaminate",
     "data.packing",
