@@ -50,6 +50,7 @@ from medqlora.core.environment import (
 from medqlora.core.files import check_new, hash_json, write_atomic, write_json
 from medqlora.core.reading import expand_path, read_object
 from medqlora.data.formats.registry import find_format
+from medqlora.data.reading import STRATA
 from medqlora.evaluation.settings import (
     EvaluationSettings,
     QuestionSettings,
@@ -59,11 +60,9 @@ from medqlora.evaluation.settings import (
 from medqlora.reporting.before_after import (
     METHOD,
     MODELS,
-    STRATA,
     BeforeAfterError,
     compare_models,
     compare_strata,
-    forecast_full_tuning,
     list_tables,
     name_strata,
     summarise,
@@ -92,7 +91,11 @@ def parse_arguments() -> tuple[argparse.Namespace, Config | None]:
         default=0,
         help="which entry of data.test is asked, from 0 (default 0)",
     )
-    parser.add_argument("--by", choices=STRATA, help="accuracy by this value of each question, too")
+    parser.add_argument(
+        "--by",
+        help="accuracy by this value of each question, too: subject, dataset, topic, choice_type or"
+        " a column of the data file",
+    )
     parser.add_argument(
         "--limit", type=whole(4), help="ask only the first questions (default: all of the entry)"
     )
@@ -196,6 +199,8 @@ def make_questions(config: Config, arguments: argparse.Namespace) -> dict[str, A
             f"{place}: {min(unknown)} is no setting of eval/predict.py; write the questions to a"
             " file of their own and name it in the entry"
         )
+    if arguments.by and arguments.by not in STRATA:
+        values["keep"] = [arguments.by]
     values["split"] = entry.split or "test"  # This is the split that a training reads.
     values["drop_invalid"] = config.data.drop_invalid
     limits = [limit for limit in (entry.limit, arguments.limit) if limit is not None]
@@ -403,13 +408,13 @@ def describe_training(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the memory of the run's training beside the forecast of full fine-tuning."""
     environment = read_json(arguments.run / "environment.json")
     memory = read_json(arguments.run / "metrics.json")["memory_bytes"]
-    forecast = forecast_unquantized(arguments, environment)
+    forecast = forecast_full_tuning(arguments, environment)
     adapter = arguments.run / "adapter" / "adapter_model.safetensors"
     return {
         "measured_peak_bytes": memory["peak"] - memory["before"],
         "measured_step_bytes": measure_step(arguments, environment),
         "predicted_peak_bytes": environment["step_plan"].get("predicted_peak_bytes"),
-        "full_tuning_predicted_bytes": forecast_full_tuning(forecast),
+        "full_tuning_predicted_bytes": forecast["predicted_peak_bytes"],
         "base_parameters": forecast["base_parameters"],
         "trainable_parameters": environment["trainable_parameters"],
         "trainable_share": environment["trainable_parameters"] / forecast["base_parameters"],
@@ -419,11 +424,11 @@ def describe_training(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def forecast_unquantized(arguments: argparse.Namespace, environment: dict) -> dict[str, Any]:
-    """Forecast the run's step with an unquantized base."""
+def forecast_full_tuning(arguments: argparse.Namespace, environment: dict) -> dict[str, Any]:
+    """Forecast the run's step with every weight of the unquantized base trained."""
     device = "cuda" if environment["hardware"]["gpus"] else "cpu"
-    flags = [f"--device={device}", "--model.quantization=none"]
-    return run_memory("forecast", arguments, environment, flags)
+    flags = [f"--device={device}", "--training.method=full", "--model.quantization=none"]
+    return run_memory("full_tuning", arguments, environment, flags)
 
 
 def measure_step(arguments: argparse.Namespace, environment: dict) -> int | None:

@@ -13,16 +13,11 @@ from medqlora.evaluation.comparison import align, compare_paired
 from medqlora.evaluation.metrics import group, score_predictions
 from medqlora.evaluation.predictions import Predictions, read_rows
 from medqlora.evaluation.statistics import adjust_holm
-from medqlora.reporting.claims import FULL_TUNING_BYTES, sum_categories
 from medqlora.reporting.numbers import p_value
 
 MODELS = ("base_16_bit", "base_quantized", "tuned", "merged")
 # What quantization, training and merging change, each model against the one before it.
 PAIRS = (("base_16_bit", "base_quantized"), ("base_quantized", "tuned"), ("tuned", "merged"))
-# The keys of a prediction row that answers are grouped by.
-STRATA = ("dataset", "subject", "topic", "choice_type")
-# These parts of a step depend on the micro-batch and not on which weights are trained.
-ACTIVATIONS = ("inputs", "activations", "recomputation", "activation gradients", "logits and loss")
 # How the figures of each column are measured.
 METHOD = {
     "on disk": (
@@ -54,9 +49,8 @@ METHOD = {
     ),
     "peak memory, predicted": (
         "Forecasts of tensors alone, of the run's own micro-batch and recomputation. That of full"
-        " fine-tuning is 16 bytes for each weight (two of it and two of its gradient in 16 bits,"
-        " twelve of the master weight and Adam's moments) and the activations of the unquantized"
-        " base."
+        " fine-tuning is the same step with training.method full and model.quantization none, on"
+        " one process."
     ),
 }
 
@@ -149,16 +143,6 @@ def compare_strata(
         }
         for stratum, result in correct(compared).items()
     }
-
-
-def forecast_full_tuning(forecast: Mapping[str, Any]) -> int:
-    """Return the bytes that training all weights takes at the least.
-
-    Args:
-        forecast: what bench/memory.py says of the step with an unquantized base.
-    """
-    states = FULL_TUNING_BYTES * forecast["base_parameters"]
-    return states + sum_categories(forecast, ACTIVATIONS)
 
 
 # ---- tables --------------------------------------------------------------------------------------

@@ -9,13 +9,11 @@ from hypothesis import strategies as st
 from medqlora.evaluation.comparison import compare_predictions
 from medqlora.evaluation.predictions import PredictionError, read_predictions
 from medqlora.reporting.before_after import (
-    ACTIVATIONS,
     MODELS,
     PAIRS,
     BeforeAfterError,
     compare_models,
     compare_strata,
-    forecast_full_tuning,
     list_tables,
     name_strata,
     summarise,
@@ -106,12 +104,6 @@ def test_strata_are_values_of_a_row_or_of_the_data(tmp_path):
     assert set(name_strata(rows, "dataset").values()) == {"mcq"}
     with pytest.raises(BeforeAfterError, match="no question has a value"):
         name_strata(rows, "subject")
-
-
-def test_full_tuning_needs_16_bytes_a_weight_and_the_activations():
-    categories = {name: 10 for name in ACTIVATIONS} | {"quantized weights": 99, "adapters": 99}
-    forecast = {"base_parameters": 1_000, "by_category": categories}
-    assert forecast_full_tuning(forecast) == 16_000 + 50
 
 
 def test_tables_show_what_was_measured(tmp_path):

@@ -107,6 +107,13 @@ def test_published_figures_name_their_source_and_the_projects_no_owner():
     assert not re.search(r"github\.com|https?:", text)
 
 
+def test_our_commands_name_files_that_are_there():
+    text = (ROOT / "bench" / "claims.json").read_text(encoding="utf-8")
+    named = set(re.findall(r"(?:recipes|eval|bench)/[\w./-]+\.(?:py|yaml)", text))
+    assert len(named) > 10
+    assert not [path for path in sorted(named) if not (ROOT / path).is_file()]
+
+
 def test_parameters_of_the_records_are_those_of_the_models():
     for name in sorted({figure["ours"].get("record", "") for figure in FIGURES} - {""}):
         record = read_record(name)
