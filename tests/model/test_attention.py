@@ -344,7 +344,7 @@ def test_gradients_of_our_own_functions_run_on_a_gpu(monkeypatch):
             torch.empty(2, heads, 40, 16, device="cuda", dtype=FP16) for heads in (4, 2, 2)
         )
         for function, inputs in (
-            (fused_layers.Norm, (x, module)),
+            (fused_layers.Norm, (x, module.weight, module)),
             (fused_layers.GatedActivation, (x, up, module)),
             (dropout.DroppedLinear, (x[0], up[0], 0.1)),
             (dropout.Dropped, (x, 0.1)),

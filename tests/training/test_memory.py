@@ -944,5 +944,5 @@ def test_a_begun_run_is_packed_as_it_was_on_any_number_of_processes(tmp_path):
     decided = {"max_tokens_per_batch": 600, "packed_tokens": 2048}
     manifest.write_text(json.dumps({"step_plan": decided}))
     assert read_packed_tokens(read_origin(tmp_path), make_config(*auto)) == 2048
-    # The configuration names its micro-batch.
-    assert read_packed_tokens(read_origin(tmp_path), make_config()) is None
+    named = make_config("--training.max_tokens_per_batch", "2048")
+    assert read_packed_tokens(read_origin(tmp_path), named) is None
