@@ -15,11 +15,11 @@ from medqlora.core.config import ANSWER_TOKENS
 from medqlora.data.examples import LETTERS, Example, OpenAnswer
 from medqlora.data.formats.registry import FORMATS
 from medqlora.engines.interface import BATCH_SIZE, Answer, Engine, EngineError, Sampling
+from medqlora.evaluation.fitting import TooLongError
 from medqlora.evaluation.journal import split_into_batches
 from medqlora.evaluation.method import Method, ScoringError
 from medqlora.evaluation.questions import (
     PreparedQuestion,
-    TooLongError,
     derive_seed,
     describe_example,
     describe_passages,

@@ -13,18 +13,16 @@ from medqlora.data.examples import LETTERS, MultipleChoice, OpenAnswer
 from medqlora.engines.interface import BATCH_SIZE, ChatRequest, Engine, EngineError, Request
 from medqlora.engines.registry import Asking
 from medqlora.evaluation.answering import make_sampling, predict, read_answers
+from medqlora.evaluation.fitting import TooLongError, fit_evidence, fit_request
 from medqlora.evaluation.journal import split_into_batches
 from medqlora.evaluation.method import Method
 from medqlora.evaluation.open_answers import token_f1
 from medqlora.evaluation.predictions import find_confidence, find_deciding
 from medqlora.evaluation.questions import (
     PreparedQuestion,
-    TooLongError,
     derive_seed,
     describe_passages,
     describe_prompt,
-    fit_evidence,
-    fit_request,
     prepare_questions,
 )
 from medqlora.prompts.answers import find_final

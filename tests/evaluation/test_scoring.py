@@ -18,10 +18,11 @@ from medqlora.data.reading import read_examples
 from medqlora.engines.hf import HfEngine
 from medqlora.engines.interface import Answer, Sampling, decode_answer
 from medqlora.evaluation.answering import answer_questions, predict
+from medqlora.evaluation.fitting import choose_orders, reorder
 from medqlora.evaluation.method import Method, ScoringError
 from medqlora.evaluation.metrics import score_predictions
 from medqlora.evaluation.predictions import collect_rows
-from medqlora.evaluation.questions import choose_orders, count_common, prepare_questions, reorder
+from medqlora.evaluation.questions import count_common, prepare_questions
 from medqlora.evaluation.shots import find_nearest
 from medqlora.model.base import load_base
 from medqlora.prompts.answers import parse_answer
