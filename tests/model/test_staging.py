@@ -152,7 +152,10 @@ def test_killed_commands_can_be_given_again(tmp_path):
     base = make_base(tmp_path / "base")
     make_adapter(base, tmp_path / "adapter", "nf4")
     command = [SCRIPT, "--adapter", tmp_path / "adapter", "--output"]
-    assert run_script(*command, tmp_path / "whole").returncode == 0
+    # A model card has the name of its folder.
+    whole = tmp_path / "whole" / "merged"
+    whole.parent.mkdir()
+    assert run_script(*command, whole).returncode == 0
     beginning = set(os.listdir(tmp_path))
     left = set()
     for seconds in (0.0, 0.1, 0.5):
@@ -173,7 +176,7 @@ def test_killed_commands_can_be_given_again(tmp_path):
         done = run_script(*command, tmp_path / "merged")
         assert done.returncode == 0, done.stderr
     assert set(os.listdir(tmp_path)) == beginning | {"merged"}
-    assert read_all(tmp_path / "merged") == read_all(tmp_path / "whole")
+    assert read_all(tmp_path / "merged") == read_all(whole)
 
 
 @pytest.mark.parametrize("bound", ["nan", "inf", "-0.1", "1.01", "true", "0.1 ", ""])

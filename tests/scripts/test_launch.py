@@ -229,6 +229,8 @@ def test_dry_run_for_64_gpus(tmp_path):
         "--dry_run",
         "--training.global_batch_tokens",
         "1048576",
+        "--training.max_tokens_per_batch",
+        "8192",
         "--data.train",
         '[{format: medmcqa, path: "a b.jsonl"}]',
     )
@@ -273,7 +275,10 @@ def test_dry_run_for_64_gpus(tmp_path):
     ("more", "message"),
     [
         (
-            ["--training.global_batch_tokens", "10000"],
+            [
+                *("--training.global_batch_tokens", "10000"),
+                *("--training.max_tokens_per_batch", "8192"),
+            ],
             "not a multiple of max_tokens_per_batch 8192",
         ),
         (["--nodes", "0"], "expected a whole number from 1"),
