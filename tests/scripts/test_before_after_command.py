@@ -126,7 +126,6 @@ def test_runs_that_cannot_be_compared_are_refused_before_any_work(trained, monke
     assert "no model there" in refuse("--run", trained, "--merged", tmp_path)
     assert "has 1 entries" in refuse("--run", trained, "--entry", "1")
     assert "expected a whole number from 2" in refuse("--run", trained, "--requests", "1")
-    assert "invalid choice" in refuse("--run", trained, "--by", "question")
     assert "is a file" in refuse("--run", trained, "--output", trained / "config.yaml")
     assert not (trained / "before_after").exists()
     unfinished = tmp_path / "unfinished"
