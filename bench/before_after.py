@@ -201,6 +201,10 @@ def make_questions(config: Config, arguments: argparse.Namespace) -> dict[str, A
         )
     if arguments.by and arguments.by not in STRATA:
         values["keep"] = [arguments.by]
+    if config.data.retrieval is not None:
+        # The base is shown the passages too, so that training alone makes the difference.
+        values["retrieval"] = config.data.retrieval
+        values["num_passages"] = config.data.num_passages
     values["split"] = entry.split or "test"  # This is the split that a training reads.
     values["drop_invalid"] = config.data.drop_invalid
     limits = [limit for limit in (entry.limit, arguments.limit) if limit is not None]

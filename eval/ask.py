@@ -62,7 +62,7 @@ if __name__ == "__main__":
 from medqlora.data.retrieval import Library, open_library, show_evidence
 from medqlora.engines.interface import Engine
 from medqlora.engines.registry import Asking, open_engine, prepare_asking
-from medqlora.evaluation.settings import choose_retrieval, clean_texts
+from medqlora.evaluation.settings import choose_retrieval, clean_texts, describe_change
 from medqlora.serving.ask import (
     Conversation,
     Row,
@@ -108,7 +108,8 @@ def open_passages(settings: AskSettings, asking: Asking) -> tuple[Library, int] 
     if retrieval is None:
         return None
     library = open_library(retrieval[0], asking.metadata.get("lowercase", False))
-    console.print(f"passages: {library.description}")
+    change = describe_change(library, retrieval[1], asking.metadata)
+    console.print(f"passages: {library.description}{change}")
     return library, retrieval[1]
 
 

@@ -221,7 +221,7 @@ def prepare(
         check_retrieval(method)
     reading = read_questions(settings, style, lowercase)
     if retrieval is not None:
-        reading = add_passages(reading, retrieval, lowercase)
+        reading = add_passages(reading, retrieval, asking.metadata)
     # The console writes to stderr, where an error must be the only line.
     print(reading.description)
     for removal in reading.removals:

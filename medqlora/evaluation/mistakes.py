@@ -24,7 +24,8 @@ LENGTH_RATIO = 3
 REPEATED_WORDS = 5
 REPETITIONS = 3
 SAMPLES = 5  # whole answers that are shown of each kind
-KEPT = ("id", "subject", "question", "options", "gold", "prediction", "text")  # of a sample's row
+# A sample shows these keys of its row.
+KEPT = ("id", "subject", "question", "options", "gold", "prediction", "text")
 
 
 @dataclass(frozen=True)

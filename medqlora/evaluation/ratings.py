@@ -13,7 +13,7 @@ from medqlora.evaluation.rating_sheet import CRITERIA, HIGHEST, LOWEST, Key
 from medqlora.evaluation.statistics import mean_interval
 
 LEVELS = HIGHEST - LOWEST + 1
-DRAWS = 2_000  # of the bootstrap
+DRAWS = 2_000  # The bootstrap draws so many samples.
 
 
 def summarise_ratings(sheets: Sequence[dict[str, tuple[int, ...]]], key: Key) -> dict[str, Any]:

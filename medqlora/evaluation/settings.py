@@ -17,7 +17,7 @@ from medqlora.data.cleaning import clean, drop_repeated_ids
 from medqlora.data.examples import DataError, Example
 from medqlora.data.formats.registry import FILE, FORMATS, find_format
 from medqlora.data.reading import Reading, read_entry, read_examples
-from medqlora.data.retrieval import add_evidence, open_library
+from medqlora.data.retrieval import Library, add_evidence, open_library
 from medqlora.data.selection import PARTS
 from medqlora.engines.registry import EngineSettings, ModelSettings, RunSettings, parse_object
 from medqlora.evaluation.method import Method
@@ -297,12 +297,28 @@ def check_retrieval(method: Method) -> None:
         )
 
 
-def add_passages(reading: Reading, retrieval: tuple[str, int], lowercase: bool) -> Reading:
+def describe_change(library: Library, count: int, metadata: Mapping[str, Any]) -> str:
+    """Say where passages are others than in the model's training; empty where nothing differs."""
+    trained = metadata.get("retrieval")
+    if not trained:
+        return ""
+    changes = []
+    if library.sha256 != trained["library_sha256"]:
+        changes.append("these are other texts than in training")
+    if count != trained["num_passages"]:
+        changes.append(f"{count} per question instead of {trained['num_passages']}")
+    return "; ".join(["", *changes])
+
+
+def add_passages(
+    reading: Reading, retrieval: tuple[str, int], metadata: Mapping[str, Any]
+) -> Reading:
     """Return the questions with passages; see choose_retrieval and retrieval.add_evidence."""
     path, count = retrieval
-    library = open_library(path, lowercase)
+    library = open_library(path, metadata.get("lowercase", False))
     examples, found = add_evidence(reading.examples, library, count)
     description = f"{reading.description}\n--retrieval {library.description}; {found}"
+    description += describe_change(library, count, metadata)
     return Reading(examples, reading.removals, description)
 
 

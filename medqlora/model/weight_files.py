@@ -160,8 +160,7 @@ class ShardWriter:
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write the next tensor of the layout."""
         assert name == next(self.names), "tensors are written in the order of the layout"
-        # numpy has no bfloat16, so the tensor is seen as bytes. One without dimensions has no view
-        # as bytes.
+        # numpy has no bfloat16, so bytes are written. A tensor without dimensions gets one first.
         self.file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from medqlora.evaluation.statistics import adjust_holm
 from medqlora.reporting.numbers import p_value
 
 MODELS = ("base_16_bit", "base_quantized", "tuned", "merged")
-# What quantization, training and merging change, each model against the one before it.
+# Each model is compared with the one before it: quantization, training and merging change it.
 PAIRS = (("base_16_bit", "base_quantized"), ("base_quantized", "tuned"), ("tuned", "merged"))
 # How the figures of each column are measured.
 METHOD = {

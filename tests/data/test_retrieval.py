@@ -28,6 +28,7 @@ from medqlora.evaluation.method import Method
 from medqlora.evaluation.metrics import score_predictions
 from medqlora.evaluation.predictions import collect_rows
 from medqlora.evaluation.questions import describe_prompt, prepare_questions
+from medqlora.evaluation.settings import describe_change
 from medqlora.prompts.chat_template import make_encoder
 from medqlora.prompts.citations import HEADING, find_citations
 from medqlora.prompts.encoding import encode_prefixes
@@ -217,6 +218,15 @@ def test_generated_answers_are_read_for_citations(library, demo_tokenizer):
     assert row["passages"][0]["id"] in {piece.id for piece in library.pieces}
     scores = score_predictions(collect_rows([row | {"model": "m"}]))
     assert scores["citations"] == {"shown": 1, "citing": 1, "citations": 1, "unknown": 1}
+
+
+def test_other_passages_than_in_training_are_said(library):
+    trained = {"path": "book", "num_passages": 3, "library_sha256": library.sha256}
+    assert describe_change(library, 3, {}) == ""
+    assert describe_change(library, 3, {"retrieval": trained}) == ""
+    other = trained | {"library_sha256": "0"}
+    said = describe_change(library, 2, {"retrieval": other})
+    assert said == "; these are other texts than in training; 2 per question instead of 3"
 
 
 @pytest.mark.parametrize(
