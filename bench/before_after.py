@@ -55,7 +55,7 @@ from medqlora.evaluation.settings import (
     EvaluationSettings,
     QuestionSettings,
     choose_method,
-    read_questions,
+    read_with_passages,
 )
 from medqlora.reporting.before_after import (
     METHOD,
@@ -378,14 +378,14 @@ def measure_here(path: Path, count: int) -> None:
     """Load the model of a settings file, time its answers, and write the figures beside it."""
     settings = load_settings(EvaluationSettings, path, {})
     asking = prepare_asking(settings)
-    lowercase = asking.metadata.get("lowercase", False)
-    examples = read_questions(settings, asking.encoder.style, lowercase).examples[: 2 * count]
+    method = choose_method(settings)
+    reading = read_with_passages(settings, method, asking.encoder.style, asking.metadata)
+    examples = reading.examples[: 2 * count]
     if len(examples) < 4:
         raise BeforeAfterError(
             f"{len(examples)} questions: expected at least 4, two of each to time alone and in a"
             " batch"
         )
-    method = choose_method(settings)
     questions, _ = prepare_questions(asking.encoder, examples, method, (), asking.max_length)
     requests = [question.requests[0] for question in questions]
     meter = MemoryMeter(default_device().type == "cuda")

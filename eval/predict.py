@@ -38,14 +38,11 @@ from medqlora.engines.server_address import read_key
 from medqlora.evaluation.settings import (
     GROUPS,
     EvaluationSettings,
-    add_passages,
     check_dropping,
     check_output,
-    check_retrieval,
     choose_method,
-    choose_retrieval,
     read_pool,
-    read_questions,
+    read_with_passages,
 )
 
 
@@ -214,19 +211,13 @@ def prepare(
 ) -> tuple[list[PreparedQuestion], int]:
     """Read the questions and make their requests; say what was left out or cut."""
     style = asking.encoder.style
-    # A model that was trained on lower-case texts is asked in lower case.
-    lowercase = asking.metadata.get("lowercase", False)
-    retrieval = choose_retrieval(settings, asking.metadata)
-    if retrieval is not None:
-        check_retrieval(method)
-    reading = read_questions(settings, style, lowercase)
-    if retrieval is not None:
-        reading = add_passages(reading, retrieval, asking.metadata)
+    reading = read_with_passages(settings, method, style, asking.metadata)
     # The console writes to stderr, where an error must be the only line.
     print(reading.description)
     for removal in reading.removals:
         line = f"left out {removal.source}: {removal.reason}"
         console.print(line, style="yellow")
+    lowercase = asking.metadata.get("lowercase", False)
     pool = read_pool(settings, style, lowercase) if method.num_fewshot else []
     questions, shared = prepare_questions(
         asking.encoder,

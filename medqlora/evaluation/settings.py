@@ -310,12 +310,31 @@ def describe_change(library: Library, count: int, metadata: Mapping[str, Any]) -
     return "; ".join(["", *changes])
 
 
-def add_passages(
-    reading: Reading, retrieval: tuple[str, int], metadata: Mapping[str, Any]
+def read_with_passages(
+    settings: EvaluationSettings, method: Method, style: str, metadata: Mapping[str, Any]
 ) -> Reading:
-    """Return the questions with passages; see choose_retrieval and retrieval.add_evidence."""
+    """Read the questions to ask, with the passages that they are shown.
+
+    Args:
+        settings: which questions, and which texts.
+        method: how they are asked.
+        style: the prompt style.
+        metadata: how the model was trained to be asked (see registry.Asking).
+
+    Raises:
+        ConfigError: see choose_retrieval and check_retrieval.
+        DataError: see read_questions and retrieval.add_evidence.
+    """
+    retrieval = choose_retrieval(settings, metadata)
+    if retrieval is not None:
+        check_retrieval(method)
+    # A model that was trained on lower-case texts is asked in lower case.
+    lowercase = metadata.get("lowercase", False)
+    reading = read_questions(settings, style, lowercase)
+    if retrieval is None:
+        return reading
     path, count = retrieval
-    library = open_library(path, metadata.get("lowercase", False))
+    library = open_library(path, lowercase)
     examples, found = add_evidence(reading.examples, library, count)
     description = f"{reading.description}\n--retrieval {library.description}; {found}"
     description += describe_change(library, count, metadata)
